@@ -1,0 +1,47 @@
+# `make train` and `make test` set up everything they need: a virtual environment of their own,
+# torch at the pinned version first, then this package with its extras.
+PYTHON ?= python3
+VENV   ?= .venv
+RUN    ?= runs/digits
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+# What an installation depends on: Python sources are read in place, the C++ ones are compiled.
+BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+
+.PHONY: help train test check clean
+help:
+	@echo "make train   train on the embedded digits and write pictures and metrics to $(RUN)"
+	@echo "make test    run the test suite (DIFFMTL_TEST_DEVICE=cuda runs it on a GPU)"
+	@echo "make check   lint, type check"
+	@echo "make clean   remove the virtual environment and build outputs (runs/ is kept)"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 14) else f"expected Python 3.11 to 3.13, found {v.major}.{v.minor}; choose one with make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/torch.stamp: constraints.txt | $(BIN)/python
+	$(PIP) install --quiet -c constraints.txt torch
+	@touch $@
+
+$(VENV)/train.stamp: $(BUILD_INPUTS) | $(VENV)/torch.stamp
+	$(PIP) install --quiet -c constraints.txt -e '.[train]'
+	@touch $@
+
+$(VENV)/dev.stamp: $(BUILD_INPUTS) | $(VENV)/torch.stamp
+	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/train.stamp
+
+# An interrupted run continues from its last checkpoint; a finished one is left alone.
+train: $(VENV)/train.stamp
+	$(BIN)/diffmtl-fast train --resume --run-dir $(RUN)
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+check: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,7 @@
+// The one Python module of the C++ side. Each area registers its own functions.
+#include "bindings.hpp"
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Compiled parts of diffmtl_fast: interval clustering solvers.";
+  diffmtl::register_clustering(module);
+}

@@ -1,0 +1,6 @@
+#pragma once
+#include <pybind11/pybind11.h>
+
+namespace diffmtl {
+void register_clustering(pybind11::module_& module);
+}  // namespace diffmtl

@@ -1,0 +1,5 @@
+#include "bindings.hpp"
+
+namespace diffmtl {
+void register_clustering(pybind11::module_&) {}
+}  // namespace diffmtl

@@ -1,0 +1,1 @@
+"""Triton device code and its launch settings; installed as ``diffmtl_fast.kernels``."""
