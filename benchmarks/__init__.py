@@ -1,0 +1,1 @@
+"""Benchmarks of diffmtl_fast, run from the repository root: ``python -m benchmarks.step``."""
