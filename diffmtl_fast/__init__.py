@@ -1,3 +1,30 @@
 """Multi-task training of diffusion models at the speed of plain training."""
 
+from __future__ import annotations
+
+from . import ops
+from .gradients import ClusteredMTL, StepRecord
+from .weighting import (
+    Equal,
+    GramianWeighting,
+    LossWeighting,
+    NashMTL,
+    PCGrad,
+    UncertaintyWeighting,
+    param_groups,
+)
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "ClusteredMTL",
+    "Equal",
+    "GramianWeighting",
+    "LossWeighting",
+    "NashMTL",
+    "PCGrad",
+    "StepRecord",
+    "UncertaintyWeighting",
+    "ops",
+    "param_groups",
+]

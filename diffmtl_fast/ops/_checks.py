@@ -1,0 +1,73 @@
+"""Input checks shared by the ops; all of them free of host synchronisation on accelerators."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """Return the dtype that sums are formed in: the promoted dtype, and float32 at least."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def check_floating(**tensors: Tensor) -> None:
+    """Refuse tensors that are not real floating point."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point tensor, found {tensor.dtype}")
+
+
+def check_same_device(**tensors: Tensor) -> None:
+    """Refuse tensors that live on different devices."""
+    devices = {name: tensor.device for name, tensor in tensors.items()}
+    if len(set(devices.values())) > 1:
+        found = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"expected all tensors on one device, found {found}")
+
+
+def check_pair(pred: Tensor, target: Tensor) -> None:
+    """Refuse prediction and target that do not match sample for sample."""
+    check_floating(pred=pred, target=target)
+    check_same_device(pred=pred, target=target)
+    if pred.shape != target.shape:
+        raise ValueError(
+            f"expected pred and target of one shape, found {list(pred.shape)} and {list(target.shape)}"
+        )
+    if pred.dim() == 0:
+        raise ValueError("pred: expected [B, ...], found a 0-dimensional tensor")
+    if pred.shape[0] > 0 and pred.numel() == 0:
+        raise ValueError(f"pred: expected at least one element per sample, found {list(pred.shape)}")
+
+
+def check_cluster(cluster: Tensor, k: int, batch_size: int) -> None:
+    """Refuse cluster indices that are not int64 [B] in 0..k-1 (the range is checked on the CPU only)."""
+    if k < 1:
+        raise ValueError(f"k: expected at least one cluster, found {k}")
+    if cluster.dtype != torch.int64:
+        raise TypeError(f"cluster: expected int64 indices, found {cluster.dtype}")
+    if cluster.shape != (batch_size,):
+        raise ValueError(f"cluster: expected shape [{batch_size}], found {list(cluster.shape)}")
+    # Reading the values of an accelerator's tensor would stall it; under compilation there are none to read.
+    if cluster.device.type == "cpu" and not torch.compiler.is_compiling() and batch_size > 0:
+        low, high = (int(bound) for bound in torch.aminmax(cluster))
+        if low < 0 or high >= k:
+            raise ValueError(f"cluster: expected indices in 0..{k - 1}, found {low}..{high}")
+
+
+def check_square(name: str, matrix: Tensor) -> None:
+    """Refuse anything but a floating-point [K, K] matrix with K >= 1."""
+    check_floating(**{name: matrix})
+    if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or matrix.shape[0] == 0:
+        raise ValueError(f"{name}: expected shape [K, K] with K >= 1, found {list(matrix.shape)}")
+
+
+def check_present(present: Tensor, k: int) -> None:
+    """Refuse anything but a bool mask [K]."""
+    if present.dtype != torch.bool or present.shape != (k,):
+        raise ValueError(
+            f"present: expected a bool mask of shape [{k}], found {present.dtype} of shape {list(present.shape)}"
+        )

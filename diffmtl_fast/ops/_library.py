@@ -1,0 +1,55 @@
+"""The `diffmtl` operator library: how an op is defined and where its kernels are dispatched.
+
+Every op has a plain-PyTorch definition, registered for all devices and dtypes; it is the oracle of the tests. A
+fused kernel for one device (`"CPU"`, `"CUDA"`) is registered over it with `register_kernel`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# The library object owns the registrations: they end with it, so it lives as long as the module.
+_LIBRARY = torch.library.Library("diffmtl", "DEF")  # noqa: TOR901 (one library for the whole package)
+
+
+def define_op(
+    schema: str, *, plain: Callable[..., Tensor], fake: Callable[..., Tensor]
+) -> Callable[..., Any]:
+    """Define ``diffmtl::<schema>`` with its plain definition and its shape function.
+
+    Args:
+        schema: the op's schema without namespace, ``"gram(Tensor jacobian) -> Tensor"``.
+        plain: the definition in plain PyTorch, used wherever no kernel is registered.
+        fake: shape, dtype and device of the result, without data.
+
+    Returns:
+        The op, ``torch.ops.diffmtl.<name>.default``.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, plain, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"diffmtl::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.diffmtl, name).default
+
+
+def register_kernel(name: str, dispatch_key: str, kernel: Callable[..., Tensor]) -> None:
+    """Use `kernel` instead of the plain definition on one device (`"CPU"` or `"CUDA"`)."""
+    _LIBRARY.impl(name, kernel, dispatch_key)
+
+
+def register_autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+    """Give ``diffmtl::<name>`` its gradient formula."""
+    torch.library.register_autograd(f"diffmtl::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+def refuse_autograd(name: str, why: str) -> None:
+    """Make differentiating through ``diffmtl::<name>`` an error that says `why`, instead of a silent zero."""
+
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(f"diffmtl::{name} has no gradient: {why}")
+
+    register_autograd(name, backward, lambda ctx, inputs, output: None)

@@ -1,0 +1,16 @@
+"""Equal weights: ordinary training on the mean of the cluster losses."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ._base import LossWeighting, check_losses, masked_mean
+
+
+class Equal(LossWeighting):
+    """The mean of the losses of the present clusters: w = 1, the baseline of all weightings."""
+
+    def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
+        """Return the mean of the present losses; see `LossWeighting.forward`."""
+        check_losses(losses)
+        return masked_mean(losses, present)
