@@ -1,0 +1,169 @@
+"""The result of a clustering: contiguous intervals of timesteps, to look up and to sample from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Uniform integers are drawn below this and reduced modulo an interval's size: the bias is below 2^-34.
+_DRAW_RANGE = 2**62
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class IntervalClustering:
+    """K contiguous, non-empty intervals that cover the timesteps 0 … T-1.
+
+    Args:
+        boundaries: int64 [K + 1], strictly increasing from 0 to T; cluster j is
+            ``boundaries[j] <= t < boundaries[j + 1]``. Stored as a read-only copy.
+        cost: sum of the interval costs, or NaN for intervals that were not found by minimising one.
+
+    Raises:
+        TypeError: boundaries are not integers.
+        ValueError: boundaries are not strictly increasing from 0, or fewer than two.
+    """
+
+    boundaries: np.ndarray
+    cost: float = math.nan
+    # Tensors by device: a copy from the host in every training step would wait for the device.
+    _on_device: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        given = np.asarray(self.boundaries)
+        if given.dtype.kind not in "iu":
+            raise TypeError(f"boundaries: expected integers, found {given.dtype}")
+        if given.ndim != 1 or given.size < 2:
+            raise ValueError(f"boundaries: expected shape [k + 1] with k >= 1, found {list(given.shape)}")
+        boundaries = given.astype(np.int64)
+        if boundaries[0] != 0 or (boundaries[1:] <= boundaries[:-1]).any():
+            raise ValueError(f"boundaries: expected strictly increasing from 0, found {boundaries.tolist()}")
+        boundaries.flags.writeable = False
+        object.__setattr__(self, "boundaries", boundaries)
+        object.__setattr__(self, "cost", float(self.cost))
+
+    @property
+    def k(self) -> int:
+        """Number of clusters."""
+        return len(self.boundaries) - 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of timesteps T."""
+        return int(self.boundaries[-1])
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Timesteps per cluster, int64 [K]."""
+        return np.diff(self.boundaries)
+
+    def assign(self, t: Tensor) -> Tensor:
+        """Cluster index of every timestep.
+
+        Args:
+            t: integer timesteps in 0 … T-1, any shape and device.
+
+        Returns:
+            int64, same shape and device as ``t``.
+
+        Raises:
+            TypeError: ``t`` is no integer tensor.
+            ValueError: a value on the CPU is out of range. On other devices the check would wait for the
+                device, so there a value out of range gets the nearest cluster.
+        """
+        if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
+            raise TypeError(f"t: expected an integer tensor, found {t.dtype}")
+        if t.device.type == "cpu" and t.numel():
+            low, high = (int(bound) for bound in t.aminmax())
+            if low < 0 or high >= self.num_timesteps:
+                found = low if low < 0 else high
+                raise ValueError(f"t: expected 0 <= t < T = {self.num_timesteps}, found {found}")
+        starts, _ = self._tensors(t.device)
+        return torch.bucketize(t, starts[1:], right=True)
+
+    def sample(
+        self,
+        batch_size: int,
+        *,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw a stratified batch: the same number of timesteps in every cluster.
+
+        ``batch_size // K`` timesteps are drawn uniformly in each cluster; the ``batch_size % K`` left over go to
+        distinct clusters drawn at random, so every cluster expects ``batch_size / K``. Nothing waits for the
+        device, and equal generator states give equal batches.
+
+        Args:
+            batch_size: number of timesteps, at least 1.
+            device: where to draw; by default the generator's device, or the CPU.
+            generator: source of randomness, on the same device; by default the device's global one.
+
+        Returns:
+            Timesteps and their clusters, both int64 [batch_size], sorted by cluster.
+
+        Raises:
+            ValueError: ``batch_size < 1``.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
+        place = torch.device(device if device is not None else generator.device if generator else "cpu")
+        starts, sizes = self._tensors(place)
+        each, extra = divmod(batch_size, self.k)
+        cluster = torch.arange(self.k, device=place).repeat(each)
+        if extra:
+            lucky = torch.randperm(self.k, device=place, generator=generator)[:extra]
+            cluster = torch.cat([cluster, lucky])
+        cluster = cluster.sort().values
+        draw = torch.randint(_DRAW_RANGE, (batch_size,), device=place, generator=generator)
+        return starts[cluster] + draw % sizes[cluster], cluster
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold; :meth:`from_dict` reads them back."""
+        return {
+            "boundaries": self.boundaries.tolist(),
+            "cost": None if math.isnan(self.cost) else self.cost,
+        }
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> IntervalClustering:
+        """The clustering that :meth:`to_dict` described.
+
+        Raises:
+            ValueError: a key is missing or unknown, or the boundaries are not valid.
+        """
+        if set(state) != {"boundaries", "cost"}:
+            raise ValueError(f"expected the keys boundaries and cost, found {sorted(state)}")
+        cost = state["cost"]
+        return cls(np.asarray(state["boundaries"]), math.nan if cost is None else cost)
+
+    def __eq__(self, other: object) -> bool:
+        return self._key() == other._key() if isinstance(other, IntervalClustering) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __repr__(self) -> str:
+        shown = [f"{l}–{e - 1}" for l, e in zip(self.boundaries[:-1], self.boundaries[1:], strict=True)]
+        if len(shown) > 12:
+            shown[6:-6] = ["…"]
+        cost = "" if math.isnan(self.cost) else f", cost={self.cost:.6g}"
+        return f"IntervalClustering(k={self.k}, T={self.num_timesteps}{cost}: {' | '.join(shown)})"
+
+    def __reduce__(self) -> tuple[type[IntervalClustering], tuple[np.ndarray, float]]:
+        return IntervalClustering, (self.boundaries, self.cost)
+
+    def _key(self) -> tuple[bytes, str]:
+        return self.boundaries.tobytes(), self.cost.hex()  # hex: NaN equals NaN
+
+    def _tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """First timestep and size of every cluster, int64 [K], on the device."""
+        if device not in self._on_device:
+            starts, sizes = torch.tensor(self.boundaries[:-1].tolist()), torch.tensor(self.sizes.tolist())
+            self._on_device[device] = (starts.to(device), sizes.to(device))
+        return self._on_device[device]
