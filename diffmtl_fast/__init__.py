@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import ops
+from .clustering import IntervalClustering, cluster_affinity, cluster_snr, cluster_timesteps
 from .gradients import ClusteredMTL, StepRecord
 from .weighting import (
     Equal,
@@ -20,11 +21,15 @@ __all__ = [
     "ClusteredMTL",
     "Equal",
     "GramianWeighting",
+    "IntervalClustering",
     "LossWeighting",
     "NashMTL",
     "PCGrad",
     "StepRecord",
     "UncertaintyWeighting",
+    "cluster_affinity",
+    "cluster_snr",
+    "cluster_timesteps",
     "ops",
     "param_groups",
 ]

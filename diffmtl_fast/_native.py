@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 try:
-    from . import _C
+    from . import _C  # type: ignore[attr-defined]
 except ImportError as error:
     raise ImportError(
         "expected the compiled extension diffmtl_fast._C, found none that loads "

@@ -80,8 +80,8 @@ class ClusteredMTL(nn.Module):
         super().__init__()
         if isinstance(model, _DATA_PARALLEL):
             raise TypeError(
-                f"model: expected the bare model, found {type(model).__name__}, whose averaging would see the slices"
-                " of the batch and not the update"
+                f"model: expected the bare model, found {type(model).__name__}, whose averaging would see the "
+                "slices of the batch and not the update"
             )
         if not isinstance(weighting, LossWeighting | GramianWeighting):
             raise TypeError(
@@ -94,6 +94,7 @@ class ClusteredMTL(nn.Module):
         self.num_clusters = num_clusters
         self.measure_gramian = False
         self.last: StepRecord | None = None
+        self._warned_of_processes = False
         self._engine = SlicedEngine(model, num_clusters, shared)
         self._cluster: Tensor | None = None  # of the forward that waits for its backward
         self._jacobian: Jacobian | None = None  # set while that forward ran in slices
@@ -124,6 +125,7 @@ class ClusteredMTL(nn.Module):
         if self._jacobian is None:
             return self.module(*args, **kwargs)
         self._refuse_batch_norm()
+        self._warn_of_processes()
         return self._engine.forward(cluster, args, kwargs)
 
     def backward(self, loss: Tensor, cluster: Tensor | None = None) -> None:
@@ -177,8 +179,16 @@ class ClusteredMTL(nn.Module):
     def _backward_jacobian(self, losses: Tensor, present: Tensor, jacobian: Jacobian) -> None:
         """Fill J by one backward of the mean loss, weigh its rows, add their combination to ``.grad``."""
         number = present.sum()
+        parameters = self._engine.parameters
+        before = _grad_versions(parameters)
         # Row k of J is the gradient of L_k / n: the form in which the losses enter the published methods.
         (losses.sum() / number).backward()
+        if _grad_versions(parameters) != before:
+            raise RuntimeError(
+                "model: expected gradients in the slices' own leaves alone, found some in the parameters' .grad; "
+                "a reentrant checkpoint recomputes outside its slice (pass use_reentrant=False to checkpoint), and "
+                "a call without cluster= does not take part in the weighting"
+            )
         gramian = jacobian.gram() * number**2
         if isinstance(self.weighting, GramianWeighting):
             # Between Nash's refreshes the Gramian was only measured, and is not passed on.
@@ -187,7 +197,7 @@ class ClusteredMTL(nn.Module):
             objective, weights = self._weigh_losses(losses.detach().requires_grad_(), present)
             if any(p.requires_grad for p in self.weighting.parameters()):
                 objective.backward(inputs=[p for p in self.weighting.parameters() if p.requires_grad])
-        _accumulate(self._engine.parameters, jacobian.combine(weights), jacobian.touched)
+        _accumulate(parameters, jacobian.combine(weights), jacobian.touched)
         self.last = StepRecord(losses.detach(), weights.detach(), present, gramian)
 
     def _weigh_losses(self, losses: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,6 +215,18 @@ class ClusteredMTL(nn.Module):
                 "(loss.backward()?); they have not reached the parameters' .grad"
             )
 
+    def _warn_of_processes(self) -> None:
+        distributed = torch.distributed
+        several = (
+            distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+        )
+        if several and not self._warned_of_processes:
+            _logger.warning(
+                "ClusteredMTL does not average cluster gradients between processes: each weighs its own batch, and "
+                ".grad is left for you to average"
+            )
+            self._warned_of_processes = True
+
     def _refuse_batch_norm(self) -> None:
         for name, module in self.module.named_modules():
             if isinstance(module, _BATCH_NORMS) and module.training:
@@ -213,13 +235,17 @@ class ClusteredMTL(nn.Module):
                     f"training mode at '{name}'; use GroupNorm, or put it into eval mode"
                 )
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the model's own state, under the model's own names."""
         return self.module.state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Load the model's own state."""
         return self.module.load_state_dict(state_dict, *args, **kwargs)
+
+
+def _grad_versions(parameters: list[nn.Parameter]) -> list[tuple[int, int] | None]:
+    return [None if p.grad is None else (id(p.grad), p.grad._version) for p in parameters]
 
 
 def _accumulate(parameters: list[nn.Parameter], direction: list[Tensor], touched: list[bool]) -> None:

@@ -13,7 +13,7 @@ from .jacobian import Jacobian
 
 
 class SlicedEngine:
-    """Per-cluster gradients from one forward and one backward in total, exact for any layer without cross-sample terms.
+    """Per-cluster gradients from one forward and one backward in total, exact where samples do not interact.
 
     Slice k of the batch runs through `torch.func.functional_call` with aliases of the parameters: leaves that
     share the parameters' memory and whose `.grad` is row k of the Jacobian. One backward of the summed cluster

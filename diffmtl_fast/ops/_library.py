@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 # The library object owns the registrations: they end with it, so it lives as long as the module.
-_LIBRARY = torch.library.Library("diffmtl", "DEF")  # noqa: TOR901 (one library for the whole package)
+_LIBRARY = torch.library.Library("diffmtl", "DEF")
 
 
 def define_op(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ def sample_mse_plain(pred: Tensor, target: Tensor) -> Tensor:
 def sample_mse_backward_plain(grad: Tensor, pred: Tensor, target: Tensor) -> Tensor:
     """Compute the gradient by `pred`, 2 (pred − target) grad / numel per sample, in the dtype of `pred`."""
     dtype = accumulation_dtype(pred, target)
-    scale = grad.to(dtype) * (2.0 / (pred.numel() / max(pred.shape[0], 1)))
+    scale = grad.to(dtype) * (2.0 / math.prod(pred.shape[1:]))
     error = pred.to(dtype) - target.to(dtype)
     return (error * scale.view(-1, *[1] * (pred.dim() - 1))).to(pred.dtype)
 
@@ -50,7 +51,8 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> N
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    return pair_gradients(grad, *ctx.saved_tensors, needed=ctx.needs_input_grad)
+    pred, target = ctx.saved_tensors
+    return pair_gradients(grad, pred, target, ctx.needs_input_grad)
 
 
 def pair_gradients(

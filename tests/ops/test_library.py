@@ -1,0 +1,90 @@
+"""Every op under torch.library's own checks and under torch.compile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffmtl_fast import ops
+
+K, B, P = 3, 6, 10
+
+
+def mse_inputs(device, dtype, requires_grad):
+    pred, target = (torch.randn(B, 2, 5, device=device).to(dtype) for _ in range(2))
+    return pred.requires_grad_(requires_grad), target
+
+
+def cluster(device):
+    return torch.tensor([0, 2, 2, 0, 0, 2], device=device)
+
+
+def gramian(device, dtype):
+    jacobian = torch.randn(K, P, device=device, dtype=dtype)
+    return jacobian @ jacobian.T
+
+
+def order(device):
+    return torch.tensor([[1, 2], [2, 0], [0, 1]], device=device)
+
+
+SAMPLES = {
+    "sample_mse": lambda d, t, g: mse_inputs(d, t, g),
+    "sample_mse_backward": lambda d, t, g: (torch.randn(B, device=d), *mse_inputs(d, t, False)),
+    "cluster_mean": lambda d, t, g: (torch.randn(B, device=d).to(t).requires_grad_(g), cluster(d), K),
+    "cluster_mean_backward": lambda d, t, g: (torch.randn(K, device=d), cluster(d)),
+    "cluster_mse": lambda d, t, g: (*mse_inputs(d, t, g), cluster(d), K),
+    "gram": lambda d, t, g: (torch.randn(K, P, device=d).to(t).requires_grad_(g),),
+    "combine": lambda d, t, g: (
+        torch.randn(K, P, device=d).to(t).requires_grad_(g),
+        torch.randn(K, device=d),
+    ),
+    "pcgrad_weights": lambda d, t, g: (
+        gramian(d, torch.float32).to(t),
+        order(d),
+        torch.ones(K, dtype=torch.bool, device=d),
+    ),
+    "nash_weights": lambda d, t, g: (
+        gramian(d, torch.float32).to(t),
+        torch.tensor([True, False, True], device=d),
+    ),
+}
+
+
+def test_every_op_is_checked():
+    names = {name for name in dir(torch.ops.diffmtl) if not name.startswith("_") and name != "name"}
+    assert names == set(SAMPLES)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SAMPLES)
+def test_opcheck(name, dtype, requires_grad, device):
+    op = getattr(torch.ops.diffmtl, name).default
+    torch.library.opcheck(op, SAMPLES[name](device, dtype, requires_grad))
+
+
+@pytest.mark.compile
+def test_compiles_without_graph_breaks(device):
+    def objective(pred, target, index, jacobian):
+        losses = ops.cluster_mse(pred, target, index, K) + ops.cluster_mean(
+            ops.sample_mse(pred, target), index, K
+        )
+        weights = ops.nash_weights(ops.gram(jacobian)) + ops.pcgrad_weights(ops.gram(jacobian), order(device))
+        return losses.sum() + ops.combine(jacobian, weights).sum()
+
+    pred, target = mse_inputs(device, torch.float32, True)
+    inputs = (pred, target, cluster(device), torch.randn(K, P, device=device))
+    expected = objective(*inputs)
+    (gradient,) = torch.autograd.grad(expected, pred)
+    found = torch.compile(objective, fullgraph=True, backend="aot_eager")(*inputs)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, pred)[0], gradient)
+
+
+@pytest.mark.parametrize("name", ["pcgrad_weights", "nash_weights"])
+def test_weights_refuse_to_be_differentiated(name, device):
+    matrix, *rest = SAMPLES[name](device, torch.float32, False)
+    weights = getattr(torch.ops.diffmtl, name)(matrix.requires_grad_(), *rest)
+    with pytest.raises(RuntimeError, match="detach the Gramian"):
+        weights.sum().backward()
