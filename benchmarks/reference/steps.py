@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +22,14 @@ class Batch:
         cluster: [B] int64, the cluster of every sample.
     """
 
-    inputs: tuple[Any, ...]
+    inputs: tuple[Tensor, ...]
     target: Tensor
     cluster: Tensor
+
+    def narrow(self, start: int, length: int) -> Batch:
+        """Return ``length`` consecutive samples."""
+        inputs = tuple(x.narrow(0, start, length) for x in self.inputs)
+        return Batch(inputs, self.target.narrow(0, start, length), self.cluster.narrow(0, start, length))
 
 
 #: (model, batch) to per-sample losses [B]

@@ -70,7 +70,8 @@ def pcgrad(jacobian: Tensor, orders: Tensor) -> Tensor:
 
     Each g_k' starts as g_k and, in the order given, loses its component along every g_j it points against;
     the g_j are the original ones. The released code of Go et al. also visits j = k, which the paper does not.
-    A zero row (an absent cluster) conflicts with nothing, so no mask is needed.
+    A zero row (an absent cluster) conflicts with nothing, so no mask is needed. An oracle wants the Jacobian in
+    float64: in float32 the dot products of millions of elements cost up to two digits.
 
     Args:
         jacobian: [K, P].

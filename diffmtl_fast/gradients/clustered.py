@@ -186,8 +186,8 @@ class ClusteredMTL(nn.Module):
         if _grad_versions(parameters) != before:
             raise RuntimeError(
                 "model: expected gradients in the slices' own leaves alone, found some in the parameters' .grad; "
-                "a reentrant checkpoint recomputes outside its slice (pass use_reentrant=False to checkpoint), and "
-                "a call without cluster= does not take part in the weighting"
+                "a reentrant checkpoint recomputes outside its slice (pass use_reentrant=False to checkpoint), "
+                "and a call without cluster= does not take part in the weighting"
             )
         gramian = jacobian.gram() * number**2
         if isinstance(self.weighting, GramianWeighting):
@@ -222,8 +222,8 @@ class ClusteredMTL(nn.Module):
         )
         if several and not self._warned_of_processes:
             _logger.warning(
-                "ClusteredMTL does not average cluster gradients between processes: each weighs its own batch, and "
-                ".grad is left for you to average"
+                "ClusteredMTL does not average cluster gradients between processes: each weighs its own batch, "
+                "and .grad is left for you to average"
             )
             self._warned_of_processes = True
 

@@ -7,11 +7,11 @@ import logging
 
 import pytest
 import torch
-from benchmarks.reference import cluster_gradients, update_direction
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import diffmtl_fast as dm
+from benchmarks.reference import cluster_gradients, update_direction
 from diffmtl_fast.gradients.jacobian import Jacobian
 
 K = 4
@@ -264,7 +264,7 @@ def test_nested_outputs_and_arguments(device):
             out = super().forward(x, t, scale=extra["scale"][0])
             return {"sample": out + table.mean(0), "pair": (t, None), "tag": "v"}
 
-    net, (x, t, target, cluster) = make_net(device, cls=Nested), make_batch(UNSORTED, device)
+    net, (x, t, _, cluster) = make_net(device, cls=Nested), make_batch(UNSORTED, device)
     extra = {"scale": [torch.rand(8, 1, dtype=torch.float64, device=device)]}
     table = torch.rand(8, 3, dtype=torch.float64, device=device)  # 8 rows like the batch, but not samples
     mtl = dm.ClusteredMTL(net, K, dm.PCGrad(), shared=["table"])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from benchmarks.reference import cluster_gradients, update_direction
 from diffusers import DiTTransformer2DModel, UNet2DModel
 
 import diffmtl_fast as dm
+from benchmarks.reference import cluster_gradients, update_direction
 
 K = 3
 

@@ -11,7 +11,7 @@ from diffmtl_fast import ops
 
 
 def residual(gramian, weights, present=None):
-    """max |α_k (G̃α)_k − 1| over the present clusters."""
+    """Return max |α_k (G̃α)_k − 1| over the present clusters."""
     present = (
         torch.ones(len(weights), dtype=torch.bool, device=weights.device) if present is None else present
     )

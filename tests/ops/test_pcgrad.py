@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from benchmarks.reference import pcgrad as pcgrad_by_vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.reference import pcgrad as pcgrad_by_vectors
 from diffmtl_fast import PCGrad, ops
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from benchmarks.reference import nash_weights as published_nash
-from benchmarks.reference import uncertainty_weighting as published_uncertainty
 
 import diffmtl_fast as dm
+from benchmarks.reference import nash_weights as published_nash
+from benchmarks.reference import uncertainty_weighting as published_uncertainty
 
 
 def gramian(k=4, seed=0):
