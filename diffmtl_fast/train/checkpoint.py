@@ -1,0 +1,109 @@
+"""Checkpoints: folders of safetensors weights and plain state, written atomically and checked on reading.
+
+A checkpoint holds ``<name>.safetensors`` for every module, ``state.pt`` for everything else (readable with
+``torch.load(weights_only=True)``) and ``manifest.json`` with the SHA-256 of each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._extras import require
+from .errors import UserError
+from .files import remove, replacing
+
+MANIFEST = "manifest.json"
+STATE = "state.pt"
+
+
+def save(
+    folder: Path, iteration: int, modules: Mapping[str, nn.Module], state: Mapping[str, Any], keep: int
+) -> Path:
+    """Write a checkpoint and delete the oldest ones.
+
+    Args:
+        folder: where the run's checkpoints lie.
+        iteration: optimizer steps done.
+        modules: modules whose weights to save, by name.
+        state: tensors, numbers, strings and containers of them.
+        keep: how many checkpoints stay.
+
+    Returns:
+        The checkpoint's path.
+    """
+    target = folder / f"iter-{iteration:08d}"
+    with replacing(target) as aside:
+        aside.mkdir()
+        for name, module in modules.items():
+            save_module(aside / f"{name}.safetensors", module)
+        torch.save(dict(state), aside / STATE)
+        manifest = {
+            "iteration": iteration,
+            "sha256": {path.name: _sha256(path) for path in sorted(aside.iterdir())},
+        }
+        (aside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    for old in checkpoints(folder)[:-keep]:
+        remove(old)
+    return target
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    return sorted(folder.glob("iter-" + "[0-9]" * 8))
+
+
+def iteration(path: Path) -> int:
+    """The optimizer steps done at a checkpoint."""
+    return int(path.name.removeprefix("iter-"))
+
+
+def verify(path: Path) -> None:
+    """Check a checkpoint against its manifest.
+
+    Raises:
+        UserError: a file is missing or altered. The message names it, and the next older checkpoint.
+    """
+    try:
+        digests = dict(json.loads((path / MANIFEST).read_text())["sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(_corrupt(path, f"{MANIFEST} is missing or unreadable")) from error
+    if STATE not in digests:
+        raise UserError(_corrupt(path, f"{MANIFEST} does not list {STATE}"))
+    for name, digest in digests.items():
+        if not (path / name).is_file():
+            raise UserError(_corrupt(path, f"{name} is missing"))
+        if _sha256(path / name) != digest:
+            raise UserError(_corrupt(path, f"{name} does not have the SHA-256 in {MANIFEST}"))
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The state of a verified checkpoint, its tensors on the CPU."""
+    return torch.load(path / STATE, map_location="cpu", weights_only=True)
+
+
+def save_module(path: Path, module: nn.Module) -> None:
+    """Write a module's weights as safetensors; tied ones once."""
+    require("safetensors.torch", "train").save_model(module, str(path))
+
+
+def load_module(path: Path, name: str, module: nn.Module) -> None:
+    """Copy the weights saved under a name into a module."""
+    require("safetensors.torch", "train").load_model(module, str(path / f"{name}.safetensors"))
+
+
+def _corrupt(path: Path, reason: str) -> str:
+    older = [other for other in checkpoints(path.parent) if other.name < path.name]
+    way_out = f"--checkpoint {older[-1]} continues from the one before" if older else "there is no older one"
+    return f"checkpoint {path} is corrupt: {reason}; {way_out}"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

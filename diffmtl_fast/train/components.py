@@ -1,0 +1,178 @@
+"""From names in the configuration to objects: models, schedulers, data, devices, clusters, weightings."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..clustering import IntervalClustering, cluster_affinity, cluster_snr, cluster_timesteps
+from ..weighting import GramianWeighting, LossWeighting, NashMTL, PCGrad, UncertaintyWeighting
+from .config import Clusters, Component, Config
+from .data import ImageData
+from .errors import UserError, blame
+
+Array = NDArray[np.float64]
+
+
+def import_object(key: str, path: str) -> Callable[..., Any]:
+    """The class or function at an import path.
+
+    Raises:
+        UserError: there is none; the message begins with ``key``.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{key}.path: cannot import {path!r} ({error})") from error
+    if not callable(found):
+        raise UserError(f"{key}.path: expected a class or function, found {type(found).__name__} {path}")
+    return found
+
+
+def build(key: str, component: Component, **more: Any) -> Any:
+    """Call a component with its arguments.
+
+    Raises:
+        UserError: it cannot be imported, or refuses the arguments.
+    """
+    target = import_object(key, component.path)
+    try:
+        inspect.signature(target).bind(**component.args, **more)
+    except TypeError as error:
+        raise UserError(f"{key}.args: {component.path}: {error}") from error
+    with blame(f"{key}.args: {component.path}"):
+        return target(**component.args, **more)
+
+
+def build_model(config: Config, data: ImageData, device: torch.device) -> nn.Module:
+    """The denoiser with the weights that the seed gives it, checked by one call on a pair of images."""
+    torch.manual_seed(config.seed)
+    model = build("model", config.model)
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"model: expected an nn.Module, found {type(model).__name__} from {config.model.path}"
+        )
+    model = model.to(device)
+    images = data.train[:2].to(device)
+    labels = None if data.train_labels is None else data.train_labels[:2].to(device)
+    with torch.no_grad(), blame("model", (TypeError, ValueError, RuntimeError)):
+        output = prediction(
+            model(images, torch.zeros(len(images), dtype=torch.int64, device=device), **condition(labels))
+        )
+    if output.shape != images.shape:
+        raise UserError(
+            f"model: expected an output of the images' shape {list(images.shape)}, found {list(output.shape)}"
+        )
+    return model
+
+
+def build_scheduler(config: Config) -> Any:
+    """The noise schedule."""
+    scheduler = build("scheduler", config.scheduler)
+    missing = [name for name in ("add_noise", "alphas_cumprod", "config") if not hasattr(scheduler, name)]
+    if missing:
+        raise UserError(
+            f"scheduler: {config.scheduler.path} has no {missing[0]}; expected a discrete-time one"
+        )
+    return scheduler
+
+
+def build_data(config: Config) -> ImageData:
+    """The images."""
+    data = build("data", config.data)
+    if not isinstance(data, ImageData):
+        raise UserError(f"data: expected {config.data.path} to return ImageData, found {type(data).__name__}")
+    if config.evaluation.num_samples and data.train_labels is None:
+        raise UserError(
+            "evaluation.num_samples: expected 0 for data without labels (its metrics need classes)"
+        )
+    return data
+
+
+def build_clusters(config: Clusters, levels: Callable[[], Array], num_timesteps: int) -> IntervalClustering:
+    """The clusters of a noise schedule.
+
+    Args:
+        config: what to minimise.
+        levels: gives the log-SNR [T]; asked for only by the cost that needs it, since a schedule that ends in
+            pure noise has none that is finite.
+        num_timesteps: T.
+
+    Raises:
+        UserError: the clusters cannot be formed as asked.
+    """
+    limits = {"min_size": config.min_size, "max_size": config.max_size}
+    with blame("clusters"):
+        if config.cost == "timestep":
+            return cluster_timesteps(num_timesteps, config.k, **limits)
+        if config.cost == "snr":
+            return cluster_snr(levels(), config.k, **limits)
+        affinity = load_array("clusters.affinity", config.affinity)
+        if affinity.shape != (num_timesteps, num_timesteps):
+            raise ValueError(
+                f"affinity: expected [T, T] with T = {num_timesteps}, found {list(affinity.shape)}"
+            )
+        return cluster_affinity(affinity, config.k, **limits)
+
+
+def build_weighting(config: Config, device: torch.device) -> LossWeighting | GramianWeighting | None:
+    """The balancing method; None for vanilla."""
+    if config.method == "uw":
+        return UncertaintyWeighting(config.clusters.k).to(device)
+    if config.method == "pcgrad":
+        return PCGrad(torch.Generator(device).manual_seed(config.seed))
+    if config.method == "nash":
+        return NashMTL(update_every=config.nash_update_every).to(device)
+    return None
+
+
+def load_array(key: str, path: str | Path | None) -> np.ndarray:
+    """Read a .npy file.
+
+    Raises:
+        UserError: it is missing or holds no array; the message begins with ``key``.
+    """
+    try:
+        return np.load(str(path), allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{key}: cannot read {path} as a .npy file ({error})") from error
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of a name: auto, cpu, cuda or cuda:N.
+
+    Raises:
+        UserError: no such device in this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device: expected auto, cpu, cuda or cuda:N, found {name!r}") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise UserError(f"device: {name!r} is not there; this machine has {count} CUDA devices")
+    elif device.type != "cpu":
+        raise UserError(f"device: expected auto, cpu, cuda or cuda:N, found {name!r}")
+    return device
+
+
+def condition(labels: Tensor | None) -> dict[str, Tensor]:
+    """Keyword arguments that pass the classes to a model."""
+    return {} if labels is None else {"class_labels": labels}
+
+
+def prediction(output: Any) -> Tensor:
+    """The tensor in what a model returned: itself, or the ``sample`` of a diffusers output."""
+    return output if isinstance(output, Tensor) else output.sample

@@ -1,0 +1,314 @@
+"""The configuration of a training run: plain dataclasses, read from YAML and the command line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from .errors import UserError
+
+METHODS = ("vanilla", "uw", "pcgrad", "nash")
+COSTS = ("snr", "timestep", "affinity")
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class Component:
+    """A class or function by import path, with the keyword arguments to call it with.
+
+    Attributes:
+        path: import path of a class or function
+        args: keyword arguments; change one with .args.NAME VALUE
+    """
+
+    path: str = ""
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """How the timesteps are grouped into tasks: intervals that minimise a cost.
+
+    Attributes:
+        cost: spread of the log-SNR in an interval, of the timestep, or dissimilarity of the tasks' gradients
+        k: number of clusters, 1 to T
+        min_size: fewest timesteps of a cluster; null for no limit
+        max_size: most timesteps of a cluster; null for no limit
+        affinity: .npy file with the T x T matrix of task affinities, for cost affinity
+    """
+
+    cost: Literal["snr", "timestep", "affinity"] = "snr"
+    k: int = 5
+    min_size: int | None = None
+    max_size: int | None = None
+    affinity: str | None = None
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW; the log-variances of uw have a group of their own (learning rate 0.025, no weight decay).
+
+    Attributes:
+        lr: learning rate of the model
+        weight_decay: decoupled weight decay
+        clip: largest norm of the gradient, 0 for no clipping; null for the method's own (nash 1, others none)
+    """
+
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    clip: float | None = None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are drawn from the EMA weights.
+
+    Attributes:
+        scheduler: Sampler, on the noise schedule of training
+        steps: denoising steps per picture
+        batch_size: pictures denoised at a time
+    """
+
+    scheduler: Component = field(default_factory=lambda: Component("diffusers.DDIMScheduler"))
+    steps: int = 50
+    batch_size: int = 360
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics at the end, in the features of a classifier trained on the real training images.
+
+    Attributes:
+        num_samples: pictures drawn for the metrics, in equal numbers per class; 0 for no evaluation
+    """
+
+    num_samples: int = 360
+
+
+@dataclass(frozen=True)
+class Logging:
+    """What goes to log.jsonl and TensorBoard.
+
+    Attributes:
+        every: iterations per line (each line holds their mean)
+        cosines_every: iterations between two measurements of the cosines of the clusters' gradients; 0 for none
+        tensorboard: also write TensorBoard event files
+    """
+
+    every: int = 10
+    cosines_every: int = 20
+    tensorboard: bool = True
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """When the state of training goes to disk.
+
+    Attributes:
+        every: iterations between two checkpoints
+        keep: how many to keep
+    """
+
+    every: int = 100
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class Config:
+    """A training run.
+
+    Attributes:
+        method: balancing of the clusters: none, uncertainty weighting, PCGrad or NashMTL
+        iterations: optimizer steps
+        batch_size: images per backward pass
+        accumulate: backward passes per optimizer step
+        ema_decay: decay per step of the averaged weights
+        nash_update_every: steps between two solutions of the bargaining problem (nash)
+        precision: of the forward pass; bf16 is autocast, the weights stay fp32
+        device: auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
+        seed: of the weights, the data order, the noise and the pictures
+        clusters: Clusters of timesteps, the tasks
+        model: Model, called with (x, t, class_labels=y)
+        scheduler: Noise schedule, a diffusers scheduler with discrete timesteps
+        data: Data, a function that returns diffmtl_fast.train.data.ImageData
+        optimizer: Optimizer, AdamW
+        sampling: Drawing pictures
+        evaluation: Metrics at the end of training
+        logging: Logs, log.jsonl and TensorBoard
+        checkpoints: Checkpoints
+    """
+
+    method: Literal["vanilla", "uw", "pcgrad", "nash"] = "uw"
+    iterations: int = 1000
+    batch_size: int = 128
+    accumulate: int = 1
+    ema_decay: float = 0.9999
+    nash_update_every: int = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: str = "auto"
+    seed: int = 0
+    clusters: Clusters = field(default_factory=Clusters)
+    model: Component = field(default_factory=Component)
+    scheduler: Component = field(default_factory=Component)
+    data: Component = field(default_factory=Component)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    sampling: Sampling = field(default_factory=Sampling)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    logging: Logging = field(default_factory=Logging)
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Names of the options at the top level."""
+        return [item.name for item in fields(cls)]
+
+    @property
+    def clip(self) -> float:
+        """The largest gradient norm in force, 0 for none."""
+        if self.optimizer.clip is not None:
+            return self.optimizer.clip
+        return 1.0 if self.method == "nash" else 0.0
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as nested dictionaries of YAML's own types."""
+    return asdict(config)
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """Build and check a configuration.
+
+    Args:
+        values: nested dictionaries as :func:`to_dict` makes them; what is left out has its default.
+
+    Raises:
+        UserError: an unknown key, or a value out of range.
+    """
+    config = _build(Config, values, "")
+    _check(config)
+    return config
+
+
+def read(path: Path) -> Config:
+    """Read a YAML file that holds a configuration.
+
+    Raises:
+        UserError: the file is not YAML or holds no configuration.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: expected YAML ({error})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a mapping of options, found {type(values).__name__}")
+    return from_dict(values)
+
+
+def digits() -> dict[str, Any]:
+    """The bundled configuration: scikit-learn's handwritten digits in a few minutes on two CPU cores."""
+    import yaml
+
+    return yaml.safe_load(files("diffmtl_fast.train").joinpath("configs/digits.yaml").read_text())
+
+
+def differences(ours: Config, theirs: Config) -> dict[str, tuple[Any, Any]]:
+    """The options in which two configurations differ: both values by dotted name."""
+    left, right = _flatten(to_dict(ours)), _flatten(to_dict(theirs))
+    both = {key: (left.get(key), right.get(key)) for key in sorted(left.keys() | right.keys())}
+    return {key: values for key, values in both.items() if values[0] != values[1]}
+
+
+def _build(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
+    types = get_type_hints(cls)
+    unknown = sorted(set(values) - {item.name for item in fields(cls)})
+    if unknown:
+        known = ", ".join(item.name for item in fields(cls))
+        raise UserError(f"{prefix}{unknown[0]}: unknown option; expected one of {known}")
+    arguments = {}
+    for name, value in values.items():
+        if is_dataclass(types[name]):
+            if not isinstance(value, Mapping):
+                raise UserError(f"{prefix}{name}: expected a mapping of options, found {value!r}")
+            value = _build(types[name], value, f"{prefix}{name}.")
+        arguments[name] = value
+    return cls(**arguments)
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            # YAML has no tuples: (48, 96) and [48, 96] are the same setting.
+            flat[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _check(config: Config) -> None:
+    flat = _flatten(to_dict(config))
+    _one_of("method", config.method, METHODS)
+    _one_of("precision", config.precision, PRECISIONS)
+    _one_of("clusters.cost", config.clusters.cost, COSTS)
+    for key in (
+        "iterations",
+        "batch_size",
+        "accumulate",
+        "nash_update_every",
+        "clusters.k",
+        "sampling.steps",
+        "sampling.batch_size",
+        "logging.every",
+        "checkpoints.every",
+        "checkpoints.keep",
+    ):
+        _integer(key, flat[key], least=1)
+    for key in ("seed", "evaluation.num_samples", "logging.cosines_every"):
+        _integer(key, flat[key], least=0)
+    for key in ("clusters.min_size", "clusters.max_size"):
+        if flat[key] is not None:
+            _integer(key, flat[key], least=1)
+    _number("optimizer.lr", config.optimizer.lr, 0.0, math.inf, open_left=True)
+    _number("optimizer.weight_decay", config.optimizer.weight_decay, 0.0, math.inf)
+    _number("optimizer.clip", config.clip, 0.0, math.inf)
+    _number("ema_decay", config.ema_decay, 0.0, 1.0)
+    components = {
+        "model": config.model,
+        "scheduler": config.scheduler,
+        "data": config.data,
+        "sampling.scheduler": config.sampling.scheduler,
+    }
+    for key, component in components.items():
+        if "." not in component.path:
+            raise UserError(
+                f"{key}.path: expected an import path such as package.Class, found {component.path!r}"
+            )
+    if (config.clusters.cost == "affinity") != (config.clusters.affinity is not None):
+        raise UserError(
+            "clusters.affinity: expected a .npy file with cost affinity and none with another cost, "
+            f"found {config.clusters.affinity!r} with cost {config.clusters.cost}"
+        )
+
+
+def _one_of(key: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"{key}: expected one of {', '.join(choices)}, found {value!r}")
+
+
+def _integer(key: str, value: Any, *, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"{key}: expected an integer >= {least}, found {value!r}")
+
+
+def _number(key: str, value: Any, low: float, high: float, *, open_left: bool = False) -> None:
+    valid = isinstance(value, int | float) and not isinstance(value, bool)
+    if not valid or not low <= value <= high or (open_left and value == low) or math.isinf(value):
+        bounds = f"> {low:g}" if open_left else f">= {low:g}"
+        bounds += f" and <= {high:g}" if math.isfinite(high) else ""
+        raise UserError(f"{key}: expected a number {bounds}, found {value!r}")

@@ -1,0 +1,139 @@
+"""How close drawn pictures come to real ones, in the features of a small classifier of the real ones.
+
+Every figure stands beside the same figure for real test images, the floor, and for noise, the ceiling.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .._extras import require
+from .data import ImageData
+
+Array = NDArray[np.float64]
+
+HIDDEN_LAYERS = (128, 64)
+NEIGHBOURS = 3
+
+
+class Classifier:
+    """A multi-layer perceptron on pixels, trained on real images; its last hidden layer gives the features.
+
+    Args:
+        images: float32 [N, C, H, W].
+        labels: int64 [N].
+        seed: of its initial weights and data order.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, seed: int = 0) -> None:
+        networks = require("sklearn.neural_network", "train")
+        self._net = networks.MLPClassifier(HIDDEN_LAYERS, max_iter=300, random_state=seed)
+        self._net.fit(_flat(images), labels.numpy())
+
+    def features(self, images: Tensor) -> Array:
+        """Activations of the last hidden layer, [N, 64]."""
+        x = _flat(images)
+        for weight, bias in list(zip(self._net.coefs_, self._net.intercepts_, strict=True))[:-1]:
+            x = np.maximum(x @ weight + bias, 0.0)
+        return x
+
+    def agreement(self, images: Tensor, labels: Tensor) -> float:
+        """Fraction of images that it takes for their class."""
+        return float((self._net.predict(_flat(images)) == labels.numpy()).mean())
+
+
+def frechet_distance(a: Array, b: Array) -> float:
+    """Squared Fréchet distance of Gaussians fitted to two sets of features.
+
+    |μ_a - μ_b|² + tr(Σ_a + Σ_b - 2 (Σ_a^½ Σ_b Σ_a^½)^½), where the trace of the root is the sum of the roots of
+    the eigenvalues of a symmetric matrix: no general matrix root, which singular covariances upset.
+
+    Source: Heusel et al., "GANs Trained by a Two Time-Scale Update Rule", NeurIPS 2017.
+
+    Args:
+        a: [N, D].
+        b: [M, D].
+    """
+    root = _root(np.cov(a, rowvar=False))
+    covariance = np.cov(b, rowvar=False)
+    crossed = np.linalg.eigvalsh(root @ covariance @ root).clip(min=0.0)
+    distance = np.square(a.mean(0) - b.mean(0)).sum()
+    distance += np.trace(root @ root) + np.trace(covariance) - 2.0 * np.sqrt(crossed).sum()
+    return float(max(distance, 0.0))
+
+
+def precision_recall(real: Array, drawn: Array, k: int = NEIGHBOURS) -> tuple[float, float]:
+    """Fraction of drawn pictures among the real ones, and of real ones among the drawn.
+
+    A point lies among a set if it is no farther from one of its points than that point's k-th neighbour.
+
+    Source: Kynkäänniemi et al., "Improved Precision and Recall Metric for Assessing Generative Models",
+    NeurIPS 2019.
+
+    Args:
+        real: [N, D] with N > k.
+        drawn: [M, D] with M > k.
+        k: neighbours that a point's sphere reaches.
+    """
+    return _covered(real, drawn, k), _covered(drawn, real, k)
+
+
+def evaluate(data: ImageData, pictures: Tensor, labels: Tensor, seed: int) -> dict[str, Any]:
+    """Compare pictures with the data.
+
+    Args:
+        data: real images with labels.
+        pictures: float32 [N, C, H, W] in [-1, 1], N > 3.
+        labels: int64 [N], the classes that the pictures were drawn for.
+        seed: of the noise of the ceiling.
+
+    Returns:
+        ``samples``, ``floor`` (real test images) and ``ceiling`` (Gaussian noise), each with
+        ``frechet_distance``, ``precision``, ``recall`` and ``class_agreement``.
+    """
+    assert data.train_labels is not None
+    assert data.test_labels is not None
+    classifier = Classifier(data.train, data.train_labels)
+    real = classifier.features(data.train)
+    noise = np.random.default_rng(seed).standard_normal(tuple(pictures.shape)).clip(-1.0, 1.0)
+    sets = {
+        "samples": (pictures, labels),
+        "floor": (data.test, data.test_labels),
+        "ceiling": (Tensor(noise), labels),
+    }
+    return {name: _figures(classifier, real, *drawn) for name, drawn in sets.items()}
+
+
+def _figures(classifier: Classifier, real: Array, images: Tensor, labels: Tensor) -> dict[str, float]:
+    features = classifier.features(images)
+    precision, recall = precision_recall(real, features)
+    figures = {
+        "frechet_distance": frechet_distance(real, features),
+        "precision": precision,
+        "recall": recall,
+        "class_agreement": classifier.agreement(images, labels),
+    }
+    return {name: round(value, 4) for name, value in figures.items()}
+
+
+def _covered(support: Array, points: Array, k: int) -> float:
+    distances = _distances(support, support)
+    radii = np.sort(distances, axis=1)[:, k]  # column 0 is the point itself
+    return float((_distances(points, support) <= radii).any(axis=1).mean())
+
+
+def _distances(a: Array, b: Array) -> Array:
+    return require("scipy.spatial.distance", "train").cdist(a, b)
+
+
+def _root(matrix: Array) -> Array:
+    values, vectors = np.linalg.eigh(matrix)
+    return (vectors * np.sqrt(values.clip(min=0.0))) @ vectors.T
+
+
+def _flat(images: Tensor) -> Array:
+    return images.flatten(1).double().numpy()

@@ -1,0 +1,75 @@
+"""Files and folders that are whole or absent: written aside, synced to disk, then renamed into place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+TEMPORARY_PREFIX = ".tmp-"
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Write a file or a folder so that a crash leaves the old one or the new one, never a part.
+
+    Args:
+        target: the path to write. Its parent exists.
+
+    Yields:
+        A path beside it, with the same suffix, to be written as a file or created as a folder.
+    """
+    aside = target.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{target.name}")
+    _remove(aside)
+    try:
+        yield aside
+        _sync_tree(aside)
+        if target.is_dir():
+            # A folder cannot be renamed over another one. The old one gets a temporary name first, so that
+            # a crash while it is deleted leaves nothing that looks like a whole folder.
+            old = target.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-old-{target.name}")
+            os.replace(target, old)
+            os.replace(aside, target)
+            _remove(old)
+        else:
+            os.replace(aside, target)
+        _sync(target.parent)
+    finally:
+        _remove(aside)
+
+
+def remove(target: Path) -> None:
+    """Delete a file or a folder so that a crash on the way leaves nothing that looks like a whole one."""
+    aside = target.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-old-{target.name}")
+    os.replace(target, aside)
+    _remove(aside)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed process left half-written in a folder."""
+    for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync_tree(path: Path) -> None:
+    if path.is_dir():
+        for child in path.iterdir():
+            _sync_tree(child)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

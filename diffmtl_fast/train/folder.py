@@ -1,0 +1,150 @@
+"""The folder of a run and what lies in it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from . import checkpoint
+from .config import Config, read, to_dict
+from .errors import UserError
+from .files import TEMPORARY_PREFIX, remove, remove_leftovers, replacing
+
+
+class RunFolder:
+    """Paths of a run, and checks of its state.
+
+    Args:
+        path: the folder; it need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.log = path / "log.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.checkpoints = path / "checkpoints"
+        self.model = path / "model"
+        self.samples = path / "samples.png"
+        self.clusters = path / "clusters.png"
+        self.training = path / "training.png"
+        self.metrics = path / "metrics.json"
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a run.
+
+        Raises:
+            UserError: the path is no folder, or one that holds something else.
+        """
+        try:
+            entries = [entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")]
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise UserError(f"run folder {self}: cannot be read ({error.strerror})") from error
+        if self.config.is_file():
+            return True
+        # create() makes this one before the configuration is there.
+        if set(entries) - {self.checkpoints.name}:
+            raise UserError(
+                f"run folder {self}: expected a run or nothing, found other files and no config.yaml"
+            )
+        return False
+
+    def create(self) -> None:
+        """Make the folder.
+
+        Raises:
+            UserError: it cannot be written to.
+        """
+        nearest = self.path.absolute()
+        while not os.path.lexists(nearest):
+            nearest = nearest.parent
+        # The superuser may write anywhere; a folder that nobody may write to is still meant to stay as it is.
+        if nearest.is_dir() and not nearest.stat().st_mode & 0o222:
+            raise UserError(f"run folder {self}: cannot be written to ({nearest} is read-only)")
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            probe = self.path / f"{TEMPORARY_PREFIX}{os.getpid()}-probe"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"run folder {self}: cannot be written to ({error.strerror})") from error
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep a second training process out; the lock ends with the process, however that ends.
+
+        Raises:
+            UserError: another process trains in the folder.
+        """
+        with (self.path / ".lock").open("w") as file:
+            if sys.platform != "win32":
+                import fcntl
+
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise UserError(f"run folder {self}: another process is training in it") from error
+            for folder in (self.path, self.checkpoints):
+                remove_leftovers(folder)
+            yield
+
+    def read_config(self) -> Config:
+        """The configuration that the run was started with.
+
+        Raises:
+            UserError: there is no run.
+        """
+        if not self.begun:
+            raise UserError(f"run folder {self}: expected a run, found none; `diffmtl-fast train` makes one")
+        return read(self.config)
+
+    def write_config(self, config: Config) -> None:
+        """Save the configuration."""
+        import yaml
+
+        with replacing(self.config) as aside:
+            aside.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+
+    def checkpoint(self, chosen: Path | None = None) -> Path | None:
+        """The newest checkpoint, or the chosen one, verified; None if there is none yet.
+
+        Raises:
+            UserError: it is corrupt, or the chosen one is not there.
+        """
+        found = checkpoint.checkpoints(self.checkpoints)
+        if chosen is None:
+            path = found[-1] if found else None
+        else:
+            path = self.checkpoints / chosen.name
+            if path not in found or (chosen.parent != Path() and chosen.resolve() != path.resolve()):
+                names = ", ".join(each.name for each in found) or "none"
+                raise UserError(f"--checkpoint: expected one of {self.checkpoints} ({names}), found {chosen}")
+        if path is not None:
+            checkpoint.verify(path)
+        return path
+
+    def remove_newer(self, path: Path) -> None:
+        """Delete the checkpoints after one."""
+        for other in checkpoint.checkpoints(self.checkpoints):
+            if other.name > path.name:
+                remove(other)
+
+    def remove_outputs(self) -> None:
+        """Delete the model, the pictures and the metrics."""
+        for path in (self.model, self.samples, self.clusters, self.training, self.metrics):
+            if path.exists():
+                remove(path)
+
+    def outputs(self, config: Config) -> list[Path]:
+        """What a finished run leaves beside its logs and checkpoints."""
+        outputs = [self.model, self.samples, self.clusters, self.training]
+        return [*outputs, self.metrics] if config.evaluation.num_samples else outputs

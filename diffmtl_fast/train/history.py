@@ -1,0 +1,205 @@
+"""What training measured: averaged over a few iterations, then one line of log.jsonl and TensorBoard each."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._extras import require
+from .errors import TrainingDiverged, UserError
+
+
+def cosines(gramian: Tensor) -> Tensor:
+    """Cosines of the angles between cluster gradients, from their Gramian.
+
+    Args:
+        gramian: [K, K] inner products.
+
+    Returns:
+        [K, K]; NaN in the rows of clusters without a gradient.
+    """
+    norms = gramian.diagonal().sqrt()
+    return (gramian / (norms[:, None] * norms)).clamp(-1.0, 1.0)
+
+
+class History:
+    """Collects per-cluster figures on the device and writes their means.
+
+    Nothing is copied to the host between two lines, so that logging does not hold up a GPU.
+
+    Args:
+        path: the JSONL file; lines are appended.
+        tensorboard: folder of the TensorBoard event files, or None.
+        start: iterations done before, for TensorBoard to forget what came after them.
+    """
+
+    def __init__(self, path: Path, tensorboard: Path | None = None, start: int = 0) -> None:
+        self._file = path.open("ab")
+        self._writer: Any = None
+        if tensorboard is not None:
+            summary = require("torch.utils.tensorboard", "train").SummaryWriter
+            self._writer = summary(str(tensorboard), purge_step=start + 1 if start else None)
+        self._losses: list[Tensor] = []
+        self._present: list[Tensor] = []
+        self._weights: list[Tensor] = []
+        self._cosines: list[Tensor] = []
+        self._norms: list[Tensor] = []
+
+    def add(
+        self,
+        losses: Tensor,
+        present: Tensor,
+        weights: Tensor | None = None,
+        gramian: Tensor | None = None,
+    ) -> None:
+        """Take in one backward pass.
+
+        Args:
+            losses: [K] mean loss of every cluster.
+            present: bool [K], the clusters that have samples.
+            weights: [K] weights of the clusters.
+            gramian: [K, K] Gramian of their gradients.
+        """
+        self._losses.append(losses.detach())
+        self._present.append(present)
+        if weights is not None:
+            self._weights.append(weights.detach())
+        if gramian is not None:
+            self._cosines.append(cosines(gramian.detach().float()))
+
+    def add_gradient_norm(self, norm: Tensor) -> None:
+        """Take in the gradient norm of an optimizer step, before clipping."""
+        self._norms.append(norm.detach())
+
+    def check(self, iteration: int) -> None:
+        """Raise if a loss since the last line is not finite.
+
+        Raises:
+            TrainingDiverged: with the first such cluster.
+        """
+        if not self._losses:
+            return
+        bad = torch.stack(self._present) & ~torch.stack(self._losses).isfinite()
+        if bad.any():
+            cluster = int(bad.nonzero()[0, 1])
+            raise TrainingDiverged(
+                f"the loss of cluster {cluster} is not finite at or before iteration {iteration}"
+            )
+
+    def flush(self, iteration: int, **scalars: float) -> dict[str, Any]:
+        """Write the means since the last line.
+
+        Args:
+            iteration: optimizer steps done.
+            **scalars: further numbers of the line.
+
+        Returns:
+            The line: ``losses`` [K] with None for a cluster never seen, their mean ``loss``, and what else
+            was measured of ``weights`` [K], ``cosines`` [K][K], ``gradient_norm``.
+        """
+        self.check(iteration)
+        losses = _masked_mean(self._losses, self._present)
+        line: dict[str, Any] = {
+            "iteration": iteration,
+            "loss": float(losses.nanmean()),
+            "losses": _plain(losses),
+        }
+        if self._weights:
+            line["weights"] = _plain(_masked_mean(self._weights, self._present))
+        if self._cosines:
+            line["cosines"] = _plain(torch.stack(self._cosines).nanmean(0))
+        if self._norms:
+            line["gradient_norm"] = float(torch.stack(self._norms).mean())
+        line |= scalars
+        self._file.write(json.dumps(line).encode() + b"\n")
+        self._file.flush()
+        self._to_tensorboard(line)
+        for part in (self._losses, self._present, self._weights, self._cosines, self._norms):
+            part.clear()
+        return line
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is collected but not yet written, and the length of the file."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return {
+            "bytes": self._file.tell(),
+            "losses": self._losses,
+            "present": self._present,
+            "weights": self._weights,
+            "cosines": self._cosines,
+            "norms": self._norms,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Cut the file back to where :meth:`state_dict` was taken, so that no line appears twice.
+
+        Raises:
+            UserError: the file has been shortened since.
+        """
+        found = self._file.seek(0, os.SEEK_END)
+        if found < state["bytes"]:
+            raise UserError(
+                f"{self._file.name}: expected the {state['bytes']} bytes of the checkpoint, found {found}"
+            )
+        self._file.truncate(state["bytes"])
+        self._file.seek(0, os.SEEK_END)
+        for part, saved in (
+            (self._losses, state["losses"]),
+            (self._present, state["present"]),
+            (self._weights, state["weights"]),
+            (self._cosines, state["cosines"]),
+            (self._norms, state["norms"]),
+        ):
+            part[:] = [tensor.to(device) for tensor in saved]
+
+    def close(self) -> None:
+        """Close the files."""
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _to_tensorboard(self, line: dict[str, Any]) -> None:
+        if self._writer is None:
+            return
+        step = line["iteration"]
+        for name in ("loss", "gradient_norm"):
+            if name in line:
+                self._writer.add_scalar(name, line[name], step)
+        for name in ("losses", "weights"):
+            for cluster, value in enumerate(line.get(name, ())):
+                if value is not None:
+                    self._writer.add_scalar(f"{name}/cluster_{cluster}", value, step)
+        for i, row in enumerate(line.get("cosines", ())):
+            for j in range(i):
+                if row[j] is not None:
+                    self._writer.add_scalar(f"cosines/{j}_{i}", row[j], step)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log.jsonl file."""
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def _masked_mean(values: list[Tensor], present: list[Tensor]) -> Tensor:
+    mask = torch.stack(present)
+    total = torch.where(mask, torch.stack(values).float(), 0.0).sum(0)
+    return total / mask.sum(0)
+
+
+def _plain(values: Tensor) -> Any:
+    """Nested lists with None for NaN, which JSON does not have."""
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, list):
+            return [convert(item) for item in value]
+        return None if math.isnan(value) else value
+
+    return convert(values.tolist())

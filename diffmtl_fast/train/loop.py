@@ -1,0 +1,222 @@
+"""The training loop: one ordinary loop in which ClusteredMTL takes the place of ``loss.mean().backward()``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..clustering import IntervalClustering
+from ..diffusion import log_snr
+from ..gradients import ClusteredMTL
+from ..weighting import param_groups
+from . import checkpoint
+from .components import (
+    build_clusters,
+    build_data,
+    build_model,
+    build_scheduler,
+    build_weighting,
+    condition,
+    prediction,
+    resolve_device,
+)
+from .config import Config
+from .data import EpochSampler
+from .ema import Ema
+from .errors import TrainingDiverged, UserError
+from .history import History
+from .progress import Progress
+
+
+class Trainer:
+    """Everything that training changes, and the step that changes it.
+
+    Args:
+        config: the configuration. Its components are built here, so that a bad one is refused before anything
+            is written.
+
+    Attributes:
+        iteration: optimizer steps done.
+
+    Raises:
+        UserError: a part of the configuration cannot be used.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.device = resolve_device(config.device)
+        self.data = build_data(config)
+        self.scheduler = build_scheduler(config)
+        self.clusters = build_clusters(
+            config.clusters, lambda: log_snr(self.scheduler), self.scheduler.config.num_train_timesteps
+        )
+        self.model = build_model(config, self.data, self.device)
+        self.ema = Ema(self.model, config.ema_decay)
+        self.weighting = build_weighting(config, self.device)
+        if self.weighting is None:
+            self.mtl, groups = None, [{"params": [p for p in self.model.parameters() if p.requires_grad]}]
+        else:
+            self.mtl = ClusteredMTL(self.model, num_clusters=self.clusters.k, weighting=self.weighting)
+            groups = param_groups(self.model, self.weighting)
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=config.optimizer.lr, weight_decay=config.optimizer.weight_decay
+        )
+        # Fresh dropout masks and the like come from torch's own generators: build_model seeded them.
+        self.generator = torch.Generator(self.device).manual_seed(config.seed)
+        self.sampler = EpochSampler(len(self.data.train), self.generator)
+        self._images = self.data.train.to(self.device)
+        self._labels = None if self.data.train_labels is None else self.data.train_labels.to(self.device)
+        self.iteration = 0
+
+    def fit(self, folder: Path, history: History, progress: Progress) -> None:
+        """Train up to the configured iteration.
+
+        Args:
+            folder: where checkpoints go. The last one is that of the last iteration.
+            history: receives the figures of every step.
+            progress: receives every iteration.
+
+        Raises:
+            TrainingDiverged: a loss or a weight is not finite; the checkpoints before it stay.
+        """
+        self.model.train()
+        begun = time.perf_counter()
+        total = self.config.iterations
+        while self.iteration < total:
+            self.step(history)
+            line = None
+            if self.iteration % self.config.logging.every == 0 or self.iteration == total:
+                line = history.flush(self.iteration, seconds=round(time.perf_counter() - begun, 3))
+            progress.update(self.iteration, line)
+            if self.iteration % self.config.checkpoints.every == 0 or self.iteration == total:
+                self.save(folder, history)
+
+    def step(self, history: History) -> None:
+        """One optimizer step."""
+        every = self.config.logging.cosines_every
+        if self.mtl is not None:
+            self.mtl.measure_gramian = every > 0 and self.iteration % every == 0
+        self.optimizer.zero_grad(set_to_none=True)
+        for _ in range(self.config.accumulate):
+            self._backward(history)
+        norm = self._finish_gradients()
+        if norm is not None:
+            history.add_gradient_norm(norm)
+        self.optimizer.step()
+        self.ema.update(self.model)
+        self.iteration += 1
+
+    def save(self, folder: Path, history: History) -> Path:
+        """Write a checkpoint, unless training has diverged.
+
+        Raises:
+            TrainingDiverged: a loss or a weight is not finite.
+        """
+        history.check(self.iteration)
+        for name, parameter in self.model.named_parameters():
+            if not parameter.isfinite().all():
+                raise TrainingDiverged(f"the weights {name} are not finite at iteration {self.iteration}")
+        return checkpoint.save(
+            folder,
+            self.iteration,
+            {"model": self.model, "ema": self.ema.model},
+            {
+                "iteration": self.iteration,
+                "device": self.device.type,
+                "clusters": self.clusters.to_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "weighting": None if self.weighting is None else self.weighting.state_dict(),
+                "ema_updates": self.ema.updates,
+                "sampler": self.sampler.state_dict(),
+                "history": history.state_dict(),
+                "generator": self.generator.get_state(),
+                "torch_rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            },
+            self.config.checkpoints.keep,
+        )
+
+    def load(self, path: Path, history: History) -> None:
+        """Continue from a verified checkpoint.
+
+        Raises:
+            UserError: it was written on another type of device, whose random numbers cannot be continued here.
+        """
+        state = checkpoint.load_state(path)
+        if state["device"] != self.device.type:
+            raise UserError(
+                f"device: expected {state['device']}, on which {path} was written, found {self.device.type}"
+            )
+        checkpoint.load_module(path, "model", self.model)
+        checkpoint.load_module(path, "ema", self.ema.model)
+        self.clusters = IntervalClustering.from_dict(state["clusters"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.weighting is not None:
+            self.weighting.load_state_dict(state["weighting"])
+        self.ema.updates = state["ema_updates"]
+        self.generator.set_state(state["generator"])
+        self.sampler.load_state_dict(state["sampler"])
+        history.load_state_dict(state["history"], self.device)
+        torch.set_rng_state(state["torch_rng"])
+        if state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        self.iteration = state["iteration"]
+
+    def _backward(self, history: History) -> None:
+        """Forward and backward of one batch; gradients are added to ``.grad``."""
+        index = self.sampler.next(self.config.batch_size)
+        images = self._images[index]
+        labels = None if self._labels is None else self._labels[index]
+        t, cluster = self._draw_timesteps(len(images))
+        noise = torch.randn(images.shape, generator=self.generator, device=self.device)
+        noisy = self.scheduler.add_noise(images, noise, t)
+        target = self._target(images, noise, t)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            if self.mtl is None:
+                output = self.model(noisy, t, **condition(labels))
+            else:
+                output = self.mtl(noisy, t, **condition(labels), cluster=cluster)
+        loss = ops.sample_mse(prediction(output), target)
+        if self.mtl is None:
+            loss.mean().backward()
+            present = torch.zeros(self.clusters.k, dtype=torch.bool, device=self.device)
+            losses = ops.cluster_mean(loss.detach(), cluster, self.clusters.k)
+            history.add(losses, present.index_fill(0, cluster, True))
+            return
+        self.mtl.backward(loss)
+        last = self.mtl.last
+        assert last is not None  # set by backward
+        history.add(last.losses, last.present, last.weights, last.gramian)
+
+    def _draw_timesteps(self, count: int) -> tuple[Tensor, Tensor]:
+        """Timesteps and their clusters: stratified for the multi-task methods, uniform for vanilla."""
+        if self.mtl is not None:
+            return self.clusters.sample(count, device=self.device, generator=self.generator)
+        t = torch.randint(self.clusters.num_timesteps, (count,), generator=self.generator, device=self.device)
+        return t, self.clusters.assign(t)
+
+    def _target(self, images: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        kind = self.scheduler.config.get("prediction_type", "epsilon")
+        if kind == "epsilon":
+            return noise
+        if kind == "v_prediction":
+            return self.scheduler.get_velocity(images, noise, t)
+        if kind == "sample":
+            return images
+        raise UserError(
+            f"scheduler.args.prediction_type: expected epsilon, v_prediction or sample, found {kind!r}"
+        )
+
+    def _finish_gradients(self) -> Tensor | None:
+        """Average over the accumulated batches, then clip; the norm before, if it was needed."""
+        if self.config.accumulate > 1:
+            for group in self.optimizer.param_groups:
+                grads = [p.grad for p in group["params"] if p.grad is not None]
+                torch._foreach_div_(grads, self.config.accumulate)
+        if self.config.clip == 0:
+            return None
+        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)

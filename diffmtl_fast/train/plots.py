@@ -1,0 +1,180 @@
+"""The pictures of a run. Figures are made without pyplot, so that no window system or global state is needed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .._extras import require
+from ..clustering import IntervalClustering
+
+DPI = 150
+# matplotlib's ten-colour cycle is qualitative; noise levels are ordered, so clusters take a sequential map.
+COLOUR_MAP = "viridis"
+
+
+def samples(path: Path, pictures: Tensor, labels: Tensor | None, title: str) -> None:
+    """A grid of pictures, one row per class.
+
+    Args:
+        path: the picture file.
+        pictures: [N, C, H, W] in [-1, 1].
+        labels: [N] classes; None for one square grid.
+        title: above the grid.
+    """
+    rows = _rows(pictures, labels)
+    columns = max(len(row) for _, row in rows)
+    images = ((pictures.clamp(-1, 1) + 1) / 2).movedim(1, -1).numpy()
+    height, width = images.shape[1:3]
+    size = 0.55
+    figure = _figure(size * columns * width / height + 0.4, size * len(rows) + 0.45)
+    grid = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw={"wspace": 0.06, "hspace": 0.06})
+    for axes, (name, row) in zip(grid, rows, strict=True):
+        for axis in axes:
+            axis.set_axis_off()
+        for axis, index in zip(axes, row, strict=False):
+            axis.imshow(images[index].squeeze(), cmap="gray", vmin=0, vmax=1)
+        if name is not None:
+            axes[0].text(-0.25, 0.5, name, transform=axes[0].transAxes, ha="right", va="center", fontsize=11)
+    figure.suptitle(title, fontsize=11)
+    _save(figure, path)
+
+
+def clusters(path: Path, clustering: IntervalClustering, log_snr: NDArray[np.float64], title: str) -> None:
+    """The log-SNR curve with the clusters' intervals shaded.
+
+    Args:
+        path: the picture file.
+        clustering: the clusters.
+        log_snr: [T].
+        title: above the curve.
+    """
+    figure = _figure(7.0, 3.6)
+    axis = figure.subplots()
+    colours = _colours(clustering.k)
+    edges = clustering.boundaries
+    for cluster, (left, right) in enumerate(itertools.pairwise(edges)):
+        axis.axvspan(left, right, color=colours[cluster], alpha=0.25, linewidth=0)
+        axis.text(
+            (left + right) / 2,
+            0.96,
+            f"{cluster}\n[{left}, {right})",
+            transform=axis.get_xaxis_transform(),
+            ha="center",
+            va="top",
+            fontsize=9 if clustering.k <= 8 else 6,
+        )
+    axis.plot(np.arange(len(log_snr)), log_snr, color="black", linewidth=1.8)
+    low, high = float(log_snr.min()), float(log_snr.max())
+    axis.set_ylim(low - 0.05 * (high - low), high + 0.25 * (high - low))  # room for the labels
+    axis.set_xlim(0, clustering.num_timesteps)
+    axis.set_xlabel("timestep t")
+    axis.set_ylabel("log-SNR")
+    axis.set_title(title, fontsize=11)
+    _save(figure, path)
+
+
+def training(path: Path, lines: Sequence[dict[str, Any]], title: str) -> None:
+    """Losses, weights and gradient cosines of the clusters over the iterations.
+
+    Args:
+        path: the picture file.
+        lines: lines of log.jsonl.
+        title: above the panels.
+    """
+    panels = [("losses", "loss of each cluster")]
+    if any("weights" in line for line in lines):
+        panels.append(("weights", "weight of each cluster"))
+    if any("cosines" in line for line in lines):
+        panels.append(("cosines", "cosine of cluster gradients"))
+    figure = _figure(4.6 * len(panels), 3.6)
+    for axis, (name, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        used = [line for line in lines if name in line]
+        steps = np.array([line["iteration"] for line in used])
+        values = np.array([line[name] for line in used], dtype=float)  # None becomes NaN
+        if name == "cosines":
+            _plot_cosines(axis, steps, values)
+        else:
+            _plot_clusters(axis, steps, values)
+        if name == "losses":
+            axis.set_yscale("log")
+        axis.set_xlabel("iteration")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.25)
+    figure.suptitle(title, fontsize=11)
+    _save(figure, path)
+
+
+def smooth(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
+    """Running mean over the last ``width`` rows, NaN left out.
+
+    Args:
+        values: [N, ...].
+        width: rows of a full window; the first windows are shorter.
+    """
+    valid = np.isfinite(values)
+    total = np.cumsum(np.where(valid, values, 0.0), axis=0)
+    count = np.cumsum(valid, axis=0, dtype=float)
+    for running in (total, count):
+        running[width:] -= running[:-width].copy()
+    return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+
+
+def _plot_clusters(axis: Any, steps: NDArray[np.int64], values: NDArray[np.float64]) -> None:
+    colours = _colours(values.shape[1])
+    lines = smooth(values, _window(len(steps)))
+    for cluster, colour in enumerate(colours):
+        axis.plot(steps, values[:, cluster], color=colour, alpha=0.2, linewidth=0.8)
+        axis.plot(steps, lines[:, cluster], color=colour, label=f"cluster {cluster}")
+    if len(colours) <= 10:
+        axis.legend(fontsize=8, frameon=False)
+
+
+def _plot_cosines(axis: Any, steps: NDArray[np.int64], values: NDArray[np.float64]) -> None:
+    """One line per pair of clusters, coloured by how far apart they are."""
+    number = values.shape[1]
+    colours = _colours(max(number - 1, 1))
+    lines = smooth(values, _window(len(steps)))
+    axis.axhline(0.0, color="black", linewidth=0.8)
+    for distance in range(1, number):
+        for i in range(number - distance):
+            label = f"{distance} apart" if i == 0 else None
+            axis.plot(
+                steps, lines[:, i, i + distance], color=colours[distance - 1], linewidth=1.0, label=label
+            )
+    axis.set_ylim(-1.02, 1.02)
+    if number <= 10:
+        axis.legend(fontsize=8, frameon=False, title="clusters", title_fontsize=8)
+
+
+def _window(lines: int) -> int:
+    return max(1, lines // 15)
+
+
+def _rows(pictures: Tensor, labels: Tensor | None) -> list[tuple[str | None, list[int]]]:
+    if labels is None:
+        side = int(np.ceil(np.sqrt(len(pictures))))
+        return [
+            (None, list(range(start, min(start + side, len(pictures)))))
+            for start in range(0, len(pictures), side)
+        ]
+    return [(str(label), (labels == label).nonzero()[:, 0].tolist()) for label in labels.unique().tolist()]
+
+
+def _colours(count: int) -> list[Any]:
+    colour_map = require("matplotlib", "train").colormaps[COLOUR_MAP]
+    return [colour_map(value) for value in np.linspace(0.0, 0.9, count)]
+
+
+def _figure(width: float, height: float) -> Any:
+    return require("matplotlib.figure", "train").Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=DPI)

@@ -1,0 +1,126 @@
+"""Training from start, or from where it stopped, to the pictures and metrics."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from ..diffusion import log_snr
+from . import checkpoint, history, plots
+from .config import Config, differences
+from .errors import UserError
+from .files import replacing
+from .folder import RunFolder
+from .history import History
+from .loop import Trainer
+from .progress import open_progress
+from .trained import Trained
+
+# What may differ when a run is resumed, because the iterations already done do not depend on it. A run may be
+# made longer: no schedule looks at its length. Of the device the type alone counts, and Trainer.load compares it.
+FREE_ON_RESUME = {"iterations", "device", "checkpoints.every", "checkpoints.keep", "logging.tensorboard"}
+
+
+def train(config: Config, run: RunFolder, *, resume: bool = False, chosen: Path | None = None) -> None:
+    """Train, then write the weights, the pictures and the metrics.
+
+    Args:
+        config: the configuration.
+        run: where.
+        resume: continue the run that is there, if there is one.
+        chosen: checkpoint to continue from instead of the newest; newer ones are deleted.
+
+    Raises:
+        UserError: the run cannot be started or continued as asked.
+        TrainingDiverged: a loss or a weight is not finite.
+    """
+    begun = run.begun
+    if begun and not resume:
+        raise UserError(
+            f"run folder {run}: holds a run already; --resume continues it, --run-dir names another"
+        )
+    if chosen is not None and not begun:
+        raise UserError(f"--checkpoint: expected an existing run and --resume, found no run in {run}")
+    if begun:
+        _check_same(config, run.read_config())
+        last = run.checkpoint(chosen)
+        if last is not None and _complete(config, run, last):
+            print(f"{run} is already complete")
+            return
+    trainer = Trainer(config)  # before the folder is made, so that a bad option leaves nothing behind
+    run.create()
+    with run.lock():
+        run.write_config(config)
+        _fit(trainer, run, chosen)
+        _write_outputs(trainer, run)
+    print(f"finished; see {run}")
+
+
+def _check_same(config: Config, before: Config) -> None:
+    for key, (now, then) in differences(config, before).items():
+        if key not in FREE_ON_RESUME:
+            raise UserError(f"{key}: expected {then!r}, as in the run that --resume continues, found {now!r}")
+
+
+def _complete(config: Config, run: RunFolder, last: Path) -> bool:
+    done = checkpoint.iteration(last)
+    if done > config.iterations:
+        raise UserError(
+            f"iterations: expected at least {done}, which the run has done, found {config.iterations}"
+        )
+    return done == config.iterations and all(path.exists() for path in run.outputs(config))
+
+
+def _fit(trainer: Trainer, run: RunFolder, chosen: Path | None) -> None:
+    """Train from the checkpoint, if there is one, to the last iteration."""
+    start = run.checkpoint(chosen)
+    if start is None:
+        run.log.unlink(missing_ok=True)
+        shutil.rmtree(run.tensorboard, ignore_errors=True)
+    else:
+        run.remove_newer(start)
+    begun_at = 0 if start is None else checkpoint.iteration(start)
+    if begun_at < trainer.config.iterations:
+        # Those of a shorter run would pass for this one's.
+        run.remove_outputs()
+    tensorboard = run.tensorboard if trainer.config.logging.tensorboard else None
+    log = History(run.log, tensorboard, begun_at)
+    progress = open_progress(trainer.config.iterations, begun_at)
+    try:
+        if start is not None:
+            trainer.load(start, log)
+            print(f"continuing {run} from iteration {trainer.iteration}")
+        trainer.fit(run.checkpoints, log, progress)
+    finally:
+        progress.close()
+        log.close()
+
+
+def _write_outputs(trainer: Trainer, run: RunFolder) -> None:
+    """Write what is not there yet; a run killed on the way has a part of it."""
+    trained = Trained(trainer.config, trainer.data, trainer.scheduler, trainer.ema.model, trainer.iteration)
+    writers: dict[Path, Callable[[Path], object]] = {
+        run.model: trained.write_model,
+        run.clusters: lambda path: write_clusters(trainer, path),
+        run.training: lambda path: write_training(run, trained.title, path),
+        run.samples: trained.write_samples,
+        run.metrics: trained.write_metrics,
+    }
+    for path in run.outputs(trainer.config):
+        if not path.exists():
+            print(f"writing {path}", flush=True)
+            writers[path](path)
+
+
+def write_clusters(trainer: Trainer, path: Path) -> None:
+    """Draw the clusters of a run."""
+    title = f"{trainer.clusters.k} {trainer.config.clusters.cost} clusters"
+    with replacing(path) as aside:
+        plots.clusters(aside, trainer.clusters, log_snr(trainer.scheduler), title)
+
+
+def write_training(run: RunFolder, title: str, path: Path) -> None:
+    """Draw the course of a run from its log."""
+    with replacing(path) as aside:
+        plots.training(aside, history.read(run.log), title)

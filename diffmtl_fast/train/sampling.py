@@ -1,0 +1,88 @@
+"""Drawing pictures from a trained denoiser."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .components import condition, import_object, prediction
+from .config import Sampling
+from .errors import blame
+
+
+def build_sampler(config: Sampling, scheduler: Any) -> Any:
+    """The sampler, on the noise schedule of training.
+
+    Raises:
+        UserError: it cannot be made from that schedule.
+    """
+    sampler_class: Any = import_object("sampling.scheduler", config.scheduler.path)
+    with blame("sampling", (AttributeError, TypeError, ValueError)):
+        sampler = sampler_class.from_config(scheduler.config, **config.scheduler.args)
+        sampler.set_timesteps(config.steps)
+    return sampler
+
+
+@torch.no_grad()
+def draw(
+    model: nn.Module,
+    scheduler: Any,
+    config: Sampling,
+    shape: Sequence[int],
+    labels: Tensor | None,
+    seed: int,
+) -> Tensor:
+    """Denoise pictures from noise.
+
+    The noise comes from a CPU generator, so that a seed gives the same pictures whatever the device and the
+    batch size, up to rounding.
+
+    Args:
+        model: the denoiser; the EMA weights give the best pictures.
+        scheduler: the scheduler of training.
+        config: sampler, steps, batch size.
+        shape: [N, C, H, W].
+        labels: int64 [N] classes, or None.
+        seed: of the noise.
+
+    Returns:
+        float32 [N, C, H, W] on the CPU, clipped to [-1, 1].
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(tuple(shape), generator=generator)
+    model.eval()
+    parts = []
+    for start in range(0, len(noise), config.batch_size):
+        part = slice(start, start + config.batch_size)
+        parts.append(
+            _denoise(
+                model,
+                build_sampler(config, scheduler),
+                noise[part].to(device),
+                None if labels is None else labels[part].to(device),
+                generator,
+            )
+        )
+    return torch.cat(parts).clamp(-1.0, 1.0)
+
+
+def balanced_labels(count: int, num_classes: int) -> Tensor | None:
+    """Classes 0, 1, ... C-1, 0, 1, ..., int64 [count]; None for data without classes."""
+    return torch.arange(count) % num_classes if num_classes else None
+
+
+def _denoise(
+    model: nn.Module, sampler: Any, x: Tensor, labels: Tensor | None, generator: torch.Generator
+) -> Tensor:
+    stochastic = "generator" in inspect.signature(sampler.step).parameters
+    x = x * sampler.init_noise_sigma
+    for t in sampler.timesteps:
+        scaled = sampler.scale_model_input(x, t)
+        output = prediction(model(scaled, t.to(x.device).expand(len(x)), **condition(labels)))
+        x = sampler.step(output.float(), t, x, **({"generator": generator} if stochastic else {})).prev_sample
+    return x.float().cpu()
