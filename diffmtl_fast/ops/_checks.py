@@ -43,6 +43,18 @@ def check_pair(pred: Tensor, target: Tensor) -> None:
         raise ValueError(f"pred: expected at least one element per sample, found {list(pred.shape)}")
 
 
+def check_weight(weight: Tensor | None, pred: Tensor) -> None:
+    """Refuse per-sample weights that are not a floating-point constant [B] beside `pred`."""
+    if weight is None:
+        return
+    check_floating(weight=weight)
+    check_same_device(pred=pred, weight=weight)
+    if weight.shape != pred.shape[:1]:
+        raise ValueError(f"weight: expected shape {list(pred.shape[:1])}, found {list(weight.shape)}")
+    if weight.requires_grad:
+        raise ValueError("weight: expected a constant, found a tensor that requires a gradient")
+
+
 def check_cluster(cluster: Tensor, k: int, batch_size: int) -> None:
     """Refuse cluster indices that are not int64 [B] in 0..k-1 (the range is checked on the CPU only)."""
     if k < 1:

@@ -16,9 +16,7 @@ from torch import Tensor
 _LIBRARY = torch.library.Library("diffmtl", "DEF")
 
 
-def define_op(
-    schema: str, *, plain: Callable[..., Tensor], fake: Callable[..., Tensor]
-) -> Callable[..., Any]:
+def define_op(schema: str, *, plain: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Define ``diffmtl::<schema>`` with its plain definition and its shape function.
 
     Args:
@@ -36,7 +34,7 @@ def define_op(
     return getattr(torch.ops.diffmtl, name).default
 
 
-def register_kernel(name: str, dispatch_key: str, kernel: Callable[..., Tensor]) -> None:
+def register_kernel(name: str, dispatch_key: str, kernel: Callable[..., Any]) -> None:
     """Use `kernel` instead of the plain definition on one device (`"CPU"` or `"CUDA"`)."""
     _LIBRARY.impl(name, kernel, dispatch_key)
 

@@ -16,6 +16,11 @@ def _membership(cluster: Tensor, k: int) -> Tensor:
     return cluster == torch.arange(k, device=cluster.device).unsqueeze(1)
 
 
+def cluster_sizes(cluster: Tensor, k: int) -> Tensor:
+    """Count the samples of each cluster, int64 [k], without synchronisation."""
+    return _membership(cluster, k).sum(1)
+
+
 def cluster_mean_plain(values: Tensor, cluster: Tensor, k: int) -> Tensor:
     """Compute `cluster_mean` by its definition."""
     members = _membership(cluster, k)
@@ -26,8 +31,7 @@ def cluster_mean_plain(values: Tensor, cluster: Tensor, k: int) -> Tensor:
 
 def cluster_mean_backward_plain(grad: Tensor, cluster: Tensor) -> Tensor:
     """Compute the gradient by the values, grad[cluster_b] / (size of cluster_b), [B]."""
-    sizes = _membership(cluster, grad.shape[0]).sum(1).clamp(min=1)
-    return (grad / sizes)[cluster]
+    return (grad / cluster_sizes(cluster, grad.shape[0]).clamp(min=1))[cluster]
 
 
 _cluster_mean = define_op(

@@ -90,6 +90,38 @@ def test_a_nan_stays_in_its_own_cluster(device):
     assert means[1] == 2
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_multiply_the_samples(dtype, device, generator):
+    pred, target = (draw((6, 3, 5), dtype, generator) for _ in range(2))
+    weight = torch.rand(6, generator=generator, device=device)
+    cluster = torch.tensor([0, 2, 2, 0, 0, 2], device=device)
+    pred64 = pred.double().requires_grad_()
+    weighted = weight.double() * sample_mse_by_hand(pred64, target)
+    assert relative_error(ops.sample_mse(pred, target, weight), weighted) <= TOLERANCE[dtype]
+
+    pred.requires_grad_()
+    losses, counts = ops.cluster_mse(pred, target, cluster, 3, weight, return_counts=True)
+    expected = cluster_means_by_hand(weighted, cluster, 3)
+    assert counts.tolist() == [3, 0, 3]
+    assert relative_error(losses, expected) <= TOLERANCE[dtype]
+    (losses * torch.tensor([1.0, 2.0, 3.0], device=device)).sum().backward()
+    (expected * torch.tensor([1.0, 2.0, 3.0], device=device)).sum().backward()
+    assert relative_error(pred.grad, pred64.grad) <= GRADIENT_TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(
+    ("weight", "error", "message"),
+    [
+        (torch.ones(3), ValueError, r"expected shape \[2\], found \[3\]"),
+        (torch.ones(2, dtype=torch.int64), TypeError, "found torch.int64"),
+        (torch.ones(2, requires_grad=True), ValueError, "expected a constant"),
+    ],
+)
+def test_bad_weights_are_refused(weight, error, message):
+    with pytest.raises(error, match=message):
+        ops.sample_mse(torch.zeros(2, 3), torch.zeros(2, 3), weight)
+
+
 def test_mixed_dtypes_promote(device, generator):
     pred, target = draw((4, 5), torch.bfloat16, generator), draw((4, 5), torch.float32, generator)
     loss = ops.sample_mse(pred.requires_grad_(), target)
@@ -159,5 +191,5 @@ def test_cluster_mse_refuses(cluster, k, error, message):
 def test_double_backward_is_refused(device):
     pred = torch.ones(2, 2, device=device, requires_grad=True)
     (grad,) = torch.autograd.grad(ops.sample_mse(pred, torch.zeros_like(pred)).sum(), pred, create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivative of sample_mse"):
+    with pytest.raises(RuntimeError, match="second derivative of the squared error"):
         grad.sum().backward()
