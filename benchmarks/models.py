@@ -1,0 +1,134 @@
+"""The models that training steps are timed on, each with a batch; small enough for two CPU cores."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.reference import Batch
+from diffmtl_fast._extras import require
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and a batch.
+
+    ``options`` are the model's keyword arguments; a diffusers model returns a tuple with ``return_dict=False``.
+    """
+
+    name: str
+    model: nn.Module
+    batch: Batch
+    options: dict[str, Any]
+
+    def predict(self, model: nn.Module, batch: Batch, **extra: Any) -> Tensor:
+        """Run the model, or a wrapper of it, on a batch."""
+        output = model(*batch.inputs, **self.options, **extra)
+        return output[0] if isinstance(output, tuple) else output
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the per-sample mean squared errors, [B]."""
+        return _sample_mse(self.predict(model, batch), batch.target)
+
+
+def _sample_mse(pred: Tensor, target: Tensor) -> Tensor:
+    return (pred - target).square().flatten(1).mean(1)
+
+
+def _batch(channels: int, size: int, batch_size: int, num_clusters: int, *labels: Tensor) -> Batch:
+    """Draw a batch sorted by cluster, as a stratified sampler does.
+
+    The targets of neighbouring clusters lean to opposite sides. In an untrained model the gradients of all
+    noise levels agree, and gradient surgery, which the gate is to check, would have nothing to do.
+    """
+    x, noise = torch.randn(2, batch_size, channels, size, size)
+    cluster = torch.arange(batch_size) * num_clusters // batch_size
+    t = cluster * 1000 // num_clusters + torch.randint(1000 // num_clusters, (batch_size,))
+    lean = 0.7 - 1.4 * (cluster % 2).view(-1, 1, 1, 1)
+    return Batch((x, t, *labels), noise + lean, cluster)
+
+
+class DiT(nn.Module):
+    """A diffusion transformer with adaptive layer norm (Peebles & Xie, 2023) and SiLU time embedding.
+
+    Modulation starts at PyTorch's defaults instead of zero, so that every parameter has a gradient to compare.
+    """
+
+    def __init__(
+        self, width: int = 192, depth: int = 6, heads: int = 3, channels: int = 3, size: int = 16
+    ) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(channels, width, kernel_size=2, stride=2)
+        self.position = nn.Parameter(0.02 * torch.randn(1, (size // 2) ** 2, width))
+        self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.blocks = nn.ModuleList(DiTBlock(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 4 * channels)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        tokens = self.patch(x).flatten(2).transpose(1, 2) + self.position
+        condition = F.silu(self.time(_sinusoidal(t, 256)))
+        for block in self.blocks:
+            tokens = block(tokens, condition)
+        patches = (
+            self.head(self.norm(tokens)).transpose(1, 2).unflatten(2, [side // 2 for side in x.shape[2:]])
+        )
+        return F.pixel_shuffle(patches, 2)
+
+
+class DiTBlock(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = (nn.LayerNorm(width, elementwise_affine=False) for _ in range(2))
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).unsqueeze(1).chunk(6, dim=2)
+        x = x + gate1 * self._attend(self.norm1(x) * (1 + scale1) + shift1)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def _sinusoidal(t: Tensor, width: int) -> Tensor:
+    frequencies = torch.exp(torch.arange(width // 2, device=t.device) * (-math.log(10_000) / (width // 2)))
+    angles = t.float().unsqueeze(1) * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def dit(batch_size: int, num_clusters: int) -> Case:
+    """Return the hand-written DiT: width 192, 6 layers, 64 tokens, 4.1M parameters."""
+    return Case("DiT", DiT(), _batch(3, 16, batch_size, num_clusters), {})
+
+
+def unet(batch_size: int, num_clusters: int) -> Case:
+    """Return a diffusers UNet2DModel: two levels of 64 and 128 channels, attention in the lower, 16×16 images."""
+    model = require("diffusers", "train").UNet2DModel(
+        sample_size=16,
+        block_out_channels=(64, 128),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+    return Case("UNet2DModel", model, _batch(3, 16, batch_size, num_clusters), {"return_dict": False})
+
+
+def diffusers_dit(batch_size: int, num_clusters: int) -> Case:
+    """Return a diffusers DiTTransformer2DModel: width 192, 4 layers, 64 tokens.
+
+    In evaluation mode, because its random dropping of labels would make two ways of doing the same step differ.
+    """
+    model = require("diffusers", "train").DiTTransformer2DModel(
+        num_attention_heads=4, attention_head_dim=48, in_channels=4, num_layers=4, sample_size=16
+    )
+    batch = _batch(4, 16, batch_size, num_clusters, torch.randint(1000, (batch_size,)))
+    return Case("DiTTransformer2DModel", model.eval(), batch, {"return_dict": False})

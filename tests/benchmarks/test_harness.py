@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import harness
+from benchmarks.harness import Candidate, GateError, Spread, compare, relative_error
+
+
+class Counter:
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self) -> None:
+        self.calls += 1
+
+
+def test_rounds_run_every_candidate_and_the_baseline_twice() -> None:
+    baseline, other = Counter(), Counter()
+    result = compare("case", Candidate("base", baseline), [Candidate("other", other)], rounds=5, warmup=1)
+    assert (baseline.calls, other.calls) == (1 + 2 * 5, 1 + 5)
+    assert [row.name for row in result.rows] == ["base", "other"]
+    assert result.rows[0].ratio == Spread(1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("error", [0.2, float("nan")])
+def test_nothing_is_timed_behind_a_red_gate(error: float) -> None:
+    baseline, other = Counter(), Counter()
+    wrong = Candidate("wrong", other, lambda: error, tolerance=0.1)
+    with pytest.raises(GateError, match=r"wrong: expected a relative error <= 0.1, found"):
+        compare("case", Candidate("base", baseline), [wrong], rounds=3)
+    assert baseline.calls == other.calls == 0
+
+
+def test_ratios_are_those_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The machine slows down tenfold half-way; the other always takes twice the baseline's time.
+    base, other = Counter(), Counter()
+
+    def slow_clock(run: object) -> float:
+        assert isinstance(run, Counter)
+        run()
+        load = 1.0 if other.calls + base.calls <= 15 else 10.0
+        return load * (2.0 if run is other else 1.0)
+
+    monkeypatch.setattr(harness, "_time", slow_clock)
+    result = compare("case", Candidate("base", base), [Candidate("other", other)], rounds=10, warmup=0)
+    assert result.rows[1].ratio == Spread(2.0, 2.0, 2.0)
+    assert result.noise == Spread(1.0, 1.0, 1.0)
+    assert result.rows[1].seconds.high == 20.0
+
+
+def test_relative_error() -> None:
+    assert relative_error(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0])) == pytest.approx(0.1)
+
+
+def test_results_are_stored_with_what_they_depend_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
+    result = compare("case", Candidate("base", Counter()), [], rounds=2)
+    record = json.loads(harness.write("name", [result], batch=40).read_text())
+    assert record["settings"] == {"batch": 40}
+    assert record["environment"]["versions"]["torch"] == torch.__version__
+    assert record["comparisons"][0]["rows"][0]["name"] == "base"
+    assert result.table().count("| base |") == 1
