@@ -300,12 +300,11 @@ def _cluster(options: Any) -> None:
         _print_table(clusters, levels)
     if options.plot is not None:
         from .train import plots
+        from .train.trained import clusters_title
 
-        path = Path(options.plot)
-        with _writing("plot", path) as aside:
-            plots.clusters(
-                aside, clusters, levels, f"{options.k} {options.cost} clusters, {options.scheduler}"
-            )
+        title = f"{clusters_title(settings)}, {options.scheduler}"
+        with _writing("plot", Path(options.plot)) as aside:
+            plots.clusters(aside, clusters, levels, title)
 
 
 def _print_table(clusters: IntervalClustering, levels: NDArray[np.float64]) -> None:

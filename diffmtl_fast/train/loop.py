@@ -41,6 +41,7 @@ class Trainer:
 
     Attributes:
         iteration: optimizer steps done.
+        seconds: time that they took.
 
     Raises:
         UserError: a part of the configuration cannot be used.
@@ -71,6 +72,7 @@ class Trainer:
         self._images = self.data.train.to(self.device)
         self._labels = None if self.data.train_labels is None else self.data.train_labels.to(self.device)
         self.iteration = 0
+        self.seconds = 0.0
 
     def fit(self, folder: Path, history: History, progress: Progress) -> None:
         """Train up to the configured iteration.
@@ -84,13 +86,14 @@ class Trainer:
             TrainingDiverged: a loss or a weight is not finite; the checkpoints before it stay.
         """
         self.model.train()
-        begun = time.perf_counter()
+        begun = time.perf_counter() - self.seconds
         total = self.config.iterations
         while self.iteration < total:
             self.step(history)
+            self.seconds = time.perf_counter() - begun
             line = None
             if self.iteration % self.config.logging.every == 0 or self.iteration == total:
-                line = history.flush(self.iteration, seconds=round(time.perf_counter() - begun, 3))
+                line = history.flush(self.iteration, seconds=round(self.seconds, 3))
             progress.update(self.iteration, line)
             if self.iteration % self.config.checkpoints.every == 0 or self.iteration == total:
                 self.save(folder, history)
@@ -126,6 +129,7 @@ class Trainer:
             {"model": self.model, "ema": self.ema.model},
             {
                 "iteration": self.iteration,
+                "seconds": self.seconds,
                 "device": self.device.type,
                 "clusters": self.clusters.to_dict(),
                 "optimizer": self.optimizer.state_dict(),
@@ -164,7 +168,7 @@ class Trainer:
         torch.set_rng_state(state["torch_rng"])
         if state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-        self.iteration = state["iteration"]
+        self.iteration, self.seconds = state["iteration"], state["seconds"]
 
     def _backward(self, history: History) -> None:
         """Forward and backward of one batch; gradients are added to ``.grad``."""

@@ -42,7 +42,7 @@ def samples(path: Path, pictures: Tensor, labels: Tensor | None, title: str) -> 
             axis.imshow(images[index].squeeze(), cmap="gray", vmin=0, vmax=1)
         if name is not None:
             axes[0].text(-0.25, 0.5, name, transform=axes[0].transAxes, ha="right", va="center", fontsize=11)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=10)
     _save(figure, path)
 
 
@@ -55,20 +55,19 @@ def clusters(path: Path, clustering: IntervalClustering, log_snr: NDArray[np.flo
         log_snr: [T].
         title: above the curve.
     """
-    figure = _figure(7.0, 3.6)
+    figure = _figure(6.4, 3.2)
     axis = figure.subplots()
     colours = _colours(clustering.k)
     edges = clustering.boundaries
     for cluster, (left, right) in enumerate(itertools.pairwise(edges)):
         axis.axvspan(left, right, color=colours[cluster], alpha=0.25, linewidth=0)
+        if cluster:
+            axis.axvline(left, color="white", linewidth=1.0)
+        share = (right - left) / clustering.num_timesteps
+        label = f"{cluster}\n{left}–{right - 1}" if share > 0.09 else str(cluster) if share > 0.03 else ""
+        middle = (left + right) / 2
         axis.text(
-            (left + right) / 2,
-            0.96,
-            f"{cluster}\n[{left}, {right})",
-            transform=axis.get_xaxis_transform(),
-            ha="center",
-            va="top",
-            fontsize=9 if clustering.k <= 8 else 6,
+            middle, 0.96, label, transform=axis.get_xaxis_transform(), ha="center", va="top", fontsize=8
         )
     axis.plot(np.arange(len(log_snr)), log_snr, color="black", linewidth=1.8)
     low, high = float(log_snr.min()), float(log_snr.max())
@@ -76,7 +75,7 @@ def clusters(path: Path, clustering: IntervalClustering, log_snr: NDArray[np.flo
     axis.set_xlim(0, clustering.num_timesteps)
     axis.set_xlabel("timestep t")
     axis.set_ylabel("log-SNR")
-    axis.set_title(title, fontsize=11)
+    axis.set_title(title, fontsize=10)
     _save(figure, path)
 
 
@@ -93,7 +92,7 @@ def training(path: Path, lines: Sequence[dict[str, Any]], title: str) -> None:
         panels.append(("weights", "weight of each cluster"))
     if any("cosines" in line for line in lines):
         panels.append(("cosines", "cosine of cluster gradients"))
-    figure = _figure(4.6 * len(panels), 3.6)
+    figure = _figure(3.2 * len(panels), 3.0)
     for axis, (name, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         used = [line for line in lines if name in line]
         steps = np.array([line["iteration"] for line in used])
@@ -102,12 +101,15 @@ def training(path: Path, lines: Sequence[dict[str, Any]], title: str) -> None:
             _plot_cosines(axis, steps, values)
         else:
             _plot_clusters(axis, steps, values)
-        if name == "losses":
-            axis.set_yscale("log")
+            if np.nanmin(values) > 0.0:
+                axis.set_yscale("log")
+            if values.shape[1] <= 10:
+                axis.legend(fontsize=7, loc="upper right" if name == "losses" else "best")
         axis.set_xlabel("iteration")
-        axis.set_ylabel(label)
+        axis.set_title(label, fontsize=10)
+        axis.xaxis.set_major_locator(require("matplotlib.ticker", "train").MaxNLocator(5, integer=True))
         axis.grid(alpha=0.25)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=10)
     _save(figure, path)
 
 
@@ -132,8 +134,6 @@ def _plot_clusters(axis: Any, steps: NDArray[np.int64], values: NDArray[np.float
     for cluster, colour in enumerate(colours):
         axis.plot(steps, values[:, cluster], color=colour, alpha=0.2, linewidth=0.8)
         axis.plot(steps, lines[:, cluster], color=colour, label=f"cluster {cluster}")
-    if len(colours) <= 10:
-        axis.legend(fontsize=8, frameon=False)
 
 
 def _plot_cosines(axis: Any, steps: NDArray[np.int64], values: NDArray[np.float64]) -> None:
@@ -144,13 +144,14 @@ def _plot_cosines(axis: Any, steps: NDArray[np.int64], values: NDArray[np.float6
     axis.axhline(0.0, color="black", linewidth=0.8)
     for distance in range(1, number):
         for i in range(number - distance):
-            label = f"{distance} apart" if i == 0 else None
+            label = f"clusters {distance} apart" if i == 0 else None
             axis.plot(
                 steps, lines[:, i, i + distance], color=colours[distance - 1], linewidth=1.0, label=label
             )
-    axis.set_ylim(-1.02, 1.02)
+    axis.set_ylim(-1.5, 1.05)  # room for the legend
+    axis.set_yticks(np.linspace(-1.0, 1.0, 5))
     if number <= 10:
-        axis.legend(fontsize=8, frameon=False, title="clusters", title_fontsize=8)
+        axis.legend(fontsize=7, ncols=2, loc="lower center")
 
 
 def _window(lines: int) -> int:

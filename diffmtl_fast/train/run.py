@@ -15,11 +15,14 @@ from .folder import RunFolder
 from .history import History
 from .loop import Trainer
 from .progress import open_progress
-from .trained import Trained
+from .trained import Trained, clusters_title
 
 # What may differ when a run is resumed, because the iterations already done do not depend on it. A run may be
 # made longer: no schedule looks at its length. Of the device the type alone counts, and Trainer.load compares it.
 FREE_ON_RESUME = {"iterations", "device", "checkpoints.every", "checkpoints.keep", "logging.tensorboard"}
+
+# Schedules that reach pure noise or pure signal have no end on a plot.
+LOG_SNR_DRAWN = (-25.0, 25.0)
 
 
 def train(config: Config, run: RunFolder, *, resume: bool = False, chosen: Path | None = None) -> None:
@@ -115,9 +118,9 @@ def _write_outputs(trainer: Trainer, run: RunFolder) -> None:
 
 def write_clusters(trainer: Trainer, path: Path) -> None:
     """Draw the clusters of a run."""
-    title = f"{trainer.clusters.k} {trainer.config.clusters.cost} clusters"
+    levels = log_snr(trainer.scheduler, clip=LOG_SNR_DRAWN)
     with replacing(path) as aside:
-        plots.clusters(aside, trainer.clusters, log_snr(trainer.scheduler), title)
+        plots.clusters(aside, trainer.clusters, levels, clusters_title(trainer.config.clusters))
 
 
 def write_training(run: RunFolder, title: str, path: Path) -> None:

@@ -11,13 +11,26 @@ from torch import Tensor, nn
 
 from . import checkpoint, evaluation, plots, sampling
 from .components import build_data, build_model, build_scheduler, resolve_device
-from .config import Config
+from .config import Clusters, Config
 from .data import ImageData
 from .errors import UserError
 from .files import replacing
 from .folder import RunFolder
 
 PICTURES_PER_CLASS = 10
+
+METHOD_TITLES = {
+    "vanilla": "plain training",
+    "uw": "uncertainty weighting",
+    "pcgrad": "PCGrad",
+    "nash": "NashMTL",
+}
+COST_TITLES = {"snr": "log-SNR", "timestep": "timestep", "affinity": "affinity"}
+
+
+def clusters_title(clusters: Clusters) -> str:
+    """The clusters in words."""
+    return f"{clusters.k} {COST_TITLES[clusters.cost]} cluster" + "s" * (clusters.k > 1)
 
 
 @dataclass(frozen=True)
@@ -41,8 +54,8 @@ class Trained:
     @property
     def title(self) -> str:
         """What the pictures say of the run."""
-        clusters = self.config.clusters
-        return f"{self.config.method}, {clusters.k} {clusters.cost} clusters, {self.iteration:,} iterations"
+        method = METHOD_TITLES[self.config.method]
+        return f"{method}, {clusters_title(self.config.clusters)}, {self.iteration:,} iterations"
 
     def draw(self, labels: Tensor | None, count: int, seed: int) -> Tensor:
         """Draw pictures, float32 [count, C, H, W] in [-1, 1]."""
