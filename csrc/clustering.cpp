@@ -1,5 +1,6 @@
 // Python boundary of the clustering solvers: checks every argument, then computes without the GIL.
 #include <pybind11/numpy.h>
+#include <pybind11/stl.h>
 
 #include <sstream>
 #include <string>
@@ -7,6 +8,7 @@
 #include "bindings.hpp"
 #include "costs.hpp"
 #include "dense.hpp"
+#include "penalised.hpp"
 #include "windows.hpp"
 
 namespace py = pybind11;
@@ -14,7 +16,8 @@ namespace py = pybind11;
 namespace diffmtl {
 namespace {
 
-using Doubles = py::array_t<double, py::array::c_style | py::array::forcecast>;
+template <class Element>
+using Array = py::array_t<Element, py::array::c_style>;
 
 template <class... Parts>
 [[noreturn]] void refuse(const Parts&... parts) {
@@ -24,15 +27,29 @@ template <class... Parts>
   throw py::value_error(message.str());
 }
 
-Limits check_sizes(Int n, Int k, Int min_size, Int max_size) {
+// What to solve: every number of intervals from first_k to last_k, sizes, how.
+struct Request {
+  Int n, first_k, last_k;
+  Limits limits;
+  std::string solver;
+  int threads;
+};
+
+Request check_request(Int n, Int first_k, Int last_k, Int min_size, Int max_size, const std::string& solver, Int threads) {
   if (n < 1 || n > kMaxTimesteps) refuse("expected between 1 and ", kMaxTimesteps, " timesteps, found ", n);
-  if (k < 1 || k > n) refuse("k: expected 1 <= k <= T = ", n, ", found ", k);
+  if (first_k < 1 || first_k > n) refuse("k: expected 1 <= k <= T = ", n, ", found ", first_k);
+  if (last_k < first_k || last_k > n) refuse("k_max: expected ", first_k, " <= k_max <= T = ", n, ", found ", last_k);
   if (min_size < 1) refuse("min_size: expected at least 1, found ", min_size);
   if (max_size < min_size) refuse("max_size: expected at least min_size = ", min_size, ", found ", max_size);
-  const Limits limits{std::min(min_size, n + 1), std::min(max_size, n)};
-  if (limits.min > n / k) refuse("min_size: ", k, " intervals of at least ", min_size, " need more than T = ", n, " timesteps");
-  if (limits.max < (n + k - 1) / k) refuse("max_size: ", k, " intervals of at most ", max_size, " cannot cover T = ", n, " timesteps");
-  return limits;
+  const Limits limits{min_size, std::min(max_size, n)};
+  if (min_size > n / last_k)
+    refuse("min_size: ", last_k, " intervals of at least ", min_size, " need more than T = ", n, " timesteps");
+  if (limits.max < (n + first_k - 1) / first_k)
+    refuse("max_size: ", first_k, " intervals of at most ", max_size, " cannot cover T = ", n, " timesteps");
+  if (threads < 1 || threads > 1024) refuse("threads: expected 1 to 1024, found ", threads);
+  if (solver != "auto" && solver != "divide" && solver != "penalised" && solver != "dense")
+    refuse("solver: expected auto, divide, penalised or dense, found ", solver);
+  return {n, first_k, last_k, limits, solver, static_cast<int>(threads)};
 }
 
 void check_monotone(const double* x, Int n, const std::string& name) {
@@ -47,53 +64,224 @@ void check_monotone(const double* x, Int n, const std::string& name) {
              falling ? "falling" : "rising", " one");
 }
 
-py::tuple result(const std::vector<Int>& boundaries, double cost) {
-  return py::make_tuple(py::array_t<Int>(static_cast<py::ssize_t>(boundaries.size()), boundaries.data()), cost);
+// Boundaries and cost of one number of intervals.
+struct Solution {
+  std::vector<Int> boundaries;
+  double cost;
+};
+
+// Runs solve(task) without the GIL, and the handlers of signals with it.
+template <class Solve>
+void run(int threads, const Solve& solve) {
+  try {
+    py::gil_scoped_release unlocked;
+    Task task(threads, [] {
+      py::gil_scoped_acquire locked;
+      return PyErr_CheckSignals() != 0;
+    });
+    solve(task);
+  } catch (const Interrupted&) {
+    throw py::error_already_set();  // what the signal's handler raised
+  }
+}
+
+template <class Interval>
+double total(const std::vector<Int>& boundaries, const Interval& interval) {
+  Sum sum;
+  for (std::size_t j = 0; j + 1 < boundaries.size(); ++j) sum.add(interval(boundaries[j], boundaries[j + 1]));
+  return sum.value();
+}
+
+py::list to_python(const std::vector<Solution>& solutions) {
+  py::list list;
+  for (const Solution& solution : solutions)
+    list.append(py::make_tuple(
+        py::array_t<Int>(static_cast<py::ssize_t>(solution.boundaries.size()), solution.boundaries.data()), solution.cost));
+  return list;
 }
 
 template <class Cost>
-py::tuple cluster_values(const Doubles& values, Int k, Int min_size, Int max_size, const std::string& name) {
-  if (values.ndim() != 1) refuse(name, ": expected one dimension, found ", values.ndim());
-  const Int n = values.shape(0);
-  const double* x = values.data();
-  const Limits limits = check_sizes(n, k, min_size, max_size);
-  check_monotone(x, n, name);
-  std::vector<Int> boundaries;
-  Sum total;
-  {
-    py::gil_scoped_release unlocked;
-    const Cost cost(x, n);
-    boundaries = solve_windows(cost, all_positions(n, k, limits), limits);
-    for (Int j = 0; j < k; ++j) total.add(Cost::exact(x, boundaries[j], boundaries[j + 1]));
+void solve_values(const double* x, const Request& request, Task& task, std::vector<Solution>& solutions) {
+  // Divide and conquer costs n log n per interval, the search over prices about as much as this many of them.
+  constexpr Int kFew = 24;
+  const auto keep = [&](Int, const std::vector<Int>& boundaries) {
+    solutions.push_back({boundaries, total(boundaries, [x](Int l, Int e) { return Cost::exact(x, l, e); })});
+  };
+  const Cost cost(x, request.n);
+  const Int k = request.first_k;
+  if (request.solver == "dense") {
+    ExactScanner<Cost> scanner(cost, task);
+    for (Int j = k; j <= request.last_k; ++j)
+      keep(j, solve_windows(scanner, all_positions(request.n, j, request.limits), request.limits, task, false));
+  } else if (k < request.last_k) {
+    solve_path(cost, k, request.last_k, request.limits, task, keep);
+  } else if (request.solver == "penalised" || (request.solver == "auto" && k > kFew)) {
+    keep(k, solve_penalised(cost, k, request.limits, task));
+  } else {
+    ExactScanner<Cost> scanner(cost, task);
+    keep(k, solve_windows(scanner, all_positions(request.n, k, request.limits), request.limits, task));
   }
-  return result(boundaries, total.value());
 }
 
-py::tuple cluster_affinity(const Doubles& matrix, Int k, Int min_size, Int max_size) {
-  if (matrix.ndim() != 2 || matrix.shape(0) != matrix.shape(1)) refuse("affinity: expected a square matrix");
-  const Int n = matrix.shape(0);
-  const double* a = matrix.data();
-  const Limits limits = check_sizes(n, k, min_size, max_size);
-  for (Int i = 0; i < n * n; ++i)
-    if (!std::isfinite(a[i])) refuse("affinity: expected finite values, found ", a[i], " at index (", i / n, ", ", i % n, ")");
-  std::vector<Int> boundaries;
-  Sum total;
-  {
-    py::gil_scoped_release unlocked;
-    boundaries = solve_affinity(AffinityCost(a, n), k, limits);
-    for (Int j = 0; j < k; ++j) total.add(AffinityCost::exact(a, n, boundaries[j], boundaries[j + 1]));
+template <class Cost>
+py::list cluster_values(const Array<double>& values, Int first_k, Int last_k, Int min_size, Int max_size,
+                        const std::string& solver, Int threads, const std::string& name) {
+  if (values.ndim() != 1) refuse(name, ": expected one dimension, found ", values.ndim());
+  const Request request = check_request(values.shape(0), first_k, last_k, min_size, max_size, solver, threads);
+  const double* x = values.data();
+  check_monotone(x, request.n, name);
+  std::vector<Solution> solutions;
+  run(request.threads, [&](Task& task) { solve_values<Cost>(x, request, task, solutions); });
+  return to_python(solutions);
+}
+
+template <class Element>
+double largest_magnitude(const Element* matrix, Int n, Task& task, Int& bad) {
+  std::vector<Element> largest(n, 0);
+  std::vector<char> finite(n, 1);
+  task.parallel_for(n, [&](Int i) {
+    task.poll(n);
+    Element here = 0, check = 0;
+    for (Int j = 0; j < n; ++j) {
+      const Element x = matrix[i * n + j];
+      here = std::max(here, std::abs(x));
+      check += x * 0;  // NaN if x is NaN or infinite
+    }
+    largest[i] = here, finite[i] = check == 0;
+  });
+  bad = -1;
+  for (Int i = 0; i < n && bad < 0; ++i)
+    for (Int j = 0; j < n && !finite[i] && bad < 0; ++j)
+      if (!std::isfinite(matrix[i * n + j])) bad = i * n + j;
+  return *std::max_element(largest.begin(), largest.end());
+}
+
+template <class Element>
+Int square_side(const Array<Element>& matrix, const char* name) {
+  if (matrix.ndim() != 2 || matrix.shape(0) != matrix.shape(1)) {
+    std::ostringstream shape;
+    for (py::ssize_t i = 0; i < matrix.ndim(); ++i) shape << (i ? ", " : "") << matrix.shape(i);
+    refuse(name, ": expected a square matrix, found shape [", shape.str(), "]");
   }
-  return result(boundaries, total.value());
+  return matrix.shape(0);
+}
+
+void check_dense(const Request& request) {
+  if (request.solver != "auto" && request.solver != "dense")
+    refuse("solver: expected auto or dense for a cost without the quadrangle inequality, found ", request.solver);
+}
+
+template <class Element>
+py::list cluster_affinity(const Array<Element>& matrix, Int first_k, Int last_k, Int min_size, Int max_size,
+                          const std::string& solver, Int threads) {
+  const Int n = square_side(matrix, "tas");
+  const Request request = check_request(n, first_k, last_k, min_size, max_size, solver, threads);
+  check_dense(request);
+  const Element* a = matrix.data();
+  std::vector<Solution> solutions;
+  Int bad = -1;
+  run(request.threads, [&](Task& task) {
+    const double magnitude = largest_magnitude(a, n, task, bad);
+    if (bad >= 0) return;
+    AffinityRows<Element> rows(a, n, magnitude);
+    solve_dense(rows, n, first_k, last_k, request.limits, task, [&](Int, const std::vector<Int>& boundaries) {
+      const auto interval = [&](Int l, Int e) { return AffinityRows<Element>::exact(a, n, l, e); };
+      solutions.push_back({boundaries, total(boundaries, interval)});
+    });
+  });
+  if (bad >= 0) refuse("tas: expected finite values, found ", a[bad], " at index (", bad / n, ", ", bad % n, ")");
+  return to_python(solutions);
+}
+
+// A cost a user's function or matrix got wrong, for the interval l .. r.
+struct BadCost {
+  Int l, r;
+  bool raised;
+  double value;
+};
+
+py::list cluster_user(const UserRows::FillRow& cost_row, const Request& request, bool monge) {
+  // Forbidding an interval by an infinite cost is fine where no inequality is relied upon.
+  const UserRows::FillRow fill_row = [&](Int e, Int first, Int last, double* row) {
+    cost_row(e, first, last, row);
+    for (Int l = first; l <= last; ++l)
+      if (!(row[l] > -UserRows::kInfinity && (row[l] < UserRows::kInfinity || !monge)))
+        if (const Int size = e - l; size >= request.limits.min && size <= request.limits.max)
+          if (!(row[l] == UserRows::kInfinity && !monge)) throw BadCost{l, e - 1, false, row[l]};
+  };
+  std::vector<Solution> solutions;
+  const auto keep = [&](Int, const std::vector<Int>& boundaries) {
+    const double cost = total(boundaries, [&](Int l, Int e) {
+      double value;
+      fill_row(e, l, l, &value - l);
+      return value;
+    });
+    solutions.push_back({boundaries, cost});
+  };
+  try {
+    run(request.threads, [&](Task& task) {
+      if (monge && request.solver != "dense") {
+        UserScanner scanner(fill_row, task);
+        for (Int k = request.first_k; k <= request.last_k; ++k)
+          keep(k, solve_windows(scanner, all_positions(request.n, k, request.limits), request.limits, task));
+      } else {
+        UserRows rows(fill_row);
+        solve_dense(rows, request.n, request.first_k, request.last_k, request.limits, task, keep);
+      }
+    });
+  } catch (const BadCost& bad) {
+    if (bad.raised) refuse("cost: raised an exception in the call cost(", bad.l, ", ", bad.r, ")");
+    refuse("cost: expected ", monge ? "finite values" : "numbers", ", found ", bad.value, " for the interval (", bad.l,
+           ", ", bad.r, ")");
+  }
+  return to_python(solutions);
+}
+
+py::list cluster_matrix(const Array<double>& matrix, Int first_k, Int last_k, Int min_size, Int max_size,
+                        const std::string& solver, Int threads, bool monge) {
+  const Int n = square_side(matrix, "cost");
+  const Request request = check_request(n, first_k, last_k, min_size, max_size, solver, threads);
+  if (!monge) check_dense(request);
+  const auto fill_row = [m = matrix.data(), n](Int e, Int first, Int last, double* row) {
+    for (Int l = first; l <= last; ++l) row[l] = m[l * n + e - 1];
+  };
+  return cluster_user(fill_row, request, monge);
+}
+
+// address: of int64 f(r, l_first, l_last, double* out), which writes cost(l, r) for the l between to out and returns
+// 0, or 1 + the l at which the cost raised an exception. Called without the GIL, on several threads.
+py::list cluster_callback(std::uintptr_t address, Int n, Int first_k, Int last_k, Int min_size, Int max_size,
+                          const std::string& solver, Int threads, bool monge) {
+  const Request request = check_request(n, first_k, last_k, min_size, max_size, solver, threads);
+  if (!monge) check_dense(request);
+  if (!address) refuse("address: expected a function, found 0");
+  const auto function = reinterpret_cast<Int (*)(Int, Int, Int, double*)>(address);
+  const auto fill_row = [function](Int e, Int first, Int last, double* row) {
+    if (const Int failed = function(e - 1, first, last, row + first)) throw BadCost{failed - 1, e - 1, true, 0.0};
+  };
+  return cluster_user(fill_row, request, monge);
 }
 
 }  // namespace
 
 void register_clustering(py::module_& module) {
-  module.def("cluster_absolute", &cluster_values<AbsoluteCost>, py::arg("values"), py::arg("k"), py::arg("min_size"),
-             py::arg("max_size"), py::arg("name"));
-  module.def("cluster_squared", &cluster_values<SquaredCost>, py::arg("values"), py::arg("k"), py::arg("min_size"),
-             py::arg("max_size"), py::arg("name"));
-  module.def("cluster_affinity", &cluster_affinity, py::arg("matrix"), py::arg("k"), py::arg("min_size"), py::arg("max_size"));
+  const auto values = [&](const char* name, auto function) {
+    module.def(name, function, py::arg("values").noconvert(), py::arg("first_k"), py::arg("last_k"), py::arg("min_size"),
+               py::arg("max_size"), py::arg("solver"), py::arg("threads"), py::arg("name"));
+  };
+  values("cluster_absolute", &cluster_values<AbsoluteCost>);
+  values("cluster_squared", &cluster_values<SquaredCost>);
+  const auto affinity = [&](auto function) {
+    module.def("cluster_affinity", function, py::arg("matrix").noconvert(), py::arg("first_k"), py::arg("last_k"),
+               py::arg("min_size"), py::arg("max_size"), py::arg("solver"), py::arg("threads"));
+  };
+  affinity(&cluster_affinity<float>);
+  affinity(&cluster_affinity<double>);
+  module.def("cluster_matrix", &cluster_matrix, py::arg("matrix").noconvert(), py::arg("first_k"), py::arg("last_k"),
+             py::arg("min_size"), py::arg("max_size"), py::arg("solver"), py::arg("threads"), py::arg("monge"));
+  module.def("cluster_callback", &cluster_callback, py::arg("address"), py::arg("num_timesteps"), py::arg("first_k"),
+             py::arg("last_k"), py::arg("min_size"), py::arg("max_size"), py::arg("solver"), py::arg("threads"),
+             py::arg("monge"));
 }
 
 }  // namespace diffmtl

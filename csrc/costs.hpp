@@ -1,24 +1,30 @@
 // Built-in interval costs with O(1) evaluation. Intervals are half-open [l, e) here.
+//
+// Both are min_c Σ g(|x_i − c|) of a sorted x with a non-decreasing g, which proves the quadrangle inequality
+// w(a, c) + w(b, d) <= w(a, d) + w(b, c) for a <= b <= c <= d: let u, v be the best centres of [a, d), [b, c).
+// If u <= v, serve [a, c) by u and [b, d) by v: against the right-hand side only [c, d) changed its centre from u
+// to v, and its elements are at least v. If u > v, serve [a, c) by v and [b, d) by u: only [a, b) changed, from u
+// to v, and its elements are at most v. Limits on the sizes keep it: see Limits. So does the squared size.
 #pragma once
+#include "simd.hpp"
 #include "wide.hpp"
 
 namespace diffmtl {
 
 // Σ |x_i − x_c| around the middle element c = ⌊(l + e) / 2⌋ of a monotone sequence, a median of it.
 //
-// With prefix sums P the cost is P[l] + P[e] − P[⌊(l+e)/2⌋] − P[⌈(l+e)/2⌉]. The subtracted part is a function
-// Q of l + e whose differences are the non-decreasing x: Q is convex, which is the quadrangle inequality. The
-// squared size (e − l)² has the same form with P[i] = i², up to one for odd sizes, so it rides along in P.
+// With prefix sums P of a non-decreasing x it is P[l] + P[e] − P[⌊(l+e)/2⌋] − P[⌈(l+e)/2⌉]. The squared size
+// (e − l)² has that form too with P[i] = 2 i², but for 1 in odd sizes, and rides along in P.
 class AbsoluteCost {
  public:
   AbsoluteCost(const double* x, Int n) : prefix_(n + 1) {
-    const int width = bit_width(n), tie_bits = 2 * width;
-    const std::vector<Int> fixed = quantise(x, n, std::min(61, 124 - 3 * width));
+    const int width = bit_width(n), tie_bits = 2 * width + 1;
+    const std::vector<Int> fixed = quantise(x, n, std::min(61, 123 - 3 * width));
     // |x_i − x_c| is the same for −x: a non-increasing sequence becomes a non-decreasing one.
-    const Int sign = n > 0 && x[0] > x[n - 1] ? -1 : 1;
+    const Int sign = x[0] > x[n - 1] ? -1 : 1;
     Wide sum = 0;
     for (Int i = 0;; ++i) {
-      prefix_[i] = sum * (Wide{1} << tie_bits) + 2 * Wide{i} * i;
+      prefix_[i] = sum * (Wide{1} << tie_bits) + 4 * Wide{i} * i;
       if (i == n) break;
       sum += sign * (fixed[i] - fixed[0]);
     }
@@ -26,9 +32,10 @@ class AbsoluteCost {
 
   Int size() const { return static_cast<Int>(prefix_.size()) - 1; }
 
+  // Fixed-point cost above, twice the squared size in the low bits: an even number.
   Wide operator()(Int l, Int e) const {
     const Int s = l + e;
-    return prefix_[l] + prefix_[e] - prefix_[s >> 1] - prefix_[(s + 1) >> 1] + (s & 1);
+    return prefix_[l] + prefix_[e] - prefix_[s >> 1] - prefix_[(s + 1) >> 1] + 2 * (s & 1);
   }
 
   static double exact(const double* x, Int l, Int e) {
@@ -38,56 +45,136 @@ class AbsoluteCost {
     return sum.value();
   }
 
+  // Candidates for the minimum of values[l] + cost(l, e) over l, from differences of doubles.
+  class Filter {
+   public:
+    explicit Filter(const AbsoluteCost& cost) : cost_(cost), middle_(2 * cost.size() + 1) {
+      for (Int s = 0; s <= 2 * cost.size(); ++s)
+        middle_[s] = to_double(cost.prefix_[s >> 1] + cost.prefix_[(s + 1) >> 1]);
+      margin_ = std::ldexp(to_double(cost.prefix_.back()), -47);
+    }
+    void set(const Wide* values, Int first, Int last) {
+      first_ = first, left_.resize(last - first + 1);
+      for (Int l = first; l <= last; ++l) left_[l - first] = to_double(values[l] + cost_.prefix_[l]);
+    }
+    double minimum(Int e, Int first, Int last) const {
+      return minimum_of(&left_[first - first_], &middle_[first + e], last - first + 1);
+    }
+    Int next(Int e, Int from, Int last, double bound) const {
+      return from + next_of(&left_[from - first_], &middle_[from + e], last - from + 1, bound);
+    }
+    double margin() const { return margin_; }
+
+   private:
+    DIFFMTL_CLONES static double minimum_of(const double* left, const double* middle, Int n) {
+      return diffmtl::minimum(n, HUGE_VAL, [=](Int i) { return left[i] - middle[i]; });
+    }
+    DIFFMTL_CLONES static Int next_of(const double* left, const double* middle, Int n, double bound) {
+      return first_within(0, n, bound, [=](Int i) { return left[i] - middle[i]; });
+    }
+    const AbsoluteCost& cost_;
+    std::vector<double> middle_, left_;
+    Int first_ = 0;
+    double margin_;
+  };
+
  private:
   std::vector<Wide> prefix_;
 };
 
 // Σ (x_i − mean)², the cost of k-means.
 //
-// With integers S1 = Σ x, S2 = Σ x², any q near S1 / n and r = S1 − q n: S1² / n = q (S1 + r) + r² / n, so the
-// cost S2 − S1² / n is exact in integers but for the fraction of r² / n, rounded once. Products may wrap
-// around 2^128; the difference does not. Quadrangle inequality: for b ≤ c the second difference of the cost in
-// l and e is −2 n^{-1}(n+1)^{-1}-weighted products of one-sided deviations of sorted values, never positive.
+// With integers S1 = Σ x and S2 = Σ x², for any q near S1 / n and r = S1 − q n: S1² / n = q (S1 + r) + r² / n. So
+// S2 − S1² / n is exact in integers but for the fraction of r² / n. Products may wrap around 2^128; the
+// difference does not. The cost is then rounded down to 73 bits or more, to make room for the
+// squared size, so the quadrangle inequality holds to that precision.
 class SquaredCost {
  public:
   SquaredCost(const double* x, Int n) : sum_(n + 1), square_(n + 1) {
     const int width = bit_width(n);
-    tie_bits_ = 2 * width;
-    const int bits = (125 - width) / 2 - 1;
-    drop_bits_ = std::max(0, 2 * (bits + 1) + width + tie_bits_ - 125);
+    tie_bits_ = 2 * width + 1;
+    const int bits = std::min(58, (124 - width) / 2 - 1);
+    drop_bits_ = std::max(0, 2 * (bits + 1) + width + tie_bits_ - 122);
     const std::vector<Int> fixed = quantise(x, n, bits);
     Wide sum = 0;
     UWide square = 0;
     for (Int i = 0;; ++i) {
       sum_[i] = sum, square_[i] = square;
       if (i == n) break;
-      sum += fixed[i], square += static_cast<UWide>(Wide{fixed[i]} * fixed[i]);
+      const Int centred = fixed[i] - fixed[n / 2];
+      sum += centred, square += static_cast<UWide>(Wide{centred} * centred);
     }
   }
 
   Int size() const { return static_cast<Int>(sum_.size()) - 1; }
 
+  // Fixed-point cost above, twice the squared size in the low bits: an even number.
   Wide operator()(Int l, Int e) const {
     const Int n = e - l;
     const Wide sum = sum_[e] - sum_[l];
-    // 16 low bits do not matter for a quotient that need not be exact, and a 64-bit conversion is fast.
+    // The quotient need not be exact, r makes up for it, and a 64-bit conversion is fast.
     const Int q = static_cast<Int>(static_cast<double>(static_cast<Int>(sum >> 16)) * 65536.0 / static_cast<double>(n));
     const Wide r = sum - Wide{q} * n;
+    const UWide product = static_cast<UWide>(Wide{q}) * static_cast<UWide>(sum + r);
     const double r_double = static_cast<double>(static_cast<Int>(r));
     const Int rest = static_cast<Int>(r_double * r_double / static_cast<double>(n));
-    const UWide product = static_cast<UWide>(Wide{q}) * static_cast<UWide>(sum + r);
     const Wide cost = static_cast<Wide>(square_[e] - square_[l] - product - static_cast<UWide>(Wide{rest}));
-    return ((cost >> drop_bits_) << tie_bits_) + Wide{n} * n;
+    return ((cost >> drop_bits_) << tie_bits_) + 2 * Wide{n} * n;
   }
 
   static double exact(const double* x, Int l, Int e) {
     Sum sum;
-    for (Int i = l; i < e; ++i) sum.add(x[i]);
-    const double mean = sum.value() / static_cast<double>(e - l);
+    for (Int i = l; i < e; ++i) sum.add(x[i] - x[l]);
+    const double mean = x[l] + sum.value() / static_cast<double>(e - l);
     Sum deviation, square;
     for (Int i = l; i < e; ++i) deviation.add(x[i] - mean), square.add((x[i] - mean) * (x[i] - mean));
     return std::max(0.0, square.value() - deviation.value() * deviation.value() / static_cast<double>(e - l));
   }
+
+  class Filter {
+   public:
+    explicit Filter(const SquaredCost& cost) : cost_(cost), sum_(cost.size() + 1) {
+      scale_ = std::ldexp(1.0, cost.tie_bits_ - cost.drop_bits_);
+      double largest = 0;
+      for (Int i = 0; i <= cost.size(); ++i) sum_[i] = to_double(cost.sum_[i]), largest = std::max(largest, std::abs(sum_[i]));
+      const double n = static_cast<double>(cost.size());
+      const double spread = std::abs(to_double(cost.sum_[1])) + std::abs(sum_[cost.size()] - sum_[cost.size() - 1]);
+      // Rounding of a difference of sums, times the largest mean, and of the sums of squares.
+      margin_ = scale_ * std::ldexp(largest * spread + n * spread * spread, -47);
+    }
+    void set(const Wide* values, Int first, Int last) {
+      first_ = first, left_.resize(last - first + 1);
+      for (Int l = first; l <= last; ++l)
+        left_[l - first] = to_double(values[l]) - scale_ * to_double(static_cast<Wide>(cost_.square_[l]));
+    }
+    double minimum(Int e, Int first, Int last) const {
+      return minimum_of(&left_[first - first_], &sum_[first], last - first + 1, sum_[e], scale_, e - first);
+    }
+    Int next(Int e, Int from, Int last, double bound) const {
+      return from + next_of(&left_[from - first_], &sum_[from], last - from + 1, sum_[e], scale_, e - from, bound);
+    }
+    double margin() const { return margin_; }
+
+   private:
+    static DIFFMTL_INLINE double value(double left, double difference, double scale, double n) {
+      return left - difference * difference * (scale / n);
+    }
+    DIFFMTL_CLONES static double minimum_of(const double* left, const double* sum, Int n, double end, double scale, Int size) {
+      return diffmtl::minimum(n, HUGE_VAL, [=](Int i) {
+        return value(left[i], end - sum[i], scale, static_cast<double>(static_cast<int>(size - i)));
+      });
+    }
+    DIFFMTL_CLONES static Int next_of(const double* left, const double* sum, Int n, double end, double scale, Int size,
+                                      double bound) {
+      return first_within(0, n, bound, [=](Int i) {
+        return value(left[i], end - sum[i], scale, static_cast<double>(static_cast<int>(size - i)));
+      });
+    }
+    const SquaredCost& cost_;
+    std::vector<double> sum_, left_;
+    Int first_ = 0;
+    double scale_, margin_;
+  };
 
  private:
   std::vector<Wide> sum_;

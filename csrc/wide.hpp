@@ -24,9 +24,14 @@ inline int bit_width(Int n) {
   return bits;
 }
 
+inline double to_double(Wide x) {
+  return static_cast<double>(static_cast<Int>(x >> 64)) * 18446744073709551616.0 +
+         static_cast<double>(static_cast<std::uint64_t>(x));
+}
+
 // x · 2^shift rounded to an integer, without overflow or underflow of 2^shift itself.
 inline Int to_fixed(double x, double half_scale, double rest_scale) {
-  return static_cast<Int>(std::nearbyint(x * half_scale * rest_scale));
+  return static_cast<Int>(std::llrint(x * half_scale * rest_scale));
 }
 
 // Non-decreasing doubles as integers of `bits` bits relative to the largest magnitude.
