@@ -158,7 +158,7 @@ def _synchronize() -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Record what the figures depend on: machine, versions, threads, commit."""
+    """Record what the figures depend on: machine and its load, versions, threads, commit."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
@@ -167,6 +167,7 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load": os.getloadavg() if hasattr(os, "getloadavg") else None,  # above the threads: a busy machine
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "versions": {

@@ -31,8 +31,8 @@ from benchmarks.reference import (
 
 BATCH_SIZE, NUM_CLUSTERS, SEED = 40, 5, 0
 CASES: tuple[Callable[[int, int], Case], ...] = (models.dit, models.unet, models.diffusers_dit)
-# Slices add the same float32 numbers in another order. Balancing adds the rounding of float32 dot products over all
-# parameters (a Gramian on one thread: 5e-5) and, for Nash, what ECOS leaves unsolved in the oracle.
+# Slices add the same float32 numbers in another order. Balancing adds the rounding of float32 dot products
+# over all parameters (a Gramian on one thread: 5e-5) and, for Nash, what ECOS leaves unsolved in the oracle.
 EXACT, ROUNDED = 1e-5, 1e-3
 
 
