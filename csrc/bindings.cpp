@@ -2,6 +2,8 @@
 #include "bindings.hpp"
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "Compiled parts of diffmtl_fast: interval clustering solvers.";
+  module.doc() = "Compiled parts of diffmtl_fast: interval clustering solvers and the CPU kernels of the ops.";
   diffmtl::register_clustering(module);
+  diffmtl::register_cpu_ops(module);
+  diffmtl::register_cpu_weights(module);
 }

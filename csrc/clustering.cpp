@@ -102,8 +102,8 @@ py::list to_python(const std::vector<Solution>& solutions) {
 
 template <class Cost>
 void solve_values(const double* x, const Request& request, Task& task, std::vector<Solution>& solutions) {
-  // Divide and conquer costs n log n per interval, the search over prices about as much as this many of them.
-  constexpr Int kFew = 24;
+  // The search over prices costs about as much as divide and conquer for this many intervals, whatever k.
+  constexpr Int kFew = 4;
   const auto keep = [&](Int, const std::vector<Int>& boundaries) {
     solutions.push_back({boundaries, total(boundaries, [x](Int l, Int e) { return Cost::exact(x, l, e); })});
   };
@@ -116,7 +116,7 @@ void solve_values(const double* x, const Request& request, Task& task, std::vect
   } else if (k < request.last_k) {
     solve_path(cost, k, request.last_k, request.limits, task, keep);
   } else if (request.solver == "penalised" || (request.solver == "auto" && k > kFew)) {
-    keep(k, solve_penalised(cost, k, request.limits, task));
+    keep(k, solve_penalised(cost, x, k, request.limits, task));
   } else {
     ExactScanner<Cost> scanner(cost, task);
     keep(k, solve_windows(scanner, all_positions(request.n, k, request.limits), request.limits, task));

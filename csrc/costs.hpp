@@ -19,7 +19,9 @@ class AbsoluteCost {
  public:
   AbsoluteCost(const double* x, Int n) : prefix_(n + 1) {
     const int width = bit_width(n), tie_bits = 2 * width + 1;
-    const std::vector<Int> fixed = quantise(x, n, std::min(61, 123 - 3 * width));
+    int shift = 0;
+    const std::vector<Int> fixed = quantise(x, n, std::min(61, 123 - 3 * width), &shift);
+    unit_ = shift + tie_bits;
     // |x_i − x_c| is the same for −x: a non-increasing sequence becomes a non-decreasing one.
     const Int sign = x[0] > x[n - 1] ? -1 : 1;
     Wide sum = 0;
@@ -32,7 +34,9 @@ class AbsoluteCost {
 
   Int size() const { return static_cast<Int>(prefix_.size()) - 1; }
 
-  // Fixed-point cost above, twice the squared size in the low bits: an even number.
+  // The cost is fixed-point with this many fractional bits, and twice the squared size in the low ones: even.
+  int unit() const { return unit_; }
+
   Wide operator()(Int l, Int e) const {
     const Int s = l + e;
     return prefix_[l] + prefix_[e] - prefix_[s >> 1] - prefix_[(s + 1) >> 1] + 2 * (s & 1);
@@ -51,7 +55,7 @@ class AbsoluteCost {
     explicit Filter(const AbsoluteCost& cost) : cost_(cost), middle_(2 * cost.size() + 1) {
       for (Int s = 0; s <= 2 * cost.size(); ++s)
         middle_[s] = to_double(cost.prefix_[s >> 1] + cost.prefix_[(s + 1) >> 1]);
-      margin_ = std::ldexp(to_double(cost.prefix_.back()), -47);
+      margin_ = std::ldexp(to_double(cost.prefix_.back()), -47) + 4;  // left out: 2 for odd sizes
     }
     void set(const Wide* values, Int first, Int last) {
       first_ = first, left_.resize(last - first + 1);
@@ -80,22 +84,25 @@ class AbsoluteCost {
 
  private:
   std::vector<Wide> prefix_;
+  int unit_ = 0;
 };
 
 // Σ (x_i − mean)², the cost of k-means.
 //
 // With integers S1 = Σ x and S2 = Σ x², for any q near S1 / n and r = S1 − q n: S1² / n = q (S1 + r) + r² / n. So
-// S2 − S1² / n is exact in integers but for the fraction of r² / n. Products may wrap around 2^128; the
-// difference does not. The cost is then rounded down to 73 bits or more, to make room for the
-// squared size, so the quadrangle inequality holds to that precision.
+// S2 − q (S1 + r) is the cost exactly, up to r² / n < 2^30. Products may wrap around 2^128; the difference does not.
+// At least those 30 bits are then dropped, in favour of the squared size, so the quadrangle inequality holds to the
+// 73 bits or more that remain. Costs that are whole multiples of what is dropped stay exact, zero among them.
 class SquaredCost {
  public:
   SquaredCost(const double* x, Int n) : sum_(n + 1), square_(n + 1) {
     const int width = bit_width(n);
     tie_bits_ = 2 * width + 1;
     const int bits = std::min(58, (124 - width) / 2 - 1);
-    drop_bits_ = std::max(0, 2 * (bits + 1) + width + tie_bits_ - 122);
-    const std::vector<Int> fixed = quantise(x, n, bits);
+    drop_bits_ = std::max(30, 2 * (bits + 1) + width + tie_bits_ - 122);
+    int shift = 0;
+    const std::vector<Int> fixed = quantise(x, n, bits, &shift);
+    unit_ = 2 * shift + tie_bits_ - drop_bits_;
     Wide sum = 0;
     UWide square = 0;
     for (Int i = 0;; ++i) {
@@ -108,17 +115,16 @@ class SquaredCost {
 
   Int size() const { return static_cast<Int>(sum_.size()) - 1; }
 
-  // Fixed-point cost above, twice the squared size in the low bits: an even number.
+  // The cost is fixed-point with this many fractional bits, and twice the squared size in the low ones: even.
+  int unit() const { return unit_; }
+
   Wide operator()(Int l, Int e) const {
     const Int n = e - l;
     const Wide sum = sum_[e] - sum_[l];
-    // The quotient need not be exact, r makes up for it, and a 64-bit conversion is fast.
-    const Int q = static_cast<Int>(static_cast<double>(static_cast<Int>(sum >> 16)) * 65536.0 / static_cast<double>(n));
+    const Int q = static_cast<Int>(static_cast<double>(static_cast<Int>(sum >> 14)) * (16384.0 / static_cast<double>(n)));
     const Wide r = sum - Wide{q} * n;
-    const UWide product = static_cast<UWide>(Wide{q}) * static_cast<UWide>(sum + r);
-    const double r_double = static_cast<double>(static_cast<Int>(r));
-    const Int rest = static_cast<Int>(r_double * r_double / static_cast<double>(n));
-    const Wide cost = static_cast<Wide>(square_[e] - square_[l] - product - static_cast<UWide>(Wide{rest}));
+    const Wide cost =
+        static_cast<Wide>(square_[e] - square_[l] - static_cast<UWide>(Wide{q}) * static_cast<UWide>(sum + r));
     return ((cost >> drop_bits_) << tie_bits_) + 2 * Wide{n} * n;
   }
 
@@ -139,8 +145,9 @@ class SquaredCost {
       for (Int i = 0; i <= cost.size(); ++i) sum_[i] = to_double(cost.sum_[i]), largest = std::max(largest, std::abs(sum_[i]));
       const double n = static_cast<double>(cost.size());
       const double spread = std::abs(to_double(cost.sum_[1])) + std::abs(sum_[cost.size()] - sum_[cost.size() - 1]);
-      // Rounding of a difference of sums, times the largest mean, and of the sums of squares.
-      margin_ = scale_ * std::ldexp(largest * spread + n * spread * spread, -47);
+      // Rounding of a difference of sums, times the largest mean, and of the sums of squares; left out: rounding of
+      // the cost to an integer and the squared size.
+      margin_ = scale_ * (std::ldexp(largest * spread + n * spread * spread, -47) + 4) + 4 * n * n;
     }
     void set(const Wide* values, Int first, Int last) {
       first_ = first, left_.resize(last - first + 1);
@@ -179,7 +186,7 @@ class SquaredCost {
  private:
   std::vector<Wide> sum_;
   std::vector<UWide> square_;
-  int tie_bits_ = 0, drop_bits_ = 0;
+  int tie_bits_ = 0, drop_bits_ = 0, unit_ = 0;
 };
 
 }  // namespace diffmtl

@@ -1,5 +1,7 @@
 // Lagrangian search: a price per interval instead of their number, in O(n) memory whatever k.
 #pragma once
+#include <cmath>
+
 #include "windows.hpp"
 
 namespace diffmtl {
@@ -98,12 +100,11 @@ struct Priced {
 // in that of k; every third step halves instead, which bounds their number.
 inline Wide next_price(const Priced& few, const Priced& many, Int k, int round) {
   const auto ratio = [](Int a, Int b) { return static_cast<double>(a) / static_cast<double>(b); };
-  const auto factor = [&](Int larger, Int smaller) {
-    const double steps = ratio(larger, smaller);
-    return static_cast<Wide>(std::clamp(steps * steps * (round + 1.0), 2.0, 1e9));
-  };
-  if (!few.known()) return many.price > 0 ? many.price * factor(many.k(), k) : many.price / 4 + 3;
-  if (!many.known()) return few.price > 3 ? few.price / factor(k, few.k()) : 4 * few.price - 15;
+  // Somewhat past the guess, and further each round, so that k gets between two known optima soon.
+  const auto past = [&](Int larger, Int smaller) { return std::pow(ratio(larger, smaller), 3) * (1 + 0.01 * std::ldexp(1.0, 2 * round)); };
+  const auto scaled = [](Wide price, double factor) { return static_cast<Wide>(std::min(to_double(price) * factor, std::ldexp(1.0, 125))); };
+  if (!few.known()) return many.price > 0 ? scaled(many.price, past(many.k(), k)) + 2 : many.price / 4 + 3;
+  if (!many.known()) return few.price > 3 ? scaled(few.price, 1 / past(k, few.k())) - 2 : 4 * few.price - 15;
   const bool positive = many.price > 0;
   if (positive && round % 3 != 2) {
     const double low = std::log(to_double(many.price)), high = std::log(to_double(few.price));
@@ -126,41 +127,70 @@ inline std::vector<Int> splice(const std::vector<Int>& few, const std::vector<In
   return boundaries;
 }
 
-// The optimum of k intervals, exactly.
+// Two optimal partitions, one of at most k and one of at least k intervals, or one of exactly k.
+struct Bracket {
+  Priced few, many;
+  bool exact(Int k) const { return (few.known() && few.k() == k) || (many.known() && many.k() == k); }
+  // The price can be told no more precisely: every number of intervals between is optimal at the even price.
+  bool closed() const { return few.known() && many.known() && few.price - many.price <= 2; }
+  // k is so near to one of them that the windows it leaves are narrow.
+  bool near(Int k) const { return (few.known() && k - few.k() <= 2) || (many.known() && many.k() - k <= 2); }
+};
+
+// Searches for the price of k intervals, starting at `price`.
+template <class Cost>
+Bracket search_price(const Cost& cost, Int k, Limits limits, Wide price, Task& task) {
+  constexpr int kPatience = 6;
+  const Int n = cost.size(), fewest = (n + limits.max - 1) / limits.max;
+  const Wide limit = std::min<Wide>(4 * cost(0, n), (Wide{1} << 125) / (fewest + 1)) | 1;
+  PenalisedSolver<Cost> solve(cost, limits, task);
+  Bracket found;
+  for (int round = 0; !found.exact(k) && !found.closed() && !(round >= kPatience && found.near(k)); ++round) {
+    if (found.few.known() && found.many.known())
+      price = std::clamp<Wide>(price, found.many.price + 2, found.few.price - 2);
+    price = std::clamp<Wide>(price, -limit, limit) | 1;
+    std::vector<Int> boundaries = solve(price);
+    Priced& side = static_cast<Int>(boundaries.size()) - 1 <= k ? found.few : found.many;
+    if (side.known() && side.price == price) break;  // at the limit: k is the fewest or the most there can be
+    side = {price, std::move(boundaries)};
+    price = next_price(found.few, found.many, k, round);
+  }
+  return found;
+}
+
+// A price that yields about k intervals, from every so-many-th value: the cost of an interval then is as many
+// times smaller.
+template <class Cost>
+Wide guess_price(const Cost& cost, const double* x, Int k, Task& task) {
+  constexpr Int kStride = 16, kPerInterval = 32;
+  const Int n = cost.size(), coarse_n = n / kStride;
+  const Wide rough = cost(0, n) / k / (k + 1);  // the cost falls like 1 / k when the sequence is even
+  if (coarse_n < kPerInterval * k || coarse_n < 512) return rough;
+  std::vector<double> every(coarse_n);
+  for (Int i = 0; i < coarse_n; ++i) every[i] = x[i * kStride + kStride / 2];
+  const Cost coarse(every.data(), coarse_n);
+  const Bracket found = search_price(coarse, k, {1, coarse_n}, guess_price(coarse, every.data(), k, task), task);
+  const Priced& priced = found.few.known() && (!found.many.known() || found.few.k() == k) ? found.few : found.many;
+  if (priced.price <= 0) return rough;
+  const double price = std::ldexp(to_double(priced.price) * kStride, cost.unit() - coarse.unit());
+  return price < to_double(cost(0, n)) ? static_cast<Wide>(price) : rough;
+}
+
+// The optimum of k intervals of x, exactly.
 //
 // The optimal cost is convex in k and costs are even integers, so at an odd price the optimal number of intervals
-// is unique. A search over prices finds optima of nearly k intervals; they interleave with the one sought and
-// leave windows of n positions in all per unit of distance, which solve_windows settles. If the two odd prices
-// next to each other leave k far from both, every number between is optimal at the even price, and splicing does.
+// is unique. A search over prices finds k itself or its neighbours. Neighbours interleave with the optimum and
+// leave windows of n positions in all per unit of distance, which solve_windows settles. Far neighbours at adjacent
+// odd prices have every number between them optimal at the even price, and splicing does.
 template <class Cost>
-std::vector<Int> solve_penalised(const Cost& cost, Int k, Limits limits, Task& task) {
-  constexpr Int kNear = 2;
-  const Int n = cost.size(), fewest = (n + limits.max - 1) / limits.max;
-  const Wide whole = cost(0, n), limit = std::min<Wide>(4 * whole, (Wide{1} << 125) / (fewest + 1)) | 1;
-  const auto near = [k](const Priced& found) { return found.known() && std::abs(found.k() - k) <= kNear; };
-  Priced few, many;
-  {
-    PenalisedSolver<Cost> solve(cost, limits, task);
-    Wide price = whole / k / (k + 1);
-    for (int round = 0; !near(few) && !near(many); ++round) {
-      if (few.known() && many.known()) {
-        if (few.price - many.price <= 2) return splice(few.boundaries, many.boundaries, k);
-        price = std::clamp<Wide>(price, many.price + 2, few.price - 2);
-      }
-      price = std::clamp<Wide>(price, -limit, limit) | 1;
-      std::vector<Int> boundaries = solve(price);
-      Priced& side = static_cast<Int>(boundaries.size()) - 1 <= k ? few : many;
-      if (side.known() && side.price == price) break;  // at the limit: k is the fewest or the most there can be
-      side = {price, std::move(boundaries)};
-      price = next_price(few, many, k, round);
-    }
-  }
-  std::vector<Window> windows = all_positions(n, k, limits);
-  for (const Priced& found : {few, many}) {
-    if (!found.known()) continue;
-    if (found.k() == k) return found.boundaries;
-    interleave(windows, found.boundaries);
-  }
+std::vector<Int> solve_penalised(const Cost& cost, const double* x, Int k, Limits limits, Task& task) {
+  const Bracket found = search_price(cost, k, limits, guess_price(cost, x, k, task), task);
+  for (const Priced* side : {&found.few, &found.many})
+    if (side->known() && side->k() == k) return side->boundaries;
+  if (found.closed() && !found.near(k)) return splice(found.few.boundaries, found.many.boundaries, k);
+  std::vector<Window> windows = all_positions(cost.size(), k, limits);
+  for (const Priced* side : {&found.few, &found.many})
+    if (side->known()) interleave(windows, side->boundaries);
   tighten(windows, limits);
   ExactScanner<Cost> scanner(cost, task);
   return solve_windows(scanner, windows, limits, task);

@@ -37,8 +37,9 @@ inline Int to_fixed(double x, double half_scale, double rest_scale) {
 // Non-decreasing doubles as integers of `bits` bits relative to the largest magnitude.
 //
 // Nothing is rounded away that matters: either the values lie within a factor of two of each other, so that
-// subtracting the first is exact, or their range is at least half the largest magnitude.
-inline std::vector<Int> quantise(const double* x, Int n, int bits, int* shift_out = nullptr) {
+// subtracting the smallest is exact, or their range is at least half the largest magnitude. shift_out: the number
+// of fractional bits.
+inline std::vector<Int> quantise(const double* x, Int n, int bits, int* shift_out) {
   const auto [low, high] = std::minmax_element(x, x + n);
   const bool same_binade = (*low > 0 && *high <= 2 * *low) || (*high < 0 && *low >= 2 * *high);
   const double offset = same_binade ? *low : 0.0;
@@ -47,7 +48,7 @@ inline std::vector<Int> quantise(const double* x, Int n, int bits, int* shift_ou
   const double half_scale = std::ldexp(1.0, shift / 2), rest_scale = std::ldexp(1.0, shift - shift / 2);
   std::vector<Int> fixed(n);
   for (Int i = 0; i < n; ++i) fixed[i] = to_fixed(x[i] - offset, half_scale, rest_scale);
-  if (shift_out) *shift_out = shift;
+  *shift_out = shift;
   return fixed;
 }
 

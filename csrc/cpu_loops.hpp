@@ -1,0 +1,184 @@
+// The loops of the CPU ops, compiled for the instruction set of the including file.
+#pragma once
+#include "cpu_vector.hpp"
+
+namespace diffmtl::cpu {
+namespace {
+
+DIFFMTL_INLINE_LOOP Int smaller(Int a, Int b) { return b < a ? b : a; }
+
+// Rows per tile of a Gramian: R x R products are accumulated in registers, next to R + 1 rows.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTile = 5;
+#else
+constexpr int kTile = 3;
+#endif
+
+// sums[i][j] += <a_i, b_j> for i < R, j < S; on the diagonal, where a is b, for i <= j only. n: whole registers.
+template <class Compute, int R, int S, bool kDiagonal>
+inline void multiply_tile(const Compute* const* a, const Compute* const* b, Int n, double* sums, int stride) {
+  Vector<Compute> acc[R][S] = {};
+  for (Int c = 0; c < n; c += kLanes<Compute>) {
+    Vector<Compute> x[R];
+    for (int i = 0; i < R; ++i) x[i] = load<Compute>(a[i] + c);
+    for (int j = 0; j < S; ++j) {
+      const Vector<Compute> y = kDiagonal ? x[j] : load<Compute>(b[j] + c);
+      for (int i = 0; i < (kDiagonal ? j + 1 : R); ++i) acc[i][j] += x[i] * y;
+    }
+  }
+  for (int i = 0; i < R; ++i)
+    for (int j = kDiagonal ? i : 0; j < S; ++j) sums[i * stride + j] += sum_lanes<Compute>(acc[i][j]);
+}
+
+// The tile of a full group of rows with a group of `size`, or of that group with itself.
+template <class Compute, int S, bool kDiagonal>
+inline void multiply_group(int size, const Compute* const* a, const Compute* const* b, Int n, double* sums, int stride) {
+  if (size == S) {
+    multiply_tile<Compute, kDiagonal ? S : kTile, S, kDiagonal>(a, b, n, sums, stride);
+  } else if constexpr (S > 1) {
+    multiply_group<Compute, S - 1, kDiagonal>(size, a, b, n, sums, stride);
+  }
+}
+
+template <class Compute>
+inline void multiply(const Compute* const* rows, int count, Int n, double* sums) {
+  for (int i = 0; i < count; i += kTile) {
+    double* tile = sums + i * count + i;
+    multiply_group<Compute, kTile, true>(static_cast<int>(smaller(kTile, count - i)), rows + i, rows + i, n, tile, count);
+    for (int j = i + kTile; j < count; j += kTile)
+      multiply_group<Compute, kTile, false>(static_cast<int>(smaller(kTile, count - j)), rows + i, rows + j, n,
+                                            tile + (j - i), count);
+  }
+}
+
+// Copies n elements in the computing type and fills up the last register with zeros.
+template <class Compute, class T>
+inline void convert(const T* from, Int n, Compute* to) {
+  Int c = 0;
+  for (; c + kLanes<Compute> <= n; c += kLanes<Compute>) store<Compute>(to + c, load<Compute>(from + c));
+  if (c == n) return;
+  for (int i = 0; i < kLanes<Compute>; ++i) to[c + i] = c + i < n ? to_number(from[c + i]) : 0;
+}
+
+template <class T>
+void gram(const Rows& rows, double* sums, void* scratch) {
+  using Compute = ComputeOf<T>;
+  const T* data = static_cast<const T*>(rows.data);
+  Compute* converted = static_cast<Compute*>(scratch);
+  for (int i = 0; i < rows.count * rows.count; ++i) sums[i] = 0;
+  // From here on a block stays in the cache while all its products are formed.
+  for (Int begin = 0; begin < rows.columns; begin += kBlock) {
+    const Int n = smaller(kBlock, rows.columns - begin);
+    const Int padded = (n + kLanes<Compute> - 1) / kLanes<Compute> * kLanes<Compute>;
+    const Compute* block[kMaxRows];
+    for (int i = 0; i < rows.count; ++i) {
+      const T* row = data + i * rows.stride + begin;
+      if constexpr (std::is_same_v<T, Compute>) {
+        if (n == padded) {
+          block[i] = row;
+          continue;
+        }
+      }
+      convert(row, n, converted + i * kBlock);
+      block[i] = converted + i * kBlock;
+    }
+    multiply(block, rows.count, padded, sums);
+  }
+}
+
+// Rows that are read side by side: more streams than this, and the processor no longer fetches them ahead.
+constexpr int kStreams = 8;
+
+// total = (first ? 0 : total) + weights * rows over n columns of `count` rows; the result goes to `out`.
+template <class T, class Compute, class Out>
+inline void add_rows(const T* data, Int stride, int count, const Compute* weights, const Compute* total, Int n, Out* out) {
+  constexpr int kUnroll = 4;
+  constexpr Int kStep = kUnroll * kLanes<Compute>;
+  Int c = 0;
+  for (; c + kStep <= n; c += kStep) {
+    Vector<Compute> acc[kUnroll];
+    for (int u = 0; u < kUnroll; ++u)
+      acc[u] = total ? load<Compute>(total + c + u * kLanes<Compute>) : Vector<Compute>{};
+    for (int i = 0; i < count; ++i)
+      for (int u = 0; u < kUnroll; ++u)
+        acc[u] += weights[i] * load<Compute>(data + i * stride + c + u * kLanes<Compute>);
+    for (int u = 0; u < kUnroll; ++u) store<Compute>(out + c + u * kLanes<Compute>, acc[u]);
+  }
+  for (; c < n; ++c) {
+    Compute acc = total ? total[c] : 0;
+    for (int i = 0; i < count; ++i) acc += weights[i] * to_number(data[i * stride + c]);
+    out[c] = from_number<Out>(acc);
+  }
+}
+
+template <class T>
+void combine(const Rows& rows, const double* weights, void* out) {
+  using Compute = ComputeOf<T>;
+  const T* data = static_cast<const T*>(rows.data);
+  Compute w[kMaxRows], total[kBlock];
+  for (int i = 0; i < rows.count; ++i) w[i] = static_cast<Compute>(weights[i]);
+  for (Int begin = 0; begin < rows.columns; begin += kBlock) {
+    const Int n = smaller(kBlock, rows.columns - begin);
+    const T* block = data + begin;
+    int i = 0;
+    for (; i + kStreams < rows.count; i += kStreams)
+      add_rows(block + i * rows.stride, rows.stride, kStreams, w + i, i ? total : nullptr, n, total);
+    add_rows(block + i * rows.stride, rows.stride, rows.count - i, w + i, i ? total : nullptr, n,
+             static_cast<T*>(out) + begin);
+  }
+}
+
+template <class A, class B>
+double squared_distance(const void* a_data, const void* b_data, Int n) {
+  using Compute = ComputeOf<A, B>;
+  constexpr int kUnroll = 4;
+  constexpr Int kStep = kUnroll * kLanes<Compute>;
+  const A* a = static_cast<const A*>(a_data);
+  const B* b = static_cast<const B*>(b_data);
+  double sum = 0;
+  Int c = 0;
+  while (c + kStep <= n) {
+    Vector<Compute> acc[kUnroll] = {};
+    for (const Int end = smaller(n, c + kUnroll * kBlock); c + kStep <= end; c += kStep)
+      for (int u = 0; u < kUnroll; ++u) {
+        const Int at = c + u * kLanes<Compute>;
+        const Vector<Compute> d = load<Compute>(a + at) - load<Compute>(b + at);
+        acc[u] += d * d;
+      }
+    sum += sum_lanes<Compute>((acc[0] + acc[1]) + (acc[2] + acc[3]));
+  }
+  for (; c < n; ++c) {
+    const Compute d = static_cast<Compute>(to_number(a[c])) - static_cast<Compute>(to_number(b[c]));
+    sum += static_cast<double>(d) * d;
+  }
+  return sum;
+}
+
+template <class A, class B>
+void scaled_difference(const void* a_data, const void* b_data, double scale, void* out_data, Int n) {
+  using Compute = ComputeOf<A, B>;
+  const A* a = static_cast<const A*>(a_data);
+  const B* b = static_cast<const B*>(b_data);
+  A* out = static_cast<A*>(out_data);
+  const Compute factor = static_cast<Compute>(scale);
+  Int c = 0;
+  for (; c + kLanes<Compute> <= n; c += kLanes<Compute>)
+    store<Compute>(out + c, (load<Compute>(a + c) - load<Compute>(b + c)) * factor);
+  for (; c < n; ++c)
+    out[c] = from_number<A>((static_cast<Compute>(to_number(a[c])) - static_cast<Compute>(to_number(b[c]))) * factor);
+}
+
+// One entry for every element type, in the order of DType.
+#define DIFFMTL_PER_DTYPE(kernel) {kernel<float>, kernel<double>, kernel<BFloat16>, kernel<Float16>}
+#define DIFFMTL_PER_SECOND_DTYPE(kernel, A) {kernel<A, float>, kernel<A, double>, kernel<A, BFloat16>, kernel<A, Float16>}
+#define DIFFMTL_PER_PAIR(kernel)                                                      \
+  {DIFFMTL_PER_SECOND_DTYPE(kernel, float), DIFFMTL_PER_SECOND_DTYPE(kernel, double), \
+   DIFFMTL_PER_SECOND_DTYPE(kernel, BFloat16), DIFFMTL_PER_SECOND_DTYPE(kernel, Float16)}
+
+constexpr Kernels make_kernels(const char* name) {
+  return {name, DIFFMTL_PER_DTYPE(gram), DIFFMTL_PER_DTYPE(combine), DIFFMTL_PER_PAIR(squared_distance),
+          DIFFMTL_PER_PAIR(scaled_difference)};
+}
+
+}  // namespace
+}  // namespace diffmtl::cpu

@@ -1,0 +1,47 @@
+// Tensors as the Python side passes them, and single numbers read from and written to them.
+#pragma once
+#include <tuple>
+
+#include "cpu_vector.hpp"
+
+namespace diffmtl::cpu {
+
+// (address, DType, elements from one entry of the first dimension to the next)
+using Handle = std::tuple<std::uintptr_t, int, Int>;
+
+// One number after another.
+struct Numbers {
+  explicit Numbers(const Handle& handle)
+      : data(reinterpret_cast<const void*>(std::get<0>(handle))),
+        dtype(static_cast<DType>(std::get<1>(handle))),
+        stride(std::get<2>(handle)) {}
+
+  double operator[](Int i) const {
+    i *= stride;
+    switch (dtype) {
+      case kFloat64: return static_cast<const double*>(data)[i];
+      case kBFloat16: return to_number(static_cast<const BFloat16*>(data)[i]);
+      case kFloat16: return to_number(static_cast<const Float16*>(data)[i]);
+      default: return static_cast<const float*>(data)[i];
+    }
+  }
+
+  const void* data;
+  DType dtype;
+  Int stride;
+};
+
+inline void write_number(std::uintptr_t data, DType dtype, Int i, double value) {
+  void* p = reinterpret_cast<void*>(data);
+  switch (dtype) {
+    case kFloat64: static_cast<double*>(p)[i] = value; break;
+    case kBFloat16: static_cast<BFloat16*>(p)[i] = from_number<BFloat16>(value); break;
+    case kFloat16: static_cast<Float16*>(p)[i] = from_number<Float16>(value); break;
+    default: static_cast<float*>(p)[i] = static_cast<float>(value);
+  }
+}
+
+// The type that sums over these are formed and returned in.
+inline DType accumulation_dtype(DType a, DType b) { return a == kFloat64 || b == kFloat64 ? kFloat64 : kFloat32; }
+
+}  // namespace diffmtl::cpu

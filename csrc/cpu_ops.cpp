@@ -1,0 +1,279 @@
+// The CPU side of the ops over large tensors: division into chunks, two-stage sums, Python boundary.
+//
+// Where a tensor is divided depends on its shape alone, and what the chunks return is added in their order: the
+// number of threads changes no bit of a result.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "bindings.hpp"
+#include "cpu_numbers.hpp"
+#include "cpu_threads.hpp"
+
+namespace py = pybind11;
+
+namespace diffmtl {
+namespace cpu {
+namespace {
+
+// ---- The instruction set -------------------------------------------------------------------------------------------
+
+// The tables that this processor can run, the best one last.
+std::vector<const Kernels*> supported_kernels() {
+  std::vector<const Kernels*> tables{plain_kernels()};
+#if defined(__x86_64__)
+  if (avx2_kernels() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(avx2_kernels());
+  if (avx512_kernels() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    tables.push_back(avx512_kernels());
+#endif
+  return tables;
+}
+
+std::atomic<const Kernels*> active{nullptr};
+
+const Kernels& kernels() { return *active; }
+
+std::string select_kernels(const std::optional<std::string>& name) {
+  const std::vector<const Kernels*> tables = supported_kernels();
+  std::string names;
+  for (const Kernels* table : tables) {
+    names += (names.empty() ? "" : ", ") + std::string(table->name);
+    if (!name || *name == table->name) active = table;
+    if (name && *name == table->name) return *name;
+  }
+  if (name) throw py::value_error("expected one of this processor's instruction sets (" + names + "), found '" + *name + "'");
+  return kernels().name;
+}
+
+std::vector<std::string> kernel_names() {
+  std::vector<std::string> names;
+  for (const Kernels* table : supported_kernels()) names.emplace_back(table->name);
+  return names;
+}
+
+// ---- Division of the work ------------------------------------------------------------------------------------------
+
+// Waking a thread costs some microseconds, in which another one reads about this much.
+constexpr Int kBytesPerThread = 1 << 17;
+
+int useful_threads(int threads, Int bytes) { return static_cast<int>(std::min<Int>(threads, bytes / kBytesPerThread + 1)); }
+
+Int ceil_div(Int a, Int b) { return (a + b - 1) / b; }
+
+const void* advance(const void* p, DType dtype, Int elements) {
+  return static_cast<const char*>(p) + elements * static_cast<Int>(kBytes[dtype]);
+}
+void* advance(void* p, DType dtype, Int elements) {
+  return static_cast<char*>(p) + elements * static_cast<Int>(kBytes[dtype]);
+}
+
+// Columns per chunk: enough to make the sum over chunks cheap, chunks enough for many threads.
+Int chunk_columns(Int columns) {
+  constexpr Int kLeast = 16, kChunks = 256;  // in blocks; chunks
+  return kBlock * std::max(kLeast, ceil_div(columns, kChunks * kBlock));
+}
+
+std::vector<Rows> split_columns(const Rows& rows, DType dtype) {
+  std::vector<Rows> chunks;
+  const Int step = chunk_columns(rows.columns);
+  for (Int c = 0; c < rows.columns; c += step)
+    chunks.push_back({advance(rows.data, dtype, c), rows.stride, std::min(step, rows.columns - c), rows.count});
+  return chunks;
+}
+
+// ---- gram and combine ----------------------------------------------------------------------------------------------
+
+Rows rows_of(const Handle& jacobian, int count, Int columns) {
+  return {reinterpret_cast<const void*>(std::get<0>(jacobian)), std::get<2>(jacobian), columns, count};
+}
+
+void gram(const Handle& jacobian, int count, Int columns, std::uintptr_t out, int threads) {
+  const DType dtype = static_cast<DType>(std::get<1>(jacobian));
+  const std::vector<Rows> chunks = split_columns(rows_of(jacobian, count, columns), dtype);
+  const Int products = Int{count} * count, tasks = static_cast<Int>(chunks.size());
+  threads = useful_threads(threads, count * columns * static_cast<Int>(kBytes[dtype]));
+
+  struct alignas(64) Line {
+    char bytes[64];
+  };
+  const std::size_t lines = gram_scratch(count) / sizeof(Line);
+  const std::unique_ptr<Line[]> scratch(new Line[lines * threads]);
+  std::vector<double> partial(products * tasks), total(products);
+  parallel_for(tasks, threads, [&](Int task, int thread) {
+    kernels().gram[dtype](chunks[task], &partial[task * products], &scratch[lines * thread]);
+  });
+  for (Int task = 0; task < tasks; ++task)
+    for (Int i = 0; i < products; ++i) total[i] += partial[task * products + i];
+
+  const DType out_dtype = accumulation_dtype(dtype, dtype);
+  for (int i = 0; i < count; ++i)
+    for (int j = i; j < count; ++j) {
+      write_number(out, out_dtype, Int{i} * count + j, total[i * count + j]);
+      write_number(out, out_dtype, Int{j} * count + i, total[i * count + j]);
+    }
+}
+
+void combine(const Handle& jacobian, int count, Int columns, const Handle& weights, std::uintptr_t out, int threads) {
+  const DType dtype = static_cast<DType>(std::get<1>(jacobian));
+  const std::vector<Rows> chunks = split_columns(rows_of(jacobian, count, columns), dtype);
+  const Numbers numbers(weights);
+  double w[kMaxRows];
+  for (int i = 0; i < count; ++i) w[i] = numbers[i];
+  void* const destination = reinterpret_cast<void*>(out);
+  const Int step = chunk_columns(columns);
+  parallel_for(static_cast<Int>(chunks.size()), useful_threads(threads, count * columns * static_cast<Int>(kBytes[dtype])),
+               [&](Int task, int) { kernels().combine[dtype](chunks[task], w, advance(destination, dtype, task * step)); });
+}
+
+// ---- Squared errors ------------------------------------------------------------------------------------------------
+
+// Prediction and target of a batch; the elements of a sample lie next to each other.
+struct Pair {
+  Pair(const Handle& pred_handle, const Handle& target_handle, Int batch_size, Int sample_size)
+      : pred(pred_handle), target(target_handle), batch(batch_size), size(sample_size) {}
+
+  DType dtype() const { return accumulation_dtype(pred.dtype, target.dtype); }
+  Int bytes() const { return batch * size * static_cast<Int>(kBytes[pred.dtype] + kBytes[target.dtype]); }
+  const void* pred_at(Int sample, Int element) const { return advance(pred.data, pred.dtype, sample * pred.stride + element); }
+  const void* target_at(Int sample, Int element) const {
+    return advance(target.data, target.dtype, sample * target.stride + element);
+  }
+
+  Numbers pred, target;
+  Int batch, size;
+};
+
+// Elements of a sample that are summed in one go.
+constexpr Int kPiece = 1 << 15;
+
+// body(piece, sample, first element, elements) for every piece of every sample: large samples have several, small
+// samples share a task.
+template <class Body>
+void for_pieces(const Pair& pair, int threads, const Body& body) {
+  if (pair.batch == 0) return;
+  const Int per_sample = ceil_div(pair.size, kPiece), total = pair.batch * per_sample;
+  const Int per_task = std::max<Int>(1, kPiece / pair.size);
+  parallel_for(ceil_div(total, per_task), useful_threads(threads, pair.bytes()), [&](Int task, int) {
+    const Int end = std::min(total, (task + 1) * per_task);
+    for (Int piece = task * per_task; piece < end; ++piece) {
+      const Int sample = piece / per_sample, begin = piece % per_sample * kPiece;
+      body(piece, sample, begin, std::min(kPiece, pair.size - begin));
+    }
+  });
+}
+
+// The weighted mean squared error of every sample.
+std::vector<double> sample_losses(const Pair& pair, const std::optional<Handle>& weight, int threads) {
+  const auto squared_distance = kernels().squared_distance[pair.pred.dtype][pair.target.dtype];
+  const Int per_sample = ceil_div(pair.size, kPiece);
+  std::vector<double> partial(pair.batch * per_sample), losses(pair.batch);
+  for_pieces(pair, threads, [&](Int piece, Int sample, Int begin, Int n) {
+    partial[piece] = squared_distance(pair.pred_at(sample, begin), pair.target_at(sample, begin), n);
+  });
+  for (Int sample = 0; sample < pair.batch; ++sample) {
+    double sum = 0;
+    for (Int piece = 0; piece < per_sample; ++piece) sum += partial[sample * per_sample + piece];
+    losses[sample] = sum / static_cast<double>(pair.size) * (weight ? Numbers(*weight)[sample] : 1.0);
+  }
+  return losses;
+}
+
+void sample_mse(const Handle& pred, const Handle& target, Int batch, Int size, const std::optional<Handle>& weight,
+                std::uintptr_t out, int threads) {
+  const Pair pair(pred, target, batch, size);
+  const std::vector<double> losses = sample_losses(pair, weight, threads);
+  for (Int sample = 0; sample < batch; ++sample) write_number(out, pair.dtype(), sample, losses[sample]);
+}
+
+void sample_mse_backward(const Handle& scale, const Handle& pred, const Handle& target, Int batch, Int size,
+                         std::uintptr_t out, int threads) {
+  const Pair pair(pred, target, batch, size);
+  const Numbers scales(scale);
+  const auto scaled_difference = kernels().scaled_difference[pair.pred.dtype][pair.target.dtype];
+  void* const grad = reinterpret_cast<void*>(out);
+  for_pieces(pair, threads, [&](Int, Int sample, Int begin, Int n) {
+    scaled_difference(pair.pred_at(sample, begin), pair.target_at(sample, begin),
+                      scales[sample] * (2.0 / static_cast<double>(size)),
+                      advance(grad, pair.pred.dtype, sample * size + begin), n);
+  });
+}
+
+// ---- Cluster means -------------------------------------------------------------------------------------------------
+
+// The cluster of every sample. Indices are checked: under compilation nobody did before.
+struct Clusters {
+  Clusters(const Handle& handle, Int batch_size, Int count)
+      : data(reinterpret_cast<const Int*>(std::get<0>(handle))), stride(std::get<2>(handle)), batch(batch_size), sizes(count) {
+    for (Int sample = 0; sample < batch; ++sample) {
+      const Int k = (*this)[sample];
+      if (k < 0 || k >= count)
+        throw py::value_error("cluster: expected indices in 0.." + std::to_string(count - 1) + ", found " + std::to_string(k));
+      ++sizes[k];
+    }
+  }
+
+  Int operator[](Int sample) const { return data[sample * stride]; }
+
+  const Int* data;
+  Int stride, batch;
+  std::vector<Int> sizes;
+};
+
+// An absent cluster gets 0. Samples are added in order, each to its own cluster's sum: a NaN stays there.
+template <class Values>
+void write_means(const Values& values, const Clusters& clusters, DType dtype, std::uintptr_t out) {
+  std::vector<double> sums(clusters.sizes.size());
+  for (Int sample = 0; sample < clusters.batch; ++sample) sums[clusters[sample]] += values[sample];
+  for (std::size_t k = 0; k < sums.size(); ++k)
+    write_number(out, dtype, static_cast<Int>(k), sums[k] / static_cast<double>(std::max<Int>(1, clusters.sizes[k])));
+}
+
+void cluster_mse(const Handle& pred, const Handle& target, Int batch, Int size, const Handle& cluster, Int k,
+                 const std::optional<Handle>& weight, std::uintptr_t out, std::uintptr_t counts, int threads) {
+  const Pair pair(pred, target, batch, size);
+  const Clusters clusters(cluster, batch, k);
+  write_means(sample_losses(pair, weight, threads), clusters, pair.dtype(), out);
+  std::copy(clusters.sizes.begin(), clusters.sizes.end(), reinterpret_cast<Int*>(counts));
+}
+
+void cluster_mean(const Handle& values, Int batch, const Handle& cluster, Int k, std::uintptr_t out) {
+  const Numbers numbers(values);
+  write_means(numbers, Clusters(cluster, batch, k), accumulation_dtype(numbers.dtype, numbers.dtype), out);
+}
+
+void cluster_mean_backward(const Handle& grad, Int k, const Handle& cluster, Int batch, std::uintptr_t out) {
+  const Numbers grads(grad);
+  const Clusters clusters(cluster, batch, k);
+  for (Int sample = 0; sample < batch; ++sample) {
+    const Int own = clusters[sample];
+    write_number(out, grads.dtype, sample, grads[own] / static_cast<double>(clusters.sizes[own]));
+  }
+}
+
+}  // namespace
+}  // namespace cpu
+
+void register_cpu_ops(py::module_& module) {
+  using namespace cpu;
+  select_kernels(std::nullopt);
+  module.attr("CPU_MAX_ROWS") = kMaxRows;
+  module.def("cpu_kernels", &kernel_names, "Instruction sets that this processor can run, the best one last.");
+  module.def("cpu_select_kernels", &select_kernels, py::arg("name"), "Use this instruction set; None: the best one.");
+  const py::call_guard<py::gil_scoped_release> unlocked;
+  module.def("cpu_gram", &gram, unlocked);
+  module.def("cpu_combine", &combine, unlocked);
+  module.def("cpu_sample_mse", &sample_mse, unlocked);
+  module.def("cpu_sample_mse_backward", &sample_mse_backward, unlocked);
+  module.def("cpu_cluster_mse", &cluster_mse, unlocked);
+  module.def("cpu_cluster_mean", &cluster_mean, unlocked);
+  module.def("cpu_cluster_mean_backward", &cluster_mean_backward, unlocked);
+}
+
+}  // namespace diffmtl

@@ -1,0 +1,11 @@
+// The CPU kernels for what every processor of the architecture has.
+#include "cpu_loops.hpp"
+
+namespace diffmtl::cpu {
+
+const Kernels* plain_kernels() {
+  static constexpr Kernels kernels = make_kernels("plain");
+  return &kernels;
+}
+
+}  // namespace diffmtl::cpu

@@ -1,0 +1,13 @@
+// Loops on several threads.
+#pragma once
+#include <functional>
+
+#include "cpu_kernels.hpp"
+
+namespace diffmtl::cpu {
+
+// body(task, thread) for every task in 0 .. tasks - 1, in any order, on at most `threads` threads. The body must not
+// throw. thread: which of them, 0 .. threads - 1, for scratch memory.
+void parallel_for(Int tasks, int threads, const std::function<void(Int task, int thread)>& body);
+
+}  // namespace diffmtl::cpu

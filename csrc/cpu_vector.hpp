@@ -1,0 +1,209 @@
+// One register of numbers, and the four element types in it.
+//
+// Written with the vector extensions of GCC and Clang, so that one text serves every instruction set. Everything is
+// local to the including file: the linker must never take a function compiled for one instruction set for another's.
+// For the same reason no header of the standard library with code in it is used here.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "cpu_kernels.hpp"
+
+namespace diffmtl::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+#define DIFFMTL_INLINE_LOOP inline __attribute__((always_inline))
+
+struct BFloat16 {
+  std::uint16_t bits;
+};
+struct Float16 {
+  std::uint16_t bits;
+};
+
+typedef float Floats __attribute__((vector_size(kVectorBytes)));
+typedef double Doubles __attribute__((vector_size(kVectorBytes)));
+typedef std::int32_t Ints __attribute__((vector_size(kVectorBytes)));
+typedef std::uint32_t Words __attribute__((vector_size(kVectorBytes)));
+typedef std::uint16_t Shorts __attribute__((vector_size(kVectorBytes / 2)));
+
+template <class Compute>
+using Vector = std::conditional_t<std::is_same_v<Compute, float>, Floats, Doubles>;
+template <class Compute>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(Compute));
+
+// Sums over elements of these types are formed in this type.
+template <class A, class B = A>
+using ComputeOf = std::conditional_t<std::is_same_v<A, double> || std::is_same_v<B, double>, double, float>;
+
+template <class To, class From>
+DIFFMTL_INLINE_LOOP To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// The conversions below serve one number (std::uint32_t, float) and a register of them (Words, Floats) alike.
+
+DIFFMTL_INLINE_LOOP float from_integer(std::uint32_t x) { return static_cast<float>(static_cast<std::int32_t>(x)); }
+DIFFMTL_INLINE_LOOP Floats from_integer(Words x) { return __builtin_convertvector((Ints)x, Floats); }
+
+template <class Real, class Bits>
+DIFFMTL_INLINE_LOOP Real decode_bfloat16(Bits bits) {
+  return bit_cast<Real>(bits << 16);
+}
+
+// Rounds to nearest, ties to even; the addition carries into the exponent where it has to.
+template <class Bits, class Real>
+DIFFMTL_INLINE_LOOP Bits encode_bfloat16(Real x) {
+  const Bits bits = bit_cast<Bits>(x);
+  const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return x != x ? (bits & 0) + 0x7fc0 : rounded;
+}
+
+template <class Real, class Bits>
+DIFFMTL_INLINE_LOOP Real decode_float16(Bits bits) {
+  const Bits sign = (bits & 0x8000) << 16, magnitude = bits & 0x7fff;
+  // Subnormal numbers are multiples of 2^-24: no float32 subnormals, so flushing them to zero does no harm.
+  const Bits subnormal = bit_cast<Bits>(from_integer(magnitude) * 0x1p-24f);
+  const Bits normal = (magnitude << 13) + (112u << 23), special = (magnitude << 13) | 0x7f800000u;
+  const Bits finite = magnitude < 0x0400 ? subnormal : normal;
+  return bit_cast<Real>((magnitude >= 0x7c00 ? special : finite) | sign);
+}
+
+template <class Bits, class Real>
+DIFFMTL_INLINE_LOOP Bits encode_float16(Real x) {
+  const Bits bits = bit_cast<Bits>(x), magnitude = bits & 0x7fffffffu;
+  const Bits normal = (magnitude - (112u << 23) + 0x0fff + ((magnitude >> 13) & 1)) >> 13;
+  // Next to 1/2 floats are 2^-24 apart, as float16's subnormals are: the addition rounds.
+  const Bits subnormal = bit_cast<Bits>(bit_cast<Real>(magnitude) + 0.5f) - 0x3f000000u;
+  const Bits finite = magnitude < 0x38800000u ? subnormal : normal;
+  const Bits infinity = (bits & 0) + 0x7c00, nan = infinity + 0x0200;
+  const Bits special = magnitude > 0x7f800000u ? nan : infinity;
+  return (magnitude >= 0x47800000u ? special : finite) | ((bits >> 16) & 0x8000);
+}
+
+DIFFMTL_INLINE_LOOP float to_number(float x) { return x; }
+DIFFMTL_INLINE_LOOP double to_number(double x) { return x; }
+DIFFMTL_INLINE_LOOP float to_number(BFloat16 x) { return decode_bfloat16<float>(std::uint32_t{x.bits}); }
+DIFFMTL_INLINE_LOOP float to_number(Float16 x) { return decode_float16<float>(std::uint32_t{x.bits}); }
+
+template <class T, class Compute>
+DIFFMTL_INLINE_LOOP T from_number(Compute x) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return {static_cast<std::uint16_t>(encode_bfloat16<std::uint32_t>(static_cast<float>(x)))};
+  } else if constexpr (std::is_same_v<T, Float16>) {
+    return {static_cast<std::uint16_t>(encode_float16<std::uint32_t>(static_cast<float>(x)))};
+  } else {
+    return static_cast<T>(x);
+  }
+}
+
+#if defined(__AVX512F__)
+// The unmasked intrinsics of GCC 12 warn of an uninitialised operand.
+constexpr __mmask16 kAllLanes = 0xffff;
+#endif
+
+// Memory is read and written at any address that suits one element.
+
+template <class V>
+DIFFMTL_INLINE_LOOP V load_bits(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+// GCC 12 does these two in several steps on vectors of its own.
+DIFFMTL_INLINE_LOOP Words widen(Shorts x) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_maskz_cvtepu16_epi32(kAllLanes, (__m256i)x);
+#elif defined(__AVX2__)
+  return (Words)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+  return __builtin_convertvector(x, Words);
+#endif
+}
+
+DIFFMTL_INLINE_LOOP Shorts narrow(Words x) {
+#if defined(__AVX512F__)
+  return (Shorts)_mm512_maskz_cvtepi32_epi16(kAllLanes, (__m512i)x);
+#else
+  return __builtin_convertvector(x, Shorts);
+#endif
+}
+
+template <class Compute, class T>
+DIFFMTL_INLINE_LOOP Vector<Compute> load(const T* p) {
+  if constexpr (std::is_same_v<T, Compute>) {
+    return load_bits<Vector<Compute>>(p);
+  } else if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<Compute, float>) {
+    return decode_bfloat16<Floats>(widen(load_bits<Shorts>(p)));
+  } else if constexpr (std::is_same_v<T, Float16> && std::is_same_v<Compute, float>) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_maskz_cvtph_ps(kAllLanes, load_bits<__m256i>(p));
+#elif defined(__AVX2__)
+    return (Floats)_mm256_cvtph_ps(load_bits<__m128i>(p));
+#else
+    return decode_float16<Floats>(widen(load_bits<Shorts>(p)));
+#endif
+  } else {
+    Vector<Compute> v;
+    for (int i = 0; i < kLanes<Compute>; ++i) v[i] = to_number(p[i]);
+    return v;
+  }
+}
+
+template <class Compute, class T>
+DIFFMTL_INLINE_LOOP void store(T* p, Vector<Compute> v) {
+  if constexpr (std::is_same_v<T, Compute>) {
+    std::memcpy(p, &v, sizeof(v));
+  } else if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<Compute, float>) {
+    const Shorts rounded = narrow(encode_bfloat16<Words>(v));
+    std::memcpy(p, &rounded, sizeof(rounded));
+  } else if constexpr (std::is_same_v<T, Float16> && std::is_same_v<Compute, float>) {
+#if defined(__AVX512F__)
+    const __m256i rounded = _mm512_maskz_cvtps_ph(kAllLanes, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__AVX2__)
+    const __m128i rounded = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+    const Shorts rounded = narrow(encode_float16<Words>(v));
+#endif
+    std::memcpy(p, &rounded, sizeof(rounded));
+  } else {
+    for (int i = 0; i < kLanes<Compute>; ++i) p[i] = from_number<T>(v[i]);
+  }
+}
+
+// The sum of the lanes, by halves: a tree, which compilers do not make of a loop.
+template <class Compute, int kCount>
+struct Halves {
+  typedef Compute Half __attribute__((vector_size(kCount / 2 * sizeof(Compute))));
+  Half low, high;
+};
+
+template <class Compute, int kCount = kLanes<Compute>, class V>
+DIFFMTL_INLINE_LOOP double sum_lanes(V v) {
+  if constexpr (kCount == 2) {
+    return static_cast<double>(v[0] + v[1]);
+  } else {
+    const auto halves = bit_cast<Halves<Compute, kCount>>(v);
+    return sum_lanes<Compute, kCount / 2>(halves.low + halves.high);
+  }
+}
+
+}  // namespace
+}  // namespace diffmtl::cpu
