@@ -12,7 +12,7 @@ BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 help:
 	@echo "make train   train on the embedded digits and write pictures and metrics to $(RUN)"
 	@echo "make test    run the test suite (DIFFMTL_TEST_DEVICE=cuda runs it on a GPU)"
-	@echo "make check   lint, type check"
+	@echo "make check   lint, type check, compile the GPU kernels ahead of time (needs no GPU)"
 	@echo "make clean   remove the virtual environment and build outputs (runs/ is kept)"
 
 $(BIN)/python:
@@ -42,6 +42,7 @@ check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tests/kernels/aot.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -15,6 +15,9 @@ from torch import Tensor
 # The library object owns the registrations: they end with it, so it lives as long as the module.
 _LIBRARY = torch.library.Library("diffmtl", "DEF")
 
+# The plain definition of every op by its name.
+PLAIN: dict[str, Callable[..., Any]] = {}
+
 
 def define_op(schema: str, *, plain: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Define ``diffmtl::<schema>`` with its plain definition and its shape function.
@@ -28,6 +31,7 @@ def define_op(schema: str, *, plain: Callable[..., Any], fake: Callable[..., Any
         The op, ``torch.ops.diffmtl.<name>.default``.
     """
     name = schema.partition("(")[0]
+    PLAIN[name] = plain
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, plain, "CompositeExplicitAutograd")
     torch.library.register_fake(f"diffmtl::{name}", fake, lib=_LIBRARY)

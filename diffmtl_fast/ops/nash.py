@@ -93,7 +93,8 @@ def nash_weights(gramian: Tensor, present: Tensor | None = None) -> Tensor:
     iterates a convex-concave procedure towards the same point.
 
     Args:
-        gramian: G, [K, K], floating point, symmetric positive semidefinite.
+        gramian: G, [K, K], floating point, symmetric positive semidefinite, in the dtype its sums were formed in:
+            that dtype's rounding is what a singular G is known up to.
         present: bool [K]. Default: all present.
 
     Returns:

@@ -1,0 +1,250 @@
+"""The Triton kernels behind the ops: how each is launched, and their registration for CUDA (and ROCm) tensors.
+
+Every launcher has the signature of its op's plain definition. Where a kernel does not cover an input, the launcher
+hands it to that definition and the reason is logged once.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ..kernels import combine as combine_kernels
+from ..kernels import gram as gram_kernels
+from ..kernels import mse as mse_kernels
+from ..kernels import settings
+from ..kernels import weights as weight_kernels
+from ._checks import accumulation_dtype
+from ._library import register_kernel
+from .combine import combine_plain
+from .gram import gram_plain
+from .nash import CONVERGED, LINE_SEARCH_STEPS, NEWTON_STEPS, nash_weights_plain
+from .pcgrad import pcgrad_weights_plain
+
+_logger = logging.getLogger("diffmtl_fast")
+_TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+@functools.cache
+def _log_fallback(op: str, reason: str) -> None:
+    _logger.info("diffmtl::%s runs its plain definition: %s", op, reason)
+
+
+def squared_error_sums(pred: Tensor, target: Tensor) -> Tensor:
+    """Launch the first stage of the squared errors: partial sums [B, chunks]."""
+    pred, target = pred.contiguous(), target.contiguous()
+    batch, size = pred.shape[0], math.prod(pred.shape[1:])
+    block, num_warps = settings.stream_settings(size)
+    chunks = settings.ceil_div(size, block)
+    dtype = accumulation_dtype(pred, target)
+    partial = torch.empty(batch, chunks, dtype=dtype, device=pred.device)
+    if batch:
+        mse_kernels._squared_error_kernel[batch * chunks,](
+            pred,
+            target,
+            partial,
+            size,
+            chunks,
+            BLOCK=block,
+            ACCUMULATE=_TRITON_DTYPES[dtype],
+            num_warps=num_warps,
+        )
+    return partial
+
+
+def sample_mse(pred: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Launch `sample_mse`."""
+    batch, size = pred.shape[0], math.prod(pred.shape[1:])
+    partial = squared_error_sums(pred, target)
+    losses = partial.new_empty(batch)
+    if batch:
+        weighted = None if weight is None else weight.contiguous()
+        mse_kernels._sample_mean_kernel[settings.ceil_div(batch, 128),](
+            partial, weighted, losses, batch, partial.shape[1], size, WEIGHTED=weight is not None, BLOCK=128
+        )
+    return losses
+
+
+def sample_mse_backward(scale: Tensor, pred: Tensor, target: Tensor) -> Tensor:
+    """Launch `sample_mse_backward`."""
+    scale, pred, target = scale.contiguous(), pred.contiguous(), target.contiguous()
+    batch, size = pred.shape[0], math.prod(pred.shape[1:])
+    block, num_warps = settings.stream_settings(size)
+    chunks = settings.ceil_div(size, block)
+    grad = torch.empty_like(pred)
+    if batch:
+        mse_kernels._squared_error_backward_kernel[batch * chunks,](
+            scale,
+            pred,
+            target,
+            grad,
+            size,
+            chunks,
+            BLOCK=block,
+            ACCUMULATE=_TRITON_DTYPES[accumulation_dtype(pred, target)],
+            num_warps=num_warps,
+        )
+    return grad
+
+
+def cluster_means(values: Tensor, cluster: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Launch the mean and the size of every cluster."""
+    means = torch.empty(k, dtype=accumulation_dtype(values), device=values.device)
+    counts = torch.empty(k, dtype=torch.int64, device=values.device)
+    batch = values.shape[0]
+    block = min(1024, max(settings.power_of_two(batch), 32))
+    mse_kernels._cluster_mean_kernel[k,](
+        values.contiguous(), cluster.contiguous(), means, counts, batch, BLOCK=block
+    )
+    return means, counts
+
+
+def cluster_mean(values: Tensor, cluster: Tensor, k: int) -> Tensor:
+    """Launch `cluster_mean`."""
+    return cluster_means(values, cluster, k)[0]
+
+
+def cluster_mse(
+    pred: Tensor, target: Tensor, cluster: Tensor, k: int, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Launch `cluster_mse`."""
+    return cluster_means(sample_mse(pred, target, weight), cluster, k)
+
+
+def gram(jacobian: Tensor) -> Tensor:
+    """Launch `gram`."""
+    k, size = jacobian.shape
+    if k > settings.MAX_CLUSTERS or (jacobian.dtype == torch.float64 and k > settings.MAX_VECTOR_CLUSTERS):
+        _log_fallback("gram", f"no kernel for K = {k} in {jacobian.dtype}")
+        return gram_plain(jacobian)
+    dtype = accumulation_dtype(jacobian)
+    if k == 0 or size == 0:
+        return torch.zeros(k, k, dtype=dtype, device=jacobian.device)
+    jacobian = jacobian if jacobian.stride(1) == 1 else jacobian.contiguous()
+    block, num_warps = settings.gram_settings(k, size)
+    blocks = settings.ceil_div(size, block)
+    if k <= settings.MAX_VECTOR_CLUSTERS:
+        partial = torch.empty(blocks, k, k, dtype=dtype, device=jacobian.device)
+        gram_kernels._gram_vector_kernel[blocks,](
+            jacobian,
+            partial,
+            size,
+            jacobian.stride(0),
+            K=k,
+            BLOCK=block,
+            ACCUMULATE=_TRITON_DTYPES[dtype],
+            num_warps=num_warps,
+        )
+    else:
+        run = settings.ceil_div(blocks, 4096)  # so that the partial Gramians stay small beside J
+        programs = settings.ceil_div(blocks, run)
+        partial = torch.empty(programs, k, k, dtype=dtype, device=jacobian.device)
+        gram_kernels._gram_tile_kernel[programs,](
+            jacobian,
+            partial,
+            size,
+            jacobian.stride(0),
+            run,
+            K=k,
+            TILE=max(16, settings.power_of_two(k)),
+            BLOCK=block,
+            PRECISION="ieee" if jacobian.dtype == torch.float32 else "tf32",
+            num_warps=num_warps,
+        )
+    gramian = partial.sum(0, dtype=torch.float64).to(dtype)
+    return (gramian + gramian.T) / 2
+
+
+def combine(jacobian: Tensor, weights: Tensor) -> Tensor:
+    """Launch `combine`."""
+    k, size = jacobian.shape
+    if k > settings.MAX_CLUSTERS:
+        _log_fallback("combine", f"no kernel for K = {k}")
+        return combine_plain(jacobian, weights)
+    jacobian = jacobian if jacobian.stride(1) == 1 else jacobian.contiguous()
+    out = torch.empty(size, dtype=jacobian.dtype, device=jacobian.device)
+    if size:
+        block, num_warps = settings.stream_settings(size)
+        combine_kernels._combine_kernel[settings.ceil_div(size, block),](
+            jacobian,
+            weights.contiguous(),
+            out,
+            size,
+            jacobian.stride(0),
+            K=k,
+            BLOCK=block,
+            ACCUMULATE=_TRITON_DTYPES[accumulation_dtype(jacobian)],
+            num_warps=num_warps,
+        )
+    return out
+
+
+def pcgrad_weights(gramian: Tensor, order: Tensor, present: Tensor) -> Tensor:
+    """Launch `pcgrad_weights`."""
+    k = gramian.shape[0]
+    if k > settings.MAX_CLUSTERS:
+        _log_fallback("pcgrad_weights", f"no kernel for K = {k}")
+        return pcgrad_weights_plain(gramian, order, present)
+    weights = gramian.new_empty(k)
+    tile, num_warps = settings.weight_settings(k)
+    weight_kernels._pcgrad_kernel[1,](
+        gramian.contiguous(),
+        order.contiguous(),
+        present.contiguous(),
+        weights,
+        K=k,
+        TILE=tile,
+        num_warps=num_warps,
+    )
+    return weights
+
+
+def nash_weights(gramian: Tensor, present: Tensor) -> Tensor:
+    """Launch `nash_weights`."""
+    k = gramian.shape[0]
+    float64 = gramian.dtype == torch.float64
+    if k > (settings.MAX_FLOAT64_NASH_CLUSTERS if float64 else settings.MAX_CLUSTERS):
+        _log_fallback("nash_weights", f"no kernel for K = {k} in {gramian.dtype}")
+        return nash_weights_plain(gramian, present)
+    weights = gramian.new_empty(k)
+    tile, num_warps = settings.weight_settings(k)
+    weight_kernels._nash_kernel[1,](
+        gramian.contiguous(),
+        present.contiguous(),
+        weights,
+        EPS=torch.finfo(gramian.dtype).eps,
+        CONVERGED=CONVERGED,
+        K=k,
+        TILE=tile,
+        NEWTON_STEPS=NEWTON_STEPS,
+        LINE_SEARCH_STEPS=LINE_SEARCH_STEPS,
+        num_warps=num_warps,
+    )
+    return weights
+
+
+LAUNCHERS: dict[str, Any] = {
+    launcher.__name__: launcher
+    for launcher in (
+        cluster_mean,
+        cluster_mse,
+        combine,
+        gram,
+        nash_weights,
+        pcgrad_weights,
+        sample_mse,
+        sample_mse_backward,
+    )
+}
+
+
+def register() -> None:
+    """Use the kernels for CUDA tensors (ROCm's too, which PyTorch files under the same key)."""
+    for name, launcher in LAUNCHERS.items():
+        register_kernel(name, "CUDA", launcher)

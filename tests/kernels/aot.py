@@ -1,0 +1,192 @@
+"""Compile every Triton kernel ahead of time for the GPUs it must run on, and read what came out.
+
+Needs no GPU: `python tests/kernels/aot.py`. Fails if a kernel does not compile, if a CUDA build spills
+registers to local memory, or if a streaming kernel lacks the 16-byte memory accesses that its bandwidth rests on.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from diffmtl_fast.kernels import combine, gram, mse, settings, weights
+
+TARGETS = [
+    GPUTarget("cuda", 80, 32),
+    GPUTarget("cuda", 90, 32),
+    GPUTarget("cuda", 100, 32),
+    GPUTarget("hip", "gfx942", 64),
+]
+DTYPES = {
+    "fp32": tl.float32,
+    "fp64": tl.float64,
+    "bf16": tl.float32,
+    "fp16": tl.float32,
+}  # and what they add up in
+SUM = {"fp32": "fp32", "fp64": "fp64", "bf16": "fp32", "fp16": "fp32"}
+
+
+class Case(NamedTuple):
+    """One specialisation of a kernel."""
+
+    kernel: triton.JITFunction
+    pointers: dict[str, str]  # argument → element type; all are 16-byte aligned, as PyTorch allocates them
+    integers: tuple[str, ...]
+    constants: dict[str, object]
+    num_warps: int = 4
+    streams: bool = False
+
+
+def streaming_cases() -> list[Case]:
+    block, warps = settings.stream_settings(1 << 20)
+    cases = []
+    for dtype, accumulate in DTYPES.items():
+        constants = {"BLOCK": block, "ACCUMULATE": accumulate}
+        pair = {"p_pred": dtype, "p_target": dtype}
+        cases += [
+            Case(
+                mse._squared_error_kernel,
+                {**pair, "p_partial": SUM[dtype]},
+                ("size", "chunks"),
+                constants,
+                warps,
+                True,
+            ),
+            Case(
+                mse._squared_error_backward_kernel,
+                {"p_scale": SUM[dtype], **pair, "p_grad": dtype},
+                ("size", "chunks"),
+                constants,
+                warps,
+                True,
+            ),
+            Case(
+                combine._combine_kernel,
+                {"p_rows": dtype, "p_weight": "fp32", "p_out": dtype},
+                ("size", "stride"),
+                {"K": 5, **constants},
+                warps,
+                True,
+            ),
+        ]
+        for k in (2, 5, 8):
+            cases.append(
+                Case(
+                    gram._gram_vector_kernel,
+                    {"p_rows": dtype, "p_partial": SUM[dtype]},
+                    ("size", "stride"),
+                    {"K": k, **constants},
+                    warps,
+                    True,
+                )
+            )
+    return cases
+
+
+def tile_cases() -> list[Case]:
+    cases = []
+    for dtype in ("fp32", "bf16", "fp16"):
+        for k in (10, 20, 64):
+            block, warps = settings.gram_settings(k, 1 << 20)
+            constants = {
+                "K": k,
+                "TILE": max(16, settings.power_of_two(k)),
+                "BLOCK": block,
+                "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+            }
+            pointers = {"p_rows": dtype, "p_partial": "fp32"}
+            cases.append(
+                Case(gram._gram_tile_kernel, pointers, ("size", "stride", "blocks"), constants, warps)
+            )
+    return cases
+
+
+def small_cases() -> list[Case]:
+    cases = []
+    for dtype in ("fp32", "fp64"):
+        pointers = {"p_partial": dtype, "p_weight": dtype, "p_loss": dtype}
+        integers = ("batch", "chunks", "size")
+        for weighted in (False, True):
+            constants = {"WEIGHTED": weighted, "BLOCK": 128}
+            cases.append(Case(mse._sample_mean_kernel, pointers, integers, constants))
+        pointers = {"p_value": dtype, "p_cluster": "i64", "p_mean": dtype, "p_count": "i64"}
+        cases.append(Case(mse._cluster_mean_kernel, pointers, ("batch",), {"BLOCK": 1024}))
+        for k in (1, 5, 64 if dtype == "fp32" else settings.MAX_FLOAT64_NASH_CLUSTERS):
+            tile, warps = settings.weight_settings(k)
+            size = {"K": k, "TILE": tile}
+            pointers = {"p_gram": dtype, "p_order": "i64", "p_present": "i1", "p_weight": dtype}
+            cases.append(Case(weights._pcgrad_kernel, pointers, (), size, warps))
+            pointers = {"p_gram": dtype, "p_present": "i1", "p_weight": dtype}
+            steps = {"NEWTON_STEPS": 32, "LINE_SEARCH_STEPS": 6, "EPS": 1e-7, "CONVERGED": 1e-9}
+            cases.append(Case(weights._nash_kernel, pointers, (), {**size, **steps}, warps))
+    return cases
+
+
+def compile_case(case: Case, target: GPUTarget) -> triton.compiler.CompiledKernel:
+    names = case.kernel.arg_names
+    signature, attributes = {}, {}
+    for position, name in enumerate(names):
+        if name in case.pointers:
+            signature[name] = "*" + case.pointers[name]
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        elif name in case.integers:
+            signature[name] = "i32"
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "constexpr"
+    missing = [n for n in names if n not in {*case.pointers, *case.integers, *case.constants}]
+    assert not missing, (case.kernel.__name__, missing)
+    source = ASTSource(case.kernel, signature, case.constants, attributes)
+    return triton.compile(source, target=target, options={"num_warps": case.num_warps})
+
+
+def faults(case: Case, target: GPUTarget) -> list[str]:
+    assembly = compile_case(case, target).asm
+    if target.backend != "cuda":
+        return [] if assembly.get("hsaco") else ["no code object"]
+    found = [] if assembly.get("cubin") else ["no cubin"]
+    if local_bytes(assembly["cubin"]):
+        found.append("registers spilled to local memory")
+    if case.streams and not re.search(r"ld\.global\S*\.(v4\.b32|v2\.b64)", assembly["ptx"]):
+        found.append("no 16-byte loads")
+    return found
+
+
+def local_bytes(cubin: bytes) -> int:
+    """Return the local memory of a kernel, stack included, as the disassembler reports it."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = re.search(r"STACK:(\d+) .*LOCAL:(\d+)", report)
+    assert usage, report
+    return int(usage[1]) + int(usage[2])
+
+
+def main() -> int:
+    failed = compiled = 0
+    for case in streaming_cases() + tile_cases() + small_cases():
+        for target in TARGETS:
+            compiled += 1
+            for fault in faults(case, target):
+                failed += 1
+                kinds = ",".join(case.pointers.values())
+                print(f"{case.kernel.__name__}[{kinds}] {case.constants} on {target.arch}: {fault}")
+    print(f"{compiled} kernel builds for {', '.join(str(t.arch) for t in TARGETS)}: {failed} faults")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Every Triton kernel, through its launcher, against its op's plain definition in float64.
+
+Without a GPU the kernels run in Triton's interpreter, on one it runs them natively. All outputs start as NaN.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from diffmtl_fast.ops import PLAIN, _cuda
+
+DEVICE = os.environ.get("DIFFMTL_TEST_DEVICE", "cpu")
+DTYPES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+SHAPES = [(1, 1), (3, 5, 7), (2, 4096), (5, 4097), (2, 3, 41, 97)]
+
+
+def draw(shape, dtype, generator):
+    return torch.randn(shape, generator=generator, device=generator.device).to(dtype)
+
+
+def check(name, inputs, tolerance):
+    """Compare a launcher with the definition on the same inputs in float64."""
+    found = _cuda.LAUNCHERS[name](*inputs)
+    exact = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs]
+    expected = PLAIN[name](*exact)
+    pairs = zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]
+    for out, reference in pairs:
+        assert out.shape == reference.shape
+        error = (out.double() - reference.double()).norm() / reference.double().norm().clamp(min=1e-30)
+        assert error <= tolerance, (name, error)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_squared_errors(shape, dtype, generator, device):
+    pred, target = draw(shape, dtype, generator), draw(shape, dtype, generator)
+    weight = torch.rand(shape[0], generator=generator, device=device)
+    exact = min(DTYPES[dtype], 2e-6)
+    check("sample_mse", (pred, target), exact)
+    check("sample_mse", (pred, target, weight), exact)
+    check("sample_mse_backward", (weight, pred, target), DTYPES[dtype])
+    cluster = torch.arange(shape[0], device=device) * 2 % 3
+    check("cluster_mse", (pred, target, cluster, 4, weight), exact)
+
+
+def test_mixed_dtypes(generator):
+    pred, target = draw((3, 100), torch.bfloat16, generator), draw((3, 100), torch.float32, generator)
+    check("sample_mse", (pred, target), 2e-6)
+    scale = torch.ones(3, device=generator.device)
+    assert _cuda.LAUNCHERS["sample_mse_backward"](scale, pred, target).dtype == torch.bfloat16
+    check("sample_mse_backward", (scale, target, pred), 2e-6)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 33, 1500])
+@pytest.mark.parametrize("k", [1, 5])
+def test_cluster_mean(batch, k, generator, device):
+    values = draw((batch,), torch.float32, generator)
+    cluster = torch.randint(max(k - 1, 1), (batch,), generator=generator, device=device)
+    check("cluster_mean", (values, cluster, k), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [1, 2, 5, 8, 9, 20, 64])
+@pytest.mark.parametrize("size", [0, 1, 130, 4099])
+def test_gram_and_combine(k, size, dtype, generator, device):
+    jacobian = draw((k, size), dtype, generator)
+    weights = torch.randn(k, generator=generator, device=device)
+    check("gram", (jacobian,), min(DTYPES[dtype], 2e-6))
+    check("combine", (jacobian, weights), DTYPES[dtype])
+    gramian = _cuda.LAUNCHERS["gram"](jacobian)
+    assert torch.equal(gramian, gramian.T)
+
+
+def test_offsets_beyond_32_bits(device):
+    # Three rows 2³⁰ elements apart: the last begins at 2³¹. Only the columns in use are ever touched.
+    stride = 2**30
+    if device.type == "cpu":
+        memory = torch.from_numpy(np.empty(2 * stride + 256, dtype=np.float16))
+    else:
+        memory = torch.zeros(2 * stride + 256, dtype=torch.float16, device=device)
+    jacobian = memory.as_strided((3, 256), (stride, 1))
+    for k in range(3):
+        jacobian[k] = k + 1
+    expected = torch.tensor([[1.0, 2.0, 3.0], [2.0, 4.0, 6.0], [3.0, 6.0, 9.0]], device=device) * 256
+    assert torch.equal(_cuda.LAUNCHERS["gram"](jacobian), expected)
+    combined = _cuda.LAUNCHERS["combine"](jacobian, torch.ones(3, device=device))
+    assert (combined == 6).all()
+
+
+def test_gram_of_strided_rows(generator):
+    wide = draw((5, 2, 300), torch.float32, generator)
+    check("gram", (wide[:, 1],), 2e-6)
+    check("gram", (wide[:, 1].T[:5, :5],), 2e-6)
+    check("combine", (wide[:, 1].T[:5, :5], torch.ones(5, device=generator.device)), 2e-6)
+
+
+# The interpreter takes half a minute for K = 64.
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 9] if DEVICE == "cpu" else [1, 2, 3, 5, 9, 20, 64])
+def test_weights(k, generator, device):
+    jacobian = draw((k, 2 * k), torch.float64, generator)
+    jacobian[0] *= 1e4
+    jacobian[-1] -= 0.5 * jacobian[0]
+    gramian = jacobian @ jacobian.T
+    order = torch.rand(k, k, generator=generator, device=device).fill_diagonal_(2).argsort(1)[:, : k - 1]
+    present = torch.arange(k, device=device) != k // 2
+    for mask in (present, torch.ones_like(present)):
+        check("pcgrad_weights", (gramian, order, mask), 1e-12)
+        check("nash_weights", (gramian, mask), 1e-8)
+        found = _cuda.LAUNCHERS["nash_weights"](gramian.float(), mask)
+        torch.testing.assert_close(found, PLAIN["nash_weights"](gramian.float(), mask), rtol=1e-4, atol=0)
+
+
+def test_nash_of_hard_gramians(generator, device):
+    singular = torch.tensor([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0], [0.0, 0.0, 0.0]], device=device)
+    everyone = torch.ones(3, dtype=torch.bool, device=device)
+    found = _cuda.LAUNCHERS["nash_weights"](singular, everyone)
+    torch.testing.assert_close(found, PLAIN["nash_weights"](singular, everyone), rtol=1e-4, atol=0)
+    assert found[2] == 0
+    singular[0, 0] = float("inf")
+    assert _cuda.LAUNCHERS["nash_weights"](singular, everyone).isnan().all()
+    assert (_cuda.LAUNCHERS["nash_weights"](singular * 0, everyone * False) == 0).all()
+
+
+def test_same_inputs_same_bits(generator):
+    jacobian = draw((5, 10_000), torch.float32, generator)
+    assert torch.equal(_cuda.LAUNCHERS["gram"](jacobian), _cuda.LAUNCHERS["gram"](jacobian))
+
+
+def test_more_clusters_than_a_kernel_covers_are_logged_once(generator, caplog):
+    jacobian = draw((65, 10), torch.float32, generator)
+    _cuda._log_fallback.cache_clear()
+    with caplog.at_level("INFO", "diffmtl_fast"):
+        check("gram", (jacobian,), 2e-6)
+        check("gram", (jacobian,), 2e-6)
+    assert [r.message for r in caplog.records] == [
+        "diffmtl::gram runs its plain definition: no kernel for K = 65 in torch.float32"
+    ]
