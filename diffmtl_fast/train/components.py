@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,19 +37,15 @@ def import_object(key: str, path: str) -> Callable[..., Any]:
     return found
 
 
-def build(key: str, component: Component, **more: Any) -> Any:
+def build(key: str, component: Component) -> Any:
     """Call a component with its arguments.
 
     Raises:
         UserError: it cannot be imported, or refuses the arguments.
     """
     target = import_object(key, component.path)
-    try:
-        inspect.signature(target).bind(**component.args, **more)
-    except TypeError as error:
-        raise UserError(f"{key}.args: {component.path}: {error}") from error
     with blame(f"{key}.args: {component.path}"):
-        return target(**component.args, **more)
+        return target(**component.args)
 
 
 def build_model(config: Config, data: ImageData, device: torch.device) -> nn.Module:

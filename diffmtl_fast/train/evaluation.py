@@ -32,7 +32,9 @@ class Classifier:
     def __init__(self, images: Tensor, labels: Tensor, seed: int = 0) -> None:
         networks = require("sklearn.neural_network", "train")
         self._net = networks.MLPClassifier(HIDDEN_LAYERS, max_iter=300, random_state=seed)
-        self._net.fit(_flat(images), labels.numpy())
+        # Its matrices are small: threads would only wait, and their number would change the last bits.
+        with require("threadpoolctl", "train").threadpool_limits(1):
+            self._net.fit(_flat(images), labels.numpy())
 
     def features(self, images: Tensor) -> Array:
         """Activations of the last hidden layer, [N, 64]."""

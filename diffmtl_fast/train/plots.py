@@ -92,70 +92,77 @@ def training(path: Path, lines: Sequence[dict[str, Any]], title: str) -> None:
         panels.append(("weights", "weight of each cluster"))
     if any("cosines" in line for line in lines):
         panels.append(("cosines", "cosine of cluster gradients"))
-    figure = _figure(3.2 * len(panels), 3.0)
+    figure = _figure(3.2 * len(panels), 3.2)
+    legends = {}
     for axis, (name, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         used = [line for line in lines if name in line]
         steps = np.array([line["iteration"] for line in used])
         values = np.array([line[name] for line in used], dtype=float)  # None becomes NaN
-        if name == "cosines":
-            _plot_cosines(axis, steps, values)
-        else:
-            _plot_clusters(axis, steps, values)
-            if np.nanmin(values) > 0.0:
-                axis.set_yscale("log")
-            if values.shape[1] <= 10:
-                axis.legend(fontsize=7, loc="upper right" if name == "losses" else "best")
+        draw = _plot_cosines if name == "cosines" else _plot_clusters
+        draw(axis, steps, values)
+        # The clusters have the same colours in the first two panels.
+        legends["right" if name == "cosines" else "left"] = axis.get_legend_handles_labels()
         axis.set_xlabel("iteration")
         axis.set_title(label, fontsize=10)
         axis.xaxis.set_major_locator(require("matplotlib.ticker", "train").MaxNLocator(5, integer=True))
         axis.grid(alpha=0.25)
+    for side, handles in legends.items():
+        figure.legend(
+            *handles, loc=f"outside lower {side}", ncols=5, fontsize=8, frameon=False, handlelength=1.5
+        )
     figure.suptitle(title, fontsize=10)
     _save(figure, path)
 
 
-def smooth(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
-    """Running mean over the last ``width`` rows, NaN left out.
+def smooth(values: NDArray[np.float64], reach: int) -> NDArray[np.float64]:
+    """Mean over a row and its neighbours, NaN left out.
 
     Args:
         values: [N, ...].
-        width: rows of a full window; the first windows are shorter.
+        reach: neighbours on either side, fewer at the ends.
     """
+    rows = np.arange(len(values))
+    first, last = np.maximum(rows - reach, 0), np.minimum(rows + reach + 1, len(values))
     valid = np.isfinite(values)
-    total = np.cumsum(np.where(valid, values, 0.0), axis=0)
-    count = np.cumsum(valid, axis=0, dtype=float)
-    for running in (total, count):
-        running[width:] -= running[:-width].copy()
+    zeros = np.zeros((1, *values.shape[1:]))
+    total = np.cumsum(np.concatenate([zeros, np.where(valid, values, 0.0)]), axis=0)
+    count = np.cumsum(np.concatenate([zeros, valid]), axis=0)
+    total, count = total[last] - total[first], count[last] - count[first]
     return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
 
 
 def _plot_clusters(axis: Any, steps: NDArray[np.int64], values: NDArray[np.float64]) -> None:
-    colours = _colours(values.shape[1])
-    lines = smooth(values, _window(len(steps)))
-    for cluster, colour in enumerate(colours):
+    lines = smooth(values, _reach(len(steps)))
+    for cluster, colour in enumerate(_colours(values.shape[1])):
         axis.plot(steps, values[:, cluster], color=colour, alpha=0.2, linewidth=0.8)
-        axis.plot(steps, lines[:, cluster], color=colour, label=f"cluster {cluster}")
+        axis.plot(steps, lines[:, cluster], color=colour, label=_label(f"cluster {cluster}", cluster))
+    if np.nanmin(values) > 0.0:
+        axis.set_yscale("log")
 
 
 def _plot_cosines(axis: Any, steps: NDArray[np.int64], values: NDArray[np.float64]) -> None:
     """One line per pair of clusters, coloured by how far apart they are."""
     number = values.shape[1]
-    colours = _colours(max(number - 1, 1))
-    lines = smooth(values, _window(len(steps)))
+    lines = smooth(values, _reach(len(steps)))
     axis.axhline(0.0, color="black", linewidth=0.8)
-    for distance in range(1, number):
+    for distance, colour in enumerate(_colours(number - 1), start=1):
         for i in range(number - distance):
-            label = f"clusters {distance} apart" if i == 0 else None
-            axis.plot(
-                steps, lines[:, i, i + distance], color=colours[distance - 1], linewidth=1.0, label=label
-            )
-    axis.set_ylim(-1.5, 1.05)  # room for the legend
-    axis.set_yticks(np.linspace(-1.0, 1.0, 5))
-    if number <= 10:
-        axis.legend(fontsize=7, ncols=2, loc="lower center")
+            label = _label(_apart(distance) if i == 0 else "", distance)
+            axis.plot(steps, lines[:, i, i + distance], color=colour, linewidth=1.0, label=label)
+    axis.set_ylim(-1.05, 1.05)
 
 
-def _window(lines: int) -> int:
-    return max(1, lines // 15)
+def _apart(distance: int) -> str:
+    return "adjacent clusters" if distance == 1 else f"{distance} apart"
+
+
+def _label(text: str, index: int) -> str | None:
+    """Legends name the first ten lines."""
+    return text if text and index < 10 else None
+
+
+def _reach(lines: int) -> int:
+    return lines // 40
 
 
 def _rows(pictures: Tensor, labels: Tensor | None) -> list[tuple[str | None, list[int]]]:

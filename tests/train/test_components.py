@@ -1,0 +1,118 @@
+"""From names to objects, and what is refused on the way."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from diffmtl_fast.train.components import (
+    build,
+    build_clusters,
+    build_data,
+    build_model,
+    build_scheduler,
+    load_array,
+    resolve_device,
+)
+from diffmtl_fast.train.config import Clusters, Component
+from diffmtl_fast.train.data import digits
+from diffmtl_fast.train.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("path", "args", "message"),
+    [
+        ("nowhere.Thing", {}, "model.path: cannot import 'nowhere.Thing'"),
+        ("torch.nn.Nothing", {}, "model.path: cannot import 'torch.nn.Nothing'"),
+        ("torch.float32", {}, "model.path: expected a class or function, found dtype"),
+        ("torch.nn.Linear", {"in_features": 1}, "model.args: torch.nn.Linear: "),
+        (
+            "torch.nn.Conv2d",
+            {"in_channels": 3, "out_channels": 3, "kernel_size": 1, "groups": 2},
+            "model.args: ",
+        ),
+    ],
+)
+def test_build_refuses(path, args, message):
+    with pytest.raises(UserError) as caught:
+        build("model", Component(path, args))
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"out_channels": 2}, "model: expected an output of the images' shape"),
+        ({"in_channels": 3}, "model: "),
+        ({"num_class_embeds": None}, "model: "),
+    ],
+)
+def test_model_that_does_not_fit_the_data(tiny, args, message):
+    config = tiny(model={"args": args})
+    with pytest.raises(UserError, match=message):
+        build_model(config, digits(), torch.device("cpu"))
+
+
+def test_model_that_is_none(tiny):
+    with pytest.raises(UserError, match=r"model: expected an nn\.Module, found dict from builtins\.dict"):
+        build_model(replace(tiny(), model=Component("builtins.dict")), digits(), torch.device("cpu"))
+
+
+def test_model_weights_follow_the_seed(tiny, device):
+    data = digits()
+    first, same, other = (build_model(tiny(seed=seed), data, device) for seed in (1, 1, 2))
+    assert torch.equal(first.conv_in.weight, same.conv_in.weight)
+    assert not torch.equal(first.conv_in.weight, other.conv_in.weight)
+
+
+def test_scheduler_and_data_of_another_kind(tiny):
+    with pytest.raises(UserError, match=r"scheduler: .* has no alphas_cumprod"):
+        build_scheduler(replace(tiny(), scheduler=Component("diffusers.EDMEulerScheduler")))
+    with pytest.raises(UserError, match=r"data: expected sklearn\.datasets\.load_digits to return ImageData"):
+        build_data(replace(tiny(), data=Component("sklearn.datasets.load_digits")))
+
+
+@pytest.mark.parametrize(
+    ("config", "levels", "message"),
+    [
+        (Clusters(k=5), np.arange(4.0), "clusters: k: expected 1 <= k <= T = 4, found 5"),
+        (Clusters(k=2), np.array([1.0, np.nan, 0.0]), "clusters: log_snr"),
+        (Clusters(k=2), np.array([1.0, 0.0, 0.5]), "clusters: log_snr"),
+        (Clusters(k=2, min_size=3), np.arange(4.0), "clusters: "),
+    ],
+)
+def test_clusters_refuse(config, levels, message):
+    with pytest.raises(UserError) as caught:
+        build_clusters(config, lambda: levels, len(levels))
+    assert str(caught.value).startswith(message)
+
+
+def test_affinity_clusters_come_from_a_file(tmp_path):
+    affinity = np.kron(np.eye(2), np.ones((3, 3)))  # two blocks of like tasks
+    np.save(tmp_path / "tas.npy", affinity)
+    config = Clusters("affinity", k=2, affinity=str(tmp_path / "tas.npy"))
+    assert build_clusters(config, lambda: np.arange(6.0), 6).boundaries.tolist() == [0, 3, 6]
+    with pytest.raises(UserError, match=r"affinity: expected \[T, T\] with T = 7"):
+        build_clusters(config, lambda: np.arange(7.0), 7)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"text", b"\x93NUMPY\x01\x00"])
+def test_load_array_refuses(tmp_path, content):
+    if content is not None:
+        (tmp_path / "a.npy").write_bytes(content)
+    with pytest.raises(UserError, match=r"affinity: cannot read .*a\.npy"):
+        load_array("affinity", tmp_path / "a.npy")
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "mps:0", "gpu", "", "meta"])
+def test_devices_that_are_not_there(name):
+    with pytest.raises(UserError, match=r"^device: "):
+        resolve_device(name)
+
+
+def test_devices_that_are_there():
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,61 @@
+"""Configurations: defaults, checks, comparison."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from diffmtl_fast.train.config import differences, digits, from_dict, read, to_dict
+from diffmtl_fast.train.errors import UserError
+
+
+def test_bundled_configuration_is_complete_and_survives_yaml():
+    config = from_dict(digits())
+    assert config.method == "uw"
+    assert from_dict(yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "best"}, "method: expected one of vanilla, uw, pcgrad, nash, found 'best'"),
+        ({"metod": "uw"}, "metod: unknown option"),
+        ({"clusters": {"cots": "snr"}}, "clusters.cots: unknown option"),
+        ({"clusters": {"k": 0}}, "clusters.k: expected an integer >= 1, found 0"),
+        ({"clusters": {"k": 2.5}}, "clusters.k: expected an integer >= 1, found 2.5"),
+        ({"clusters": 5}, "clusters: expected a mapping of options, found 5"),
+        ({"clusters": {"cost": "affinity"}}, "clusters.affinity: expected a .npy file"),
+        ({"clusters": {"affinity": "a.npy"}}, "clusters.affinity: expected a .npy file"),
+        ({"iterations": True}, "iterations: expected an integer >= 1, found True"),
+        ({"optimizer": {"lr": 0.0}}, "optimizer.lr: expected a number > 0, found 0.0"),
+        ({"optimizer": {"lr": float("nan")}}, "optimizer.lr: expected a number > 0, found nan"),
+        ({"optimizer": {"clip": -1.0}}, "optimizer.clip: expected a number >= 0, found -1.0"),
+        ({"ema_decay": 1.5}, "ema_decay: expected a number >= 0 and <= 1, found 1.5"),
+        ({"model": {"path": "UNet"}}, "model.path: expected an import path"),
+        ({"precision": "fp16"}, "precision: expected one of fp32, bf16"),
+    ],
+)
+def test_refuses(changes, message):
+    with pytest.raises(UserError) as caught:
+        from_dict({**digits(), **changes})
+    assert str(caught.value).startswith(message)
+
+
+def test_nash_clips_to_one_unless_told_otherwise():
+    assert from_dict({**digits(), "method": "nash"}).clip == 1.0
+    assert from_dict({**digits(), "method": "nash", "optimizer": {"clip": 0.0}}).clip == 0.0
+    assert from_dict({**digits(), "method": "uw"}).clip == 0.0
+
+
+def test_differences_name_the_options():
+    ours = from_dict({**digits(), "seed": 3, "data": {"path": "a.b", "args": {"x": (1, 2)}}})
+    theirs = from_dict({**digits(), "data": {"path": "a.b", "args": {"x": [1, 2]}}})
+    assert differences(ours, theirs) == {"seed": (3, 0)}
+
+
+@pytest.mark.parametrize("text", ["- 1\n", "a: [1\n", "text"])
+def test_read_refuses_what_is_no_configuration(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        read(path)

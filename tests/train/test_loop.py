@@ -1,0 +1,216 @@
+"""The loop: against one written out by hand, for every method, and to the same bits after a stop."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from diffmtl_fast.train import history
+from diffmtl_fast.train.components import build_data, build_model, build_scheduler
+from diffmtl_fast.train.config import Component
+from diffmtl_fast.train.errors import TrainingDiverged, UserError
+from diffmtl_fast.train.history import History
+from diffmtl_fast.train.loop import Trainer
+
+METHODS = ("vanilla", "uw", "pcgrad", "nash")
+
+
+class Silent:
+    def update(self, iteration, line=None):
+        pass
+
+    def close(self):
+        pass
+
+
+def fit(config, folder):
+    """Train in a fresh folder; the trainer and the lines of its log."""
+    folder.mkdir()
+    log = History(folder / "log.jsonl")
+    trainer = Trainer(config)
+    trainer.fit(folder, log, Silent())
+    log.close()
+    return trainer, history.read(folder / "log.jsonl")
+
+
+def same_weights(a, b):
+    return all(
+        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_vanilla_is_the_loop_that_everybody_writes(tiny, tmp_path, device, accumulate):
+    config = tiny(method="vanilla", iterations=3, accumulate=accumulate)
+    trainer, _ = fit(config, tmp_path / "run")
+
+    data, scheduler = build_data(config), build_scheduler(config)
+    model = build_model(config, data, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    generator = torch.Generator(device).manual_seed(0)
+    order = torch.randperm(1437, generator=generator, device=device)
+    for step in range(3):
+        optimizer.zero_grad()
+        for part in range(accumulate):
+            start = 12 * (step * accumulate + part)
+            index = order[start : start + 12].cpu()
+            images, labels = data.train[index].to(device), data.train_labels[index].to(device)
+            t = torch.randint(20, (12,), generator=generator, device=device)
+            noise = torch.randn(images.shape, generator=generator, device=device)
+            predicted = model(scheduler.add_noise(images, noise, t), t, class_labels=labels).sample
+            (torch.nn.functional.mse_loss(predicted, noise) / accumulate).backward()
+        optimizer.step()
+    for ours, theirs in zip(trainer.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("cost", ["snr", "timestep", "affinity"])
+def test_every_method_on_every_clustering(tiny, tmp_path, method, cost):
+    clusters = {"cost": cost}
+    if cost == "affinity":
+        distance = np.abs(np.subtract.outer(np.arange(20.0), np.arange(20.0)))
+        np.save(tmp_path / "tas.npy", np.exp(-distance / 5))
+        clusters["affinity"] = str(tmp_path / "tas.npy")
+    trainer, lines = fit(tiny(method=method, iterations=3, clusters=clusters), tmp_path / "run")
+    assert trainer.iteration == 3
+    assert [line["iteration"] for line in lines] == [2, 3]
+    assert all(loss is None or loss > 0 for line in lines for loss in line["losses"])
+    assert ("weights" in lines[0]) == ("cosines" in lines[0]) == (method != "vanilla")
+    assert ("gradient_norm" in lines[0]) == (method == "nash")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_loss_goes_down(tiny, tmp_path, method):
+    config = tiny(
+        method=method, iterations=20, optimizer={"lr": 1e-2}, logging={"every": 5, "cosines_every": 0}
+    )
+    _, lines = fit(config, tmp_path / "run")
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_stopped_run_continues_to_the_same_bits(tiny, tmp_path, method, device):
+    if device.type != "cpu":
+        pytest.skip("the same bits are promised on CPUs")
+    # Stops in the middle of an epoch, of a line of the log and of the Nash updates, with dropout.
+    config = tiny(
+        method=method,
+        iterations=7,
+        nash_update_every=2,
+        model={"args": {"dropout": 0.1}},
+        logging={"every": 3},
+        checkpoints={"every": 4},
+        batch_size=100,
+    )
+    whole, lines = fit(config, tmp_path / "whole")
+
+    torch.manual_seed(99)  # what the process has drawn before must not matter
+    log = History(tmp_path / "whole" / "log.jsonl")
+    resumed = Trainer(config)
+    resumed.load(tmp_path / "whole" / "iter-00000004", log)
+    assert resumed.iteration == 4
+    (tmp_path / "again").mkdir()
+    resumed.fit(tmp_path / "again", log, Silent())
+    log.close()
+    assert same_weights(whole.model, resumed.model)
+    assert same_weights(whole.ema.model, resumed.ema.model)
+    again = history.read(tmp_path / "whole" / "log.jsonl")
+    for line in (*lines, *again):
+        del line["seconds"]
+    assert lines == again
+
+
+def test_bf16_is_autocast(tiny, tmp_path):
+    config = tiny(precision="bf16", iterations=2)
+    trainer, lines = fit(config, tmp_path / "run")
+    _, exact = fit(tiny(iterations=2), tmp_path / "full")
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+    assert lines[0]["loss"] != exact[0]["loss"]
+    assert lines[0]["loss"] == pytest.approx(exact[0]["loss"], rel=0.02)
+
+
+def test_gradients_are_clipped(tiny, tmp_path):
+    config = tiny(method="vanilla", optimizer={"clip": 1e-3}, iterations=1)
+    trainer, lines = fit(config, tmp_path / "run")
+    norm = torch.stack([p.grad.square().sum() for p in trainer.model.parameters()]).sum().sqrt()
+    assert float(norm) == pytest.approx(1e-3, rel=1e-3)
+    assert lines[0]["gradient_norm"] > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_prediction_types(tiny, tmp_path, kind):
+    trainer, lines = fit(tiny(scheduler={"args": {"prediction_type": kind}}, iterations=1), tmp_path / "run")
+    assert lines[0]["loss"] > 0
+    images, noise, t = torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8), torch.tensor([3, 17])
+    target = trainer._target(images, noise, t)
+    # Each target, turned into a denoised image the way its definition says, is the image itself.
+    bar = trainer.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+    noisy = bar.sqrt() * images + (1 - bar).sqrt() * noise
+    found = {
+        "epsilon": (noisy - (1 - bar).sqrt() * target) / bar.sqrt(),
+        "v_prediction": bar.sqrt() * noisy - (1 - bar).sqrt() * target,
+        "sample": target,
+    }[kind]
+    torch.testing.assert_close(found, images, rtol=1e-3, atol=1e-3)
+
+
+def test_unknown_prediction_type(tiny, tmp_path):
+    with pytest.raises(UserError, match="prediction_type"):
+        fit(tiny(scheduler={"args": {"prediction_type": "score"}}), tmp_path / "run")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_divergence_stops_the_run_and_keeps_what_was_good(tiny, tmp_path, method):
+    config = tiny(method=method, iterations=50, checkpoints={"every": 1})
+    trainer = Trainer(config)
+    log = History(tmp_path / "log.jsonl")
+    trainer.step(log)
+    good = trainer.save(tmp_path, log)
+    with torch.no_grad():
+        trainer.model.conv_in.weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(TrainingDiverged, match="not finite"):
+        trainer.fit(tmp_path, log, Silent())
+    log.close()
+    assert sorted(tmp_path.glob("iter-*")) == [good]
+    trainer.load(good, History(tmp_path / "log.jsonl"))
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+
+
+MODULE = """
+import torch
+from diffmtl_fast.train.data import ImageData
+
+class Denoiser(torch.nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.net = torch.nn.Sequential(
+            torch.nn.Conv2d(1, width, 3, padding=1), torch.nn.SiLU(), torch.nn.Conv2d(width, 1, 3, padding=1)
+        )
+
+    def forward(self, x, t):
+        return self.net(x)
+
+def images(count):
+    return ImageData(torch.zeros(count, 1, 4, 4), None, torch.zeros(2, 1, 4, 4), None)
+"""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_any_module_and_data_without_labels(tiny, tmp_path, monkeypatch, method):
+    (tmp_path / "my_project.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_project", raising=False)
+    config = replace(
+        tiny(method=method, iterations=2),
+        model=Component("my_project.Denoiser", {"width": 4}),
+        data=Component("my_project.images", {"count": 30}),
+    )
+    _, lines = fit(config, tmp_path / "run")
+    assert lines[0]["loss"] > 0
+    with pytest.raises(UserError, match=r"evaluation\.num_samples: expected 0 for data without labels"):
+        Trainer(replace(config, evaluation=replace(config.evaluation, num_samples=10)))

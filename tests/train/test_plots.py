@@ -1,0 +1,60 @@
+"""Pictures: written as pictures; the smoothing against its definition."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from diffmtl_fast.clustering import cluster_snr
+from diffmtl_fast.train import plots
+from diffmtl_fast.train.schedules import named_log_snr
+
+PNG = b"\x89PNG"
+
+
+def _line(iteration, **more):
+    return {"iteration": iteration, "losses": [1.0, 0.5, None], **more}
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [_line(1)],
+        [
+            _line(1, weights=[1.0, 0.0, -1.0], cosines=[[1.0, None, 0.5]] * 3),
+            _line(2),
+            _line(3, weights=[1.0, 1.0, 1.0]),
+        ],
+    ],
+    ids=["losses", "everything"],
+)
+def test_training(tmp_path, lines):
+    plots.training(tmp_path / "a.png", lines, "title")
+    assert (tmp_path / "a.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize("k", [1, 5, 40])
+def test_clusters(tmp_path, k):
+    levels = named_log_snr("linear", 100)
+    plots.clusters(tmp_path / "a.png", cluster_snr(levels, k), levels, "title")
+    assert (tmp_path / "a.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("labels", [None, torch.tensor([0, 1, 1, 7, 7])])
+def test_samples(tmp_path, channels, labels):
+    plots.samples(tmp_path / "a.png", torch.zeros(5, channels, 4, 6), labels, "title")
+    assert (tmp_path / "a.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize("reach", [0, 1, 20])
+def test_smooth_is_the_mean_of_the_neighbours(reach):
+    values = np.random.default_rng(0).standard_normal((9, 2))
+    values[2, 0] = values[4:8, 1] = np.nan
+    expected = np.full_like(values, np.nan)
+    for i, j in np.ndindex(*values.shape):
+        window = values[max(0, i - reach) : i + reach + 1, j]
+        if not np.isnan(window).all():
+            expected[i, j] = np.nanmean(window)
+    np.testing.assert_allclose(plots.smooth(values, reach), expected, rtol=1e-9)
