@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .costs import AbsoluteDeviation, Affinity, SquaredDeviation, UserCost
+from .continuous import LogitNormalTime, LogNormalSigma, NoiseClustering, UniformTime, cluster_noise
+from .costs import AbsoluteDeviation, Affinity, FunctionCost, MatrixCost, SquaredDeviation
 from .intervals import IntervalClustering
 from .path import ClusterPath
 from .solve import cluster_affinity, cluster_intervals, cluster_path, cluster_snr, cluster_timesteps
@@ -11,11 +12,17 @@ __all__ = [
     "AbsoluteDeviation",
     "Affinity",
     "ClusterPath",
+    "FunctionCost",
     "IntervalClustering",
+    "LogNormalSigma",
+    "LogitNormalTime",
+    "MatrixCost",
+    "NoiseClustering",
     "SquaredDeviation",
-    "UserCost",
+    "UniformTime",
     "cluster_affinity",
     "cluster_intervals",
+    "cluster_noise",
     "cluster_path",
     "cluster_snr",
     "cluster_timesteps",

@@ -34,15 +34,16 @@ class AbsoluteDeviation:
     """Σ |x(t) − x(t_c)|, t_c the middle timestep, index ⌊(l + r + 1) / 2⌋ in l … r: the L1 cost.
 
     x is monotone, so the middle is a median. Costs of this form, min over a centre c of Σ g(|x − c|) with a
-    non-decreasing g, satisfy the quadrangle inequality w(a, c) + w(b, d) ≤ w(a, d) + w(b, c) for half-open intervals
-    with a ≤ b ≤ c ≤ d. Proof, x rising: let u and v be the best centres of [a, d) and [b, c). If u ≤ v, give [a, c) the
-    centre u and [b, d) the centre v: compared with the right-hand side only [c, d) has changed its centre, from u
-    to v, and its elements are ≥ v, so nothing got dearer. If u > v, exchange the roles, and only [a, b) has changed,
-    from u to v, with elements ≤ v. Size limits keep it: with them w is infinite for sizes outside min … max, and the
-    sizes on the left lie between those on the right. So does the tie-break on Σ size², convex in the size.
+    non-decreasing g, satisfy the quadrangle inequality w(a, c) + w(b, d) ≤ w(a, d) + w(b, c) for half-open
+    intervals with a ≤ b ≤ c ≤ d. Proof, x rising: let u and v be the best centres of [a, d) and [b, c). If u
+    ≤ v, give [a, c) the centre u and [b, d) the centre v: compared with the right-hand side only [c, d) has
+    changed its centre, from u to v, and its elements are ≥ v, so nothing got dearer. If u > v, exchange the
+    roles, and only [a, b) has changed, from u to v, with elements ≤ v. Size limits keep it: with them w is
+    infinite for sizes outside min … max, and the sizes on the left lie between those on the right. So does
+    the tie-break on Σ size², convex in the size.
 
-    Computed in 128-bit integers: values are rounded to 2^-61 of the largest magnitude (2^-51 at T = 10⁷), then
-    every sum and comparison is exact.
+    Computed in 128-bit integers: values are rounded to 2^-61 of the largest magnitude (2^-51 at T = 10⁷),
+    then every sum and comparison is exact.
 
     Args:
         values: [T], finite, non-decreasing or non-increasing; used in float64.
@@ -77,8 +78,8 @@ class AbsoluteDeviation:
 class SquaredDeviation:
     """Σ (x(t) − mean)² of a monotone x: one-dimensional k-means, solved exactly.
 
-    The quadrangle inequality holds by the proof in :class:`AbsoluteDeviation`, with g the square and the mean as
-    best centre. Computed in 128-bit integers, rounded to 73 bits or more of the cost of one interval.
+    The quadrangle inequality holds by the proof in :class:`AbsoluteDeviation`, with g the square and the mean
+    as best centre. Computed in 128-bit integers, rounded to 73 bits or more of the cost of one interval.
 
     Args:
         values: [T], finite, non-decreasing or non-increasing; used in float64.
@@ -113,12 +114,12 @@ class SquaredDeviation:
 class Affinity:
     """−Σ TAS(t_c, t), t_c the middle timestep as in :class:`AbsoluteDeviation`: the gradient clustering.
 
-    The quadrangle inequality does not hold (rows of the matrix need not be related), so the solver is the O(K T²)
-    programme, in 64-bit fixed point; the matrix is neither copied nor prefix-summed.
+    The quadrangle inequality does not hold (rows of the matrix need not be related), so the solver is the O(K
+    T²) programme, in 64-bit fixed point; the matrix is neither copied nor prefix-summed.
 
     Args:
-        tas: task affinity [T, T], finite, float32 or float64 (others are converted); row t_c holds the affinity
-            of t_c to every t.
+        tas: task affinity [T, T], finite, float32 or float64 (others are converted); row t_c holds the
+            affinity of t_c to every t.
 
     Raises:
         TypeError: the entries are not real numbers.
@@ -146,57 +147,83 @@ class Affinity:
 
 
 @dataclass(frozen=True, eq=False)
-class UserCost:
-    """A cost of one's own: a Numba function or a matrix.
+class MatrixCost:
+    """A cost given for every interval.
 
     Args:
-        function: ``cost(l, r)`` of the timesteps l … r, both included, as an ``@numba.njit`` function of two int64
-            that returns a float; or a matrix [T, T] whose entry [l, r], l ≤ r, is that cost. Infinity forbids an
-            interval (where ``monge`` is false); NaN is refused.
-        num_timesteps: T; may be omitted for a matrix.
-        monge: whether the quadrangle inequality holds, which allows the O(K T log T) solver. It is checked on a
-            sample (on all adjacent quadruples for T ≤ 64).
+        matrix: [T, T], entry [l, r] for l ≤ r is the cost of the timesteps l … r, both included; used in
+            float64. Infinity forbids an interval (where ``monge`` is false); NaN is refused.
+        monge: whether the quadrangle inequality holds, which allows the O(K T log T) solver. It is checked on
+            a sample, on all adjacent quadruples for T ≤ 64.
 
     Raises:
-        TypeError: the function is not compiled by Numba.
-        ValueError: the inequality fails (the message names the quadruple), or T does not fit.
+        TypeError: the entries are not real numbers.
+        ValueError: the matrix is not square, or the inequality fails (the message names the quadruple).
     """
 
-    function: Callable[[int, int], float] | Values
-    num_timesteps: int = -1
+    matrix: Values
     monge: bool = False
 
     def __post_init__(self) -> None:
-        if callable(self.function):
-            if self.num_timesteps < 1:
-                raise ValueError(f"num_timesteps: expected at least 1, found {self.num_timesteps}")
-            rows: Any = compile_rows(self.function)  # also the check that it is compiled
-            object.__setattr__(self, "_rows", rows)
-        else:
-            matrix = as_floats(self.function, "cost")
-            if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
-                raise ValueError(f"cost: expected a square matrix, found shape {list(matrix.shape)}")
-            if self.num_timesteps not in (-1, len(matrix)):
-                raise ValueError(f"num_timesteps: expected {len(matrix)}, found {self.num_timesteps}")
-            object.__setattr__(self, "function", matrix)
-            object.__setattr__(self, "num_timesteps", len(matrix))
+        matrix = as_floats(self.matrix, "cost")
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(f"cost: expected a square matrix, found shape {list(matrix.shape)}")
+        object.__setattr__(self, "matrix", matrix)
         if self.monge:
-            sample_quadrangle_inequality(self._evaluate, self.num_timesteps)
+            sample_quadrangle_inequality(lambda l, r: matrix[l, r], len(matrix))
 
-    def _evaluate(self, l: np.ndarray, r: np.ndarray) -> np.ndarray:
-        """Costs of the intervals l[i] … r[i]."""
-        if isinstance(self.function, np.ndarray):
-            return self.function[l, r]
-        return np.array([self.function(int(a), int(b)) for a, b in zip(l, r, strict=True)])  # type: ignore[operator]
+    @property
+    def num_timesteps(self) -> int:
+        """Number of timesteps T."""
+        return len(self.matrix)
 
     def solve(
         self, first_k: int, last_k: int, min_size: int, max_size: int, solver: str, threads: int
     ) -> Solutions:
         """Optimal boundaries and cost for every k in first_k … last_k."""
-        rest = (first_k, last_k, min_size, max_size, solver, threads, self.monge)
-        if isinstance(self.function, np.ndarray):
-            return _C.cluster_matrix(self.function, *rest)
-        return _C.cluster_callback(self._rows.address, self.num_timesteps, *rest)  # type: ignore[attr-defined]
+        return _C.cluster_matrix(
+            self.matrix, first_k, last_k, min_size, max_size, solver, threads, self.monge
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class FunctionCost:
+    """A cost compiled by Numba, called by the C++ solvers without the GIL and on all threads.
+
+    Args:
+        function: ``cost(l, r)`` of the timesteps l … r, both included: an ``@numba.njit`` function of two int64
+            that returns a float. Infinity and NaN as in :class:`MatrixCost`.
+        num_timesteps: number of timesteps T.
+        monge: as in :class:`MatrixCost`.
+
+    Raises:
+        TypeError: the function is not compiled by Numba, or does not take two integers.
+        ValueError: ``num_timesteps < 1``, or the inequality fails (the message names the quadruple).
+    """
+
+    function: Callable[[int, int], float]
+    num_timesteps: int
+    monge: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_timesteps < 1:
+            raise ValueError(f"num_timesteps: expected at least 1, found {self.num_timesteps}")
+        compile_rows(self.function)  # fails here rather than when solved
+        if self.monge:
+            sample_quadrangle_inequality(self._evaluate, self.num_timesteps)
+
+    def solve(
+        self, first_k: int, last_k: int, min_size: int, max_size: int, solver: str, threads: int
+    ) -> Solutions:
+        """Optimal boundaries and cost for every k in first_k … last_k."""
+        rows = compile_rows(self.function)
+        return _C.cluster_callback(
+            rows.address, self.num_timesteps, first_k, last_k, min_size, max_size, solver, threads, self.monge
+        )
+
+    def _evaluate(self, l: np.ndarray, r: np.ndarray) -> np.ndarray:
+        """Costs of the intervals l[i] … r[i]."""
+        return np.array([self.function(int(a), int(b)) for a, b in zip(l, r, strict=True)])
 
 
 def as_floats(values: Any, name: str, keep_float32: bool = False) -> np.ndarray:

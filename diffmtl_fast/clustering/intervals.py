@@ -95,9 +95,9 @@ class IntervalClustering:
     ) -> tuple[Tensor, Tensor]:
         """Draw a stratified batch: the same number of timesteps in every cluster.
 
-        ``batch_size // K`` timesteps are drawn uniformly in each cluster; the ``batch_size % K`` left over go to
-        distinct clusters drawn at random, so every cluster expects ``batch_size / K``. Nothing waits for the
-        device, and equal generator states give equal batches.
+        ``batch_size // K`` timesteps are drawn uniformly in each cluster; the ``batch_size % K`` left over go
+        to distinct clusters drawn at random, so every cluster expects ``batch_size / K``. Nothing waits for
+        the device, and equal generator states give equal batches.
 
         Args:
             batch_size: number of timesteps, at least 1.
@@ -110,16 +110,9 @@ class IntervalClustering:
         Raises:
             ValueError: ``batch_size < 1``.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
         place = torch.device(device if device is not None else generator.device if generator else "cpu")
         starts, sizes = self._tensors(place)
-        each, extra = divmod(batch_size, self.k)
-        cluster = torch.arange(self.k, device=place).repeat(each)
-        if extra:
-            lucky = torch.randperm(self.k, device=place, generator=generator)[:extra]
-            cluster = torch.cat([cluster, lucky])
-        cluster = cluster.sort().values
+        cluster = stratified_clusters(self.k, batch_size, place, generator)
         draw = torch.randint(_DRAW_RANGE, (batch_size,), device=place, generator=generator)
         return starts[cluster] + draw % sizes[cluster], cluster
 
@@ -167,3 +160,24 @@ class IntervalClustering:
             starts, sizes = torch.tensor(self.boundaries[:-1].tolist()), torch.tensor(self.sizes.tolist())
             self._on_device[device] = (starts.to(device), sizes.to(device))
         return self._on_device[device]
+
+
+def stratified_clusters(
+    k: int, batch_size: int, device: torch.device, generator: torch.Generator | None
+) -> Tensor:
+    """The clusters of a stratified batch: ``batch_size // k`` of each, the rest on distinct random ones.
+
+    Returns:
+        int64 [batch_size], sorted.
+
+    Raises:
+        ValueError: ``batch_size < 1``.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
+    each, extra = divmod(batch_size, k)
+    cluster = torch.arange(k, device=device).repeat(each)
+    if extra:
+        lucky = torch.randperm(k, device=device, generator=generator)[:extra]
+        cluster = torch.cat([cluster, lucky])
+    return cluster.sort().values

@@ -13,11 +13,11 @@ from .intervals import IntervalClustering
 class ClusterPath:
     """Optimal clusterings for consecutive k.
 
-    The choice (``k="auto"``) is the elbow of the curve of costs: scale both axes to 0 … 1 between the first and
-    the last k; the elbow is the k whose cost lies furthest below the straight line between the two ends, the
-    smallest among equals (within 1e-9), and the first k where no cost lies below it. It does not change when all
-    costs are scaled or shifted. It finds the number of well-separated groups; a smooth sequence has none, and the
-    choice then grows about like the square root of the largest k considered.
+    The choice (``k="auto"``) is the elbow of the curve of costs: scale both axes to 0 … 1 between the first
+    and the last k; the elbow is the k whose cost lies furthest below the straight line between the two ends,
+    the smallest among equals (within 1e-9), and the first k where no cost lies below it. It does not change
+    when all costs are scaled or shifted. It finds the number of well-separated groups; a smooth sequence has
+    none, and the choice then grows about like the square root of the largest k considered.
 
     Args:
         clusterings: for consecutive k, at least one.

@@ -1,14 +1,14 @@
 """Exact clustering of timesteps into contiguous intervals.
 
-Ties, everywhere: the most equal sizes (the smallest sum of squares), then the smallest last boundary, then the
-smallest one before it, and so on.
+Ties, everywhere: the most equal sizes (the smallest sum of squares), then the smallest last boundary, then
+the smallest one before it, and so on.
 
 Solvers: ``"divide"``, divide and conquer in O(K T log T) for costs with the quadrangle inequality;
 ``"penalised"``, a search over the price of an interval in O(T) memory, for large K; ``"dense"``, the O(K T²)
-programme for any cost; ``"auto"`` chooses. Where they apply they return the same boundaries, with two exceptions.
-The squared cost is rounded to 73 bits or more, and ties closer than that may go either way. And where the optimal
-cost falls by exactly the same amount over a long range of K, ``"penalised"`` picks any boundaries of the optimal
-cost and sum of squares.
+programme for any cost; ``"auto"`` chooses. Where they apply they return the same boundaries, with two
+exceptions. The squared cost is rounded to 73 bits or more, and ties closer than that may go either way. And
+where the optimal cost falls by exactly the same amount over a long range of K, ``"penalised"`` picks any
+boundaries of the optimal cost and sum of squares.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 import torch
 
-from .costs import AbsoluteDeviation, Affinity, Cost, SquaredDeviation, UserCost, Values
+from .costs import AbsoluteDeviation, Affinity, Cost, FunctionCost, MatrixCost, Values
 from .intervals import IntervalClustering
 from .path import ClusterPath
 
@@ -75,8 +75,8 @@ def cluster_snr(
     """Minimise Σ_clusters Σ_t |s(t) − s(t_c)|, s the log-SNR, t_c the middle timestep of the cluster.
 
     The clustering of Go et al., "Addressing Negative Transfer in Diffusion Models" (NeurIPS 2023, arXiv
-    2306.00354), with the cost :class:`AbsoluteDeviation`. Deviation: log-SNR instead of raw SNR, whose clusters
-    degenerate.
+    2306.00354), with the cost :class:`AbsoluteDeviation`. Deviation: log-SNR instead of raw SNR, whose
+    clusters degenerate.
 
     Args:
         log_snr: [T], finite, non-decreasing or non-increasing; used in float64.
@@ -111,8 +111,8 @@ def cluster_affinity(
     The gradient clustering of Go et al. (arXiv 2306.00354), with the cost :class:`Affinity`.
 
     Args:
-        tas: task affinity [T, T], finite; row t_c holds the affinity of t_c to every t. float32 or float64 is used
-            in place.
+        tas: task affinity [T, T], finite; row t_c holds the affinity of t_c to every t. float32 or float64 is
+            used in place.
         k: number of clusters, 1 … T, or ``"auto"`` (see :class:`ClusterPath`).
         min_size: fewest timesteps in a cluster, default 1.
         max_size: most timesteps in a cluster, default T.
@@ -143,11 +143,11 @@ def cluster_intervals(
     """Minimise the sum of any interval cost.
 
     Args:
-        cost: an ``@numba.njit`` function ``cost(l, r)`` of the timesteps l … r, both included; or a matrix [T, T] of
-            these; or one of the costs of this package (:class:`SquaredDeviation`, …).
+        cost: an ``@numba.njit`` function ``cost(l, r)`` of the timesteps l … r, both included; or a matrix
+            [T, T] of these; or one of the costs of this package (:class:`SquaredDeviation`, …).
         num_timesteps: number of timesteps T; needed for a function.
         k: number of clusters, 1 … T, or ``"auto"`` (see :class:`ClusterPath`).
-        monge: whether a function or matrix satisfies the quadrangle inequality; see :class:`UserCost`.
+        monge: whether a function or matrix satisfies the quadrangle inequality; see :class:`MatrixCost`.
         min_size: fewest timesteps in a cluster, default 1.
         max_size: most timesteps in a cluster, default T.
         k_max: the most clusters that ``"auto"`` considers.
@@ -177,8 +177,8 @@ def cluster_path(
 ) -> ClusterPath:
     """The optimal clustering for every k up to ``k_max``, in one run.
 
-    With the quadrangle inequality the optimum of k intervals leaves that of k + 1 windows of T positions in all, so
-    each costs O(T log T) and memory stays O(T). The dense programme yields all of them at once.
+    With the quadrangle inequality the optimum of k intervals leaves that of k + 1 windows of T positions in
+    all, so each costs O(T log T) and memory stays O(T). The dense programme yields all of them at once.
 
     Args:
         cost: as in :func:`cluster_intervals`.
@@ -200,11 +200,14 @@ def cluster_path(
 
 
 def _as_cost(cost: AnyCost, num_timesteps: int | None, monge: bool) -> Cost:
-    if isinstance(cost, AbsoluteDeviation | SquaredDeviation | Affinity | UserCost):
-        if num_timesteps not in (None, cost.num_timesteps):
-            raise ValueError(f"num_timesteps: expected {cost.num_timesteps}, found {num_timesteps}")
-        return cost
-    return UserCost(cost, -1 if num_timesteps is None else num_timesteps, monge)  # type: ignore[arg-type]
+    if callable(cost):
+        if num_timesteps is None:
+            raise TypeError("num_timesteps: expected the number of timesteps of a cost function, found None")
+        return FunctionCost(cost, num_timesteps, monge)
+    known: Cost = cost if hasattr(cost, "solve") else MatrixCost(cost, monge)
+    if num_timesteps not in (None, known.num_timesteps):
+        raise ValueError(f"num_timesteps: expected {known.num_timesteps}, found {num_timesteps}")
+    return known
 
 
 def _cluster(
@@ -239,7 +242,8 @@ def _path(
     first, last = -(-total // max(high, 1)), max(1, min(k_max, total // max(low, 1)))
     if first > last:
         raise ValueError(
-            f"expected a k of at most {k_max} that T = {total}, min_size = {low} and max_size = {high} allow, found none"
+            f"expected a k of at most {k_max} that T = {total}, min_size = {low} and max_size = {high} allow, "
+            "found none"
         )
     return ClusterPath(
         tuple(_clustering(s) for s in cost.solve(first, last, low, high, solver, _threads(threads)))

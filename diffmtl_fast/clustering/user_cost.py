@@ -20,7 +20,8 @@ def compile_rows(cost: Callable[[int, int], float]) -> Any:
         cost: an ``@numba.njit`` function of two int64.
 
     Returns:
-        A Numba C function, int64 f(r, first, last, double* out), whose ``address`` the C++ solvers call without the
+        A Numba C function, int64 f(r, first, last, double* out), whose ``address`` the C++ solvers call
+        without the
         GIL: it writes cost(l, r) for l = first … last and returns 0, or 1 + the l at which ``cost`` raised.
 
     Raises:
@@ -42,7 +43,7 @@ def compile_rows(cost: Callable[[int, int], float]) -> Any:
             while l <= last:
                 row[l - first] = cost(l, r)
                 l += 1
-        except Exception:  # noqa: BLE001 - Numba compiles no narrower clause
+        except Exception:  # Numba compiles no narrower clause
             return l + 1
         return 0
 
@@ -57,8 +58,8 @@ def sample_quadrangle_inequality(
 ) -> None:
     """Look for a quadruple a < b ≤ c < d with cost(a, c) + cost(b, d) > cost(a, d) + cost(b, c).
 
-    Adjacent quadruples (b = a + 1, d = c + 1) imply all others; for small T all of them are checked, else a fixed
-    random sample of adjacent and of wide ones. Rounding of 1e-9 of the costs involved is forgiven.
+    Adjacent quadruples (b = a + 1, d = c + 1) imply all others; for small T all of them are checked, else a
+    fixed random sample of adjacent and of wide ones. Rounding of 1e-9 of the costs involved is forgiven.
 
     Args:
         evaluate: costs of the intervals l[i] … r[i], both ends included.
@@ -91,6 +92,7 @@ def sample_quadrangle_inequality(
     if bad.size:
         i = int(bad[0])
         raise ValueError(
-            f"monge: expected cost(a, c) + cost(b, d) <= cost(a, d) + cost(b, c), found {left_1[i]} + {left_2[i]} > "
-            f"{right_1[i]} + {right_2[i]} at (a, b, c, d) = ({a[i]}, {b[i]}, {c[i]}, {d[i]}); use monge=False"
+            f"monge: expected cost(a, c) + cost(b, d) <= cost(a, d) + cost(b, c), found {left_1[i]} + "
+            f"{left_2[i]} > {right_1[i]} + {right_2[i]} at (a, b, c, d) = ({a[i]}, {b[i]}, {c[i]}, {d[i]}); "
+            "use monge=False"
         )

@@ -1,0 +1,319 @@
+"""Clusterings of continuous noise levels: EDM's σ, the times of flow matching."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .costs import AbsoluteDeviation, SquaredDeviation
+from .intervals import stratified_clusters
+from .solve import NumClusters, cluster_intervals
+
+NoiseCost: TypeAlias = Literal["quantile", "absolute", "squared"]
+
+_DRAW_RANGE = 2**53  # every midpoint of these many cells of (0, 1) is a float64, or rounds to one
+
+
+@dataclass(frozen=True)
+class LogNormalSigma:
+    """EDM's training distribution, ln σ ~ N(mean, std²) (Karras et al., NeurIPS 2022, arXiv 2206.00364).
+
+    Raises:
+        ValueError: ``std`` is not positive.
+    """
+
+    name: ClassVar[str] = "log_normal_sigma"
+    mean: float = -1.2
+    std: float = 1.2
+
+    def __post_init__(self) -> None:
+        _check_normal(self.mean, self.std)
+
+    def quantile(self, probability: Tensor) -> Tensor:
+        """σ below which this share of the training levels lies."""
+        return torch.exp(self.mean + self.std * torch.special.ndtri(probability))
+
+    def cdf(self, level: Tensor) -> Tensor:
+        """Share of the training levels below σ."""
+        return torch.special.ndtr((level.log() - self.mean) / self.std)
+
+    def log_snr(self, level: Tensor) -> Tensor:
+        """−2 ln σ."""
+        return -2.0 * level.log()
+
+
+@dataclass(frozen=True)
+class UniformTime:
+    """Flow matching with t ~ U(0, 1), x_t = (1 − t) x_0 + t ε."""
+
+    name: ClassVar[str] = "uniform_time"
+
+    def quantile(self, probability: Tensor) -> Tensor:
+        """t below which this share of the training times lies."""
+        return probability.clone()
+
+    def cdf(self, level: Tensor) -> Tensor:
+        """Share of the training times below t."""
+        return level.clamp(0.0, 1.0)
+
+    def log_snr(self, level: Tensor) -> Tensor:
+        """2 ln((1 − t) / t)."""
+        return 2.0 * (torch.log1p(-level) - level.log())
+
+
+@dataclass(frozen=True)
+class LogitNormalTime:
+    """Flow matching with logit(t) ~ N(mean, std²) (Esser et al., ICML 2024, arXiv 2403.03206).
+
+    Raises:
+        ValueError: ``std`` is not positive.
+    """
+
+    name: ClassVar[str] = "logit_normal_time"
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_normal(self.mean, self.std)
+
+    def quantile(self, probability: Tensor) -> Tensor:
+        """t below which this share of the training times lies."""
+        return torch.sigmoid(self.mean + self.std * torch.special.ndtri(probability))
+
+    def cdf(self, level: Tensor) -> Tensor:
+        """Share of the training times below t."""
+        return torch.special.ndtr((torch.logit(level) - self.mean) / self.std)
+
+    def log_snr(self, level: Tensor) -> Tensor:
+        """2 ln((1 − t) / t)."""
+        return -2.0 * torch.logit(level)
+
+
+NoiseDistribution: TypeAlias = "LogNormalSigma | UniformTime | LogitNormalTime"
+
+DISTRIBUTIONS: dict[str, type[NoiseDistribution]] = {
+    kind.name: kind for kind in (LogNormalSigma, UniformTime, LogitNormalTime)
+}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class NoiseClustering:
+    """K contiguous intervals that cover a distribution of noise levels.
+
+    Args:
+        distribution: of the levels in training.
+        probabilities: float64 [K + 1], strictly increasing from 0 to 1; cluster j holds the levels between
+            the quantiles of ``probabilities[j]`` and ``probabilities[j + 1]``. Stored as a read-only copy.
+        cost: mean cost of a level drawn from the distribution, or NaN if none was minimised.
+
+    Raises:
+        ValueError: probabilities are not strictly increasing from 0 to 1.
+    """
+
+    distribution: NoiseDistribution
+    probabilities: np.ndarray
+    cost: float = math.nan
+    _on_device: dict[tuple[torch.device, torch.dtype], Tensor] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        values = np.array(self.probabilities, dtype=np.float64)
+        if (
+            values.ndim != 1
+            or values.size < 2
+            or values[0] != 0
+            or values[-1] != 1
+            or not (np.diff(values) > 0).all()
+        ):
+            raise ValueError(
+                f"probabilities: expected strictly increasing from 0 to 1, found {values.tolist()}"
+            )
+        values.flags.writeable = False
+        object.__setattr__(self, "probabilities", values)
+        object.__setattr__(self, "cost", float(self.cost))
+
+    @property
+    def k(self) -> int:
+        """Number of clusters."""
+        return len(self.probabilities) - 1
+
+    @property
+    def edges(self) -> np.ndarray:
+        """Noise levels between the clusters, float64 [K + 1]; the ends of the distribution included."""
+        return self.distribution.quantile(torch.from_numpy(self.probabilities.copy())).numpy()
+
+    def assign(self, level: Tensor) -> Tensor:
+        """Cluster index of every noise level.
+
+        Args:
+            level: floating point, any shape and device. Levels outside the distribution's range get the
+                nearest cluster; a level on an edge gets the upper one.
+
+        Returns:
+            int64, same shape and device.
+
+        Raises:
+            TypeError: not floating point.
+        """
+        if not level.is_floating_point():
+            raise TypeError(f"level: expected a floating-point tensor, found {level.dtype}")
+        return torch.bucketize(level, self._edges(level.device, level.dtype)[1:-1], right=True)
+
+    def sample(
+        self,
+        batch_size: int,
+        *,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw a stratified batch; within each cluster levels follow the training distribution.
+
+        Args:
+            batch_size: number of levels, at least 1.
+            device: where to draw; by default the generator's device, or the CPU.
+            generator: source of randomness, on the same device; by default the device's global one.
+            dtype: of the levels; drawn in float64, then rounded within their cluster.
+
+        Returns:
+            Levels and their clusters [batch_size], sorted by cluster; see :meth:`IntervalClustering.sample`.
+
+        Raises:
+            ValueError: ``batch_size < 1``.
+        """
+        place = torch.device(device if device is not None else generator.device if generator else "cpu")
+        cluster = stratified_clusters(self.k, batch_size, place, generator)
+        draw = torch.randint(_DRAW_RANGE, (batch_size,), device=place, generator=generator)
+        share = (draw.double() + 0.5) / _DRAW_RANGE
+        ends = self._probabilities(place)
+        low, high = ends[cluster], ends[cluster + 1]
+        probability = (low + share * (high - low)).clamp(2.0**-60, 1.0 - 2.0**-53)
+        level = self.distribution.quantile(probability).to(dtype)
+        edges = self._edges(place, dtype)
+        below = torch.nextafter(edges[1:], edges.new_full((), -math.inf))
+        return torch.minimum(torch.maximum(level, edges[cluster]), below[cluster]), cluster
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold; :meth:`from_dict` reads them back."""
+        return {
+            "distribution": {"name": self.distribution.name, **asdict(self.distribution)},
+            "probabilities": self.probabilities.tolist(),
+            "cost": None if math.isnan(self.cost) else self.cost,
+        }
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> NoiseClustering:
+        """The clustering that :meth:`to_dict` described.
+
+        Raises:
+            ValueError: a key is missing or unknown, or a value is not valid.
+        """
+        if set(state) != {"distribution", "probabilities", "cost"}:
+            raise ValueError(f"expected the keys distribution, probabilities and cost, found {sorted(state)}")
+        parameters = dict(state["distribution"])
+        name = parameters.pop("name", None)
+        if name not in DISTRIBUTIONS:
+            raise ValueError(f"distribution: expected one of {', '.join(DISTRIBUTIONS)}, found {name!r}")
+        cost = math.nan if state["cost"] is None else state["cost"]
+        return cls(DISTRIBUTIONS[name](**parameters), np.asarray(state["probabilities"]), cost)
+
+    def __eq__(self, other: object) -> bool:
+        return self._key() == other._key() if isinstance(other, NoiseClustering) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __repr__(self) -> str:
+        edges = " | ".join(f"{edge:.4g}" for edge in self.edges)
+        cost = "" if math.isnan(self.cost) else f", cost={self.cost:.6g}"
+        return f"NoiseClustering({self.distribution}, k={self.k}{cost}: {edges})"
+
+    def __reduce__(self) -> tuple[type[NoiseClustering], tuple[NoiseDistribution, np.ndarray, float]]:
+        return NoiseClustering, (self.distribution, self.probabilities, self.cost)
+
+    def _key(self) -> tuple[NoiseDistribution, bytes, str]:
+        return self.distribution, self.probabilities.tobytes(), self.cost.hex()
+
+    def _edges(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Edges [K + 1] on the device, rounded to the dtype."""
+        if (device, dtype) not in self._on_device:
+            self._on_device[device, dtype] = torch.tensor(self.edges.tolist(), dtype=torch.float64).to(
+                device, dtype
+            )
+        return self._on_device[device, dtype]
+
+    def _probabilities(self, device: torch.device) -> Tensor:
+        """Probabilities [K + 1] on the device; kept under a dtype that no level has."""
+        key = (device, torch.int64)
+        if key not in self._on_device:
+            self._on_device[key] = torch.tensor(self.probabilities.tolist(), dtype=torch.float64).to(device)
+        return self._on_device[key]
+
+
+def cluster_noise(
+    distribution: NoiseDistribution,
+    k: NumClusters,
+    *,
+    cost: NoiseCost = "absolute",
+    resolution: int = 100_000,
+    min_probability: float = 0.0,
+    max_probability: float = 1.0,
+) -> NoiseClustering:
+    """Cluster the noise levels of a training distribution.
+
+    ``"quantile"``: equal probabilities (for EDM: ln σ ∈ mean + std · Φ⁻¹(j / K)). ``"absolute"``: least
+    E |s − s_c|, s the log-SNR and s_c its median in the cluster, the expectation over the distribution;
+    ``"squared"``: least E (s − mean)². The latter two replace the distribution by its quantiles at the
+    midpoints of ``resolution`` cells of equal probability and are exact for these.
+
+    Args:
+        distribution: of the levels in training.
+        k: number of clusters, or ``"auto"`` (not for quantiles; see :class:`ClusterPath`).
+        cost: what to minimise.
+        resolution: number of cells.
+        min_probability: least probability of a cluster.
+        max_probability: largest probability of a cluster.
+
+    Returns:
+        The clustering, its cost a mean over the distribution.
+
+    Raises:
+        ValueError: unknown cost, or ``k`` or a limit cannot be met.
+    """
+    if cost == "quantile":
+        if isinstance(k, str) or k < 1:
+            raise ValueError(f"k: expected an integer of at least 1 for quantiles, found {k!r}")
+        if not min_probability * k <= 1 <= max_probability * k:
+            raise ValueError(
+                f"expected min_probability <= 1 / k = {1 / k:.6g} <= max_probability, "
+                f"found {min_probability} and {max_probability}"
+            )
+        return NoiseClustering(distribution, np.linspace(0.0, 1.0, k + 1))
+    costs: dict[str, type[AbsoluteDeviation] | type[SquaredDeviation]] = {
+        "absolute": AbsoluteDeviation,
+        "squared": SquaredDeviation,
+    }
+    if cost not in costs:
+        raise ValueError(f"cost: expected quantile, absolute or squared, found {cost!r}")
+    if resolution < 1:
+        raise ValueError(f"resolution: expected at least 1, found {resolution}")
+    middle = (torch.arange(resolution, dtype=torch.float64) + 0.5) / resolution
+    values = distribution.log_snr(distribution.quantile(middle))
+    found = cluster_intervals(
+        costs[cost](values, "log_snr"),
+        resolution,
+        k,
+        min_size=max(1, math.ceil(min_probability * resolution)),
+        max_size=max(1, math.floor(max_probability * resolution)),
+    )
+    return NoiseClustering(distribution, found.boundaries / resolution, found.cost / resolution)
+
+
+def _check_normal(mean: float, std: float) -> None:
+    if not (math.isfinite(mean) and 0 < std < math.inf):
+        raise ValueError(f"expected a finite mean and a positive std, found mean={mean}, std={std}")
