@@ -201,8 +201,11 @@ def _version(package: str) -> str | None:
         return None
 
 
-def write(name: str, comparisons: Sequence[Comparison], **settings: Any) -> Path:
-    """Write the comparisons with the environment to results/<name>.json and return the path."""
+def write(name: str, comparisons: Sequence[Comparison], measured_in: dict[str, Any], **settings: Any) -> Path:
+    """Write the comparisons to results/<name>.json and return the path.
+
+    ``measured_in`` is the `environment` as it was before the run: by its end the commit may be another.
+    """
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     record = {

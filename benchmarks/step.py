@@ -15,7 +15,15 @@ from torch import Tensor
 
 import diffmtl_fast as dm
 from benchmarks import models
-from benchmarks.harness import Candidate, Comparison, GateError, compare, relative_error, write
+from benchmarks.harness import (
+    Candidate,
+    Comparison,
+    GateError,
+    compare,
+    environment,
+    relative_error,
+    write,
+)
 from benchmarks.models import Case
 from benchmarks.reference import (
     ClusterGradients,
@@ -150,12 +158,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=15, help="rounds of the full run (default 15)")
     options = parser.parse_args(arguments)
     batch_size, rounds = (10, 2) if options.quick else (BATCH_SIZE, options.rounds)
+    measured_in = environment()
     comparisons = []
     for make in CASES:
         comparisons.append(run_case(make, batch_size, rounds))
         print(comparisons[-1].table(), flush=True)
     if not options.quick:
-        write("step", comparisons, batch_size=batch_size, num_clusters=NUM_CLUSTERS)
+        write("step", comparisons, measured_in, batch_size=batch_size, num_clusters=NUM_CLUSTERS)
 
 
 if __name__ == "__main__":

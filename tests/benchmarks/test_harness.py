@@ -59,7 +59,7 @@ def test_relative_error() -> None:
 def test_results_are_stored_with_what_they_depend_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
     result = compare("case", Candidate("base", Counter()), [], rounds=2)
-    record = json.loads(harness.write("name", [result], batch=40).read_text())
+    record = json.loads(harness.write("name", [result], harness.environment(), batch=40).read_text())
     assert record["settings"] == {"batch": 40}
     assert record["environment"]["versions"]["torch"] == torch.__version__
     assert record["comparisons"][0]["rows"][0]["name"] == "base"
