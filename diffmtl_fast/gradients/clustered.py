@@ -16,7 +16,6 @@ from .jacobian import Jacobian
 from .sliced import SlicedEngine
 
 _logger = logging.getLogger("diffmtl_fast")
-_BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 _DATA_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -124,7 +123,6 @@ class ClusteredMTL(nn.Module):
         self._cluster = cluster
         if self._jacobian is None:
             return self.module(*args, **kwargs)
-        self._refuse_batch_norm()
         self._warn_of_processes()
         return self._engine.forward(cluster, args, kwargs)
 
@@ -226,14 +224,6 @@ class ClusteredMTL(nn.Module):
                 "and .grad is left for you to average"
             )
             self._warned_of_processes = True
-
-    def _refuse_batch_norm(self) -> None:
-        for name, module in self.module.named_modules():
-            if isinstance(module, _BATCH_NORMS) and module.training:
-                raise ValueError(
-                    f"model: expected layers that treat each sample by itself, found {type(module).__name__} in "
-                    f"training mode at '{name}'; use GroupNorm, or put it into eval mode"
-                )
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the model's own state, under the model's own names."""
