@@ -6,23 +6,26 @@
 
 namespace diffmtl::cpu {
 
+namespace {
+
 // (address, DType, elements from one entry of the first dimension to the next)
 using Handle = std::tuple<std::uintptr_t, int, Int>;
 
-// One number after another.
+// The numbers of a tensor: of a vector by their index, of a matrix by their distance from the first one.
 struct Numbers {
   explicit Numbers(const Handle& handle)
       : data(reinterpret_cast<const void*>(std::get<0>(handle))),
         dtype(static_cast<DType>(std::get<1>(handle))),
         stride(std::get<2>(handle)) {}
 
-  double operator[](Int i) const {
-    i *= stride;
+  double operator[](Int i) const { return at(i * stride); }
+
+  double at(Int offset) const {
     switch (dtype) {
-      case kFloat64: return static_cast<const double*>(data)[i];
-      case kBFloat16: return to_number(static_cast<const BFloat16*>(data)[i]);
-      case kFloat16: return to_number(static_cast<const Float16*>(data)[i]);
-      default: return static_cast<const float*>(data)[i];
+      case kFloat64: return static_cast<const double*>(data)[offset];
+      case kBFloat16: return to_number(static_cast<const BFloat16*>(data)[offset]);
+      case kFloat16: return to_number(static_cast<const Float16*>(data)[offset]);
+      default: return static_cast<const float*>(data)[offset];
     }
   }
 
@@ -44,4 +47,5 @@ inline void write_number(std::uintptr_t data, DType dtype, Int i, double value) 
 // The type that sums over these are formed and returned in.
 inline DType accumulation_dtype(DType a, DType b) { return a == kFloat64 || b == kFloat64 ? kFloat64 : kFloat32; }
 
+}  // namespace
 }  // namespace diffmtl::cpu

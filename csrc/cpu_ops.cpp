@@ -48,7 +48,7 @@ std::string select_kernels(const std::optional<std::string>& name) {
     if (!name || *name == table->name) active = table;
     if (name && *name == table->name) return *name;
   }
-  if (name) throw py::value_error("expected one of this processor's instruction sets (" + names + "), found '" + *name + "'");
+  if (name) throw py::value_error("DIFFMTL_CPU_KERNELS: expected one of " + names + " on this processor, found " + *name);
   return kernels().name;
 }
 
@@ -107,7 +107,7 @@ void gram(const Handle& jacobian, int count, Int columns, std::uintptr_t out, in
   const std::unique_ptr<Line[]> scratch(new Line[lines * threads]);
   std::vector<double> partial(products * tasks), total(products);
   parallel_for(tasks, threads, [&](Int task, int thread) {
-    kernels().gram[dtype](chunks[task], &partial[task * products], &scratch[lines * thread]);
+    kernels().gram[dtype](chunks[task], partial.data() + task * products, scratch.get() + lines * thread);
   });
   for (Int task = 0; task < tasks; ++task)
     for (Int i = 0; i < products; ++i) total[i] += partial[task * products + i];
@@ -157,7 +157,7 @@ constexpr Int kPiece = 1 << 15;
 // samples share a task.
 template <class Body>
 void for_pieces(const Pair& pair, int threads, const Body& body) {
-  if (pair.batch == 0) return;
+  if (pair.batch == 0 || pair.size == 0) return;
   const Int per_sample = ceil_div(pair.size, kPiece), total = pair.batch * per_sample;
   const Int per_task = std::max<Int>(1, kPiece / pair.size);
   parallel_for(ceil_div(total, per_task), useful_threads(threads, pair.bytes()), [&](Int task, int) {
@@ -209,8 +209,8 @@ void sample_mse_backward(const Handle& scale, const Handle& pred, const Handle& 
 
 // The cluster of every sample. Indices are checked: under compilation nobody did before.
 struct Clusters {
-  Clusters(const Handle& handle, Int batch_size, Int count)
-      : data(reinterpret_cast<const Int*>(std::get<0>(handle))), stride(std::get<2>(handle)), batch(batch_size), sizes(count) {
+  Clusters(std::uintptr_t address, Int entry_stride, Int batch_size, Int count)
+      : data(reinterpret_cast<const Int*>(address)), stride(entry_stride), batch(batch_size), sizes(count) {
     for (Int sample = 0; sample < batch; ++sample) {
       const Int k = (*this)[sample];
       if (k < 0 || k >= count)
@@ -235,22 +235,23 @@ void write_means(const Values& values, const Clusters& clusters, DType dtype, st
     write_number(out, dtype, static_cast<Int>(k), sums[k] / static_cast<double>(std::max<Int>(1, clusters.sizes[k])));
 }
 
-void cluster_mse(const Handle& pred, const Handle& target, Int batch, Int size, const Handle& cluster, Int k,
-                 const std::optional<Handle>& weight, std::uintptr_t out, std::uintptr_t counts, int threads) {
+void cluster_mse(const Handle& pred, const Handle& target, Int batch, Int size, std::uintptr_t cluster,
+                 Int cluster_stride, Int k, const std::optional<Handle>& weight, std::uintptr_t out, std::uintptr_t counts, int threads) {
   const Pair pair(pred, target, batch, size);
-  const Clusters clusters(cluster, batch, k);
+  const Clusters clusters(cluster, cluster_stride, batch, k);
   write_means(sample_losses(pair, weight, threads), clusters, pair.dtype(), out);
   std::copy(clusters.sizes.begin(), clusters.sizes.end(), reinterpret_cast<Int*>(counts));
 }
 
-void cluster_mean(const Handle& values, Int batch, const Handle& cluster, Int k, std::uintptr_t out) {
+void cluster_mean(const Handle& values, Int batch, std::uintptr_t cluster, Int cluster_stride, Int k, std::uintptr_t out) {
   const Numbers numbers(values);
-  write_means(numbers, Clusters(cluster, batch, k), accumulation_dtype(numbers.dtype, numbers.dtype), out);
+  write_means(numbers, Clusters(cluster, cluster_stride, batch, k), accumulation_dtype(numbers.dtype, numbers.dtype), out);
 }
 
-void cluster_mean_backward(const Handle& grad, Int k, const Handle& cluster, Int batch, std::uintptr_t out) {
+void cluster_mean_backward(const Handle& grad, Int k, std::uintptr_t cluster, Int cluster_stride, Int batch,
+                           std::uintptr_t out) {
   const Numbers grads(grad);
-  const Clusters clusters(cluster, batch, k);
+  const Clusters clusters(cluster, cluster_stride, batch, k);
   for (Int sample = 0; sample < batch; ++sample) {
     const Int own = clusters[sample];
     write_number(out, grads.dtype, sample, grads[own] / static_cast<double>(clusters.sizes[own]));

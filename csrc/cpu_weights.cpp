@@ -28,11 +28,11 @@ struct Matrix {
   Vec entries;
 };
 
-Matrix read_matrix(const Handle& contiguous, int n, bool transposed) {
-  const Numbers numbers(contiguous);
+Matrix read_matrix(const Handle& rows, int n, bool transposed) {
+  const Numbers numbers(rows);
   Matrix matrix(n);
   for (int i = 0; i < n; ++i)
-    for (int j = 0; j < n; ++j) (transposed ? matrix[j][i] : matrix[i][j]) = numbers[Int{i} * n + j];
+    for (int j = 0; j < n; ++j) (transposed ? matrix[j][i] : matrix[i][j]) = numbers.at(i * numbers.stride + j);
   return matrix;
 }
 
@@ -82,8 +82,11 @@ void pcgrad_weights(const Handle& gramian, int k, std::uintptr_t order_data, std
 
 // ---- Nash ----------------------------------------------------------------------------------------------------------
 
-constexpr int kNewtonSteps = 32, kLineSearchSteps = 6;
-constexpr double kConverged = 1e-9;  // Newton decrement: the objective is within its square of the minimum
+// The bounds of the iteration; the values are those of the plain definition.
+struct Limits {
+  int newton_steps, line_search_steps;
+  double converged;  // Newton decrement: the objective is within its square of the minimum
+};
 
 // Puts x with A x = b into b, by symmetric elimination on the upper triangle. NaN where A is not positive definite.
 void solve_positive_definite(Matrix& a, Vec& b) {
@@ -106,12 +109,12 @@ void solve_positive_definite(Matrix& a, Vec& b) {
 }
 
 // The length of the step that minimises the objective along it, inside beta > 0, by Newton's method in one unknown.
-double line_search(double slope, double curvature, const Vec& ratio, double decrement) {
+double line_search(double slope, double curvature, const Vec& ratio, double decrement, int steps) {
   double limit = std::numeric_limits<double>::infinity();
   for (const double r : ratio)
     if (r < 0) limit = std::min(limit, -1 / r);
   double length = 1 / (1 + decrement);  // always inside, and a sure decrease
-  for (int i = 0; i < kLineSearchSteps; ++i) {
+  for (int i = 0; i < steps; ++i) {
     double first = slope + length * curvature, second = curvature;
     for (const double r : ratio) {
       const double slack = r / (1 + length * r);
@@ -127,14 +130,14 @@ double line_search(double slope, double curvature, const Vec& ratio, double decr
 }
 
 // Minimises 1/2 beta^T M beta - sum log beta over beta > 0.
-Vec minimise_barrier(const Matrix& matrix) {
+Vec minimise_barrier(const Matrix& matrix, const Limits& limits) {
   const int n = matrix.size;
   double curvature = 0;
   for (const double entry : matrix.entries) curvature += entry;
   // The minimum along the ray of equal beta. Written so that a NaN stays one.
   if (curvature < std::numeric_limits<double>::min()) curvature = std::numeric_limits<double>::min();
   Vec beta(n, std::sqrt(n / curvature)), step(n), ratio(n);
-  for (int iteration = 0; iteration < kNewtonSteps; ++iteration) {
+  for (int iteration = 0; iteration < limits.newton_steps; ++iteration) {
     const Vec image = product(matrix, beta);
     Matrix hessian = matrix;
     Vec gradient(n);
@@ -145,17 +148,19 @@ Vec minimise_barrier(const Matrix& matrix) {
     }
     solve_positive_definite(hessian, step);
     const double decrement = std::sqrt(std::max(0.0, -dot(gradient, step)));
-    if (!(decrement > kConverged)) break;
+    if (!(decrement > limits.converged)) break;
     for (int i = 0; i < n; ++i) ratio[i] = step[i] / beta[i];
     const double slope = dot(image, step);
-    const double length = line_search(slope, dot(step, product(matrix, step)), ratio, decrement);
+    const double curvature_along = dot(step, product(matrix, step));
+    const double length = line_search(slope, curvature_along, ratio, decrement, limits.line_search_steps);
     for (int i = 0; i < n; ++i) beta[i] += length * step[i];
   }
   return beta;
 }
 
 // epsilon: of the Gramian's type.
-void nash_weights(const Handle& gramian, int k, double epsilon, std::uintptr_t present_data, std::uintptr_t out) {
+void nash_weights(const Handle& gramian, int k, double epsilon, std::uintptr_t present_data, int newton_steps,
+                  int line_search_steps, double converged, std::uintptr_t out) {
   const Matrix gram = read_matrix(gramian, k, false);
   const bool* present = reinterpret_cast<const bool*>(present_data);
   std::vector<int> active;
@@ -177,7 +182,7 @@ void nash_weights(const Handle& gramian, int k, double epsilon, std::uintptr_t p
         cosines[i][j] = i == j ? 1 + k * epsilon
                                : entry * (1 / std::sqrt(gram[active[i]][active[i]])) * (1 / std::sqrt(gram[active[j]][active[j]]));
       }
-    const Vec beta = minimise_barrier(cosines);
+    const Vec beta = minimise_barrier(cosines, {newton_steps, line_search_steps, converged});
     // The published method divides G by its Frobenius norm first; in the unknowns that is this factor.
     const double scale = std::sqrt(std::sqrt(squares));
     for (int i = 0; i < n; ++i) weights[active[i]] = beta[i] / std::sqrt(gram[active[i]][active[i]]) * scale;
