@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -16,6 +16,7 @@ Values: TypeAlias = "np.ndarray | Tensor | Sequence[float]"
 Solutions: TypeAlias = "list[tuple[np.ndarray, float]]"
 
 
+@runtime_checkable
 class Cost(Protocol):
     """A cost that the solvers know how to minimise."""
 

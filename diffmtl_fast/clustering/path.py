@@ -8,16 +8,25 @@ import numpy as np
 
 from .intervals import IntervalClustering
 
+_BREAK = 10.0
+_LEAST_GAIN = 1e-4
+_ROUNDING = 1e-12
+
 
 @dataclass(frozen=True)
 class ClusterPath:
     """Optimal clusterings for consecutive k.
 
-    The choice (``k="auto"``) is the elbow of the curve of costs: scale both axes to 0 … 1 between the first
-    and the last k; the elbow is the k whose cost lies furthest below the straight line between the two ends,
-    the smallest among equals (within 1e-9), and the first k where no cost lies below it. It does not change
-    when all costs are scaled or shifted. It finds the number of well-separated groups; a smooth sequence has
-    none, and the choice then grows about like the square root of the largest k considered.
+    The choice (``k="auto"``) looks at the gains g(k) = cost(k − 1) − cost(k), in two steps:
+
+    1. A break: the k with the largest g(k) / g(k + 1), if that is at least 10 and g(k) at least 1e-4 of the whole
+       drop of the curve. This finds the number of well-separated groups; smooth sequences have ratios below 6.
+    2. Else the elbow: with both axes scaled to 0 … 1 between the first and the last k, the k whose cost lies
+       furthest below the straight line between the two ends. For a smooth sequence it grows about like the
+       square root of the largest k considered.
+
+    Among equals the smallest k; the first one if the cost never falls. The choice does not change when all costs
+    are scaled or shifted.
 
     Args:
         clusterings: for consecutive k, at least one.
@@ -45,11 +54,15 @@ class ClusterPath:
 
     @property
     def chosen(self) -> IntervalClustering:
-        """The clustering at the elbow of the curve."""
+        """The clustering at the break of the curve, or else at its elbow."""
         costs = self.costs
         drop = costs[0] - costs[-1]
         if len(costs) < 3 or not drop > 0:
             return self.clusterings[0]
+        gains = -np.diff(costs) / drop
+        ratios = np.where(gains[:-1] >= _LEAST_GAIN, gains[:-1] / np.maximum(gains[1:], _ROUNDING), 0.0)
+        if ratios.max() >= _BREAK:
+            return self.clusterings[1 + int(np.argmax(ratios))]
         below = np.linspace(1, 0, len(costs)) - (costs - costs[-1]) / drop
         return self.clusterings[int(np.argmax(below > below.max() - 1e-9)) if below.max() > 1e-9 else 0]
 

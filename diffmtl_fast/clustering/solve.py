@@ -204,7 +204,7 @@ def _as_cost(cost: AnyCost, num_timesteps: int | None, monge: bool) -> Cost:
         if num_timesteps is None:
             raise TypeError("num_timesteps: expected the number of timesteps of a cost function, found None")
         return FunctionCost(cost, num_timesteps, monge)
-    known: Cost = cost if hasattr(cost, "solve") else MatrixCost(cost, monge)
+    known = cost if isinstance(cost, Cost) else MatrixCost(cost, monge)
     if num_timesteps not in (None, known.num_timesteps):
         raise ValueError(f"num_timesteps: expected {known.num_timesteps}, found {num_timesteps}")
     return known

@@ -34,6 +34,10 @@ def affinity(matrix):
     return cost
 
 
+def total(cost, boundaries):
+    return sum(cost(l, e) for l, e in itertools.pairwise(boundaries))
+
+
 def best(cost, n, k, min_size=1, max_size=None):
     """Boundaries and cost, or None: least (cost, Σ size²), then the smallest boundaries from the right."""
     max_size = n if max_size is None else max_size

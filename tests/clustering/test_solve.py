@@ -1,4 +1,5 @@
 from fractions import Fraction
+from itertools import pairwise
 
 import brute_force
 import numpy as np
@@ -7,7 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffmtl_fast.clustering import cluster_affinity, cluster_snr, cluster_timesteps
+from diffmtl_fast.clustering import (
+    SquaredDeviation,
+    cluster_affinity,
+    cluster_intervals,
+    cluster_snr,
+    cluster_timesteps,
+)
 
 # Small integers give ties and duplicates; the others are floats of up to 50 significant bits on one grid.
 NUMBERS = {
@@ -41,6 +48,22 @@ def test_snr_is_the_best_of_all_partitions(data, problem):
     boundaries, cost = brute_force.best(brute_force.absolute(values), n, k, min_size, max_size)
     assert found.boundaries.tolist() == boundaries
     assert found.cost == pytest.approx(float(cost), rel=1e-14, abs=1e-300)
+
+
+@given(st.data(), problems())
+@settings(max_examples=300, deadline=None)
+def test_squared_is_the_best_of_all_partitions(data, problem):
+    n, k, min_size, max_size = problem
+    values = monotone(data.draw, n)
+    found = cluster_intervals(SquaredDeviation(values), n, k, min_size=min_size, max_size=max_size)
+    definition = brute_force.squared(values)
+    boundaries, cost = brute_force.best(definition, n, k, min_size, max_size)
+    assert found.cost == pytest.approx(float(cost), rel=1e-13, abs=1e-300)
+    # The same cost to the last bit leaves the choice between ties open to rounding.
+    own = brute_force.total(definition, found.boundaries.tolist())
+    assert own == cost or float(own) == pytest.approx(float(cost), rel=1e-15)
+    if all(value.is_integer() for value in values) and cost.denominator == 1:
+        assert (found.sizes**2).sum() <= sum((e - l) ** 2 for l, e in pairwise(boundaries))
 
 
 @given(problems())
@@ -191,7 +214,7 @@ def test_bad_sizes(arguments, message):
 
 
 def test_bad_affinity():
-    with pytest.raises(ValueError, match="square matrix"):
+    with pytest.raises(ValueError, match="square matrix, found shape"):
         cluster_affinity(np.zeros((2, 3)), 1)
     with pytest.raises(ValueError, match=r"found nan at index \(1, 0\)"):
         cluster_affinity([[0, 0], [float("nan"), 0]], 1)
