@@ -280,31 +280,45 @@ def _evaluate(options: Any) -> None:
 
 
 def _cluster(options: Any) -> None:
-    from .train.components import build_clusters, load_array
+    from .train.components import build_clusters
     from .train.config import Clusters
 
-    _at_least("timesteps", options.timesteps, 1)
-    if options.scheduler.endswith(".npy"):
-        levels = load_array("scheduler", options.scheduler)
-    elif options.scheduler in SCHEDULES:
-        levels = named_log_snr(options.scheduler, options.timesteps)
-    else:
-        raise UserError(
-            f"scheduler: expected {', '.join(SCHEDULES)} or a .npy file, found {options.scheduler!r}"
-        )
+    if (options.cost == "affinity") != (options.affinity is not None):
+        raise UserError("affinity: expected a .npy file with cost affinity and none with another cost")
+    levels = _log_snr(options)
     settings = Clusters(options.cost, options.k, options.min_size, options.max_size, options.affinity)
     clusters = build_clusters(settings, lambda: levels, len(levels))
+    if options.plot is not None:
+        from .train import plots
+        from .train.errors import blame
+        from .train.trained import clusters_title
+
+        title = f"{clusters_title(settings)}, {options.scheduler}"
+        with _writing("plot", Path(options.plot)) as aside, blame("plot"):
+            plots.clusters(aside, clusters, levels, title)
     if options.json:
         print(json.dumps({"scheduler": options.scheduler, "objective": options.cost, **clusters.to_dict()}))
     else:
         _print_table(clusters, levels)
-    if options.plot is not None:
-        from .train import plots
-        from .train.trained import clusters_title
 
-        title = f"{clusters_title(settings)}, {options.scheduler}"
-        with _writing("plot", Path(options.plot)) as aside:
-            plots.clusters(aside, clusters, levels, title)
+
+def _log_snr(options: Any) -> NDArray[np.float64]:
+    """The log-SNR of the schedule that was named, or that the file holds."""
+    from .train.components import load_array
+
+    if options.scheduler in SCHEDULES:
+        _at_least("timesteps", options.timesteps, 1)
+        return named_log_snr(options.scheduler, options.timesteps)
+    if not options.scheduler.endswith(".npy"):
+        raise UserError(
+            f"scheduler: expected {', '.join(SCHEDULES)} or a .npy file, found {options.scheduler!r}"
+        )
+    levels = load_array("scheduler", options.scheduler)
+    if levels.ndim != 1 or levels.size == 0 or levels.dtype.kind not in "fiu":
+        raise UserError(
+            f"scheduler: expected numbers [T] in {options.scheduler}, found {levels.dtype} {list(levels.shape)}"
+        )
+    return levels.astype(float)
 
 
 def _print_table(clusters: IntervalClustering, levels: NDArray[np.float64]) -> None:
@@ -355,3 +369,6 @@ _COMMANDS: dict[str, Callable[[Any], None]] = {
     "evaluate": _evaluate,
     "cluster": _cluster,
 }
+
+if __name__ == "__main__":
+    sys.exit(main())

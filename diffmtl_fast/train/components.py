@@ -105,18 +105,18 @@ def build_clusters(config: Clusters, levels: Callable[[], Array], num_timesteps:
     Raises:
         UserError: the clusters cannot be formed as asked.
     """
-    limits = {"min_size": config.min_size, "max_size": config.max_size}
+    low, high = config.min_size, config.max_size
     with blame("clusters"):
         if config.cost == "timestep":
-            return cluster_timesteps(num_timesteps, config.k, **limits)
+            return cluster_timesteps(num_timesteps, config.k, min_size=low, max_size=high)
         if config.cost == "snr":
-            return cluster_snr(levels(), config.k, **limits)
+            return cluster_snr(levels(), config.k, min_size=low, max_size=high)
         affinity = load_array("clusters.affinity", config.affinity)
         if affinity.shape != (num_timesteps, num_timesteps):
             raise ValueError(
                 f"affinity: expected [T, T] with T = {num_timesteps}, found {list(affinity.shape)}"
             )
-        return cluster_affinity(affinity, config.k, **limits)
+        return cluster_affinity(affinity, config.k, min_size=low, max_size=high)
 
 
 def build_weighting(config: Config, device: torch.device) -> LossWeighting | GramianWeighting | None:

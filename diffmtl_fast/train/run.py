@@ -46,7 +46,7 @@ def train(config: Config, run: RunFolder, *, resume: bool = False, chosen: Path 
     if chosen is not None and not begun:
         raise UserError(f"--checkpoint: expected an existing run and --resume, found no run in {run}")
     if begun:
-        _check_same(config, run.read_config())
+        _check_same(config, run)
         last = run.checkpoint(chosen)
         if last is not None and _complete(config, run, last):
             print(f"{run} is already complete")
@@ -60,10 +60,13 @@ def train(config: Config, run: RunFolder, *, resume: bool = False, chosen: Path 
     print(f"finished; see {run}")
 
 
-def _check_same(config: Config, before: Config) -> None:
-    for key, (now, then) in differences(config, before).items():
+def _check_same(config: Config, run: RunFolder) -> None:
+    for key, (now, then) in differences(config, run.read_config()).items():
         if key not in FREE_ON_RESUME:
-            raise UserError(f"{key}: expected {then!r}, as in the run that --resume continues, found {now!r}")
+            raise UserError(
+                f"{key}: expected {then!r}, as in the run that --resume continues, found {now!r} "
+                f"(--config {run.config} repeats its options)"
+            )
 
 
 def _complete(config: Config, run: RunFolder, last: Path) -> bool:

@@ -1,0 +1,250 @@
+"""Runs: started, stopped, continued, finished, refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+
+from diffmtl_fast.train import checkpoint
+from diffmtl_fast.train.config import Sampling
+from diffmtl_fast.train.errors import UserError
+from diffmtl_fast.train.folder import RunFolder
+from diffmtl_fast.train.loop import Trainer
+from diffmtl_fast.train.run import train
+from diffmtl_fast.train.trained import load
+
+
+class Killed(BaseException):
+    """Ends a run where it stands, as a kill does."""
+
+
+@pytest.fixture
+def kill(monkeypatch):
+    """Stop training when an iteration is reached."""
+
+    def at(iteration):
+        step = Trainer.step
+
+        def stopping(self, history):
+            if self.iteration == iteration:
+                raise Killed
+            step(self, history)
+
+        monkeypatch.setattr(Trainer, "step", stopping)
+        return lambda: monkeypatch.setattr(Trainer, "step", step)
+
+    return at
+
+
+def weights(run):
+    last = checkpoint.checkpoints(run.checkpoints)[-1]
+    return last.name, *((last / f"{name}.safetensors").read_bytes() for name in ("model", "ema"))
+
+
+def log(run):
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in run.log.open()]
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunFolder(tmp_path / "runs" / "a")
+
+
+def test_a_run_leaves_everything_and_is_then_complete(tiny, run, capsys):
+    config = tiny(evaluation={"num_samples": 20}, logging={"tensorboard": True}, iterations=2)
+    train(config, run)
+    names = {path.name for path in run.path.iterdir()} - {".lock"}
+    assert names == {
+        "checkpoints", "clusters.png", "config.yaml", "log.jsonl", "metrics.json", "model", "samples.png",
+        "tensorboard", "training.png",
+    }  # fmt: skip
+    assert run.read_config() == config
+
+    model = diffusers.UNet2DModel.from_pretrained(run.model)
+    trained = load(run, config)
+    for ours, theirs in zip(trained.model.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours.cpu(), theirs)
+
+    metrics = json.loads(run.metrics.read_text())
+    assert metrics["iterations"] == 2
+    assert metrics["samples"]["frechet_distance"] > metrics["floor"]["frechet_distance"]
+    if config.device == "cpu":
+        assert trained.evaluate() == metrics
+
+    before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    train(config, run, resume=True)
+    assert "already complete" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+    run.samples.unlink()
+    train(config, run, resume=True)
+    assert run.samples.exists()
+    assert run.metrics.stat().st_mtime_ns == before[run.metrics]
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_a_killed_run_ends_like_one_that_was_not(tiny, run, tmp_path, kill, stop):
+    config = tiny(logging={"every": 3})
+    whole = RunFolder(tmp_path / "whole")
+    train(config, whole)
+    revive = kill(stop)
+    with pytest.raises(Killed):
+        train(config, run, resume=True)
+    revive()
+    (run.path / ".tmp-1-model").mkdir()  # half-written when the process was killed
+    train(config, run, resume=True)
+    if config.device == "cpu":
+        assert weights(run) == weights(whole)
+        assert log(run) == log(whole)
+    assert [line["iteration"] for line in log(run)] == [3, 6]
+    assert not list(run.path.glob(".tmp-*"))
+
+
+def test_a_run_can_be_made_longer(tiny, run, tmp_path):
+    whole = RunFolder(tmp_path / "whole")
+    train(tiny(iterations=6), whole)
+    train(tiny(iterations=4), run)
+    short = run.samples.read_bytes()
+    train(tiny(iterations=6), run, resume=True)
+    if tiny().device == "cpu":
+        assert weights(run) == weights(whole)
+    assert run.samples.read_bytes() != short
+    assert run.read_config().iterations == 6
+    with pytest.raises(UserError, match="iterations: expected at least 6"):
+        train(tiny(iterations=4), run, resume=True)
+
+
+def test_a_corrupt_checkpoint_is_refused_and_the_older_one_can_be_chosen(tiny, run, tmp_path):
+    config = tiny()
+    train(config, run)
+    expected, lines = weights(run), log(run)
+    older, newer = checkpoint.checkpoints(run.checkpoints)
+    (newer / "model.safetensors").write_bytes(b"damaged")
+    for _ in range(2):  # never silently the older one
+        with pytest.raises(UserError, match=r"corrupt: model\.safetensors .*; --checkpoint .*iter-00000004"):
+            train(config, run, resume=True)
+    with pytest.raises(UserError, match="corrupt"):
+        load(run, config)
+    with pytest.raises(UserError, match=r"--checkpoint: expected one of .* \(iter-00000004, iter-00000006\)"):
+        train(config, run, resume=True, chosen=tmp_path / "iter-00000004")
+    train(config, run, resume=True, chosen=older)
+    if config.device == "cpu":
+        assert weights(run) == expected
+        assert log(run) == lines
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"method": "pcgrad"},
+            "method: expected 'uw', as in the run that --resume continues, found 'pcgrad'",
+        ),
+        ({"clusters": {"k": 2}}, "clusters.k: expected 3"),
+        ({"model": {"args": {"dropout": 0.5}}}, "model.args.dropout: expected None"),
+        ({"optimizer": {"lr": 1.0}}, "optimizer.lr: expected 0.001"),
+    ],
+)
+def test_a_changed_configuration_is_refused_by_name(tiny, run, kill, changes, message):
+    kill(0)
+    with pytest.raises(Killed):
+        train(tiny(), run)
+    with pytest.raises(UserError) as caught:
+        train(tiny(**changes), run, resume=True)
+    assert str(caught.value).startswith(message)
+
+
+def test_options_that_do_not_matter_may_change(tiny, run, kill):
+    revive = kill(3)
+    with pytest.raises(Killed):
+        train(tiny(), run)
+    revive()
+    train(tiny(checkpoints={"every": 1, "keep": 1}), run, resume=True)
+    assert len(checkpoint.checkpoints(run.checkpoints)) == 1
+
+
+def test_an_existing_run_is_refused_without_resume(tiny, run, kill):
+    kill(0)
+    with pytest.raises(Killed):
+        train(tiny(), run)
+    with pytest.raises(UserError, match="--resume continues it"):
+        train(tiny(), run)
+
+
+def test_a_folder_of_other_things_is_refused(tiny, run):
+    run.path.mkdir(parents=True)
+    (run.path / "thesis.tex").touch()
+    for resume in (False, True):
+        with pytest.raises(UserError, match="expected a run or nothing"):
+            train(tiny(), run, resume=resume)
+
+
+def test_a_bad_option_leaves_no_folder(tiny, run):
+    with pytest.raises(UserError, match="clusters: k: expected 1 <= k <= T = 20"):
+        train(tiny(clusters={"k": 21}), run)
+    assert not run.path.parent.exists()
+
+
+def test_only_one_process_at_a_time(tiny, run):
+    run.create()
+    with run.lock(), pytest.raises(UserError, match="another process"):
+        train(tiny(), run, resume=True)
+
+
+@pytest.mark.parametrize("where", ["below a file", "read-only", "a file"])
+def test_a_folder_that_cannot_be_written(tiny, tmp_path, where):
+    path = tmp_path / "place"
+    if where == "read-only":
+        path.mkdir(mode=0o555)
+    else:
+        path.touch()
+    run = RunFolder(path if where == "a file" else path / "run")
+    with pytest.raises(UserError, match=r"run folder .*: cannot be (read|written to)"):
+        train(tiny(), run, resume=True)
+
+
+@pytest.mark.skipif(not os.path.ismount("/sys"), reason="needs a file system that nobody can write to")
+def test_a_file_system_that_cannot_be_written(tiny):
+    with pytest.raises(UserError, match="run folder /sys/kernel/run: cannot be written to"):
+        train(tiny(), RunFolder(Path("/sys/kernel/run")))
+
+
+def test_another_type_of_device_is_refused(tiny, run, kill):
+    revive = kill(3)
+    with pytest.raises(Killed):
+        train(tiny(), run)
+    revive()
+    path = checkpoint.checkpoints(run.checkpoints)[-1]
+    state = {**checkpoint.load_state(path), "device": "abacus"}
+    checkpoint.save(run.checkpoints, 2, {"model": torch.nn.Linear(1, 1)}, state, keep=2)
+    with pytest.raises(UserError, match="device: expected abacus"):
+        train(tiny(), run, resume=True)
+
+
+def test_sampling_options_do_not_touch_the_run(tiny, run):
+    train(tiny(iterations=1), run)
+    config = replace(run.read_config(), sampling=Sampling(steps=1, batch_size=3))
+    labels = torch.tensor([1, 2, 3, 4, 5])
+    trained = load(run, config)
+    pictures = trained.draw(labels, 5, seed=3)
+    assert pictures.shape == (5, 1, 8, 8)
+    torch.testing.assert_close(pictures, trained.draw(labels, 5, seed=3))
+    with pytest.raises(UserError, match=r"evaluation\.num_samples: expected more than 3, found 2"):
+        trained.evaluate(2)
+
+
+def test_nothing_to_load(tiny, run, kill):
+    with pytest.raises(UserError, match="expected a run, found none"):
+        run.read_config()
+    kill(0)
+    with pytest.raises(Killed):
+        train(tiny(), run)
+    with pytest.raises(UserError, match="expected a checkpoint, found none yet"):
+        load(run, run.read_config())
