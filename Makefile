@@ -35,8 +35,9 @@ $(VENV)/dev.stamp: $(BUILD_INPUTS) | $(VENV)/torch.stamp
 train: $(VENV)/train.stamp
 	$(BIN)/diffmtl-fast train --resume --run-dir $(RUN)
 
+# One thread per worker: two workers that each used every core would fight for them.
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

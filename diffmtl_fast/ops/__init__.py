@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+
+import torch
+
+from . import _cpu
+from ._library import PLAIN
 from .cluster_mean import cluster_mean
 from .cluster_mse import cluster_mse
 from .combine import combine
@@ -9,8 +16,21 @@ from .gram import gram
 from .nash import nash_weights
 from .pcgrad import pcgrad_weights
 from .sample_mse import sample_mse
+from .uncertainty_loss import uncertainty_loss
+
+_cpu.register()
+if torch.version.cuda or torch.version.hip:
+    if importlib.util.find_spec("triton") is None:
+        logging.getLogger("diffmtl_fast").warning(
+            "Triton is not installed: on the GPU the ops run their plain definitions"
+        )
+    else:
+        from . import _cuda
+
+        _cuda.register()
 
 __all__ = [
+    "PLAIN",
     "cluster_mean",
     "cluster_mse",
     "combine",
@@ -18,4 +38,5 @@ __all__ = [
     "nash_weights",
     "pcgrad_weights",
     "sample_mse",
+    "uncertainty_loss",
 ]

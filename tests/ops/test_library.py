@@ -34,6 +34,11 @@ SAMPLES = {
     "cluster_mean": lambda d, t, g: (torch.randn(B, device=d).to(t).requires_grad_(g), cluster(d), K),
     "cluster_mean_backward": lambda d, t, g: (torch.randn(K, device=d), cluster(d)),
     "cluster_mse": lambda d, t, g: (*mse_inputs(d, t, g), cluster(d), K, torch.rand(B, device=d)),
+    "uncertainty_loss": lambda d, t, g: (
+        *mse_inputs(d, t, g),
+        cluster(d),
+        torch.randn(K, device=d).requires_grad_(g),
+    ),
     "gram": lambda d, t, g: (torch.randn(K, P, device=d).to(t).requires_grad_(g),),
     "combine": lambda d, t, g: (
         torch.randn(K, P, device=d).to(t).requires_grad_(g),
