@@ -12,6 +12,7 @@ from ._library import PLAIN
 from .cluster_mean import cluster_mean
 from .cluster_mse import cluster_mse
 from .combine import combine
+from .denoising_loss import denoising_loss, sample_huber
 from .gram import gram
 from .nash import nash_weights
 from .pcgrad import pcgrad_weights
@@ -34,9 +35,11 @@ __all__ = [
     "cluster_mean",
     "cluster_mse",
     "combine",
+    "denoising_loss",
     "gram",
     "nash_weights",
     "pcgrad_weights",
+    "sample_huber",
     "sample_mse",
     "uncertainty_loss",
 ]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..kernels import combine as combine_kernels
 from ..kernels import gram as gram_kernels
-from ..kernels import mse as mse_kernels
+from ..kernels import losses as loss_kernels
 from ..kernels import settings
 from ..kernels import weights as weight_kernels
 from ._checks import accumulation_dtype
@@ -28,6 +28,7 @@ from .nash import CONVERGED, LINE_SEARCH_STEPS, NEWTON_STEPS, nash_weights_plain
 from .pcgrad import pcgrad_weights_plain
 
 _logger = logging.getLogger("diffmtl_fast")
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -36,61 +37,87 @@ def _log_fallback(op: str, reason: str) -> None:
     _logger.info("diffmtl::%s runs its plain definition: %s", op, reason)
 
 
-def squared_error_sums(pred: Tensor, target: Tensor) -> Tensor:
-    """Launch the first stage of the squared errors: partial sums [B, chunks]."""
-    pred, target = pred.contiguous(), target.contiguous()
-    batch, size = pred.shape[0], math.prod(pred.shape[1:])
+def _in_one_order(pred: Tensor, *others: Tensor | None) -> tuple[list[Tensor | None], torch.memory_format]:
+    """Bring all tensors into one order in memory, without a copy where they are so already.
+
+    Every order used here keeps a sample's elements together, which is all that the kernels ask for.
+    """
+    order = torch.contiguous_format
+    channels_last = _CHANNELS_LAST.get(pred.dim())
+    if (
+        channels_last is not None
+        and not pred.is_contiguous()
+        and pred.is_contiguous(memory_format=channels_last)
+    ):
+        order = channels_last
+    return [None if t is None else t.contiguous(memory_format=order) for t in (pred, *others)], order
+
+
+def _loss_settings(
+    pred: Tensor, first: Tensor, second: Tensor | None, delta: float | None
+) -> tuple[int, int, int, dict[str, Any]]:
+    """Return batch, elements per sample, programs per sample, and what the kernels are compiled for."""
+    size = math.prod(pred.shape[1:])
     block, num_warps = settings.stream_settings(size)
-    chunks = settings.ceil_div(size, block)
-    dtype = accumulation_dtype(pred, target)
-    partial = torch.empty(batch, chunks, dtype=dtype, device=pred.device)
-    if batch:
-        mse_kernels._squared_error_kernel[batch * chunks,](
-            pred,
-            target,
-            partial,
-            size,
-            chunks,
-            BLOCK=block,
-            ACCUMULATE=_TRITON_DTYPES[dtype],
-            num_warps=num_warps,
-        )
-    return partial
+    compiled = {
+        "DELTA": delta,
+        "MIXED": second is not None,
+        "BLOCK": block,
+        "ACCUMULATE": _TRITON_DTYPES[accumulation_dtype(pred, first)],
+        "num_warps": num_warps,
+    }
+    return pred.shape[0], size, settings.ceil_div(size, block), compiled
+
+
+def sample_loss(
+    pred: Tensor,
+    first: Tensor,
+    second: Tensor | None,
+    mix: Tensor | None,
+    weight: Tensor | None,
+    delta: float | None,
+) -> Tensor:
+    """Launch `sample_loss`: sums per chunk of a sample, then the mean of each sample."""
+    batch, size, chunks, compiled = _loss_settings(pred, first, second, delta)
+    partial = torch.empty(batch, chunks, dtype=accumulation_dtype(pred, first), device=pred.device)
+    losses = partial.new_empty(batch)
+    if batch == 0:
+        return losses
+    tensors, _ = _in_one_order(pred, first, second)
+    mix = None if mix is None else mix.contiguous()
+    weight = None if weight is None else weight.contiguous()
+    loss_kernels._error_sum_kernel[batch * chunks,](*tensors, mix, partial, batch, size, chunks, **compiled)
+    loss_kernels._sample_mean_kernel[settings.ceil_div(batch, 128),](
+        partial, weight, losses, batch, chunks, size, WEIGHTED=weight is not None, BLOCK=128
+    )
+    return losses
+
+
+def sample_loss_backward(
+    scale: Tensor, pred: Tensor, first: Tensor, second: Tensor | None, mix: Tensor | None, delta: float | None
+) -> Tensor:
+    """Launch `sample_loss_backward`."""
+    grad = torch.empty_like(pred)
+    batch, size, chunks, compiled = _loss_settings(pred, first, second, delta)
+    if batch == 0:
+        return grad
+    tensors, order = _in_one_order(pred, first, second)
+    written = grad if grad.is_contiguous(memory_format=order) else torch.empty_like(pred, memory_format=order)
+    mix = None if mix is None else mix.contiguous()
+    loss_kernels._error_backward_kernel[batch * chunks,](
+        scale.contiguous(), *tensors, mix, written, batch, size, chunks, **compiled
+    )
+    return grad if written is grad else grad.copy_(written)
 
 
 def sample_mse(pred: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """Launch `sample_mse`."""
-    batch, size = pred.shape[0], math.prod(pred.shape[1:])
-    partial = squared_error_sums(pred, target)
-    losses = partial.new_empty(batch)
-    if batch:
-        weighted = None if weight is None else weight.contiguous()
-        mse_kernels._sample_mean_kernel[settings.ceil_div(batch, 128),](
-            partial, weighted, losses, batch, partial.shape[1], size, WEIGHTED=weight is not None, BLOCK=128
-        )
-    return losses
+    return sample_loss(pred, target, None, None, weight, None)
 
 
 def sample_mse_backward(scale: Tensor, pred: Tensor, target: Tensor) -> Tensor:
     """Launch `sample_mse_backward`."""
-    scale, pred, target = scale.contiguous(), pred.contiguous(), target.contiguous()
-    batch, size = pred.shape[0], math.prod(pred.shape[1:])
-    block, num_warps = settings.stream_settings(size)
-    chunks = settings.ceil_div(size, block)
-    grad = torch.empty_like(pred)
-    if batch:
-        mse_kernels._squared_error_backward_kernel[batch * chunks,](
-            scale,
-            pred,
-            target,
-            grad,
-            size,
-            chunks,
-            BLOCK=block,
-            ACCUMULATE=_TRITON_DTYPES[accumulation_dtype(pred, target)],
-            num_warps=num_warps,
-        )
-    return grad
+    return sample_loss_backward(scale, pred, target, None, None, None)
 
 
 def cluster_means(values: Tensor, cluster: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -99,7 +126,7 @@ def cluster_means(values: Tensor, cluster: Tensor, k: int) -> tuple[Tensor, Tens
     counts = torch.empty(k, dtype=torch.int64, device=values.device)
     batch = values.shape[0]
     block = min(1024, max(settings.power_of_two(batch), 32))
-    mse_kernels._cluster_mean_kernel[k,](
+    loss_kernels._cluster_mean_kernel[k,](
         values.contiguous(), cluster.contiguous(), means, counts, batch, BLOCK=block
     )
     return means, counts
@@ -238,6 +265,8 @@ LAUNCHERS: dict[str, Any] = {
         gram,
         nash_weights,
         pcgrad_weights,
+        sample_loss,
+        sample_loss_backward,
         sample_mse,
         sample_mse_backward,
     )

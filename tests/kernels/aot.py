@@ -20,7 +20,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from diffmtl_fast.kernels import combine, gram, mse, settings, weights
+from diffmtl_fast.kernels import combine, gram, losses, settings, weights
 
 TARGETS = [
     GPUTarget("cuda", 80, 32),
@@ -53,24 +53,21 @@ def streaming_cases() -> list[Case]:
     cases = []
     for dtype, accumulate in DTYPES.items():
         constants = {"BLOCK": block, "ACCUMULATE": accumulate}
-        pair = {"p_pred": dtype, "p_target": dtype}
+        for delta, mixed in ((None, False), (None, True), (0.5, True)):
+            loss = {**constants, "DELTA": delta, "MIXED": mixed}
+            pointers = {"p_pred": dtype, "p_first": dtype}
+            if mixed:
+                pointers |= {"p_second": dtype, "p_mix": "fp32"}
+            else:
+                loss |= {"p_second": None, "p_mix": None}
+            sums, grads = (
+                {**pointers, "p_partial": SUM[dtype]},
+                {**pointers, "p_scale": SUM[dtype], "p_grad": dtype},
+            )
+            integers = ("batch", "size", "chunks")
+            cases.append(Case(losses._error_sum_kernel, sums, integers, loss, warps, True))
+            cases.append(Case(losses._error_backward_kernel, grads, integers, loss, warps, True))
         cases += [
-            Case(
-                mse._squared_error_kernel,
-                {**pair, "p_partial": SUM[dtype]},
-                ("size", "chunks"),
-                constants,
-                warps,
-                True,
-            ),
-            Case(
-                mse._squared_error_backward_kernel,
-                {"p_scale": SUM[dtype], **pair, "p_grad": dtype},
-                ("size", "chunks"),
-                constants,
-                warps,
-                True,
-            ),
             Case(
                 combine._combine_kernel,
                 {"p_rows": dtype, "p_weight": "fp32", "p_out": dtype},
@@ -119,9 +116,9 @@ def small_cases() -> list[Case]:
         integers = ("batch", "chunks", "size")
         for weighted in (False, True):
             constants = {"WEIGHTED": weighted, "BLOCK": 128}
-            cases.append(Case(mse._sample_mean_kernel, pointers, integers, constants))
+            cases.append(Case(losses._sample_mean_kernel, pointers, integers, constants))
         pointers = {"p_value": dtype, "p_cluster": "i64", "p_mean": dtype, "p_count": "i64"}
-        cases.append(Case(mse._cluster_mean_kernel, pointers, ("batch",), {"BLOCK": 1024}))
+        cases.append(Case(losses._cluster_mean_kernel, pointers, ("batch",), {"BLOCK": 1024}))
         for k in (1, 5, 64 if dtype == "fp32" else settings.MAX_FLOAT64_NASH_CLUSTERS):
             tile, warps = settings.weight_settings(k)
             size = {"K": k, "TILE": tile}

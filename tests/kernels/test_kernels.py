@@ -47,6 +47,40 @@ def test_squared_errors(shape, dtype, generator, device):
     check("cluster_mse", (pred, target, cluster, 4, weight), exact)
 
 
+@pytest.mark.parametrize("delta", [None, 0.7])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_losses_of_mixed_targets(shape, dtype, delta, generator, device):
+    pred, x0, noise = (draw(shape, dtype, generator) for _ in range(3))
+    mix = torch.randn(2, shape[0], generator=generator, device=device)
+    weight = torch.rand(shape[0], generator=generator, device=device)
+    check("sample_loss", (pred, x0, noise, mix, weight, delta), min(DTYPES[dtype], 2e-6))
+    check("sample_loss", (pred, x0, None, None, None, delta), min(DTYPES[dtype], 2e-6))
+    check("sample_loss_backward", (weight, pred, x0, noise, mix, delta), DTYPES[dtype])
+
+
+def test_a_nan_error_stays_one(device):
+    pred = torch.tensor([[float("nan"), 2.0]], device=device)
+    grad = _cuda.LAUNCHERS["sample_loss_backward"](
+        torch.ones(1, device=device), pred, torch.zeros_like(pred), None, None, 0.5
+    )
+    assert grad[0, 0].isnan()
+    assert grad[0, 1] == 0.25
+
+
+@pytest.mark.parametrize("order", [torch.channels_last, torch.contiguous_format])
+def test_gradients_keep_the_strides_of_the_prediction(order, generator, device):
+    pred = draw((2, 3, 5, 7), torch.float32, generator).contiguous(memory_format=order)
+    scale = torch.ones(2, device=device)
+    for view in (pred, pred.transpose(0, 1), pred[:, :, ::2]):
+        target = draw(view.shape, torch.float32, generator)
+        ones = scale if view.shape[0] == 2 else torch.ones(3, device=device)
+        grad = _cuda.LAUNCHERS["sample_mse_backward"](ones, view, target)
+        assert grad.stride() == torch.empty_like(view).stride()
+        check("sample_mse_backward", (ones, view, target), 2e-6)
+        check("sample_mse", (view, target), 2e-6)
+
+
 def test_mixed_dtypes(generator):
     pred, target = draw((3, 100), torch.bfloat16, generator), draw((3, 100), torch.float32, generator)
     check("sample_mse", (pred, target), 2e-6)

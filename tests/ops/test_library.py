@@ -31,6 +31,20 @@ def order(device):
 SAMPLES = {
     "sample_mse": lambda d, t, g: mse_inputs(d, t, g),
     "sample_mse_backward": lambda d, t, g: (torch.randn(B, device=d), *mse_inputs(d, t, False)),
+    "sample_loss": lambda d, t, g: (
+        *mse_inputs(d, t, g),
+        torch.randn(B, 2, 5, device=d).to(t),
+        torch.randn(2, B, device=d),
+        torch.rand(B, device=d),
+        0.5,
+    ),
+    "sample_loss_backward": lambda d, t, g: (
+        torch.randn(B, device=d),
+        *mse_inputs(d, t, False),
+        torch.randn(B, 2, 5, device=d).to(t),
+        torch.randn(2, B, device=d),
+        None,
+    ),
     "cluster_mean": lambda d, t, g: (torch.randn(B, device=d).to(t).requires_grad_(g), cluster(d), K),
     "cluster_mean_backward": lambda d, t, g: (torch.randn(K, device=d), cluster(d)),
     "cluster_mse": lambda d, t, g: (*mse_inputs(d, t, g), cluster(d), K, torch.rand(B, device=d)),

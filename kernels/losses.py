@@ -1,0 +1,127 @@
+"""Losses of every sample: partial sums, their means by sample and by cluster, the gradient by the prediction."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _load_error(
+    p_pred,
+    p_first,
+    p_second,
+    p_mix,
+    o_flat,
+    m_element,
+    sample,
+    batch,
+    MIXED: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):
+    """Load pred − first, or pred − (mix[0, sample] · first + mix[1, sample] · second)."""
+    b_pred = tl.load(p_pred + o_flat, mask=m_element, other=0.0).to(ACCUMULATE)
+    b_target = tl.load(p_first + o_flat, mask=m_element, other=0.0).to(ACCUMULATE)
+    if MIXED:
+        b_second = tl.load(p_second + o_flat, mask=m_element, other=0.0).to(ACCUMULATE)
+        b_target = b_target * tl.load(p_mix + sample).to(ACCUMULATE)
+        b_target += b_second * tl.load(p_mix + batch + sample).to(ACCUMULATE)
+    return b_pred - b_target
+
+
+@triton.jit
+def _error_sum_kernel(
+    p_pred,
+    p_first,
+    p_second,
+    p_mix,
+    p_partial,
+    batch,
+    size,
+    chunks,
+    DELTA: tl.constexpr,
+    MIXED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):
+    """partial[sample, chunk] = Σ of squared errors, or of Huber losses with DELTA, over one chunk of a sample."""
+    sample = tl.program_id(0).to(tl.int64) // chunks
+    chunk = tl.program_id(0).to(tl.int64) % chunks
+    o_element = chunk * BLOCK + tl.arange(0, BLOCK)
+    m_element = o_element < size
+    o_flat = sample * size + o_element
+    b_error = _load_error(
+        p_pred, p_first, p_second, p_mix, o_flat, m_element, sample, batch, MIXED, ACCUMULATE
+    )
+    b_loss = b_error * b_error
+    if DELTA is not None:
+        b_size = tl.abs(b_error)
+        b_loss = tl.where(b_size <= DELTA, 0.5 * b_loss, DELTA * (b_size - 0.5 * DELTA))
+    tl.store(p_partial + sample * chunks + chunk, tl.sum(b_loss, axis=0))
+
+
+@triton.jit
+def _error_backward_kernel(
+    p_scale,
+    p_pred,
+    p_first,
+    p_second,
+    p_mix,
+    p_grad,
+    batch,
+    size,
+    chunks,
+    DELTA: tl.constexpr,
+    MIXED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):
+    """grad = scale[sample] / size · (2 error, or the error clamped to ±DELTA), one chunk of one sample."""
+    sample = tl.program_id(0).to(tl.int64) // chunks
+    chunk = tl.program_id(0).to(tl.int64) % chunks
+    o_element = chunk * BLOCK + tl.arange(0, BLOCK)
+    m_element = o_element < size
+    o_flat = sample * size + o_element
+    b_slope = _load_error(
+        p_pred, p_first, p_second, p_mix, o_flat, m_element, sample, batch, MIXED, ACCUMULATE
+    )
+    if DELTA is None:
+        b_slope *= 2
+    else:
+        # A NaN error must stay one: comparisons with it are false.
+        b_slope = tl.where(b_slope > DELTA, DELTA, tl.where(b_slope < -DELTA, -DELTA, b_slope))
+    b_grad = b_slope * (tl.load(p_scale + sample).to(ACCUMULATE) / size)
+    tl.store(p_grad + o_flat, b_grad.to(p_grad.dtype.element_ty), mask=m_element)
+
+
+@triton.jit
+def _sample_mean_kernel(
+    p_partial, p_weight, p_loss, batch, chunks, size, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """loss[sample] = weight[sample] / size · Σ of the sample's partial sums, in their fixed order."""
+    o_sample = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m_sample = o_sample < batch
+    b_sum = tl.zeros([BLOCK], dtype=p_partial.dtype.element_ty)
+    for chunk in range(chunks):
+        b_sum += tl.load(p_partial + o_sample * chunks + chunk, mask=m_sample, other=0.0)
+    b_loss = b_sum / size
+    if WEIGHTED:
+        b_loss *= tl.load(p_weight + o_sample, mask=m_sample, other=0.0).to(b_loss.dtype)
+    tl.store(p_loss + o_sample, b_loss, mask=m_sample)
+
+
+@triton.jit
+def _cluster_mean_kernel(p_value, p_cluster, p_mean, p_count, batch, BLOCK: tl.constexpr):
+    """One program per cluster: the mean and the number of its samples."""
+    cluster = tl.program_id(0)
+    b_sum = tl.zeros([BLOCK], dtype=p_mean.dtype.element_ty)
+    b_count = tl.zeros([BLOCK], dtype=tl.int64)
+    for start in range(0, batch, BLOCK):
+        o_sample = start + tl.arange(0, BLOCK)
+        m_sample = o_sample < batch
+        b_member = tl.load(p_cluster + o_sample, mask=m_sample, other=-1) == cluster
+        b_sum += tl.load(p_value + o_sample, mask=b_member, other=0.0).to(b_sum.dtype)
+        b_count += b_member.to(tl.int64)
+    count = tl.sum(b_count, axis=0)
+    tl.store(p_mean + cluster, tl.sum(b_sum, axis=0) / tl.maximum(count, 1).to(b_sum.dtype))
+    tl.store(p_count + cluster, count)
