@@ -27,6 +27,13 @@ template <class... Parts>
   throw py::value_error(message.str());
 }
 
+// numpy arrays may lie anywhere, in a memory-mapped file for example.
+template <class Element>
+const Element* aligned(const Array<Element>& array, const std::string& name) {
+  if (reinterpret_cast<std::uintptr_t>(array.data()) % alignof(Element)) refuse(name, ": expected aligned memory");
+  return array.data();
+}
+
 // What to solve: every number of intervals from first_k to last_k, sizes, how.
 struct Request {
   Int n, first_k, last_k;
@@ -128,8 +135,10 @@ py::list cluster_values(const Array<double>& values, Int first_k, Int last_k, In
                         const std::string& solver, Int threads, const std::string& name) {
   if (values.ndim() != 1) refuse(name, ": expected one dimension, found ", values.ndim());
   const Request request = check_request(values.shape(0), first_k, last_k, min_size, max_size, solver, threads);
-  const double* x = values.data();
+  const double* x = aligned(values, name);
   check_monotone(x, request.n, name);
+  if (!std::isfinite(Cost::bound(x, request.n)))
+    refuse(name, ": expected a range whose cost is a finite number, found ", x[0], " to ", x[request.n - 1]);
   std::vector<Solution> solutions;
   run(request.threads, [&](Task& task) { solve_values<Cost>(x, request, task, solutions); });
   return to_python(solutions);
@@ -177,18 +186,21 @@ py::list cluster_affinity(const Array<Element>& matrix, Int first_k, Int last_k,
   const Int n = square_side(matrix, "tas");
   const Request request = check_request(n, first_k, last_k, min_size, max_size, solver, threads);
   check_dense(request);
-  const Element* a = matrix.data();
+  const Element* a = aligned(matrix, "tas");
   std::vector<Solution> solutions;
   Int bad = -1;
+  double magnitude = 0;
   run(request.threads, [&](Task& task) {
-    const double magnitude = largest_magnitude(a, n, task, bad);
-    if (bad >= 0) return;
+    magnitude = largest_magnitude(a, n, task, bad);
+    if (bad >= 0 || !std::isfinite(magnitude * static_cast<double>(n))) return;
     AffinityRows<Element> rows(a, n, magnitude);
     solve_dense(rows, n, first_k, last_k, request.limits, task, [&](Int, const std::vector<Int>& boundaries) {
       const auto interval = [&](Int l, Int e) { return AffinityRows<Element>::exact(a, n, l, e); };
       solutions.push_back({boundaries, total(boundaries, interval)});
     });
   });
+  if (!std::isfinite(magnitude * static_cast<double>(n)))
+    refuse("tas: expected entries whose sum is a finite number, found one of magnitude ", magnitude);
   if (bad >= 0) refuse("tas: expected finite values, found ", a[bad], " at index (", bad / n, ", ", bad % n, ")");
   return to_python(solutions);
 }
@@ -242,7 +254,7 @@ py::list cluster_matrix(const Array<double>& matrix, Int first_k, Int last_k, In
   const Int n = square_side(matrix, "cost");
   const Request request = check_request(n, first_k, last_k, min_size, max_size, solver, threads);
   if (!monge) check_dense(request);
-  const auto fill_row = [m = matrix.data(), n](Int e, Int first, Int last, double* row) {
+  const auto fill_row = [m = aligned(matrix, "cost"), n](Int e, Int first, Int last, double* row) {
     for (Int l = first; l <= last; ++l) row[l] = m[l * n + e - 1];
   };
   return cluster_user(fill_row, request, monge);

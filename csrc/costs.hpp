@@ -42,6 +42,9 @@ class AbsoluteCost {
     return prefix_[l] + prefix_[e] - prefix_[s >> 1] - prefix_[(s + 1) >> 1] + 2 * (s & 1);
   }
 
+  // No partition costs more.
+  static double bound(const double* x, Int n) { return static_cast<double>(n) * std::abs(x[n - 1] - x[0]); }
+
   static double exact(const double* x, Int l, Int e) {
     const double centre = x[(l + e) / 2];
     Sum sum;
@@ -126,6 +129,11 @@ class SquaredCost {
     const Wide cost =
         static_cast<Wide>(square_[e] - square_[l] - static_cast<UWide>(Wide{q}) * static_cast<UWide>(sum + r));
     return ((cost >> drop_bits_) << tie_bits_) + 2 * Wide{n} * n;
+  }
+
+  // No partition costs more.
+  static double bound(const double* x, Int n) {
+    return static_cast<double>(n) * std::abs(x[n - 1] - x[0]) * std::abs(x[n - 1] - x[0]);
   }
 
   static double exact(const double* x, Int l, Int e) {

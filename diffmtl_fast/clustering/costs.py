@@ -241,6 +241,6 @@ def as_floats(values: Any, name: str, keep_float32: bool = False) -> np.ndarray:
         if np.iscomplexobj(array):
             raise TypeError(f"found {array.dtype}")
         keep = keep_float32 and array.dtype == np.float32
-        return np.ascontiguousarray(array, dtype=np.float32 if keep else np.float64)
+        return np.require(array, np.float32 if keep else np.float64, ["C_CONTIGUOUS", "ALIGNED"])
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name}: expected real numbers ({error})") from error

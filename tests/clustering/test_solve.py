@@ -140,6 +140,8 @@ def test_inputs_of_any_kind_agree():
     assert cluster_snr(torch.tensor(values, requires_grad=True), 4) == expected
     assert cluster_snr(np.repeat(values, 2)[::2], 4) == expected
     assert cluster_snr(-values, 4) == expected
+    assert cluster_snr(np.frombuffer(b"x" + values.tobytes(), np.uint8)[1:].view(np.float64), 4) == expected
+    assert cluster_snr(values.astype(values.dtype.newbyteorder()), 4) == expected
     assert cluster_snr(np.arange(50, dtype=np.int16), 4) == cluster_timesteps(50, 4)
 
 
@@ -184,6 +186,7 @@ def test_scales_and_offsets(scale, shift):
             "log_snr: expected a monotone sequence, found 1 then 2 at index 2 of a falling one",
         ),
         ([[1.0, 2.0]], "log_snr: expected one dimension, found 2"),
+        ([-1e308, 1.7e308], "log_snr: expected a range whose cost is a finite number, found -1"),
         ([], "expected between 1 and .* timesteps, found 0"),
     ],
 )
@@ -218,6 +221,10 @@ def test_bad_affinity():
         cluster_affinity(np.zeros((2, 3)), 1)
     with pytest.raises(ValueError, match=r"found nan at index \(1, 0\)"):
         cluster_affinity([[0, 0], [float("nan"), 0]], 1)
+    with pytest.raises(ValueError, match="entries whose sum is a finite number"):
+        cluster_affinity(np.full((3, 3), 1e308), 1)
+    with pytest.raises(ValueError, match="values: expected a range whose cost"):
+        cluster_intervals(SquaredDeviation([0, 1e200]), k=1)
     with pytest.raises(TypeError, match="tas: expected real numbers"):
         cluster_affinity("tas", 1)
 
