@@ -1,6 +1,6 @@
 """The command line: ``diffmtl-fast train | sample | evaluate | cluster``.
 
-Only the standard library and jsonargparse are needed to parse; torch and diffusers load when a command runs.
+Parsing needs jsonargparse alone; diffusers, scikit-learn and matplotlib load when a command needs them.
 What the user can put right is reported as one line on standard error, with exit status 2; training that diverges
 likewise, with exit status 1. Anything else is a defect and keeps its traceback.
 """
@@ -228,10 +228,10 @@ def _add_run_arguments(parser: Any) -> None:
 
 def _train(options: Any) -> None:
     from .train.config import Config, from_dict
+    from .train.folder import RunFolder
 
     config = from_dict({name: value for name, value in options.as_dict().items() if name in Config.names()})
-    from .train.folder import RunFolder
-    from .train.run import train
+    from .train.run import train  # slow to import: after the options are checked
 
     train(config, RunFolder(Path(options.run_dir)), resume=options.resume, chosen=_path(options.checkpoint))
 
@@ -266,6 +266,8 @@ def _sample(options: Any) -> None:
 
 
 def _evaluate(options: Any) -> None:
+    from .train.evaluation import table
+
     out = _path(options.out)
     if out is None and options.num is None and options.steps is None and options.checkpoint is None:
         out = Path(options.run_dir) / "metrics.json"
@@ -273,10 +275,7 @@ def _evaluate(options: Any) -> None:
     if out is not None:
         with _writing("out", out) as aside:
             aside.write_text(json.dumps(metrics, indent=2) + "\n")
-    kinds = ("samples", "floor", "ceiling")
-    print(f"{'':18}" + "".join(f"{kind:>10}" for kind in kinds))
-    for name in metrics["samples"]:
-        print(f"{name.replace('_', ' '):18}" + "".join(f"{metrics[kind][name]:10.4f}" for kind in kinds))
+    print(table(metrics))
 
 
 def _cluster(options: Any) -> None:
@@ -304,6 +303,8 @@ def _cluster(options: Any) -> None:
 
 def _log_snr(options: Any) -> NDArray[np.float64]:
     """The log-SNR of the schedule that was named, or that the file holds."""
+    import numpy as np
+
     from .train.components import load_array
 
     if options.scheduler in SCHEDULES:
@@ -317,6 +318,11 @@ def _log_snr(options: Any) -> NDArray[np.float64]:
     if levels.ndim != 1 or levels.size == 0 or levels.dtype.kind not in "fiu":
         raise UserError(
             f"scheduler: expected numbers [T] in {options.scheduler}, found {levels.dtype} {list(levels.shape)}"
+        )
+    bad = np.flatnonzero(~np.isfinite(levels))
+    if bad.size:
+        raise UserError(
+            f"scheduler: expected finite numbers in {options.scheduler}, found {levels[bad[0]]} at index {bad[0]}"
         )
     return levels.astype(float)
 

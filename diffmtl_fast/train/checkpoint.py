@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +39,12 @@ def save(
 
     Returns:
         The checkpoint's path.
+
+    Raises:
+        UserError: it cannot be written; those before it stay.
     """
     target = folder / f"iter-{iteration:08d}"
-    with replacing(target) as aside:
+    with _writing(target), replacing(target) as aside:
         aside.mkdir()
         for name, module in modules.items():
             save_module(aside / f"{name}.safetensors", module)
@@ -96,6 +101,19 @@ def save_module(path: Path, module: nn.Module) -> None:
 def load_module(path: Path, name: str, module: nn.Module) -> None:
     """Copy the weights saved under a name into a module."""
     require("safetensors.torch", "train").load_model(module, str(path / f"{name}.safetensors"))
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    # A full disk: torch and safetensors have errors of their own for it.
+    errors = (OSError, RuntimeError, require("safetensors", "train").SafetensorError)
+    try:
+        yield
+    except errors as error:
+        free = shutil.disk_usage(target.parent).free / 2**20
+        raise UserError(
+            f"checkpoint {target}: cannot be written with {free:.0f} MiB free ({error})"
+        ) from error
 
 
 def _corrupt(path: Path, reason: str) -> str:

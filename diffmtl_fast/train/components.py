@@ -86,7 +86,7 @@ def build_data(config: Config) -> ImageData:
     data = build("data", config.data)
     if not isinstance(data, ImageData):
         raise UserError(f"data: expected {config.data.path} to return ImageData, found {type(data).__name__}")
-    if config.evaluation.num_samples and data.train_labels is None:
+    if config.evaluation.num_samples and (data.train_labels is None or data.test_labels is None):
         raise UserError(
             "evaluation.num_samples: expected 0 for data without labels (its metrics need classes)"
         )

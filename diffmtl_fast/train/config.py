@@ -14,6 +14,8 @@ from .errors import UserError
 METHODS = ("vanilla", "uw", "pcgrad", "nash")
 COSTS = ("snr", "timestep", "affinity")
 PRECISIONS = ("fp32", "bf16")
+# Of the k-nearest-neighbour precision and recall.
+NEIGHBOURS = 3
 
 
 @dataclass(frozen=True)
@@ -271,6 +273,10 @@ def _check(config: Config) -> None:
         _integer(key, flat[key], least=1)
     for key in ("seed", "evaluation.num_samples", "logging.cosines_every"):
         _integer(key, flat[key], least=0)
+    if config.evaluation.num_samples in range(1, NEIGHBOURS + 1):
+        raise UserError(
+            f"evaluation.num_samples: expected 0 or more than {NEIGHBOURS}, found {config.evaluation.num_samples}"
+        )
     for key in ("clusters.min_size", "clusters.max_size"):
         if flat[key] is not None:
             _integer(key, flat[key], least=1)

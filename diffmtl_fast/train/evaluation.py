@@ -5,6 +5,7 @@ Every figure stands beside the same figure for real test images, the floor, and 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .._extras import require
+from .config import NEIGHBOURS
 from .data import ImageData
 
 Array = NDArray[np.float64]
 
 HIDDEN_LAYERS = (128, 64)
-NEIGHBOURS = 3
 
 
 class Classifier:
@@ -108,6 +109,16 @@ def evaluate(data: ImageData, pictures: Tensor, labels: Tensor, seed: int) -> di
         "ceiling": (Tensor(noise), labels),
     }
     return {name: _figures(classifier, real, *drawn) for name, drawn in sets.items()}
+
+
+def table(metrics: Mapping[str, Any]) -> str:
+    """The metrics of :func:`evaluate` as lines of text."""
+    kinds = ("samples", "floor", "ceiling")
+    lines = [f"{'':18}" + "".join(f"{kind:>10}" for kind in kinds)]
+    for name in metrics["samples"]:
+        values = "".join(f"{metrics[kind][name]:10.4f}" for kind in kinds)
+        lines.append(f"{name.replace('_', ' '):18}{values}")
+    return "\n".join(lines)
 
 
 def _figures(classifier: Classifier, real: Array, images: Tensor, labels: Tensor) -> dict[str, float]:

@@ -27,7 +27,7 @@ from .components import (
 from .config import Config
 from .data import EpochSampler
 from .ema import Ema
-from .errors import TrainingDiverged, UserError
+from .errors import TrainingDiverged, UserError, blame
 from .history import History
 from .progress import Progress
 
@@ -183,7 +183,8 @@ class Trainer:
             if self.mtl is None:
                 output = self.model(noisy, t, **condition(labels))
             else:
-                output = self.mtl(noisy, t, **condition(labels), cluster=cluster)
+                with blame("model"):  # it may be one that cannot be split by cluster
+                    output = self.mtl(noisy, t, **condition(labels), cluster=cluster)
         loss = ops.sample_mse(prediction(output), target)
         if self.mtl is None:
             loss.mean().backward()

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from ..diffusion import log_snr
-from . import checkpoint, history, plots
+from . import checkpoint, evaluation, history, plots
 from .config import Config, differences
-from .errors import UserError
+from .errors import TrainingDiverged, UserError
 from .files import replacing
 from .folder import RunFolder
 from .history import History
 from .loop import Trainer
 from .progress import open_progress
-from .trained import Trained, clusters_title
+from .trained import Trained, clusters_title, method_title
 
 # What may differ when a run is resumed, because the iterations already done do not depend on it. A run may be
 # made longer: no schedule looks at its length. Of the device the type alone counts, and Trainer.load compares it.
@@ -55,9 +57,23 @@ def train(config: Config, run: RunFolder, *, resume: bool = False, chosen: Path 
     run.create()
     with run.lock():
         run.write_config(config)
-        _fit(trainer, run, chosen)
+        print(_summary(trainer), flush=True)
+        try:
+            _fit(trainer, run, chosen)
+        except TrainingDiverged as error:
+            good = run.checkpoint()
+            raise TrainingDiverged(f"{error}; the last good checkpoint is {good or 'none'}") from error
         _write_outputs(trainer, run)
     print(f"finished; see {run}")
+
+
+def _summary(trainer: Trainer) -> str:
+    config = trainer.config
+    size = sum(parameter.numel() for parameter in trainer.model.parameters())
+    return (
+        f"{method_title(config)}, {size:,} parameters, {len(trainer.data.train):,} images, {trainer.device}, "
+        f"{config.precision}"
+    )
 
 
 def _check_same(config: Config, run: RunFolder) -> None:
@@ -82,25 +98,20 @@ def _fit(trainer: Trainer, run: RunFolder, chosen: Path | None) -> None:
     """Train from the checkpoint, if there is one, to the last iteration."""
     start = run.checkpoint(chosen)
     if start is None:
+        # A run that was killed before its first checkpoint begins anew.
         run.log.unlink(missing_ok=True)
         shutil.rmtree(run.tensorboard, ignore_errors=True)
-    else:
-        run.remove_newer(start)
-    begun_at = 0 if start is None else checkpoint.iteration(start)
-    if begun_at < trainer.config.iterations:
-        # Those of a shorter run would pass for this one's.
-        run.remove_outputs()
     tensorboard = run.tensorboard if trainer.config.logging.tensorboard else None
-    log = History(run.log, tensorboard, begun_at)
-    progress = open_progress(trainer.config.iterations, begun_at)
-    try:
+    log = History(run.log, tensorboard, 0 if start is None else checkpoint.iteration(start))
+    with contextlib.closing(log):
         if start is not None:
             trainer.load(start, log)
+            run.remove_newer(start)
             print(f"continuing {run} from iteration {trainer.iteration}")
-        trainer.fit(run.checkpoints, log, progress)
-    finally:
-        progress.close()
-        log.close()
+        if trainer.iteration < trainer.config.iterations:
+            run.remove_outputs()  # those of a shorter run would pass for this one's
+        with contextlib.closing(open_progress(trainer.config.iterations, trainer.iteration)) as progress:
+            trainer.fit(run.checkpoints, log, progress)
 
 
 def _write_outputs(trainer: Trainer, run: RunFolder) -> None:
@@ -117,6 +128,8 @@ def _write_outputs(trainer: Trainer, run: RunFolder) -> None:
         if not path.exists():
             print(f"writing {path}", flush=True)
             writers[path](path)
+    if run.metrics.exists():
+        print(evaluation.table(json.loads(run.metrics.read_text())))
 
 
 def write_clusters(trainer: Trainer, path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, evaluation, plots, sampling
 from .components import build_data, build_model, build_scheduler, resolve_device
-from .config import Clusters, Config
+from .config import NEIGHBOURS, Clusters, Config
 from .data import ImageData
 from .errors import UserError
 from .files import replacing
@@ -31,6 +31,11 @@ COST_TITLES = {"snr": "log-SNR", "timestep": "timestep", "affinity": "affinity"}
 def clusters_title(clusters: Clusters) -> str:
     """The clusters in words."""
     return f"{clusters.k} {COST_TITLES[clusters.cost]} cluster" + "s" * (clusters.k > 1)
+
+
+def method_title(config: Config) -> str:
+    """The method and its clusters in words."""
+    return f"{METHOD_TITLES[config.method]}, {clusters_title(config.clusters)}"
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,7 @@ class Trained:
     @property
     def title(self) -> str:
         """What the pictures say of the run."""
-        method = METHOD_TITLES[self.config.method]
-        return f"{method}, {clusters_title(self.config.clusters)}, {self.iteration:,} iterations"
+        return f"{method_title(self.config)}, {self.iteration:,} iterations"
 
     def draw(self, labels: Tensor | None, count: int, seed: int) -> Tensor:
         """Draw pictures, float32 [count, C, H, W] in [-1, 1]."""
@@ -72,10 +76,8 @@ class Trained:
             UserError: too few, or the data have no labels.
         """
         count = self.config.evaluation.num_samples if num_samples is None else num_samples
-        if count <= evaluation.NEIGHBOURS:
-            raise UserError(
-                f"evaluation.num_samples: expected more than {evaluation.NEIGHBOURS}, found {count}"
-            )
+        if count <= NEIGHBOURS:
+            raise UserError(f"evaluation.num_samples: expected more than {NEIGHBOURS}, found {count}")
         labels = sampling.balanced_labels(count, self.data.num_classes)
         if labels is None:
             raise UserError(

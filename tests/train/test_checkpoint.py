@@ -43,6 +43,19 @@ def test_keeps_the_newest(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize("error", [OSError("No space left on device"), RuntimeError("unexpected pos 48")])
+def test_a_full_disk_keeps_the_checkpoints_before(tmp_path, monkeypatch, error):
+    def fail(*args):
+        raise error
+
+    good = _save(tmp_path, 1)
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(UserError, match=r"iter-00000002: cannot be written with \d+ MiB free"):
+        _save(tmp_path, 2)
+    assert list(tmp_path.iterdir()) == [good]
+    checkpoint.verify(good)
+
+
 def _flip(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1

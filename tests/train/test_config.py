@@ -32,6 +32,7 @@ def test_bundled_configuration_is_complete_and_survives_yaml():
         ({"optimizer": {"clip": -1.0}}, "optimizer.clip: expected a number >= 0, found -1.0"),
         ({"ema_decay": 1.5}, "ema_decay: expected a number >= 0 and <= 1, found 1.5"),
         ({"model": {"path": "UNet"}}, "model.path: expected an import path"),
+        ({"evaluation": {"num_samples": 3}}, "evaluation.num_samples: expected 0 or more than 3, found 3"),
         ({"precision": "fp16"}, "precision: expected one of fp32, bf16"),
     ],
 )

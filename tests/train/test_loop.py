@@ -195,6 +195,14 @@ class Denoiser(torch.nn.Module):
     def forward(self, x, t):
         return self.net(x)
 
+class Normed(Denoiser):
+    def forward(self, x, t):
+        return self.norm(self.net(x))
+
+    def __init__(self):
+        super().__init__(4)
+        self.norm = torch.nn.BatchNorm2d(1)
+
 def images(count):
     return ImageData(torch.zeros(count, 1, 4, 4), None, torch.zeros(2, 1, 4, 4), None)
 """
@@ -212,5 +220,8 @@ def test_any_module_and_data_without_labels(tiny, tmp_path, monkeypatch, method)
     )
     _, lines = fit(config, tmp_path / "run")
     assert lines[0]["loss"] > 0
+    if method in ("pcgrad", "nash"):  # what mixes the samples of a batch has no gradients by cluster
+        with pytest.raises(UserError, match=r"^model: expected layers .* BatchNorm2d"):
+            fit(replace(config, model=Component("my_project.Normed")), tmp_path / "normed")
     with pytest.raises(UserError, match=r"evaluation\.num_samples: expected 0 for data without labels"):
         Trainer(replace(config, evaluation=replace(config.evaluation, num_samples=10)))
