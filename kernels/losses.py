@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .noise import load_noise
+
 
 @triton.jit
 def _load_error(
@@ -12,21 +14,30 @@ def _load_error(
     p_first,
     p_second,
     p_mix,
-    o_flat,
-    m_element,
     sample,
+    chunk,
     batch,
+    size,
     MIXED: tl.constexpr,
+    SEEDED: tl.constexpr,
+    BLOCK: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
-    """Load pred − first, or pred − (mix[0, sample] · first + mix[1, sample] · second)."""
+    """Load pred − first, or pred − (mix[0, sample] · first + mix[1, sample] · second): one chunk of a sample."""
+    o_element = chunk * BLOCK + tl.arange(0, BLOCK)
+    m_element = o_element < size
+    o_flat = sample * size + o_element
     b_pred = tl.load(p_pred + o_flat, mask=m_element, other=0.0).to(ACCUMULATE)
     b_target = tl.load(p_first + o_flat, mask=m_element, other=0.0).to(ACCUMULATE)
     if MIXED:
-        b_second = tl.load(p_second + o_flat, mask=m_element, other=0.0).to(ACCUMULATE)
+        if SEEDED:
+            b_second = load_noise(p_second, sample, chunk * BLOCK, BLOCK).to(ACCUMULATE)
+        else:
+            b_second = tl.load(p_second + o_flat, mask=m_element, other=0.0).to(ACCUMULATE)
         b_target = b_target * tl.load(p_mix + sample).to(ACCUMULATE)
         b_target += b_second * tl.load(p_mix + batch + sample).to(ACCUMULATE)
-    return b_pred - b_target
+    # Beyond the end the noise goes on; it must not count.
+    return tl.where(m_element, b_pred - b_target, 0.0), o_flat, m_element
 
 
 @triton.jit
@@ -41,17 +52,15 @@ def _error_sum_kernel(
     chunks,
     DELTA: tl.constexpr,
     MIXED: tl.constexpr,
+    SEEDED: tl.constexpr,
     BLOCK: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
     """partial[sample, chunk] = Σ of squared errors, or of Huber losses with DELTA, over one chunk of a sample."""
     sample = tl.program_id(0).to(tl.int64) // chunks
     chunk = tl.program_id(0).to(tl.int64) % chunks
-    o_element = chunk * BLOCK + tl.arange(0, BLOCK)
-    m_element = o_element < size
-    o_flat = sample * size + o_element
-    b_error = _load_error(
-        p_pred, p_first, p_second, p_mix, o_flat, m_element, sample, batch, MIXED, ACCUMULATE
+    b_error, _, _ = _load_error(
+        p_pred, p_first, p_second, p_mix, sample, chunk, batch, size, MIXED, SEEDED, BLOCK, ACCUMULATE
     )
     b_loss = b_error * b_error
     if DELTA is not None:
@@ -73,17 +82,15 @@ def _error_backward_kernel(
     chunks,
     DELTA: tl.constexpr,
     MIXED: tl.constexpr,
+    SEEDED: tl.constexpr,
     BLOCK: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
     """grad = scale[sample] / size · (2 error, or the error clamped to ±DELTA), one chunk of one sample."""
     sample = tl.program_id(0).to(tl.int64) // chunks
     chunk = tl.program_id(0).to(tl.int64) % chunks
-    o_element = chunk * BLOCK + tl.arange(0, BLOCK)
-    m_element = o_element < size
-    o_flat = sample * size + o_element
-    b_slope = _load_error(
-        p_pred, p_first, p_second, p_mix, o_flat, m_element, sample, batch, MIXED, ACCUMULATE
+    b_slope, o_flat, m_element = _load_error(
+        p_pred, p_first, p_second, p_mix, sample, chunk, batch, size, MIXED, SEEDED, BLOCK, ACCUMULATE
     )
     if DELTA is None:
         b_slope *= 2

@@ -9,6 +9,7 @@ import torch
 
 from . import _cpu
 from ._library import PLAIN
+from .add_noise import add_noise
 from .cluster_mean import cluster_mean
 from .cluster_mse import cluster_mse
 from .combine import combine
@@ -16,6 +17,7 @@ from .denoising_loss import denoising_loss, sample_huber
 from .gram import gram
 from .nash import nash_weights
 from .pcgrad import pcgrad_weights
+from .philox import philox_normal
 from .sample_mse import sample_mse
 from .uncertainty_loss import uncertainty_loss
 
@@ -32,6 +34,7 @@ if torch.version.cuda or torch.version.hip:
 
 __all__ = [
     "PLAIN",
+    "add_noise",
     "cluster_mean",
     "cluster_mse",
     "combine",
@@ -39,6 +42,7 @@ __all__ = [
     "gram",
     "nash_weights",
     "pcgrad_weights",
+    "philox_normal",
     "sample_huber",
     "sample_mse",
     "uncertainty_loss",

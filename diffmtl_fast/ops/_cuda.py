@@ -18,6 +18,7 @@ from torch import Tensor
 from ..kernels import combine as combine_kernels
 from ..kernels import gram as gram_kernels
 from ..kernels import losses as loss_kernels
+from ..kernels import noise as noise_kernels
 from ..kernels import settings
 from ..kernels import weights as weight_kernels
 from ._checks import accumulation_dtype
@@ -37,20 +38,26 @@ def _log_fallback(op: str, reason: str) -> None:
     _logger.info("diffmtl::%s runs its plain definition: %s", op, reason)
 
 
+def _is_seed(noise: Tensor | None) -> bool:
+    return noise is not None and not noise.is_floating_point()
+
+
 def _in_one_order(pred: Tensor, *others: Tensor | None) -> tuple[list[Tensor | None], torch.memory_format]:
     """Bring all tensors into one order in memory, without a copy where they are so already.
 
-    Every order used here keeps a sample's elements together, which is all that the kernels ask for.
+    Every order used here keeps a sample's elements together, which is all that the kernels ask for; generated
+    noise asks for the row-major one.
     """
     order = torch.contiguous_format
-    channels_last = _CHANNELS_LAST.get(pred.dim())
+    channels_last = None if any(_is_seed(t) for t in others) else _CHANNELS_LAST.get(pred.dim())
     if (
         channels_last is not None
         and not pred.is_contiguous()
         and pred.is_contiguous(memory_format=channels_last)
     ):
         order = channels_last
-    return [None if t is None else t.contiguous(memory_format=order) for t in (pred, *others)], order
+    tensors = [t if t is None or _is_seed(t) else t.contiguous(memory_format=order) for t in (pred, *others)]
+    return tensors, order
 
 
 def _loss_settings(
@@ -62,6 +69,7 @@ def _loss_settings(
     compiled = {
         "DELTA": delta,
         "MIXED": second is not None,
+        "SEEDED": _is_seed(second),
         "BLOCK": block,
         "ACCUMULATE": _TRITON_DTYPES[accumulation_dtype(pred, first)],
         "num_warps": num_warps,
@@ -118,6 +126,44 @@ def sample_mse(pred: Tensor, target: Tensor, weight: Tensor | None = None) -> Te
 def sample_mse_backward(scale: Tensor, pred: Tensor, target: Tensor) -> Tensor:
     """Launch `sample_mse_backward`."""
     return sample_loss_backward(scale, pred, target, None, None, None)
+
+
+def add_noise(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Launch `add_noise`."""
+    out = torch.empty_like(x0)
+    if x0.numel() == 0:
+        return out
+    batch, size = x0.shape[0], math.prod(x0.shape[1:])
+    block, num_warps = settings.stream_settings(size)
+    chunks = settings.ceil_div(size, block)
+    tensors, order = _in_one_order(x0, noise)
+    written = out if out.is_contiguous(memory_format=order) else torch.empty_like(x0, memory_format=order)
+    noise_kernels._add_noise_kernel[batch * chunks,](
+        *tensors,
+        alpha.contiguous(),
+        sigma.contiguous(),
+        written,
+        size,
+        chunks,
+        SEEDED=_is_seed(noise),
+        BLOCK=block,
+        ACCUMULATE=_TRITON_DTYPES[accumulation_dtype(x0)],
+        num_warps=num_warps,
+    )
+    return out if written is out else out.copy_(written)
+
+
+def philox_normal(seed: Tensor, like: Tensor) -> Tensor:
+    """Launch `philox_normal`."""
+    out = torch.empty(like.shape, dtype=torch.float32, device=like.device)
+    if like.numel():
+        size = math.prod(like.shape[1:])
+        block, num_warps = settings.stream_settings(size)
+        chunks = settings.ceil_div(size, block)
+        noise_kernels._philox_normal_kernel[like.shape[0] * chunks,](
+            seed, out, size, chunks, BLOCK=block, num_warps=num_warps
+        )
+    return out
 
 
 def cluster_means(values: Tensor, cluster: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -259,12 +305,14 @@ def nash_weights(gramian: Tensor, present: Tensor) -> Tensor:
 LAUNCHERS: dict[str, Any] = {
     launcher.__name__: launcher
     for launcher in (
+        add_noise,
         cluster_mean,
         cluster_mse,
         combine,
         gram,
         nash_weights,
         pcgrad_weights,
+        philox_normal,
         sample_loss,
         sample_loss_backward,
         sample_mse,

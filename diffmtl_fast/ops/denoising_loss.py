@@ -10,16 +10,22 @@ from torch import Tensor
 
 from ._checks import accumulation_dtype, check_floating, check_pair, check_same_device, check_weight
 from ._library import define_op, refuse_autograd, register_autograd
+from .add_noise import check_noise
+from .philox import philox_normal_plain
 
 Prediction: TypeAlias = Literal["epsilon", "x0", "v", "velocity"]
 
 
 def _error(pred: Tensor, first: Tensor, second: Tensor | None, mix: Tensor | None) -> Tensor:
-    """Return pred − (mix[0] · first + mix[1] · second), in the dtype that sums are formed in."""
+    """Return pred − (mix[0] · first + mix[1] · second), in the dtype that sums are formed in.
+
+    An integer `second` is the seed of the noise.
+    """
     dtype = accumulation_dtype(pred, first)
     if second is None or mix is None:
         return pred.to(dtype) - first.to(dtype)
     shape = (2, -1, *[1] * (pred.dim() - 1))
+    second = second if second.is_floating_point() else philox_normal_plain(second, pred)
     share, other = mix.to(dtype).view(shape).unbind(0)
     return pred.to(dtype) - (share * first.to(dtype) + other * second.to(dtype))
 
@@ -124,7 +130,8 @@ def denoising_loss(
     Args:
         pred: [B, ...], floating point, the model's output.
         x0: of the same shape and device, without gradient.
-        noise: likewise, of the dtype of `x0`.
+        noise: likewise, of the dtype of `x0`; or the seed that `add_noise` was given, an int64 scalar tensor: the
+            noise is then generated once more, bit for bit, instead of having been stored.
         prediction: ``"epsilon"``, ``"x0"``, ``"v"`` or ``"velocity"``.
         alpha: α of each sample, floating point [B]; for ``"v"`` alone.
         sigma: σ of each sample, floating point [B]; for ``"v"`` alone.
@@ -140,15 +147,15 @@ def denoising_loss(
             or a constant requires a gradient.
     """
     check_pair(pred, x0)
-    check_pair(x0, noise)
     check_same_device(pred=pred, noise=noise)
+    check_noise(noise, x0)
     check_weight(weight, pred)
     _check_constant(x0=x0, noise=noise)
-    if x0.dtype != noise.dtype:
+    if noise.is_floating_point() and x0.dtype != noise.dtype:
         raise TypeError(f"noise: expected the dtype of x0, {x0.dtype}, found {noise.dtype}")
     if huber_delta is not None:
         _check_delta(huber_delta)
-    if prediction == "epsilon":
+    if prediction == "epsilon" and noise.is_floating_point():
         return _sample_loss(pred, noise, None, None, weight, huber_delta)
     if prediction == "x0":
         return _sample_loss(pred, x0, None, None, weight, huber_delta)
@@ -158,9 +165,9 @@ def denoising_loss(
 
 def _velocity_mix(pred: Tensor, prediction: str, alpha: Tensor | None, sigma: Tensor | None) -> Tensor:
     """Return the shares of x0 and of the noise in the target, float [2, B]."""
-    if prediction == "velocity":
+    if prediction in ("epsilon", "velocity"):
         ones = torch.ones(pred.shape[0], dtype=torch.float32, device=pred.device)
-        return torch.stack([-ones, ones])
+        return torch.stack([-ones if prediction == "velocity" else torch.zeros_like(ones), ones])
     if prediction != "v":
         raise ValueError(f"prediction: expected 'epsilon', 'x0', 'v' or 'velocity', found {prediction!r}")
     if alpha is None or sigma is None:

@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from diffmtl_fast.kernels import combine, gram, losses, settings, weights
+from diffmtl_fast.kernels import noise as noises
 
 TARGETS = [
     GPUTarget("cuda", 80, 32),
@@ -53,11 +54,11 @@ def streaming_cases() -> list[Case]:
     cases = []
     for dtype, accumulate in DTYPES.items():
         constants = {"BLOCK": block, "ACCUMULATE": accumulate}
-        for delta, mixed in ((None, False), (None, True), (0.5, True)):
-            loss = {**constants, "DELTA": delta, "MIXED": mixed}
+        for delta, second in ((None, None), (None, dtype), (0.5, dtype), (None, "i64")):
+            loss = {**constants, "DELTA": delta, "MIXED": second is not None, "SEEDED": second == "i64"}
             pointers = {"p_pred": dtype, "p_first": dtype}
-            if mixed:
-                pointers |= {"p_second": dtype, "p_mix": "fp32"}
+            if second is not None:
+                pointers |= {"p_second": second, "p_mix": "fp32"}
             else:
                 loss |= {"p_second": None, "p_mix": None}
             sums, grads = (
@@ -67,6 +68,10 @@ def streaming_cases() -> list[Case]:
             integers = ("batch", "size", "chunks")
             cases.append(Case(losses._error_sum_kernel, sums, integers, loss, warps, True))
             cases.append(Case(losses._error_backward_kernel, grads, integers, loss, warps, True))
+        for noise in (dtype, "i64"):
+            pointers = {"p_x0": dtype, "p_noise": noise, "p_alpha": "fp32", "p_sigma": "fp32", "p_out": dtype}
+            forward = {**constants, "SEEDED": noise == "i64"}
+            cases.append(Case(noises._add_noise_kernel, pointers, ("size", "chunks"), forward, warps, True))
         cases += [
             Case(
                 combine._combine_kernel,

@@ -59,6 +59,36 @@ def test_losses_of_mixed_targets(shape, dtype, delta, generator, device):
     check("sample_loss_backward", (weight, pred, x0, noise, mix, delta), DTYPES[dtype])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_add_noise(shape, dtype, generator, device):
+    x0, noise = draw(shape, dtype, generator), draw(shape, dtype, generator)
+    alpha, sigma = torch.rand(2, shape[0], generator=generator, device=device)
+    check("add_noise", (x0, noise, alpha, sigma), DTYPES[dtype])
+    check("add_noise", (x0, torch.tensor(2**40 + 5, device=device), alpha, sigma), max(DTYPES[dtype], 1e-6))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("seed", [0, 1, 2**40 + 5, -3])
+def test_generated_noise(shape, seed, device):
+    check("philox_normal", (torch.tensor(seed, device=device), torch.empty(shape, device=device)), 1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_loss_regenerates_the_bits_of_the_noise(shape, generator, device):
+    seed, ones = torch.tensor(12345, device=device), torch.ones(shape[0], device=device)
+    zeros = torch.zeros(shape, device=device)
+    noise = _cuda.LAUNCHERS["philox_normal"](seed, zeros)
+    assert torch.equal(_cuda.LAUNCHERS["add_noise"](zeros, seed, ones, ones), noise)
+    mix = torch.stack([0 * ones, ones])
+    assert (_cuda.LAUNCHERS["sample_loss"](noise, zeros, seed, mix, None, None) == 0).all()
+    pred = draw(shape, torch.float32, generator)
+    for name, args in (("sample_loss", (mix, None, None)), ("sample_loss_backward", (mix, None))):
+        scale = (ones,) if name == "sample_loss_backward" else ()
+        stored = _cuda.LAUNCHERS[name](*scale, pred, zeros, noise, *args)
+        assert torch.equal(_cuda.LAUNCHERS[name](*scale, pred, zeros, seed, *args), stored)
+
+
 def test_a_nan_error_stays_one(device):
     pred = torch.tensor([[float("nan"), 2.0]], device=device)
     grad = _cuda.LAUNCHERS["sample_loss_backward"](

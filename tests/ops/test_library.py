@@ -31,6 +31,8 @@ def order(device):
 SAMPLES = {
     "sample_mse": lambda d, t, g: mse_inputs(d, t, g),
     "sample_mse_backward": lambda d, t, g: (torch.randn(B, device=d), *mse_inputs(d, t, False)),
+    "add_noise": lambda d, t, g: (*mse_inputs(d, t, g), torch.rand(B, device=d), torch.rand(B, device=d)),
+    "philox_normal": lambda d, t, g: (torch.tensor(7, device=d), torch.randn(B, 2, 5, device=d).to(t)),
     "sample_loss": lambda d, t, g: (
         *mse_inputs(d, t, g),
         torch.randn(B, 2, 5, device=d).to(t),
