@@ -8,11 +8,12 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # What an installation depends on: Python sources are read in place, the C++ ones are compiled.
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: help train test check clean
+.PHONY: help train test check check-native clean
 help:
 	@echo "make train   train on the embedded digits and write pictures and metrics to $(RUN)"
 	@echo "make test    run the test suite (DIFFMTL_TEST_DEVICE=cuda runs it on a GPU)"
 	@echo "make check   lint, type check, compile the GPU kernels ahead of time (needs no GPU)"
+	@echo "make check-native   fuzz the C++ code under the address and undefined behaviour sanitizers"
 	@echo "make clean   remove the virtual environment and build outputs (runs/ is kept)"
 
 $(BIN)/python:
@@ -44,6 +45,10 @@ check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tests/kernels/aot.py
+
+# Not part of check: the sanitizers' build takes a minute, and the fuzzer as long as it is given.
+check-native: $(VENV)/dev.stamp
+	$(BIN)/python tests/native/check.py --seconds 60
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-from . import ops
-from .clustering import IntervalClustering, cluster_affinity, cluster_snr, cluster_timesteps
+from . import clustering, diffusion, ops
+from .clustering import (
+    ClusterPath,
+    IntervalClustering,
+    NoiseClustering,
+    cluster_affinity,
+    cluster_intervals,
+    cluster_noise,
+    cluster_path,
+    cluster_snr,
+    cluster_timesteps,
+)
 from .gradients import ClusteredMTL, StepRecord
 from .weighting import (
     Equal,
@@ -18,18 +28,25 @@ from .weighting import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClusterPath",
     "ClusteredMTL",
     "Equal",
     "GramianWeighting",
     "IntervalClustering",
     "LossWeighting",
     "NashMTL",
+    "NoiseClustering",
     "PCGrad",
     "StepRecord",
     "UncertaintyWeighting",
     "cluster_affinity",
+    "cluster_intervals",
+    "cluster_noise",
+    "cluster_path",
     "cluster_snr",
     "cluster_timesteps",
+    "clustering",
+    "diffusion",
     "ops",
     "param_groups",
 ]
