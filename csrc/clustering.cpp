@@ -110,7 +110,7 @@ py::list to_python(const std::vector<Solution>& solutions) {
 template <class Cost>
 void solve_values(const double* x, const Request& request, Task& task, std::vector<Solution>& solutions) {
   // The search over prices costs about as much as divide and conquer for this many intervals, whatever k.
-  constexpr Int kFew = 4;
+  constexpr Int kFew = 3;
   const auto keep = [&](Int, const std::vector<Int>& boundaries) {
     solutions.push_back({boundaries, total(boundaries, [x](Int l, Int e) { return Cost::exact(x, l, e); })});
   };
