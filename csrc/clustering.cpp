@@ -42,7 +42,8 @@ struct Request {
   int threads;
 };
 
-Request check_request(Int n, Int first_k, Int last_k, Int min_size, Int max_size, const std::string& solver, Int threads) {
+Request check_request(Int n, Int first_k, Int last_k, Int min_size, Int max_size, const std::string& solver,
+                      Int threads) {
   if (n < 1 || n > kMaxTimesteps) refuse("expected between 1 and ", kMaxTimesteps, " timesteps, found ", n);
   if (first_k < 1 || first_k > n) refuse("k: expected 1 <= k <= T = ", n, ", found ", first_k);
   if (last_k < first_k || last_k > n) refuse("k_max: expected ", first_k, " <= k_max <= T = ", n, ", found ", last_k);
@@ -102,8 +103,9 @@ double total(const std::vector<Int>& boundaries, const Interval& interval) {
 py::list to_python(const std::vector<Solution>& solutions) {
   py::list list;
   for (const Solution& solution : solutions)
-    list.append(py::make_tuple(
-        py::array_t<Int>(static_cast<py::ssize_t>(solution.boundaries.size()), solution.boundaries.data()), solution.cost));
+    list.append(py::make_tuple(py::array_t<Int>(static_cast<py::ssize_t>(solution.boundaries.size()),
+                                                solution.boundaries.data()),
+                               solution.cost));
   return list;
 }
 
@@ -278,8 +280,8 @@ py::list cluster_callback(std::uintptr_t address, Int n, Int first_k, Int last_k
 
 void register_clustering(py::module_& module) {
   const auto values = [&](const char* name, auto function) {
-    module.def(name, function, py::arg("values").noconvert(), py::arg("first_k"), py::arg("last_k"), py::arg("min_size"),
-               py::arg("max_size"), py::arg("solver"), py::arg("threads"), py::arg("name"));
+    module.def(name, function, py::arg("values").noconvert(), py::arg("first_k"), py::arg("last_k"),
+               py::arg("min_size"), py::arg("max_size"), py::arg("solver"), py::arg("threads"), py::arg("name"));
   };
   values("cluster_absolute", &cluster_values<AbsoluteCost>);
   values("cluster_squared", &cluster_values<SquaredCost>);

@@ -124,7 +124,8 @@ class SquaredCost {
   Wide operator()(Int l, Int e) const {
     const Int n = e - l;
     const Wide sum = sum_[e] - sum_[l];
-    const Int q = static_cast<Int>(static_cast<double>(static_cast<Int>(sum >> 14)) * (16384.0 / static_cast<double>(n)));
+    const double leading = static_cast<double>(static_cast<Int>(sum >> 14));
+    const Int q = static_cast<Int>(leading * (16384.0 / static_cast<double>(n)));
     const Wide r = sum - Wide{q} * n;
     const Wide cost =
         static_cast<Wide>(square_[e] - square_[l] - static_cast<UWide>(Wide{q}) * static_cast<UWide>(sum + r));
@@ -150,7 +151,10 @@ class SquaredCost {
     explicit Filter(const SquaredCost& cost) : cost_(cost), sum_(cost.size() + 1) {
       scale_ = std::ldexp(1.0, cost.tie_bits_ - cost.drop_bits_);
       double largest = 0;
-      for (Int i = 0; i <= cost.size(); ++i) sum_[i] = to_double(cost.sum_[i]), largest = std::max(largest, std::abs(sum_[i]));
+      for (Int i = 0; i <= cost.size(); ++i) {
+        sum_[i] = to_double(cost.sum_[i]);
+        largest = std::max(largest, std::abs(sum_[i]));
+      }
       const double n = static_cast<double>(cost.size());
       const double spread = std::abs(to_double(cost.sum_[1])) + std::abs(sum_[cost.size()] - sum_[cost.size() - 1]);
       // Rounding of a difference of sums, times the largest mean, and of the sums of squares; left out: rounding of
@@ -174,7 +178,8 @@ class SquaredCost {
     static DIFFMTL_INLINE double value(double left, double difference, double scale, double n) {
       return left - difference * difference * (scale / n);
     }
-    DIFFMTL_CLONES static double minimum_of(const double* left, const double* sum, Int n, double end, double scale, Int size) {
+    DIFFMTL_CLONES static double minimum_of(const double* left, const double* sum, Int n, double end, double scale,
+                                            Int size) {
       return diffmtl::minimum(n, HUGE_VAL, [=](Int i) {
         return value(left[i], end - sum[i], scale, static_cast<double>(static_cast<int>(size - i)));
       });

@@ -49,7 +49,9 @@ class AffinityRows {
   }
 
  private:
-  Int entry(Int c, Int t) const { return -to_fixed(static_cast<double>(matrix_[c * n_ + t]), half_scale_, rest_scale_); }
+  Int entry(Int c, Int t) const {
+    return -to_fixed(static_cast<double>(matrix_[c * n_ + t]), half_scale_, rest_scale_);
+  }
 
   const Element* matrix_;
   Int n_;

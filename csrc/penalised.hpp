@@ -101,8 +101,12 @@ struct Priced {
 inline Wide next_price(const Priced& few, const Priced& many, Int k, int round) {
   const auto ratio = [](Int a, Int b) { return static_cast<double>(a) / static_cast<double>(b); };
   // Somewhat past the guess, and further each round, so that k gets between two known optima soon.
-  const auto past = [&](Int larger, Int smaller) { return std::pow(ratio(larger, smaller), 3) * (1 + 0.01 * std::ldexp(1.0, 2 * round)); };
-  const auto scaled = [](Wide price, double factor) { return static_cast<Wide>(std::min(to_double(price) * factor, std::ldexp(1.0, 125))); };
+  const auto past = [&](Int larger, Int smaller) {
+    return std::pow(ratio(larger, smaller), 3) * (1 + 0.01 * std::ldexp(1.0, 2 * round));
+  };
+  const auto scaled = [](Wide price, double factor) {
+    return static_cast<Wide>(std::min(to_double(price) * factor, std::ldexp(1.0, 125)));
+  };
   if (!few.known()) return many.price > 0 ? scaled(many.price, past(many.k(), k)) + 2 : many.price / 4 + 3;
   if (!many.known()) return few.price > 3 ? scaled(few.price, 1 / past(k, few.k())) - 2 : 4 * few.price - 15;
   const bool positive = many.price > 0;
@@ -141,14 +145,17 @@ struct Bracket {
 template <class Cost>
 Bracket search_price(const Cost& cost, Int k, Limits limits, Wide price, Task& task) {
   constexpr int kPatience = 6;
-  const Int n = cost.size(), fewest = (n + limits.max - 1) / limits.max;
-  const Wide limit = std::min<Wide>(4 * cost(0, n), (Wide{1} << 125) / (fewest + 1)) | 1;
+  // Prices beyond these change nothing, or would overflow the sum over so many intervals.
+  const Int n = cost.size(), fewest = (n + limits.max - 1) / limits.max, most = n / limits.min;
+  const Wide whole = 4 * cost(0, n);
+  const Wide highest = std::min(whole, (Wide{1} << 125) / (fewest + 1)) | 1;
+  const Wide lowest = -(std::min(whole, (Wide{1} << 125) / (most + 1)) | 1);
   PenalisedSolver<Cost> solve(cost, limits, task);
   Bracket found;
   for (int round = 0; !found.exact(k) && !found.closed() && !(round >= kPatience && found.near(k)); ++round) {
     if (found.few.known() && found.many.known())
       price = std::clamp<Wide>(price, found.many.price + 2, found.few.price - 2);
-    price = std::clamp<Wide>(price, -limit, limit) | 1;
+    price = std::clamp(price, lowest, highest) | 1;
     std::vector<Int> boundaries = solve(price);
     Priced& side = static_cast<Int>(boundaries.size()) - 1 <= k ? found.few : found.many;
     if (side.known() && side.price == price) break;  // at the limit: k is the fewest or the most there can be
@@ -190,8 +197,10 @@ std::vector<Int> solve_penalised(const Cost& cost, const double* x, Int k, Limit
   if (found.closed() && !found.near(k)) return splice(found.few.boundaries, found.many.boundaries, k);
   std::vector<Window> windows = all_positions(cost.size(), k, limits);
   for (const Priced* side : {&found.few, &found.many})
-    if (side->known()) interleave(windows, side->boundaries);
-  tighten(windows, limits);
+    if (side->known() && !interleave(windows, side->boundaries, limits)) {
+      windows = all_positions(cost.size(), k, limits);
+      break;
+    }
   ExactScanner<Cost> scanner(cost, task);
   return solve_windows(scanner, windows, limits, task);
 }
@@ -205,7 +214,7 @@ void solve_path(const Cost& cost, Int first, Int last, Limits limits, Task& task
   std::vector<Int> boundaries;
   for (Int k = first; k <= last; ++k) {
     std::vector<Window> windows = all_positions(n, k, limits);
-    if (k > first) interleave(windows, boundaries), tighten(windows, limits);
+    if (k > first && !interleave(windows, boundaries, limits)) windows = all_positions(n, k, limits);
     boundaries = solve_windows(scanner, windows, limits, task);
     use(k, boundaries);
   }

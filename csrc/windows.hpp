@@ -20,8 +20,9 @@ struct Limits {
   Int min, max;
 };
 
-// Windows of boundaries 0 .. k, shrunk until every position has an admissible neighbour on both sides.
-inline void tighten(std::vector<Window>& windows, Limits limits) {
+// Shrinks the windows of boundaries 0 .. k until every position has an admissible neighbour on both sides. False if
+// no partition lies within them.
+inline bool tighten(std::vector<Window>& windows, Limits limits) {
   for (std::size_t j = 1; j < windows.size(); ++j) {
     windows[j].first = std::max(windows[j].first, windows[j - 1].first + limits.min);
     windows[j].last = std::min(windows[j].last, windows[j - 1].last + limits.max);
@@ -30,22 +31,22 @@ inline void tighten(std::vector<Window>& windows, Limits limits) {
     windows[j].first = std::max(windows[j].first, windows[j + 1].first - limits.max);
     windows[j].last = std::min(windows[j].last, windows[j + 1].last - limits.min);
   }
-  for (const Window& window : windows)
-    if (window.first > window.last) throw std::logic_error("no partition within the windows");
+  return std::all_of(windows.begin(), windows.end(), [](Window window) { return window.first <= window.last; });
 }
 
 inline std::vector<Window> all_positions(Int n, Int k, Limits limits) {
   std::vector<Window> windows(k + 1, Window{0, n});
   windows.front() = {0, 0}, windows.back() = {n, n};
-  tighten(windows, limits);
+  if (!tighten(windows, limits)) throw std::invalid_argument("the sizes allow no partition");
   return windows;
 }
 
-// Narrows the windows of k boundaries to those an optimum for another number of intervals leaves open.
+// Narrows the windows of k boundaries to those an optimum for another number of intervals leaves open. False if no
+// partition lies within them, which rounding of the cost might bring about.
 //
 // The optima of a cost with the quadrangle inequality interleave: of k and of k + 1 intervals, the leftmost among
 // equals, b(k+1)_j <= b(k)_j <= b(k+1)_{j+1}, because swapping two intervals that break this order costs nothing.
-inline void interleave(std::vector<Window>& windows, const std::vector<Int>& other) {
+inline bool interleave(std::vector<Window>& windows, const std::vector<Int>& other, Limits limits) {
   const Int k = static_cast<Int>(windows.size()) - 1, more = static_cast<Int>(other.size()) - 1 - k;
   for (Int j = 0; j <= k; ++j) {
     const Int left = more >= 0 ? j : std::max<Int>(j + more, 0);
@@ -53,6 +54,7 @@ inline void interleave(std::vector<Window>& windows, const std::vector<Int>& oth
     windows[j].first = std::max(windows[j].first, other[left]);
     windows[j].last = std::min(windows[j].last, other[right]);
   }
+  return tighten(windows, limits);
 }
 
 // Minimum over a row of a matrix; see monotone_minima.
