@@ -14,13 +14,19 @@ constexpr int kTile = 5;
 constexpr int kTile = 3;
 #endif
 
+// Elements ahead of the present one that are fetched: the processor by itself does not look beyond a page.
+constexpr Int kAhead = 512;
+
 // sums[i][j] += <a_i, b_j> for i < R, j < S; on the diagonal, where a is b, for i <= j only. n: whole registers.
 template <class Compute, int R, int S, bool kDiagonal>
 inline void multiply_tile(const Compute* const* a, const Compute* const* b, Int n, double* sums, int stride) {
   Vector<Compute> acc[R][S] = {};
   for (Int c = 0; c < n; c += kLanes<Compute>) {
     Vector<Compute> x[R];
-    for (int i = 0; i < R; ++i) x[i] = load<Compute>(a[i] + c);
+    for (int i = 0; i < R; ++i) {
+      if (kDiagonal) __builtin_prefetch(a[i] + c + kAhead);  // the first time that this row is read
+      x[i] = load<Compute>(a[i] + c);
+    }
     for (int j = 0; j < S; ++j) {
       const Vector<Compute> y = kDiagonal ? x[j] : load<Compute>(b[j] + c);
       for (int i = 0; i < (kDiagonal ? j + 1 : R); ++i) acc[i][j] += x[i] * y;

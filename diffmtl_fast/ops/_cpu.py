@@ -4,8 +4,8 @@ Every function has the signature of its op's plain definition and takes what the
 Where a kernel does not cover an input, that definition is used and the reason is logged once. Kernels run on
 PyTorch's threads (`torch.set_num_threads`), and their number changes no bit of a result.
 
-The kernels are compiled for several instruction sets and the best one that the processor has is used; the environment
-variable ``DIFFMTL_CPU_KERNELS`` (``plain``, ``avx2``, ``avx512``), read at import, chooses another.
+The kernels are compiled for several instruction sets and the best one that the processor has is used; the
+environment variable ``DIFFMTL_CPU_KERNELS`` (``plain``, ``avx2``, ``avx512``), read at import, chooses another.
 """
 
 from __future__ import annotations
@@ -243,8 +243,18 @@ _KERNELS: tuple[Callable[..., Any], ...] = (
 )
 
 
+def select_instruction_set() -> str:
+    """Use the instruction set that ``DIFFMTL_CPU_KERNELS`` names, else the best one, and return its name.
+
+    Raises:
+        ValueError: this processor does not have it.
+    """
+    name: str = _C.cpu_select_kernels(os.environ.get("DIFFMTL_CPU_KERNELS"))
+    return name
+
+
 def register() -> None:
     """Choose the instruction set and register every kernel over its op's plain definition."""
-    _C.cpu_select_kernels(os.environ.get("DIFFMTL_CPU_KERNELS"))
+    select_instruction_set()
     for kernel in _KERNELS:
         register_kernel(kernel.__name__, "CPU", kernel)

@@ -1,0 +1,307 @@
+"""The compiled CPU kernels, every instruction set of them, against definitions in float64."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from diffmtl_fast import ops
+from diffmtl_fast._native import _C
+from diffmtl_fast.ops import _cpu
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+EPSILON = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
+
+
+@pytest.fixture(params=_C.cpu_kernels())
+def instruction_set(request):
+    """Each instruction set of this processor in turn."""
+    _C.cpu_select_kernels(request.param)
+    yield request.param
+    _cpu.select_instruction_set()
+
+
+@pytest.fixture
+def seeded():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def threads():
+    """Set the number of threads; put it back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def draw(shape, dtype, generator, offset=0):
+    """Draw a contiguous tensor that starts `offset` elements behind an aligned address."""
+    numbers = torch.randn(offset + math.prod(shape), generator=generator, dtype=torch.float64).to(dtype)
+    return numbers[offset:].view(shape)
+
+
+def assert_gramian(found, jacobian):
+    rows = jacobian.double()
+    lengths = rows.norm(dim=1)
+    unit = 1e-13 if jacobian.dtype == torch.float64 else 1e-6
+    assert torch.equal(found, found.T)
+    assert ((found.double() - rows @ rows.T).abs() <= unit * lengths.outer(lengths)).all()
+
+
+def assert_combination(found, jacobian, weights):
+    terms = weights.double().unsqueeze(1) * jacobian.double()
+    rounding = 2e-15 if jacobian.dtype == torch.float64 else 1e-6
+    bound = EPSILON[jacobian.dtype] * terms.sum(0).abs() + rounding * terms.abs().sum(0) + 1e-7
+    assert ((found.double() - terms.sum(0)).abs() <= bound).all()
+
+
+def relative_error(found, expected):
+    return ((found.double() - expected).norm() / expected.norm().clamp(min=1e-300)).item()
+
+
+class TestGramAndCombine:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_every_number_of_rows(self, dtype, instruction_set, seeded):
+        for k in range(1, 65):
+            jacobian = draw((k, 1024 + 3 * k), dtype, seeded)
+            weights = draw((k,), torch.float32, seeded)
+            assert_gramian(ops.gram(jacobian), jacobian)
+            assert_combination(ops.combine(jacobian, weights), jacobian, weights)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("columns", [0, 1, 2, 15, 16, 17, 63, 64, 65, 1023, 1024, 1025, 50_001])
+    def test_every_end_of_a_row(self, columns, dtype, instruction_set, seeded):
+        jacobian, weights = draw((5, columns), dtype, seeded, offset=1), draw((5,), dtype, seeded, offset=1)
+        assert_gramian(ops.gram(jacobian), jacobian)
+        assert_combination(ops.combine(jacobian, weights), jacobian, weights)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_parts_and_strides_of_a_larger_jacobian(self, dtype, instruction_set, seeded):
+        whole, weights = draw((10, 3000), dtype, seeded), draw((5,), torch.float64, seeded)
+        for part in (
+            whole[::2, 7:2900],
+            whole[:5, ::3],
+            whole[:, :5].T[:, :7],
+            whole[:1, :99].expand(5, 99),
+        ):
+            chosen = weights[: part.shape[0]]
+            assert_gramian(ops.gram(part), part)
+            assert_combination(ops.combine(part, chosen), part, chosen)
+
+    def test_a_million_ones_are_counted(self, instruction_set):
+        jacobian = torch.ones(2, 1_000_003, dtype=torch.float16)
+        assert ops.gram(jacobian).tolist() == [[1_000_003] * 2] * 2
+
+    def test_what_is_not_finite_stays_in_its_row(self, instruction_set, seeded):
+        jacobian = draw((7, 100), torch.float32, seeded)
+        jacobian[3, 50] = math.nan
+        assert ops.gram(jacobian).isnan().sum() == 13
+        assert ops.combine(jacobian, torch.ones(7)).isnan().nonzero().tolist() == [[50]]
+
+    def test_the_plain_definition_serves_more_rows_than_the_kernels(self, seeded, caplog):
+        _cpu._log_fallback.cache_clear()
+        jacobian, weights = draw((65, 33), torch.float32, seeded), draw((65,), torch.float32, seeded)
+        with caplog.at_level(logging.INFO, logger="diffmtl_fast"):
+            for _ in range(2):
+                assert_gramian(ops.gram(jacobian), jacobian)
+        assert [record.message for record in caplog.records] == [
+            "diffmtl::gram runs its plain definition: expected at most 64 rows, found 65"
+        ]
+        assert_combination(ops.combine(jacobian, weights), jacobian, weights)
+
+
+class TestSquaredErrors:
+    @pytest.mark.parametrize("target_dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("shape", [(5, 1), (3, 17), (2, 4, 8, 8), (2, 4099), (1, 70_001)], ids=str)
+    def test_every_pair_of_dtypes(self, shape, dtype, target_dtype, instruction_set, seeded):
+        pred, target = draw(shape, dtype, seeded, offset=1), draw(shape, target_dtype, seeded, offset=3)
+        weight = draw(shape[:1], torch.float32, seeded)
+        expected = (pred.double() - target.double()).square().flatten(1).mean(1) * weight.double()
+        found = ops.sample_mse(pred, target, weight)
+        exact = torch.float64 in (dtype, target_dtype)
+        assert found.dtype == (torch.float64 if exact else torch.float32)
+        assert relative_error(found, expected) < (1e-14 if exact else 1e-6)
+
+        scale = draw(shape[:1], torch.float32, seeded)
+        grad = torch.ops.diffmtl.sample_mse_backward(scale, pred, target)
+        plain = ops.PLAIN["sample_mse_backward"](scale, pred, target)
+        assert grad.dtype == dtype
+        # Two roundings of the factor may differ, which shows in the last place of the result.
+        torch.testing.assert_close(
+            grad, plain, rtol=2 * EPSILON[dtype], atol=1e-7 if dtype == torch.float16 else 0
+        )
+
+    @pytest.mark.parametrize(
+        "layout", ["channels_last", "mixed", "half_channels", "transposed", "every_second"]
+    )
+    def test_layouts(self, layout, instruction_set, seeded):
+        shape = (6, 4, 5, 8)
+        pred, target = draw(shape, torch.float32, seeded), draw(shape, torch.float32, seeded)
+        if layout in ("channels_last", "mixed"):
+            pred = pred.contiguous(memory_format=torch.channels_last)
+        if layout == "channels_last":
+            target = target.contiguous(memory_format=torch.channels_last)
+        if layout == "half_channels":  # a model that predicts a variance beside the noise
+            pred, target = pred[:, :2], target[:, :2]
+        if layout == "transposed":
+            pred = pred.transpose(0, 3)
+            target = target.transpose(0, 3).contiguous()
+        if layout == "every_second":
+            pred, target = pred[::2, :, :, ::2], target[::2, :, :, ::2]
+        pred.requires_grad_()
+        loss = ops.sample_mse(pred, target)
+        (grad,) = torch.autograd.grad(loss.sum(), pred)
+        difference = (pred - target).detach().double()
+        assert relative_error(loss.detach(), difference.square().flatten(1).mean(1)) < 1e-6
+        assert grad.stride() == torch.empty_like(pred).stride()
+        assert relative_error(grad, difference * 2 / pred[0].numel()) < 1e-6
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_conversions_are_those_of_torch(self, dtype, instruction_set):
+        every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+        half = torch.full((1,), every.numel() / 2, dtype=torch.float32)  # makes the factor 1
+        finite = every[every.isfinite()]
+        for shift in (0.0, 1e-8, 3e-6, 0.3, 1000.0, 65_000.0):
+            shifts = torch.full((1, every.numel()), shift)
+            found = torch.ops.diffmtl.sample_mse_backward(half, every[None], shifts)[0]
+            expected = (every.float() - shift).to(dtype)
+            assert torch.equal(found.isnan(), every.isnan())
+            assert torch.equal(found[~every.isnan()], expected[~every.isnan()])
+        assert torch.equal(ops.combine(finite[None], torch.ones(1)), finite)
+
+    def test_cluster_mse_refuses_an_index_that_was_not_checked(self):
+        pred = torch.zeros(3, 2)
+        for bad in (-1, 2):
+            with pytest.raises(ValueError, match=rf"indices in 0..1, found {bad}"):
+                torch.ops.diffmtl.cluster_mse(pred, pred, torch.tensor([0, bad, 1]), 2)
+            with pytest.raises(ValueError, match=rf"indices in 0..1, found {bad}"):
+                torch.ops.diffmtl.cluster_mean_backward(torch.zeros(2), torch.tensor([0, bad, 1]))
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_cluster_mean_of_strided_vectors(self, dtype, seeded):
+        values = draw((20,), dtype, seeded)[::2].requires_grad_()
+        cluster = torch.tensor([0, 3, 3, 1, 0, 0, 3, 3, 3, 1]).repeat_interleave(3)[::3]
+        means = ops.cluster_mean(values, cluster, 5)
+        expected = torch.stack(
+            [values[cluster == k].double().sum() / max(1, (cluster == k).sum()) for k in range(5)]
+        )
+        assert relative_error(means, expected) < 1e-6
+        (grad,) = torch.autograd.grad(means.sum(), values)  # the upstream gradient has stride 0
+        sizes = torch.bincount(cluster, minlength=5)
+        torch.testing.assert_close(
+            grad, (1 / sizes[cluster].double()).to(dtype), rtol=2 * EPSILON[dtype], atol=0
+        )
+
+
+class TestWeights:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    @pytest.mark.parametrize("k", [1, 2, 3, 5, 8, 17, 64])
+    def test_agree_with_the_plain_definitions(self, k, dtype, seeded):
+        order = torch.stack([torch.randperm(k - 1, generator=seeded) for _ in range(k)])
+        order = order + (order >= torch.arange(k)[:, None])  # the other clusters, in random order
+        for spread in (0, 3, 6):
+            scale = 10 ** (spread * (torch.rand(k, 1, generator=seeded, dtype=torch.float64) - 0.5))
+            jacobian = scale * draw((k, 4 * k), torch.float64, seeded)
+            gramian = (jacobian @ jacobian.T).to(dtype)
+            for present in (torch.ones(k, dtype=torch.bool), torch.rand(k, generator=seeded) < 0.7):
+                tolerance = {"rtol": 1e-9 if dtype == torch.float64 else 1e-6, "atol": 0}
+                found = ops.nash_weights(gramian, present)
+                torch.testing.assert_close(found, ops.PLAIN["nash_weights"](gramian, present), **tolerance)
+                found = ops.pcgrad_weights(gramian, order, present)
+                expected = ops.PLAIN["pcgrad_weights"](gramian, order, present)
+                torch.testing.assert_close(
+                    found, expected, **(tolerance | {"atol": 1e-9 * expected.abs().max()})
+                )
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_strided_arguments(self, dtype, seeded):
+        jacobian = draw((6, 20), torch.float64, seeded)
+        gramian = (jacobian @ jacobian.T).to(dtype)[::2, ::2]
+        order = torch.tensor([[1, 2], [2, 0], [0, 1]]).repeat(1, 2)[:, ::2]
+        order[:] = torch.tensor([[1, 2], [2, 0], [0, 1]])
+        present = torch.tensor([True, False, False, False, True, False])[::2]
+        copies = (gramian.contiguous(), order.contiguous(), present.contiguous())
+        assert torch.equal(ops.pcgrad_weights(gramian, order, present), ops.pcgrad_weights(*copies))
+        assert torch.equal(ops.nash_weights(gramian, present), ops.nash_weights(copies[0], copies[2]))
+
+    def test_a_row_that_is_not_finite_makes_nash_weights_nan(self):
+        gramian = torch.eye(3)
+        gramian[0, 1] = gramian[1, 0] = math.nan
+        assert ops.nash_weights(gramian).isnan().all()
+
+    def test_pcgrad_refuses_an_index_that_is_no_cluster(self):
+        with pytest.raises(ValueError, match=r"order: expected indices in 0..1, found 2"):
+            ops.pcgrad_weights(torch.eye(2), torch.tensor([[2], [0]]))
+
+
+class TestThreads:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_their_number_changes_no_bit(self, dtype, threads, instruction_set, seeded):
+        jacobian, weights = draw((5, 70_001), dtype, seeded), draw((5,), torch.float32, seeded)
+        many, target = draw((300, 3001), dtype, seeded), draw((300, 3001), torch.float32, seeded)
+        one, other = draw((1, 400_001), dtype, seeded), draw((1, 400_001), dtype, seeded)
+        cluster = torch.randint(4, (300,), generator=seeded)
+        results = []
+        for number in (1, 2, 3):
+            threads(number)
+            results.append(
+                [
+                    ops.gram(jacobian),
+                    ops.combine(jacobian, weights),
+                    ops.sample_mse(one, other),
+                    ops.cluster_mse(many, target, cluster, 4),
+                    torch.ops.diffmtl.sample_mse_backward(weights.repeat(60), many, target),
+                ]
+            )
+        for result in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+    def test_callers_at_the_same_time(self, threads, seeded):
+        threads(2)
+        jacobian = draw((5, 200_000), torch.float32, seeded)
+        expected = ops.gram(jacobian)
+        with ThreadPoolExecutor(4) as executor:
+            for found in executor.map(lambda _: ops.gram(jacobian), range(40)):
+                assert torch.equal(found, expected)
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+    def test_a_forked_process_has_threads_of_its_own(self, threads, seeded):
+        threads(2)
+        jacobian = draw((5, 200_000), torch.float32, seeded)
+        expected = ops.gram(jacobian).tolist()
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if ops.gram(jacobian).tolist() == expected else 1)
+        deadline = time.monotonic() + 60
+        while not (status := os.waitpid(child, os.WNOHANG))[0]:
+            if time.monotonic() > deadline:
+                os.kill(child, 9)
+                os.waitpid(child, 0)
+                pytest.fail("the forked process hangs")
+            time.sleep(0.01)
+        assert os.waitstatus_to_exitcode(status[1]) == 0
+
+
+class TestInstructionSet:
+    def test_environment_variable(self, monkeypatch):
+        monkeypatch.setenv("DIFFMTL_CPU_KERNELS", "plain")
+        assert _cpu.select_instruction_set() == "plain"
+        monkeypatch.setenv("DIFFMTL_CPU_KERNELS", "mmx")
+        with pytest.raises(ValueError, match=r"DIFFMTL_CPU_KERNELS: expected one of plain.*, found mmx"):
+            _cpu.select_instruction_set()
+        monkeypatch.delenv("DIFFMTL_CPU_KERNELS")
+        assert _cpu.select_instruction_set() == _C.cpu_kernels()[-1]
+
+    def test_dtypes_without_a_kernel_fall_back(self, caplog):
+        _cpu._log_fallback.cache_clear()
+        weight = torch.tensor([2.0]).to(torch.float8_e4m3fn)
+        with caplog.at_level(logging.INFO, logger="diffmtl_fast"):
+            assert ops.sample_mse(torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2), weight).tolist() == [5]
+        assert "no CPU kernel for torch.float8_e4m3fn" in caplog.text
