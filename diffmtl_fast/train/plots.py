@@ -162,7 +162,7 @@ def _label(text: str, index: int) -> str | None:
 
 
 def _reach(lines: int) -> int:
-    return lines // 40
+    return max(1, lines // 30)
 
 
 def _rows(pictures: Tensor, labels: Tensor | None) -> list[tuple[str | None, list[int]]]:
