@@ -245,13 +245,24 @@ def main() -> None:
     comparisons = ratios(arguments.quick)
     for comparison in comparisons:
         print(comparison.table(), flush=True)
+    snr = linear_log_snr(1000)
+    call = {"T": 1000, "k": 5, "seconds": seconds(lambda: cluster_snr(snr, 5))}
+    print("cluster_snr, call after call", call, flush=True)
     affinities = [affinity(n) for n in ([200] if arguments.quick else [1000, 10_000])]
     size, k = (100_000, 100) if arguments.quick else (10_000_000, 1000)
     larges = [in_process(size, k, kind) for kind in KINDS]
     rows = growth(arguments.quick)
     if arguments.quick:
         return
-    write("clustering_scaling", comparisons, measured_in, affinity=affinities, large=larges, growth=rows)
+    write(
+        "clustering_scaling",
+        comparisons,
+        measured_in,
+        call=call,
+        affinity=affinities,
+        large=larges,
+        growth=rows,
+    )
     plot(rows, PLOT)
 
 

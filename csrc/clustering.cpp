@@ -201,9 +201,9 @@ py::list cluster_affinity(const Array<Element>& matrix, Int first_k, Int last_k,
       solutions.push_back({boundaries, total(boundaries, interval)});
     });
   });
-  if (!std::isfinite(magnitude * static_cast<double>(n)))
-    refuse("tas: expected entries whose sum is a finite number, found one of magnitude ", magnitude);
   if (bad >= 0) refuse("tas: expected finite values, found ", a[bad], " at index (", bad / n, ", ", bad % n, ")");
+  if (solutions.empty())
+    refuse("tas: expected entries whose sum is a finite number, found one of magnitude ", magnitude);
   return to_python(solutions);
 }
 
@@ -220,8 +220,7 @@ py::list cluster_user(const UserRows::FillRow& cost_row, const Request& request,
     cost_row(e, first, last, row);
     for (Int l = first; l <= last; ++l)
       if (!(row[l] > -UserRows::kInfinity && (row[l] < UserRows::kInfinity || !monge)))
-        if (const Int size = e - l; size >= request.limits.min && size <= request.limits.max)
-          if (!(row[l] == UserRows::kInfinity && !monge)) throw BadCost{l, e - 1, false, row[l]};
+        throw BadCost{l, e - 1, false, row[l]};
   };
   std::vector<Solution> solutions;
   const auto keep = [&](Int, const std::vector<Int>& boundaries) {
@@ -239,7 +238,7 @@ py::list cluster_user(const UserRows::FillRow& cost_row, const Request& request,
         for (Int k = request.first_k; k <= request.last_k; ++k)
           keep(k, solve_windows(scanner, all_positions(request.n, k, request.limits), request.limits, task));
       } else {
-        UserRows rows(fill_row);
+        UserRows rows(fill_row, request.limits);
         solve_dense(rows, request.n, request.first_k, request.last_k, request.limits, task, keep);
       }
     });

@@ -59,24 +59,27 @@ class AffinityRows {
   double half_scale_, rest_scale_;
 };
 
-// A user's cost: fill_row(e, first, last, row) writes the cost of [l, e) to row[l]. False: it failed, or a NaN.
+// A user's cost: fill_row(e, first, last, row) writes the cost of [l, e) to row[l], or throws. Asked for intervals
+// within the limits alone.
 class UserRows {
  public:
   using Scalar = double;
   static constexpr double kInfinity = std::numeric_limits<double>::infinity();
   using FillRow = std::function<void(Int e, Int first, Int last, double* row)>;
 
-  explicit UserRows(FillRow fill_row) : fill_row_(std::move(fill_row)) {}
+  UserRows(FillRow fill_row, Limits limits) : fill_row_(std::move(fill_row)), limits_(limits) {}
 
   void fill(Int first, Int last, double* rows, Int stride, Task& task) {
     task.parallel_for(last - first + 1, [&](Int i) {
       task.poll(first + i);
-      fill_row_(first + i, 0, first + i - 1, rows + i * stride);
+      const Int e = first + i, from = std::max<Int>(0, e - limits_.max), upto = e - limits_.min;
+      if (from <= upto) fill_row_(e, from, upto, rows + i * stride);
     });
   }
 
  private:
   FillRow fill_row_;
+  Limits limits_;
 };
 
 // value[i] + row[i], the loops of the programme, for both kinds of number.

@@ -169,17 +169,17 @@ Bracket search_price(const Cost& cost, Int k, Limits limits, Wide price, Task& t
 // times smaller.
 template <class Cost>
 Wide guess_price(const Cost& cost, const double* x, Int k, Task& task) {
-  constexpr Int kStride = 16, kPerInterval = 32;
-  const Int n = cost.size(), coarse_n = n / kStride;
+  constexpr Int kPerInterval = 16, kFewest = 128;
+  const Int n = cost.size(), stride = n < (1 << 13) ? 4 : 16, coarse_n = n / stride;
   const Wide rough = cost(0, n) / k / (k + 1);  // the cost falls like 1 / k when the sequence is even
-  if (coarse_n < kPerInterval * k || coarse_n < 512) return rough;
+  if (coarse_n < std::max(kPerInterval * k, kFewest)) return rough;
   std::vector<double> every(coarse_n);
-  for (Int i = 0; i < coarse_n; ++i) every[i] = x[i * kStride + kStride / 2];
+  for (Int i = 0; i < coarse_n; ++i) every[i] = x[i * stride + stride / 2];
   const Cost coarse(every.data(), coarse_n);
   const Bracket found = search_price(coarse, k, {1, coarse_n}, guess_price(coarse, every.data(), k, task), task);
   const Priced& priced = found.few.known() && (!found.many.known() || found.few.k() == k) ? found.few : found.many;
   if (priced.price <= 0) return rough;
-  const double price = std::ldexp(to_double(priced.price) * kStride, cost.unit() - coarse.unit());
+  const double price = std::ldexp(to_double(priced.price) * static_cast<double>(stride), cost.unit() - coarse.unit());
   return price < to_double(cost(0, n)) ? static_cast<Wide>(price) : rough;
 }
 

@@ -221,6 +221,8 @@ def test_bad_affinity():
         cluster_affinity(np.zeros((2, 3)), 1)
     with pytest.raises(ValueError, match=r"found nan at index \(1, 0\)"):
         cluster_affinity([[0, 0], [float("nan"), 0]], 1)
+    with pytest.raises(ValueError, match=r"found -inf at index \(0, 1\)"):
+        cluster_affinity(np.array([[0, -np.inf], [0, 0]], dtype=np.float32), 1)
     with pytest.raises(ValueError, match="entries whose sum is a finite number"):
         cluster_affinity(np.full((3, 3), 1e308), 1)
     with pytest.raises(ValueError, match="values: expected a range whose cost"):

@@ -119,6 +119,16 @@ def test_an_exception_in_the_cost_names_the_call():
         cluster_intervals(divides, 9, 2)
 
 
+def test_the_cost_is_asked_within_the_limits_alone():
+    # divides(l, l + 2) raises, an interval of size 3.
+    for limits in ({"min_size": 4}, {"max_size": 2}):
+        for n in (8, 70):
+            k = {4: 2, 2: n // 2}[next(iter(limits.values()))]
+            found = cluster_intervals(divides, n, k, **limits)
+            assert found.sizes.min() >= limits.get("min_size", 1)
+            assert found.sizes.max() <= limits.get("max_size", n)
+
+
 def test_bad_costs():
     with pytest.raises(TypeError, match=r"expected a function compiled by @numba.njit"):
         cluster_intervals(lambda l, r: 0.0, 5, 2)

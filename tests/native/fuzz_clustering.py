@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib.util
-import itertools
+import math
 import sys
 import time
 from pathlib import Path
@@ -196,13 +196,13 @@ class Fuzzer:
         if found is not None:
             self.check(found, n, request)
 
-    def run(self, seconds: float) -> None:
+    def run(self, seconds: float = math.inf, rounds: float = math.inf) -> None:
         kinds = [self.values, self.values, self.affinity, self.user_matrix, self.callback]
         end = time.monotonic() + seconds
-        for round_ in itertools.count():
+        done = 0
+        while done < rounds and time.monotonic() < end:
             self.pick(kinds)()
-            if round_ % 64 == 0 and time.monotonic() > end:
-                break
+            done += 1
 
 
 def main() -> int:
@@ -212,7 +212,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     fuzzer = Fuzzer(load(arguments.folder), arguments.seed)
-    fuzzer.run(arguments.seconds)
+    fuzzer.run(seconds=arguments.seconds)
     print(f"{fuzzer.calls} calls, {fuzzer.refused} of them refused, no finding")
     return 0
 
