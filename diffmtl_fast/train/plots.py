@@ -42,7 +42,8 @@ def samples(path: Path, pictures: Tensor, labels: Tensor | None, title: str) -> 
             axis.imshow(images[index].squeeze(), cmap="gray", vmin=0, vmax=1)
         if name is not None:
             axes[0].text(-0.25, 0.5, name, transform=axes[0].transAxes, ha="right", va="center", fontsize=11)
-    figure.suptitle(title, fontsize=10)
+    if columns >= 6:  # a narrower grid has no room for it
+        figure.suptitle(title, fontsize=10)
     _save(figure, path)
 
 
