@@ -178,6 +178,6 @@ def stratified_clusters(
     each, extra = divmod(batch_size, k)
     cluster = torch.arange(k, device=device).repeat(each)
     if extra:
-        lucky = torch.randperm(k, device=device, generator=generator)[:extra]
-        cluster = torch.cat([cluster, lucky])
+        order = torch.randint(_DRAW_RANGE, (k,), device=device, generator=generator).argsort()
+        cluster = torch.cat([cluster, order[:extra]])
     return cluster.sort().values

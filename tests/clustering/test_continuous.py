@@ -139,6 +139,20 @@ def test_assign(device):
         clusters.assign(torch.tensor([1], device=device))
 
 
+def test_nothing_waits_for_a_gpu(device):
+    if device.type != "cuda":
+        pytest.skip("only a GPU can be waited for")
+    clusters = cluster_noise(LogNormalSigma(), 5)
+    generator = torch.Generator(device).manual_seed(0)
+    clusters.assign(clusters.sample(7, generator=generator)[0])  # the edges are copied to the device once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        level, _ = clusters.sample(7, generator=generator)
+        clusters.assign(level)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_round_trips():
     for clusters in (
         cluster_noise(LogitNormalTime(0.1, 2.0), 3),

@@ -82,6 +82,20 @@ def test_sample_on_device(device):
     assert t.device.type == cluster.device.type == torch.device(device).type
 
 
+def test_nothing_waits_for_a_gpu(device):
+    if device.type != "cuda":
+        pytest.skip("only a GPU can be waited for")
+    clusters = from_sizes([2, 3, 4])
+    generator = torch.Generator(device).manual_seed(0)
+    clusters.sample(7, generator=generator)  # the boundaries are copied to the device once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        t, _ = clusters.sample(7, generator=generator)
+        clusters.assign(t)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("batch_size", [0, -3])
 def test_sample_refuses_an_empty_batch(batch_size):
     with pytest.raises(ValueError, match=f"batch_size: expected at least 1, found {batch_size}"):
