@@ -167,7 +167,7 @@ def growth(quick: bool) -> list[dict[str, Any]]:
 
 
 def memory_gib(key: str) -> float:
-    """Memory of this process in GiB: VmRSS now, VmHWM at its peak (which getrusage would inherit from the parent)."""
+    """Memory of this process in GiB: VmRSS now, VmHWM at its peak; getrusage would inherit the parent's."""
     status = Path("/proc/self/status").read_text()
     return float(next(line for line in status.splitlines() if line.startswith(key)).split()[1]) / 2**20
 
