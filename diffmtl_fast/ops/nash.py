@@ -12,7 +12,7 @@ from ._library import define_op, refuse_autograd
 # K = 64, singular ones and ones whose norms differ by 10⁸ among them.
 NEWTON_STEPS = 32
 LINE_SEARCH_STEPS = 6
-CONVERGED = 1e-9  # Newton decrement: the objective is within its square of the minimum
+CONVERGED = 1e-10  # Newton decrement: the residual |α(Gα) − 1| is of its size
 
 
 def nash_weights_plain(gramian: Tensor, present: Tensor) -> Tensor:
