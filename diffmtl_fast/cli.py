@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import itertools
 import json
 import re
 import sys
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from .clustering import IntervalClustering
     from .train.trained import Trained
 
 DIVERGED, USAGE, INTERRUPTED = 1, 2, 130
@@ -187,21 +185,26 @@ def _cluster_parser(jsonargparse: Any) -> Any:
     parser.add_argument(
         "--scheduler",
         default=SCHEDULES[0],
-        help=f"{', '.join(SCHEDULES)}, or a .npy file of log-SNR [T]",
+        help=f"{', '.join(SCHEDULES)}, or a .npy or .json file of log-SNR [T]",
     )
     parser.add_argument("--timesteps", type=int, default=1000, help="T of a named schedule")
-    parser.add_argument("--k", type=int, default=5, help="number of clusters")
+    parser.add_argument(
+        "--k", type=str, default="5", help="number of clusters, or auto: chosen from the cost curve"
+    )
+    parser.add_argument("--k_max", type=int, default=20, help="most clusters that auto considers")
     parser.add_argument(
         "--cost",
-        choices=("snr", "timestep", "affinity"),
+        choices=("snr", "squared", "timestep", "affinity"),
         default="snr",
-        help="what the clusters hold together: log-SNR, timestep or task affinity",
+        help="what the clusters hold together: log-SNR (absolute or squared deviation), timestep or task affinity",
     )
-    parser.add_argument("--affinity", help=".npy file with the T x T task affinities, for cost affinity")
+    parser.add_argument(
+        "--affinity", help=".npy or .json file with the T x T task affinities, for cost affinity"
+    )
     parser.add_argument("--min_size", type=int, help="fewest timesteps of a cluster")
     parser.add_argument("--max_size", type=int, help="most timesteps of a cluster")
     parser.add_argument("--json", action="store_true", help="print JSON, not a table")
-    parser.add_argument("--plot", help="picture file of the log-SNR curve with the clusters")
+    parser.add_argument("--plot", help="picture file of the clusters, with --k auto of the cost curve too")
     return parser
 
 
@@ -279,61 +282,86 @@ def _evaluate(options: Any) -> None:
 
 
 def _cluster(options: Any) -> None:
-    from .train.components import build_clusters
-    from .train.config import Clusters
+    from .clustering import cluster_intervals, cluster_path, report
+    from .train.errors import blame
 
-    if (options.cost == "affinity") != (options.affinity is not None):
-        raise UserError("affinity: expected a .npy file with cost affinity and none with another cost")
     levels = _log_snr(options)
-    settings = Clusters(options.cost, options.k, options.min_size, options.max_size, options.affinity)
-    clusters = build_clusters(settings, lambda: levels, len(levels))
+    limits = {"min_size": options.min_size, "max_size": options.max_size}
+    path = None
+    with blame("clusters"):
+        cost = report.named_cost(options.cost, _values(options, levels))
+        if options.k == "auto":
+            path = cluster_path(cost, options.k_max, **limits)
+            clusters = path.chosen
+        else:
+            clusters = cluster_intervals(cost, k=_number_of_clusters(options.k), **limits)
     if options.plot is not None:
         from .train import plots
-        from .train.errors import blame
-        from .train.trained import clusters_title
+        from .train.trained import COST_TITLES
 
-        title = f"{clusters_title(settings)}, {options.scheduler}"
+        title = f"{clusters.k} {COST_TITLES[options.cost]} clusters, {options.scheduler}"
         with _writing("plot", Path(options.plot)) as aside, blame("plot"):
-            plots.clusters(aside, clusters, levels, title)
+            plots.clusters(aside, clusters, levels, title, path)
     if options.json:
-        print(json.dumps({"scheduler": options.scheduler, "objective": options.cost, **clusters.to_dict()}))
+        curve = {} if path is None else {"path": {"k": path.ks.tolist(), "cost": path.costs.tolist()}}
+        found = report.as_dict(clusters, scheduler=options.scheduler, objective=options.cost, **curve)
+        print(json.dumps(found))
     else:
-        _print_table(clusters, levels)
+        print(report.table(clusters, levels))
 
 
 def _log_snr(options: Any) -> NDArray[np.float64]:
     """The log-SNR of the schedule that was named, or that the file holds."""
     import numpy as np
 
-    from .train.components import load_array
-
     if options.scheduler in SCHEDULES:
         _at_least("timesteps", options.timesteps, 1)
         return named_log_snr(options.scheduler, options.timesteps)
-    if not options.scheduler.endswith(".npy"):
+    if Path(options.scheduler).suffix not in (".npy", ".json"):
         raise UserError(
-            f"scheduler: expected {', '.join(SCHEDULES)} or a .npy file, found {options.scheduler!r}"
+            f"scheduler: expected {', '.join(SCHEDULES)}, or a .npy or .json file, found {options.scheduler!r}"
         )
-    levels = load_array("scheduler", options.scheduler)
-    if levels.ndim != 1 or levels.size == 0 or levels.dtype.kind not in "fiu":
+    levels = _load_values("scheduler", options.scheduler)
+    if levels.ndim != 1 or levels.size == 0:
         raise UserError(
-            f"scheduler: expected numbers [T] in {options.scheduler}, found {levels.dtype} {list(levels.shape)}"
+            f"scheduler: expected numbers [T] in {options.scheduler}, found shape {list(levels.shape)}"
         )
     bad = np.flatnonzero(~np.isfinite(levels))
     if bad.size:
         raise UserError(
             f"scheduler: expected finite numbers in {options.scheduler}, found {levels[bad[0]]} at index {bad[0]}"
         )
-    return levels.astype(float)
+    return levels
 
 
-def _print_table(clusters: IntervalClustering, levels: NDArray[np.float64]) -> None:
-    print(f"{'cluster':>7}  {'timesteps':>15}  {'size':>7}  {'log-SNR':>18}")
-    edges = clusters.boundaries.tolist()
-    for cluster, (start, stop) in enumerate(itertools.pairwise(edges)):
-        span = f"{levels[start]:.2f} ... {levels[stop - 1]:.2f}"
-        print(f"{cluster:>7}  {f'{start} ... {stop - 1}':>15}  {stop - start:>7}  {span:>18}")
-    print(f"cost {clusters.cost:.6f}")
+def _values(options: Any, levels: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What the cost is computed from: the log-SNR, or the task affinities."""
+    if (options.cost == "affinity") != (options.affinity is not None):
+        raise UserError(
+            "affinity: expected a .npy or .json file with cost affinity and none with another cost"
+        )
+    if options.affinity is None:
+        return levels
+    affinity = _load_values("affinity", options.affinity)
+    if affinity.shape != (len(levels), len(levels)):
+        raise UserError(f"affinity: expected [T, T] with T = {len(levels)}, found {list(affinity.shape)}")
+    return affinity
+
+
+def _load_values(key: str, path: str) -> NDArray[np.float64]:
+    from .clustering.report import load_values
+
+    try:
+        return load_values(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}: cannot read {path} ({error})") from error
+
+
+def _number_of_clusters(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise UserError(f"k: expected an integer or auto, found {text!r}") from error
 
 
 def _load(options: Any) -> Trained:

@@ -188,7 +188,7 @@ def test_printed_configuration_can_be_read_back(tmp_path, capsys):
 def test_cluster_table_and_plot(tmp_path, capsys):
     assert main(["cluster", "--k", "5", "--plot", "a.png"]) == 0
     out = capsys.readouterr().out
-    assert "881 ... 999" in out
+    assert "881–999" in out
     assert "cost 705.505514" in out
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
@@ -210,6 +210,19 @@ def test_cluster_by_timestep_and_affinity(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["boundaries"] == [0, 3, 6]
 
 
+def test_cluster_chooses_k_and_draws_the_cost_curve(tmp_path, capsys):
+    levels = np.concatenate([np.arange(20) * 0.001, 5 + np.arange(20) * 0.001, 9 + np.arange(20) * 0.001])
+    (tmp_path / "levels.json").write_text(json.dumps(levels.tolist()))
+    options = ["--scheduler", "levels.json", "--k", "auto", "--k-max", "8", "--json", "--plot", "a.png"]
+    for cost in ("snr", "squared"):
+        assert main(["cluster", *options, "--cost", cost]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["boundaries"] == [0, 20, 40, 60]
+        assert found["path"]["k"] == list(range(1, 9))
+        assert found["path"]["cost"] == sorted(found["path"]["cost"], reverse=True)
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("levels", "arguments", "message"),
     [
@@ -221,11 +234,12 @@ def test_cluster_by_timestep_and_affinity(tmp_path, capsys):
         ([1.0, 0.0, 0.5], ["--k", "2"], "clusters: log_snr"),
         ([1.0, 0.5, 0.0], ["--k", "4"], "clusters: k: expected 1 <= k <= T = 3, found 4"),
         ([1.0, 0.5, 0.0], ["--k", "2", "--min-size", "2"], "clusters: "),
-        ([[1.0, 0.5]], ["--k", "1"], "scheduler: expected numbers [T] in levels.npy, found float64 [1, 2]"),
-        (3.0, ["--k", "1"], "scheduler: expected numbers [T] in levels.npy, found float64 []"),
-        (["a"], ["--k", "1"], "scheduler: expected numbers [T] in levels.npy, found <U1 [1]"),
+        ([[1.0, 0.5]], ["--k", "1"], "scheduler: expected numbers [T] in levels.npy, found shape [1, 2]"),
+        (3.0, ["--k", "1"], "scheduler: expected numbers [T] in levels.npy, found shape []"),
+        (["a"], ["--k", "1"], "scheduler: cannot read levels.npy (levels.npy: expected an array of numbers"),
+        ([1.0, 0.0], ["--k", "many"], "k: expected an integer or auto, found 'many'"),
         ([1.0, 0.0], ["--k", "0"], "clusters: k: expected"),
-        ([1.0, 0.0], ["--k", "1", "--cost", "affinity"], "affinity: expected a .npy file"),
+        ([1.0, 0.0], ["--k", "1", "--cost", "affinity"], "affinity: expected a .npy or .json file"),
         ([1.0, 0.0], ["--k", "1", "--plot", "none/a.png"], "plot: cannot write none/a.png"),
         ([1.0, 0.0], ["--k", "1", "--plot", "a.xyz"], "plot: "),
     ],

@@ -107,7 +107,7 @@ def plot_path(path: ClusterPath, target: Any) -> None:
         marker="o",
         color="tab:red",
         linestyle="none",
-        label=f"elbow, k = {chosen.k}",
+        label=f"chosen: k = {chosen.k}",
     )
     target.xaxis.set_major_locator(require("matplotlib.ticker", "train").MaxNLocator(integer=True))
     target.set_xlabel("number of clusters k")

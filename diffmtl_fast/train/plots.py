@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .._extras import require
-from ..clustering import IntervalClustering
+from ..clustering import ClusterPath, IntervalClustering
+from ..clustering.report import plot_path
 
 DPI = 150
 # matplotlib's ten-colour cycle is qualitative; noise levels are ordered, so clusters take a sequential map.
@@ -47,7 +48,13 @@ def samples(path: Path, pictures: Tensor, labels: Tensor | None, title: str) -> 
     _save(figure, path)
 
 
-def clusters(path: Path, clustering: IntervalClustering, log_snr: NDArray[np.float64], title: str) -> None:
+def clusters(
+    path: Path,
+    clustering: IntervalClustering,
+    log_snr: NDArray[np.float64],
+    title: str,
+    costs: ClusterPath | None = None,
+) -> None:
     """The log-SNR curve with the clusters' intervals shaded.
 
     Args:
@@ -55,9 +62,14 @@ def clusters(path: Path, clustering: IntervalClustering, log_snr: NDArray[np.flo
         clustering: the clusters.
         log_snr: [T].
         title: above the curve.
+        costs: the optima for every k, drawn in a second panel.
     """
-    figure = _figure(6.4, 3.2)
-    axis = figure.subplots()
+    figure = _figure(6.4 if costs is None else 9.6, 3.2)
+    if costs is None:
+        axis = figure.subplots()
+    else:
+        axis, beside = figure.subplots(1, 2, width_ratios=[2, 1])
+        plot_path(costs, beside)
     colours = _colours(clustering.k)
     edges = clustering.boundaries
     for cluster, (left, right) in enumerate(itertools.pairwise(edges)):

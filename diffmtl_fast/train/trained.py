@@ -25,7 +25,7 @@ METHOD_TITLES = {
     "pcgrad": "PCGrad",
     "nash": "NashMTL",
 }
-COST_TITLES = {"snr": "log-SNR", "timestep": "timestep", "affinity": "affinity"}
+COST_TITLES = {"snr": "log-SNR", "squared": "k-means log-SNR", "timestep": "timestep", "affinity": "affinity"}
 
 
 def clusters_title(clusters: Clusters) -> str:
