@@ -8,9 +8,6 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # What an installation depends on: Python sources are read in place, the C++ ones are compiled.
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-# OpenMP's threads spin between parallel regions by default, which takes the cores from whatever else runs on them.
-export OMP_WAIT_POLICY ?= PASSIVE
-
 .PHONY: help train test check check-native clean
 help:
 	@echo "make train   train on the embedded digits and write pictures and metrics to $(RUN)"
