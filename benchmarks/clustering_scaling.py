@@ -2,7 +2,7 @@
 
     python -m benchmarks.clustering_scaling [--quick]
 
-Writes results/clustering_scaling.json and docs/clustering_scaling.png. Every result is compared in cost with the
+Writes results/clustering_scaling.json and docs/images/clustering_scaling.png. Every result is compared in cost with the
 definition or the peer before its time is taken. Needs the ``bench`` extra and matplotlib.
 """
 
@@ -36,7 +36,7 @@ from .harness import Candidate, Comparison, GateError, compare, environment, wri
 from .reference.clustering import optimal_intervals, snr_cost
 
 Array = NDArray[np.float64]
-PLOT = Path(__file__).parents[1] / "docs" / "clustering_scaling.png"
+PLOT = Path(__file__).parents[1] / "docs" / "images" / "clustering_scaling.png"
 KINDS: dict[str, type[AbsoluteDeviation] | type[SquaredDeviation]] = {
     "absolute": AbsoluteDeviation,
     "squared": SquaredDeviation,
