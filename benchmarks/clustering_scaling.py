@@ -2,8 +2,8 @@
 
     python -m benchmarks.clustering_scaling [--quick]
 
-Writes results/clustering_scaling.json and docs/images/clustering_scaling.png. Every result is compared in cost with the
-definition or the peer before its time is taken. Needs the ``bench`` extra and matplotlib.
+Writes results/clustering_scaling.json and docs/images/clustering_scaling.png. Every result is compared in cost
+with the definition or the peer before its time is taken. Needs the ``bench`` extra and matplotlib.
 """
 
 from __future__ import annotations
