@@ -314,6 +314,8 @@ def _log_snr(options: Any) -> NDArray[np.float64]:
     """The log-SNR of the schedule that was named, or that the file holds."""
     import numpy as np
 
+    from .train.components import load_array
+
     if options.scheduler in SCHEDULES:
         _at_least("timesteps", options.timesteps, 1)
         return named_log_snr(options.scheduler, options.timesteps)
@@ -321,7 +323,7 @@ def _log_snr(options: Any) -> NDArray[np.float64]:
         raise UserError(
             f"scheduler: expected {', '.join(SCHEDULES)}, or a .npy or .json file, found {options.scheduler!r}"
         )
-    levels = _load_values("scheduler", options.scheduler)
+    levels = load_array("scheduler", options.scheduler)
     if levels.ndim != 1 or levels.size == 0:
         raise UserError(
             f"scheduler: expected numbers [T] in {options.scheduler}, found shape {list(levels.shape)}"
@@ -342,19 +344,12 @@ def _values(options: Any, levels: NDArray[np.float64]) -> NDArray[np.float64]:
         )
     if options.affinity is None:
         return levels
-    affinity = _load_values("affinity", options.affinity)
+    from .train.components import load_array
+
+    affinity = load_array("affinity", options.affinity)
     if affinity.shape != (len(levels), len(levels)):
         raise UserError(f"affinity: expected [T, T] with T = {len(levels)}, found {list(affinity.shape)}")
     return affinity
-
-
-def _load_values(key: str, path: str) -> NDArray[np.float64]:
-    from .clustering.report import load_values
-
-    try:
-        return load_values(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{key}: cannot read {path} ({error})") from error
 
 
 def _number_of_clusters(text: str) -> int:

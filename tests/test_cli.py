@@ -116,7 +116,7 @@ def test_train_sample_evaluate(tiny, tmp_path, capsys):
         (["--clusters.k", "21"], "clusters: k: expected 1 <= k <= T = 20, found 21"),
         (["--clusters.k", "many"], "clusters.k: expected int, found many"),
         (["--clusters.k", "0"], "clusters.k: expected an integer >= 1, found 0"),
-        (["--clusters.cost", "affinity"], "clusters.affinity: expected a .npy file"),
+        (["--clusters.cost", "affinity"], "clusters.affinity: expected a .npy or .json file"),
         (
             ["--clusters.cost", "affinity", "--clusters.affinity", "none.npy"],
             "clusters.affinity: cannot read none.npy",

@@ -1,6 +1,4 @@
-"""What the command line and notebooks show of a clustering: a table, plain values, a plot of the cost
-curve.
-"""
+"""What the command line and notebooks show of a clustering: a table, plain values, a plot of the cost curve."""
 
 from __future__ import annotations
 
@@ -42,8 +40,7 @@ def named_cost(name: str, values: np.ndarray) -> Cost:
 
 
 def load_values(path: str | Path) -> np.ndarray:
-    """Numbers from a .npy file or from nested lists in a .json file, as float64 (a float32 .npy stays
-    float32).
+    """Numbers from a .npy file or from nested lists in a .json file, as float64 (a float32 .npy stays float32).
 
     Raises:
         ValueError: another suffix, or no numbers in it.
@@ -51,15 +48,22 @@ def load_values(path: str | Path) -> np.ndarray:
     """
     path = Path(path)
     try:
-        if path.suffix == ".npy":
-            array = np.load(path, allow_pickle=False)
-        elif path.suffix == ".json":
-            array = np.asarray(json.loads(path.read_text(encoding="utf-8")), dtype=np.float64)
-        else:
-            raise ValueError("the suffix is neither .npy nor .json")
+        array = _read_array(path)
+        if array.dtype.kind not in "fiu":
+            raise ValueError(f"found {array.dtype}")
         return array if array.dtype == np.float32 else array.astype(np.float64)
     except (ValueError, TypeError, EOFError) as error:
         raise ValueError(f"{path}: expected an array of numbers ({error})") from error
+
+
+def _read_array(path: Path) -> np.ndarray:
+    if path.suffix == ".npy":
+        # Not np.load, which also opens archives and whatever else begins like one.
+        with path.open("rb") as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
+    if path.suffix == ".json":
+        return np.asarray(json.loads(path.read_text(encoding="utf-8")))
+    raise ValueError("the suffix is neither .npy nor .json")
 
 
 def as_dict(clusters: IntervalClustering, **extra: Any) -> dict[str, Any]:

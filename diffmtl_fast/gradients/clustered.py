@@ -97,6 +97,9 @@ class ClusteredMTL(nn.Module):
         self._engine = SlicedEngine(model, num_clusters, shared)
         self._cluster: Tensor | None = None  # of the forward that waits for its backward
         self._jacobian: Jacobian | None = None  # set while that forward ran in slices
+        self._witness: list[
+            tuple[nn.Parameter, tuple[int, int] | None]
+        ] = []  # a parameter and its .grad then
 
     def forward(self, *args: Any, cluster: Tensor | None = None, **kwargs: Any) -> Any:
         """Call the model.
@@ -112,7 +115,7 @@ class ClusteredMTL(nn.Module):
 
         Raises:
             TypeError, ValueError: `cluster` is not as stated, or the model can't be split (see the class).
-            RuntimeError: the last sliced output was differentiated by something other than `backward`.
+            RuntimeError: the last output was differentiated by something other than `backward`.
         """
         if cluster is None or not torch.is_grad_enabled():
             return self.module(*args, **kwargs)
@@ -122,6 +125,9 @@ class ClusteredMTL(nn.Module):
             self._jacobian = self._engine.prepare() if self._forms_jacobian() else None
         self._cluster = cluster
         if self._jacobian is None:
+            # One parameter tells whether some backward came by; walking over all of them would cost a small step.
+            first = next((p for p in self.module.parameters() if p.requires_grad), None)
+            self._witness = [] if first is None else [(first, _grad_versions([first])[0])]
             return self.module(*args, **kwargs)
         self._warn_of_processes()
         return self._engine.forward(cluster, args, kwargs)
@@ -205,12 +211,19 @@ class ClusteredMTL(nn.Module):
         return objective, slopes * present.sum()
 
     def _refuse_lost_gradients(self) -> None:
-        """Notice that the last sliced output was differentiated by something other than `backward`."""
-        if self._jacobian is not None and any(self._jacobian.touched):
+        """Notice that the last output was differentiated by something other than `backward`."""
+        if self._cluster is None:
+            return
+        if self._jacobian is not None:
+            lost, where = any(self._jacobian.touched), "they have not reached the parameters' .grad"
+        else:
+            lost = any(p.grad is not None and _grad_versions([p]) != [old] for p, old in self._witness)
+            where = "they were not weighted"
+        if lost:
             self._cluster, self._jacobian = None, None
             raise RuntimeError(
                 "expected mtl.backward(loss) after the last forward, found gradients written by another backward "
-                "(loss.backward()?); they have not reached the parameters' .grad"
+                f"(loss.backward()?); {where}"
             )
 
     def _warn_of_processes(self) -> None:

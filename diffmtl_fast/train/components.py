@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..clustering import IntervalClustering, cluster_affinity, cluster_snr, cluster_timesteps
+from ..clustering.report import load_values
 from ..weighting import GramianWeighting, LossWeighting, NashMTL, PCGrad, UncertaintyWeighting
 from .config import Clusters, Component, Config
 from .data import ImageData
@@ -131,15 +132,15 @@ def build_weighting(config: Config, device: torch.device) -> LossWeighting | Gra
 
 
 def load_array(key: str, path: str | Path | None) -> np.ndarray:
-    """Read a .npy file.
+    """Read numbers from a .npy or .json file.
 
     Raises:
-        UserError: it is missing or holds no array; the message begins with ``key``.
+        UserError: it is missing or holds none; the message begins with ``key``.
     """
     try:
-        return np.load(str(path), allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{key}: cannot read {path} as a .npy file ({error})") from error
+        return load_values(str(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}: cannot read {path} ({error})") from error
 
 
 def resolve_device(name: str) -> torch.device:

@@ -40,7 +40,7 @@ class Clusters:
         k: number of clusters, 1 to T
         min_size: fewest timesteps of a cluster; null for no limit
         max_size: most timesteps of a cluster; null for no limit
-        affinity: .npy file with the T x T matrix of task affinities, for cost affinity
+        affinity: .npy or .json file with the T x T matrix of task affinities, for cost affinity
     """
 
     cost: Literal["snr", "timestep", "affinity"] = "snr"
@@ -129,7 +129,7 @@ class Config:
         batch_size: images per backward pass
         accumulate: backward passes per optimizer step
         ema_decay: decay per step of the averaged weights
-        nash_update_every: steps between two solutions of the bargaining problem (nash)
+        nash_update_every: backward passes between two solutions of the bargaining problem (nash)
         precision: of the forward pass; bf16 is autocast, the weights stay fp32
         device: auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
         seed: of the weights, the data order, the noise and the pictures
@@ -297,7 +297,7 @@ def _check(config: Config) -> None:
             )
     if (config.clusters.cost == "affinity") != (config.clusters.affinity is not None):
         raise UserError(
-            "clusters.affinity: expected a .npy file with cost affinity and none with another cost, "
+            "clusters.affinity: expected a .npy or .json file with cost affinity and none with another cost, "
             f"found {config.clusters.affinity!r} with cost {config.clusters.cost}"
         )
 

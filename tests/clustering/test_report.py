@@ -39,12 +39,33 @@ def test_load_values(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("a.txt", b"1"), ("a.npy", b""), ("a.npy", b"junk"), ("a.json", b'{"a": 1}'), ("a.json", b"[[1], 2]")],
+    [
+        ("a.txt", b"1"),
+        ("a.npy", b""),
+        ("a.npy", b"junk"),
+        ("a.npy", b"PK\x03\x04junk"),
+        ("a.json", b'{"a": 1}'),
+        ("a.json", b"[[1], 2]"),
+    ],
 )
 def test_files_without_numbers_are_refused(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{name}: expected an array of numbers"):
         load_values(tmp_path / name)
+
+
+@pytest.mark.parametrize("array", [np.array([1j]), np.array([b"1"]), np.array([True]), np.array(["1"])])
+def test_arrays_of_something_else_are_refused(tmp_path, array):
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(ValueError, match="expected an array of numbers"):
+        load_values(tmp_path / "a.npy")
+
+
+def test_archives_are_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", np.ones(3))
+    (tmp_path / "a.npz").rename(tmp_path / "a.npy")
+    with pytest.raises(ValueError, match="expected an array of numbers"):
+        load_values(tmp_path / "a.npy")
 
 
 def test_pickles_are_not_loaded(tmp_path):

@@ -354,6 +354,19 @@ def test_lost_gradients_are_noticed(device):
     assert net.first.weight.grad is not None
 
 
+@pytest.mark.parametrize("name", ["equal", "uncertainty"])
+def test_a_plain_backward_is_noticed_where_the_step_is_plain(name, device):
+    net, (x, t, target, cluster) = make_net(device), make_batch(UNSORTED, device)
+    mtl = dm.ClusteredMTL(net, K, weightings()[name].to(device))
+    mtl(x, t, cluster=cluster)  # a forward that nobody differentiates is nothing to complain about
+    net.zero_grad()
+    dm.ops.sample_mse(mtl(x, t, cluster=cluster), target).mean().backward()
+    with pytest.raises(RuntimeError, match=r"\(loss.backward\(\)\?\); they were not weighted"):
+        mtl(x, t, cluster=cluster)
+    for _ in range(2):  # accumulation is no misuse
+        mtl.backward(dm.ops.sample_mse(mtl(x, t, cluster=cluster), target))
+
+
 def test_batch_normalisation_is_refused_by_name(device):
     net = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.BatchNorm1d(3)), nn.Linear(3, 3)).to(device)
     x, _, target, cluster = make_batch(SORTED, device, torch.float32)
