@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .costs import AbsoluteDeviation, SquaredDeviation
+from .costs import AbsoluteDeviation, SquaredDeviation, as_integer
 from .intervals import stratified_clusters
 from .solve import NumClusters, cluster_intervals
 
@@ -160,6 +160,8 @@ class NoiseClustering:
         Raises:
             TypeError: not floating point.
         """
+        if not isinstance(level, Tensor):
+            raise TypeError(f"level: expected a floating-point tensor, found {type(level).__name__}")
         if not level.is_floating_point():
             raise TypeError(f"level: expected a floating-point tensor, found {level.dtype}")
         return torch.bucketize(level, self._edges(level.device, level.dtype)[1:-1], right=True)
@@ -283,8 +285,14 @@ def cluster_noise(
         The clustering, its cost a mean over the distribution.
 
     Raises:
+        TypeError: not one of this module's distributions, or ``k`` or ``resolution`` is no integer.
         ValueError: unknown cost, or ``k`` or a limit cannot be met.
     """
+    if not isinstance(distribution, tuple(DISTRIBUTIONS.values())):
+        expected = ", ".join(kind.__name__ for kind in DISTRIBUTIONS.values())
+        raise TypeError(f"distribution: expected one of {expected}, found {distribution!r}")
+    resolution = as_integer(resolution, "resolution")
+    k = k if isinstance(k, str) else as_integer(k, "k")
     if cost == "quantile":
         if isinstance(k, str) or k < 1:
             raise ValueError(f"k: expected an integer of at least 1 for quantiles, found {k!r}")

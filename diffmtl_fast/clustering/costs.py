@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
@@ -52,14 +53,14 @@ class AbsoluteDeviation:
 
     Raises:
         TypeError: the values are not real numbers.
-        ValueError: when solved, if a value is not finite or breaks the order.
+        ValueError: the shape is not [T], or, when solved, a value is not finite or breaks the order.
     """
 
     values: Values
     name: str = "values"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "values", as_floats(self.values, self.name))
+        object.__setattr__(self, "values", _sequence(self.values, self.name))
 
     @property
     def num_timesteps(self) -> int:
@@ -88,14 +89,14 @@ class SquaredDeviation:
 
     Raises:
         TypeError: the values are not real numbers.
-        ValueError: when solved, if a value is not finite or breaks the order.
+        ValueError: the shape is not [T], or, when solved, a value is not finite or breaks the order.
     """
 
     values: Values
     name: str = "values"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "values", as_floats(self.values, self.name))
+        object.__setattr__(self, "values", _sequence(self.values, self.name))
 
     @property
     def num_timesteps(self) -> int:
@@ -198,7 +199,8 @@ class FunctionCost:
         monge: as in :class:`MatrixCost`.
 
     Raises:
-        TypeError: the function is not compiled by Numba, or does not take two integers.
+        TypeError: the function is not compiled by Numba, or does not take two integers; or
+            ``num_timesteps`` is no integer.
         ValueError: ``num_timesteps < 1``, or the inequality fails (the message names the quadruple).
     """
 
@@ -207,6 +209,7 @@ class FunctionCost:
     monge: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "num_timesteps", as_integer(self.num_timesteps, "num_timesteps"))
         if self.num_timesteps < 1:
             raise ValueError(f"num_timesteps: expected at least 1, found {self.num_timesteps}")
         compile_rows(self.function)  # fails here rather than when solved
@@ -227,6 +230,29 @@ class FunctionCost:
         return np.array([self.function(int(a), int(b)) for a, b in zip(l, r, strict=True)])
 
 
+def as_integer(value: Any, name: str) -> int:
+    """The integer that ``value`` is, of Python's, NumPy's or Torch's.
+
+    Raises:
+        TypeError: not an integer.
+        ValueError: more than 64 bits.
+    """
+    try:
+        integer = operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{name}: expected an integer, found {value!r}") from error
+    if not -(2**63) <= integer < 2**63:
+        raise ValueError(f"{name}: expected an integer of at most 64 bits, found {integer}")
+    return integer
+
+
+def _sequence(values: Any, name: str) -> np.ndarray:
+    array = as_floats(values, name)
+    if array.ndim != 1:
+        raise ValueError(f"{name}: expected shape [T], found {list(array.shape)}")
+    return array
+
+
 def as_floats(values: Any, name: str, keep_float32: bool = False) -> np.ndarray:
     """A contiguous float64 array (or float32, on demand), without a copy where the values already are one.
 
@@ -241,6 +267,6 @@ def as_floats(values: Any, name: str, keep_float32: bool = False) -> np.ndarray:
         if np.iscomplexobj(array):
             raise TypeError(f"found {array.dtype}")
         keep = keep_float32 and array.dtype == np.float32
-        return np.require(array, np.float32 if keep else np.float64, ["C_CONTIGUOUS", "ALIGNED"])
+        return np.require(array, np.float32 if keep else np.float64, ["C", "A"]).reshape(array.shape)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name}: expected real numbers ({error})") from error

@@ -76,6 +76,8 @@ class IntervalClustering:
             ValueError: a value on the CPU is out of range. On other devices the check would wait for the
                 device, so there a value out of range gets the nearest cluster.
         """
+        if not isinstance(t, Tensor):
+            raise TypeError(f"t: expected an integer tensor, found {type(t).__name__}")
         if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
             raise TypeError(f"t: expected an integer tensor, found {t.dtype}")
         if t.device.type == "cpu" and t.numel():

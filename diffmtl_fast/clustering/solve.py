@@ -19,7 +19,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 import torch
 
-from .costs import AbsoluteDeviation, Affinity, Cost, FunctionCost, MatrixCost, Values
+from .costs import AbsoluteDeviation, Affinity, Cost, FunctionCost, MatrixCost, Values, as_integer
 from .intervals import IntervalClustering
 from .path import ClusterPath
 
@@ -28,6 +28,7 @@ NumClusters: TypeAlias = "int | Literal['auto']"
 AnyCost: TypeAlias = "Cost | Callable[[int, int], float] | Values"
 
 _K_MAX = 20
+_MAX_TIMESTEPS = 2**28  # of the solvers, whose positions are 32-bit
 
 
 def cluster_timesteps(
@@ -55,9 +56,12 @@ def cluster_timesteps(
         The optimal clustering.
 
     Raises:
-        ValueError: ``k`` or a size limit cannot be met.
+        TypeError: ``num_timesteps``, ``k`` or a size limit is no integer.
+        ValueError: ``num_timesteps`` is not 1 … 2^28, or ``k`` or a size limit cannot be met.
     """
-    _positive("num_timesteps", num_timesteps)
+    num_timesteps = _positive("num_timesteps", num_timesteps)
+    if num_timesteps > _MAX_TIMESTEPS:
+        raise ValueError(f"num_timesteps: expected at most {_MAX_TIMESTEPS}, found {num_timesteps}")
     cost = AbsoluteDeviation(np.arange(num_timesteps, dtype=np.float64))
     return _cluster(cost, k, min_size, max_size, k_max, solver, threads)
 
@@ -205,6 +209,8 @@ def _as_cost(cost: AnyCost, num_timesteps: int | None, monge: bool) -> Cost:
             raise TypeError("num_timesteps: expected the number of timesteps of a cost function, found None")
         return FunctionCost(cost, num_timesteps, monge)
     known = cost if isinstance(cost, Cost) else MatrixCost(cost, monge)
+    if num_timesteps is not None:
+        num_timesteps = as_integer(num_timesteps, "num_timesteps")
     if num_timesteps not in (None, known.num_timesteps):
         raise ValueError(f"num_timesteps: expected {known.num_timesteps}, found {num_timesteps}")
     return known
@@ -223,6 +229,7 @@ def _cluster(
         if k != "auto":
             raise ValueError(f"k: expected an integer or 'auto', found {k!r}")
         return _path(cost, k_max, min_size, max_size, solver, threads).chosen
+    k = as_integer(k, "k")
     low, high = _limits(min_size, max_size, cost.num_timesteps)
     (solution,) = cost.solve(k, k, low, high, solver, _threads(threads))
     return _clustering(solution)
@@ -236,7 +243,7 @@ def _path(
     solver: Solver,
     threads: int | None,
 ) -> ClusterPath:
-    _positive("k_max", k_max)
+    k_max = _positive("k_max", k_max)
     total = cost.num_timesteps
     low, high = _limits(min_size, max_size, total)
     first, last = -(-total // max(high, 1)), max(1, min(k_max, total // max(low, 1)))
@@ -258,14 +265,16 @@ def _clustering(solution: tuple[np.ndarray, float]) -> IntervalClustering:
 
 
 def _limits(min_size: int | None, max_size: int | None, num_timesteps: int) -> tuple[int, int]:
-    low = 1 if min_size is None else min_size
-    return low, max(num_timesteps, low) if max_size is None else max_size
+    low = 1 if min_size is None else as_integer(min_size, "min_size")
+    return low, max(num_timesteps, low) if max_size is None else as_integer(max_size, "max_size")
 
 
 def _threads(threads: int | None) -> int:
-    return torch.get_num_threads() if threads is None else threads
+    return torch.get_num_threads() if threads is None else as_integer(threads, "threads")
 
 
-def _positive(name: str, value: int) -> None:
+def _positive(name: str, value: int) -> int:
+    value = as_integer(value, name)
     if value < 1:
         raise ValueError(f"{name}: expected at least 1, found {value}")
+    return value

@@ -180,6 +180,12 @@ def test_bad_input():
         cluster_noise(UniformTime(), 3, cost="l1")
     with pytest.raises(ValueError, match="k: expected an integer"):
         cluster_noise(UniformTime(), "auto", cost="quantile")
+    with pytest.raises(TypeError, match="k: expected an integer, found None"):
+        cluster_noise(UniformTime(), None, cost="quantile")
+    with pytest.raises(TypeError, match=r"expected one of LogNormalSigma, .*, found 'edm'"):
+        cluster_noise("edm", 3)
+    with pytest.raises(TypeError, match="level: expected a floating-point tensor, found float"):
+        cluster_noise(UniformTime(), 3, cost="quantile").assign(0.5)
     with pytest.raises(ValueError, match="min_probability"):
         cluster_noise(UniformTime(), 3, cost="quantile", min_probability=0.5)
     with pytest.raises(ValueError, match=r"distribution: expected one of .*, found 'gamma'"):

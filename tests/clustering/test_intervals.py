@@ -47,6 +47,12 @@ def test_assign_refuses_other_dtypes(t):
         from_sizes([3, 4]).assign(t)
 
 
+@pytest.mark.parametrize("t", [5, np.array([5])])
+def test_assign_refuses_what_is_no_tensor(t):
+    with pytest.raises(TypeError, match=f"t: expected an integer tensor, found {type(t).__name__}"):
+        from_sizes([3, 4]).assign(t)
+
+
 @given(SIZES, st.integers(1, 60), st.integers(0, 2**40))
 def test_sample_is_stratified_and_deterministic(sizes, batch_size, seed):
     clusters = from_sizes(sizes)

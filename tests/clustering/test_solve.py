@@ -1,3 +1,4 @@
+import re
 from fractions import Fraction
 from itertools import pairwise
 
@@ -185,7 +186,7 @@ def test_scales_and_offsets(scale, shift):
             [3.0, 1.0, 2.0],
             "log_snr: expected a monotone sequence, found 1 then 2 at index 2 of a falling one",
         ),
-        ([[1.0, 2.0]], "log_snr: expected one dimension, found 2"),
+        ([[1.0, 2.0]], "log_snr: expected shape \\[T\\], found \\[1, 2\\]"),
         ([-1e308, 1.7e308], "log_snr: expected a range whose cost is a finite number, found -1"),
         ([], "expected between 1 and .* timesteps, found 0"),
     ],
@@ -214,6 +215,30 @@ def test_bad_sizes(arguments, message):
     ):
         with pytest.raises(ValueError, match=message):
             call(**arguments)
+
+
+@pytest.mark.parametrize("name", ["k", "min_size", "max_size", "k_max", "threads"])
+@pytest.mark.parametrize("value", [2.5, 2.0, "3", [3]])
+def test_only_integers_are_integers(name, value):
+    arguments = {"k": "auto" if name == "k_max" else 2} | {name: value}
+    error = ValueError if (name, value) == ("k", "3") else TypeError
+    with pytest.raises(error, match=f"{name}: expected an integer.* found {re.escape(repr(value))}"):
+        cluster_timesteps(10, **arguments)
+
+
+def test_integers_of_any_kind():
+    expected = cluster_timesteps(10, 2)
+    assert cluster_timesteps(np.int32(10), torch.tensor(2)) == expected
+    with pytest.raises(TypeError, match=r"num_timesteps: expected an integer, found 10\.5"):
+        cluster_timesteps(10.5, 2)
+    with pytest.raises(TypeError, match="k: expected an integer, found None"):
+        cluster_timesteps(10, None)
+    with pytest.raises(ValueError, match="k: expected an integer of at most 64 bits, found 1000"):
+        cluster_timesteps(10, 10**30)
+    with pytest.raises(ValueError, match="num_timesteps: expected at most 268435456, found 4611686"):
+        cluster_timesteps(2**62, 2)
+    with pytest.raises(ValueError, match=r"log_snr: expected shape \[T\], found \[\]"):
+        cluster_snr(np.float64(3), 3)
 
 
 def test_bad_affinity():
