@@ -123,7 +123,8 @@ void solve_values(const double* x, const Request& request, Task& task, std::vect
     for (Int j = k; j <= request.last_k; ++j)
       keep(j, solve_windows(scanner, all_positions(request.n, j, request.limits), request.limits, task, false));
   } else if (k < request.last_k) {
-    solve_path(cost, k, request.last_k, request.limits, task, keep);
+    ExactScanner<Cost> scanner(cost, task);
+    solve_path(scanner, request.n, k, request.last_k, request.limits, task, keep);
   } else if (request.solver == "penalised" || (request.solver == "auto" && k > kFew)) {
     keep(k, solve_penalised(cost, x, k, request.limits, task));
   } else {
@@ -215,6 +216,10 @@ struct BadCost {
 };
 
 py::list cluster_user(const UserRows::FillRow& cost_row, const Request& request, bool monge) {
+  if (!monge) check_dense(request);
+  // Prices need a cost whose sums are exact.
+  if (request.solver == "penalised")
+    refuse("solver: expected auto, divide or dense for a function or matrix, found penalised");
   // Forbidding an interval by an infinite cost is fine where no inequality is relied upon.
   const UserRows::FillRow fill_row = [&](Int e, Int first, Int last, double* row) {
     cost_row(e, first, last, row);
@@ -235,8 +240,7 @@ py::list cluster_user(const UserRows::FillRow& cost_row, const Request& request,
     run(request.threads, [&](Task& task) {
       if (monge && request.solver != "dense") {
         UserScanner scanner(fill_row, task);
-        for (Int k = request.first_k; k <= request.last_k; ++k)
-          keep(k, solve_windows(scanner, all_positions(request.n, k, request.limits), request.limits, task));
+        solve_path(scanner, request.n, request.first_k, request.last_k, request.limits, task, keep);
       } else {
         UserRows rows(fill_row, request.limits);
         solve_dense(rows, request.n, request.first_k, request.last_k, request.limits, task, keep);
@@ -254,7 +258,6 @@ py::list cluster_matrix(const Array<double>& matrix, Int first_k, Int last_k, In
                         const std::string& solver, Int threads, bool monge) {
   const Int n = square_side(matrix, "cost");
   const Request request = check_request(n, first_k, last_k, min_size, max_size, solver, threads);
-  if (!monge) check_dense(request);
   const auto fill_row = [m = aligned(matrix, "cost"), n](Int e, Int first, Int last, double* row) {
     for (Int l = first; l <= last; ++l) row[l] = m[l * n + e - 1];
   };
@@ -266,7 +269,6 @@ py::list cluster_matrix(const Array<double>& matrix, Int first_k, Int last_k, In
 py::list cluster_callback(std::uintptr_t address, Int n, Int first_k, Int last_k, Int min_size, Int max_size,
                           const std::string& solver, Int threads, bool monge) {
   const Request request = check_request(n, first_k, last_k, min_size, max_size, solver, threads);
-  if (!monge) check_dense(request);
   if (!address) refuse("address: expected a function, found 0");
   const auto function = reinterpret_cast<Int (*)(Int, Int, Int, double*)>(address);
   const auto fill_row = [function](Int e, Int first, Int last, double* row) {

@@ -195,26 +195,19 @@ std::vector<Int> solve_penalised(const Cost& cost, const double* x, Int k, Limit
   for (const Priced* side : {&found.few, &found.many})
     if (side->known() && side->k() == k) return side->boundaries;
   if (found.closed() && !found.near(k)) return splice(found.few.boundaries, found.many.boundaries, k);
-  std::vector<Window> windows = all_positions(cost.size(), k, limits);
-  for (const Priced* side : {&found.few, &found.many})
-    if (side->known() && !interleave(windows, side->boundaries, limits)) {
-      windows = all_positions(cost.size(), k, limits);
-      break;
-    }
   ExactScanner<Cost> scanner(cost, task);
-  return solve_windows(scanner, windows, limits, task);
+  const std::vector<Int>&few = found.few.boundaries, &many = found.many.boundaries;
+  return solve_windows(scanner, windows_between(cost.size(), k, limits, {&few, &many}), limits, task);
 }
 
 // The optima of first .. last intervals, each within the windows the one before leaves it: O(n log n) time for
 // each, O(n) memory. use(k, boundaries) gets them in turn.
-template <class Cost, class Use>
-void solve_path(const Cost& cost, Int first, Int last, Limits limits, Task& task, const Use& use) {
-  const Int n = cost.size();
-  ExactScanner<Cost> scanner(cost, task);
+template <class Scanner, class Use>
+void solve_path(Scanner& scanner, Int n, Int first, Int last, Limits limits, Task& task, const Use& use) {
   std::vector<Int> boundaries;
   for (Int k = first; k <= last; ++k) {
-    std::vector<Window> windows = all_positions(n, k, limits);
-    if (k > first && !interleave(windows, boundaries, limits)) windows = all_positions(n, k, limits);
+    const std::vector<Window> windows =
+        k == first ? all_positions(n, k, limits) : windows_between(n, k, limits, {&boundaries});
     boundaries = solve_windows(scanner, windows, limits, task);
     use(k, boundaries);
   }

@@ -1,7 +1,9 @@
 // The dynamic programme restricted to a window of positions for every boundary. Every solver for costs with the
 // quadrangle inequality ends here; they differ in how they find the windows.
 #pragma once
+#include <initializer_list>
 #include <stdexcept>
+#include <string>
 
 #include "task.hpp"
 #include "wide.hpp"
@@ -55,6 +57,25 @@ inline bool interleave(std::vector<Window>& windows, const std::vector<Int>& oth
     windows[j].last = std::min(windows[j].last, other[right]);
   }
   return tighten(windows, limits);
+}
+
+// The windows that optima for other numbers of intervals (empty: unknown) leave k boundaries. One that leaves none is
+// left out: the windows only get wider. Throws rather than take the memory of all positions for many boundaries.
+inline std::vector<Window> windows_between(Int n, Int k, Limits limits,
+                                           std::initializer_list<const std::vector<Int>*> others) {
+  constexpr Int kFewPositions = Int{1} << 27, kFewBoundaries = 32;
+  std::vector<Window> windows = all_positions(n, k, limits);
+  for (const std::vector<Int>* other : others) {
+    std::vector<Window> narrower = windows;
+    if (!other->empty() && interleave(narrower, *other, limits)) windows = std::move(narrower);
+  }
+  Int positions = 0;
+  for (const Window& window : windows) positions += window.size();
+  if (positions > std::max(kFewPositions, kFewBoundaries * n))
+    throw std::runtime_error("the search for k = " + std::to_string(k) + " of T = " + std::to_string(n) +
+                             " found no neighbouring optimum, because the cost is rounded too coarsely; solver "
+                             "'divide' takes memory O(k T) instead");
+  return windows;
 }
 
 // Minimum over a row of a matrix; see monotone_minima.

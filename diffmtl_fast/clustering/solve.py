@@ -4,11 +4,11 @@ Ties, everywhere: the most equal sizes (the smallest sum of squares), then the s
 the smallest one before it, and so on.
 
 Solvers: ``"divide"``, divide and conquer in O(K T log T) for costs with the quadrangle inequality;
-``"penalised"``, a search over the price of an interval in O(T) memory, for large K; ``"dense"``, the O(K T²)
-programme for any cost; ``"auto"`` chooses. Where they apply they return the same boundaries, with two
-exceptions. The squared cost is rounded to 73 bits or more, and ties closer than that may go either way. And
-where the optimal cost falls by exactly the same amount over a long range of K, ``"penalised"`` picks any
-boundaries of the optimal cost and sum of squares.
+``"penalised"``, a search over the price of an interval in O(T) memory, for large K and the costs of this
+package alone; ``"dense"``, the O(K T²) programme for any cost; ``"auto"`` chooses. Where they apply they
+return the same boundaries, with two exceptions. The squared cost is rounded to 73 bits or more, and ties
+closer than that may go either way. And where the optimal cost falls by exactly the same amount over a long
+range of K, ``"penalised"`` picks any boundaries of the optimal cost and sum of squares.
 """
 
 from __future__ import annotations

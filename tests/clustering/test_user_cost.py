@@ -84,6 +84,22 @@ def test_monge_function():
     assert path[5].sizes.tolist() == [20] * 5
 
 
+@pytest.mark.parametrize("limits", [{}, {"min_size": 2, "max_size": 30}])
+def test_monge_path_is_the_optimum_of_every_k(limits):
+    generator = np.random.default_rng(1)
+    x = np.sort(generator.integers(0, 50, 60)).astype(float)
+    matrix = np.array([[abs(x[l : r + 1] - x[(l + r + 1) // 2]).sum() for r in range(60)] for l in range(60)])
+    path = cluster_path(matrix, 60, monge=True, **limits)
+    for k in path.ks:
+        assert path[k] == cluster_intervals(matrix, 60, int(k), **limits)
+
+
+def test_no_price_for_a_users_cost():
+    for monge in (False, True):
+        with pytest.raises(ValueError, match=r"solver: expected auto.* or dense .*, found penalised"):
+            cluster_intervals(squared_size, 10, 2, monge=monge, solver="penalised")
+
+
 @pytest.mark.parametrize("n", [20, 500])
 def test_a_false_monge_claim_names_the_quadruple(n):
     with pytest.raises(ValueError, match=r"at \(a, b, c, d\) = \(\d+, \d+, \d+, \d+\); use monge=False"):
