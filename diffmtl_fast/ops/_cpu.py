@@ -10,8 +10,6 @@ environment variable ``DIFFMTL_CPU_KERNELS`` (``plain``, ``avx2``, ``avx512``), 
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
 import os
 from collections.abc import Callable
@@ -22,13 +20,11 @@ from torch import Tensor
 
 from .._native import _C
 from ._checks import accumulation_dtype
-from ._library import PLAIN, register_kernel
+from ._layout import CHANNELS_LAST, in_rows
+from ._library import register_kernel, run_plain
 from .nash import CONVERGED, LINE_SEARCH_STEPS, NEWTON_STEPS
 
-_logger = logging.getLogger("diffmtl_fast")
-
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 # Address, dtype and distance between the entries of the first dimension: what a kernel knows of a tensor.
 Handle: TypeAlias = tuple[int, int, int]
@@ -38,27 +34,12 @@ def _handle(tensor: Tensor) -> Handle:
     return tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.stride(0)
 
 
-@functools.cache
-def _log_fallback(name: str, reason: str) -> None:
-    _logger.info("diffmtl::%s runs its plain definition: %s", name, reason)
-
-
 def _unsupported(*tensors: Tensor | None) -> str | None:
     """Say which dtype no kernel reads, if any."""
     for tensor in tensors:
         if tensor is not None and tensor.dtype not in _DTYPES:
             return f"no CPU kernel for {tensor.dtype}"
     return None
-
-
-def _plain(name: str, reason: str, *args: Any) -> Any:
-    _log_fallback(name, reason)
-    return PLAIN[name](*args)
-
-
-def _in_rows(jacobian: Tensor) -> Tensor:
-    """Return J with the elements of a row next to each other, itself where it is so already."""
-    return jacobian if jacobian.shape[1] <= 1 or jacobian.stride(1) == 1 else jacobian.contiguous()
 
 
 def _too_many_rows(jacobian: Tensor) -> str | None:
@@ -70,8 +51,8 @@ def _too_many_rows(jacobian: Tensor) -> str | None:
 def gram(jacobian: Tensor) -> Tensor:
     """Run `gram`."""
     if reason := _unsupported(jacobian) or _too_many_rows(jacobian):
-        return _plain("gram", reason, jacobian)
-    rows = _in_rows(jacobian)
+        return run_plain("gram", reason, jacobian)
+    rows = in_rows(jacobian)
     k, columns = rows.shape
     gramian = torch.empty(k, k, dtype=accumulation_dtype(rows))
     _C.cpu_gram(_handle(rows), k, columns, gramian.data_ptr(), torch.get_num_threads())
@@ -81,8 +62,8 @@ def gram(jacobian: Tensor) -> Tensor:
 def combine(jacobian: Tensor, weights: Tensor) -> Tensor:
     """Run `combine`."""
     if reason := _unsupported(jacobian, weights) or _too_many_rows(jacobian):
-        return _plain("combine", reason, jacobian, weights)
-    rows = _in_rows(jacobian)
+        return run_plain("combine", reason, jacobian, weights)
+    rows = in_rows(jacobian)
     k, columns = rows.shape
     direction = torch.empty(columns, dtype=rows.dtype)
     _C.cpu_combine(_handle(rows), k, columns, _handle(weights), direction.data_ptr(), torch.get_num_threads())
@@ -103,7 +84,7 @@ def _aligned(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor, torch.memory
     """Bring the samples of both into one order in memory, without a copy where they are so already."""
     if pred.is_contiguous() and target.is_contiguous():
         return pred, target, torch.contiguous_format
-    channels_last = _CHANNELS_LAST.get(pred.dim())
+    channels_last = CHANNELS_LAST.get(pred.dim())
     if channels_last is not None and pred.is_contiguous(memory_format=channels_last):
         return pred, target.contiguous(memory_format=channels_last), channels_last
     pred, target = (t if _sample_is_contiguous(t) else t.contiguous() for t in (pred, target))
@@ -113,7 +94,7 @@ def _aligned(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor, torch.memory
 def sample_mse(pred: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """Run `sample_mse`."""
     if reason := _unsupported(pred, target, weight):
-        return _plain("sample_mse", reason, pred, target, weight)
+        return run_plain("sample_mse", reason, pred, target, weight)
     pred, target, _ = _aligned(pred, target)
     losses = torch.empty(pred.shape[0], dtype=accumulation_dtype(pred, target))
     _C.cpu_sample_mse(
@@ -131,7 +112,7 @@ def sample_mse(pred: Tensor, target: Tensor, weight: Tensor | None = None) -> Te
 def sample_mse_backward(scale: Tensor, pred: Tensor, target: Tensor) -> Tensor:
     """Run `sample_mse_backward`."""
     if reason := _unsupported(scale, pred, target):
-        return _plain("sample_mse_backward", reason, scale, pred, target)
+        return run_plain("sample_mse_backward", reason, scale, pred, target)
     grad = torch.empty_like(pred)
     pred, target, order = _aligned(pred, target)
     written = grad if grad.is_contiguous(memory_format=order) else torch.empty_like(pred, memory_format=order)
@@ -152,7 +133,7 @@ def cluster_mse(
 ) -> tuple[Tensor, Tensor]:
     """Run `cluster_mse`."""
     if reason := _unsupported(pred, target, weight):
-        return _plain("cluster_mse", reason, pred, target, cluster, k, weight)
+        return run_plain("cluster_mse", reason, pred, target, cluster, k, weight)
     pred, target, _ = _aligned(pred, target)
     losses = torch.empty(k, dtype=accumulation_dtype(pred, target))
     counts = torch.empty(k, dtype=torch.int64)
@@ -175,7 +156,7 @@ def cluster_mse(
 def cluster_mean(values: Tensor, cluster: Tensor, k: int) -> Tensor:
     """Run `cluster_mean`."""
     if reason := _unsupported(values):
-        return _plain("cluster_mean", reason, values, cluster, k)
+        return run_plain("cluster_mean", reason, values, cluster, k)
     means = torch.empty(k, dtype=accumulation_dtype(values))
     _C.cpu_cluster_mean(
         _handle(values), values.shape[0], cluster.data_ptr(), cluster.stride(0), k, means.data_ptr()
@@ -186,7 +167,7 @@ def cluster_mean(values: Tensor, cluster: Tensor, k: int) -> Tensor:
 def cluster_mean_backward(grad: Tensor, cluster: Tensor) -> Tensor:
     """Run `cluster_mean_backward`."""
     if reason := _unsupported(grad):
-        return _plain("cluster_mean_backward", reason, grad, cluster)
+        return run_plain("cluster_mean_backward", reason, grad, cluster)
     by_values = torch.empty(cluster.shape[0], dtype=grad.dtype)
     _C.cpu_cluster_mean_backward(
         _handle(grad),
@@ -202,7 +183,7 @@ def cluster_mean_backward(grad: Tensor, cluster: Tensor) -> Tensor:
 def pcgrad_weights(gramian: Tensor, order: Tensor, present: Tensor) -> Tensor:
     """Run `pcgrad_weights`."""
     if reason := _unsupported(gramian):
-        return _plain("pcgrad_weights", reason, gramian, order, present)
+        return run_plain("pcgrad_weights", reason, gramian, order, present)
     gramian, order, present = gramian.contiguous(), order.contiguous(), present.contiguous()
     weights = torch.empty(gramian.shape[0], dtype=gramian.dtype)
     _C.cpu_pcgrad_weights(
@@ -214,7 +195,7 @@ def pcgrad_weights(gramian: Tensor, order: Tensor, present: Tensor) -> Tensor:
 def nash_weights(gramian: Tensor, present: Tensor) -> Tensor:
     """Run `nash_weights`."""
     if reason := _unsupported(gramian):
-        return _plain("nash_weights", reason, gramian, present)
+        return run_plain("nash_weights", reason, gramian, present)
     gramian, present = gramian.contiguous(), present.contiguous()
     weights = torch.empty(gramian.shape[0], dtype=gramian.dtype)
     _C.cpu_nash_weights(

@@ -6,8 +6,6 @@ hands it to that definition and the reason is logged once.
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
 from typing import Any
 
@@ -22,20 +20,11 @@ from ..kernels import noise as noise_kernels
 from ..kernels import settings
 from ..kernels import weights as weight_kernels
 from ._checks import accumulation_dtype
-from ._library import register_kernel
-from .combine import combine_plain
-from .gram import gram_plain
-from .nash import CONVERGED, LINE_SEARCH_STEPS, NEWTON_STEPS, nash_weights_plain
-from .pcgrad import pcgrad_weights_plain
+from ._layout import CHANNELS_LAST, in_rows
+from ._library import register_kernel, run_plain
+from .nash import CONVERGED, LINE_SEARCH_STEPS, NEWTON_STEPS
 
-_logger = logging.getLogger("diffmtl_fast")
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
-
-
-@functools.cache
-def _log_fallback(op: str, reason: str) -> None:
-    _logger.info("diffmtl::%s runs its plain definition: %s", op, reason)
 
 
 def _is_seed(noise: Tensor | None) -> bool:
@@ -49,7 +38,7 @@ def _in_one_order(pred: Tensor, *others: Tensor | None) -> tuple[list[Tensor | N
     noise asks for the row-major one.
     """
     order = torch.contiguous_format
-    channels_last = None if any(_is_seed(t) for t in others) else _CHANNELS_LAST.get(pred.dim())
+    channels_last = None if any(_is_seed(t) for t in others) else CHANNELS_LAST.get(pred.dim())
     if (
         channels_last is not None
         and not pred.is_contiguous()
@@ -194,12 +183,11 @@ def gram(jacobian: Tensor) -> Tensor:
     """Launch `gram`."""
     k, size = jacobian.shape
     if k > settings.MAX_CLUSTERS or (jacobian.dtype == torch.float64 and k > settings.MAX_VECTOR_CLUSTERS):
-        _log_fallback("gram", f"no kernel for K = {k} in {jacobian.dtype}")
-        return gram_plain(jacobian)
+        return run_plain("gram", f"no kernel for K = {k} in {jacobian.dtype}", jacobian)
     dtype = accumulation_dtype(jacobian)
     if k == 0 or size == 0:
         return torch.zeros(k, k, dtype=dtype, device=jacobian.device)
-    jacobian = jacobian if jacobian.stride(1) == 1 else jacobian.contiguous()
+    jacobian = in_rows(jacobian)
     block, num_warps = settings.gram_settings(k, size)
     blocks = settings.ceil_div(size, block)
     if k <= settings.MAX_VECTOR_CLUSTERS:
@@ -238,9 +226,8 @@ def combine(jacobian: Tensor, weights: Tensor) -> Tensor:
     """Launch `combine`."""
     k, size = jacobian.shape
     if k > settings.MAX_CLUSTERS:
-        _log_fallback("combine", f"no kernel for K = {k}")
-        return combine_plain(jacobian, weights)
-    jacobian = jacobian if jacobian.stride(1) == 1 else jacobian.contiguous()
+        return run_plain("combine", f"no kernel for K = {k}", jacobian, weights)
+    jacobian = in_rows(jacobian)
     out = torch.empty(size, dtype=jacobian.dtype, device=jacobian.device)
     if size:
         block, num_warps = settings.stream_settings(size)
@@ -262,8 +249,7 @@ def pcgrad_weights(gramian: Tensor, order: Tensor, present: Tensor) -> Tensor:
     """Launch `pcgrad_weights`."""
     k = gramian.shape[0]
     if k > settings.MAX_CLUSTERS:
-        _log_fallback("pcgrad_weights", f"no kernel for K = {k}")
-        return pcgrad_weights_plain(gramian, order, present)
+        return run_plain("pcgrad_weights", f"no kernel for K = {k}", gramian, order, present)
     weights = gramian.new_empty(k)
     tile, num_warps = settings.weight_settings(k)
     weight_kernels._pcgrad_kernel[1,](
@@ -283,8 +269,7 @@ def nash_weights(gramian: Tensor, present: Tensor) -> Tensor:
     k = gramian.shape[0]
     float64 = gramian.dtype == torch.float64
     if k > (settings.MAX_FLOAT64_NASH_CLUSTERS if float64 else settings.MAX_CLUSTERS):
-        _log_fallback("nash_weights", f"no kernel for K = {k} in {gramian.dtype}")
-        return nash_weights_plain(gramian, present)
+        return run_plain("nash_weights", f"no kernel for K = {k} in {gramian.dtype}", gramian, present)
     weights = gramian.new_empty(k)
     tile, num_warps = settings.weight_settings(k)
     weight_kernels._nash_kernel[1,](

@@ -6,11 +6,15 @@ fused kernel for one device (`"CPU"`, `"CUDA"`) is registered over it with `regi
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_logger = logging.getLogger("diffmtl_fast")
 
 # The library object owns the registrations: they end with it, so it lives as long as the module.
 _LIBRARY = torch.library.Library("diffmtl", "DEF")
@@ -36,6 +40,17 @@ def define_op(schema: str, *, plain: Callable[..., Any], fake: Callable[..., Any
     _LIBRARY.impl(name, plain, "CompositeExplicitAutograd")
     torch.library.register_fake(f"diffmtl::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.diffmtl, name).default
+
+
+@functools.cache
+def _log_fallback(name: str, reason: str) -> None:
+    _logger.info("diffmtl::%s runs its plain definition: %s", name, reason)
+
+
+def run_plain(name: str, reason: str, *args: Any) -> Any:
+    """Run the plain definition where a kernel does not cover an input, and log the reason once."""
+    _log_fallback(name, reason)
+    return PLAIN[name](*args)
 
 
 def register_kernel(name: str, dispatch_key: str, kernel: Callable[..., Any]) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from diffmtl_fast import ops
 from diffmtl_fast._native import _C
-from diffmtl_fast.ops import _cpu
+from diffmtl_fast.ops import _cpu, _library
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 EPSILON = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
@@ -105,7 +105,7 @@ class TestGramAndCombine:
         assert ops.combine(jacobian, torch.ones(7)).isnan().nonzero().tolist() == [[50]]
 
     def test_the_plain_definition_serves_more_rows_than_the_kernels(self, seeded, caplog):
-        _cpu._log_fallback.cache_clear()
+        _library._log_fallback.cache_clear()
         jacobian, weights = draw((65, 33), torch.float32, seeded), draw((65,), torch.float32, seeded)
         with caplog.at_level(logging.INFO, logger="diffmtl_fast"):
             for _ in range(2):
@@ -300,7 +300,7 @@ class TestInstructionSet:
         assert _cpu.select_instruction_set() == _C.cpu_kernels()[-1]
 
     def test_dtypes_without_a_kernel_fall_back(self, caplog):
-        _cpu._log_fallback.cache_clear()
+        _library._log_fallback.cache_clear()
         weight = torch.tensor([2.0]).to(torch.float8_e4m3fn)
         with caplog.at_level(logging.INFO, logger="diffmtl_fast"):
             assert ops.sample_mse(torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2), weight).tolist() == [5]
