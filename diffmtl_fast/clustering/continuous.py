@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
@@ -17,6 +17,7 @@ from .solve import NumClusters, cluster_intervals
 
 NoiseCost: TypeAlias = Literal["quantile", "absolute", "squared"]
 
+_TOLERANCE = 1e-9  # of a limit on probabilities, so that 1 / 3 allows three clusters
 _DRAW_RANGE = 2**53  # every midpoint of these many cells of (0, 1) is a float64, or rounds to one
 
 
@@ -158,12 +159,16 @@ class NoiseClustering:
             int64, same shape and device.
 
         Raises:
-            TypeError: not floating point.
+            TypeError: not a floating-point tensor.
+            ValueError: a NaN on the CPU. On other devices the check would wait for the device, so there NaN
+                gets some cluster.
         """
         if not isinstance(level, Tensor):
             raise TypeError(f"level: expected a floating-point tensor, found {type(level).__name__}")
         if not level.is_floating_point():
             raise TypeError(f"level: expected a floating-point tensor, found {level.dtype}")
+        if level.device.type == "cpu" and level.isnan().any():
+            raise ValueError("level: expected noise levels, found NaN")
         return torch.bucketize(level, self._edges(level.device, level.dtype)[1:-1], right=True)
 
     def sample(
@@ -221,6 +226,11 @@ class NoiseClustering:
         name = parameters.pop("name", None)
         if name not in DISTRIBUTIONS:
             raise ValueError(f"distribution: expected one of {', '.join(DISTRIBUTIONS)}, found {name!r}")
+        expected = {parameter.name for parameter in fields(DISTRIBUTIONS[name])}
+        if set(parameters) != expected:
+            raise ValueError(
+                f"distribution: expected the parameters {sorted(expected)} of {name}, found {sorted(parameters)}"
+            )
         cost = math.nan if state["cost"] is None else state["cost"]
         return cls(DISTRIBUTIONS[name](**parameters), np.asarray(state["probabilities"]), cost)
 
@@ -278,8 +288,8 @@ def cluster_noise(
         k: number of clusters, or ``"auto"`` (not for quantiles; see :class:`ClusterPath`).
         cost: what to minimise.
         resolution: number of cells.
-        min_probability: least probability of a cluster.
-        max_probability: largest probability of a cluster.
+        min_probability: least probability of a cluster, 0 … 1, met to within one cell.
+        max_probability: largest probability of a cluster, 0 … 1, met to within one cell.
 
     Returns:
         The clustering, its cost a mean over the distribution.
@@ -293,14 +303,15 @@ def cluster_noise(
         raise TypeError(f"distribution: expected one of {expected}, found {distribution!r}")
     resolution = as_integer(resolution, "resolution")
     k = k if isinstance(k, str) else as_integer(k, "k")
+    if not 0 <= min_probability <= max_probability <= 1:
+        raise ValueError(
+            f"expected 0 <= min_probability <= max_probability <= 1, found {min_probability} and {max_probability}"
+        )
+    if not isinstance(k, str):
+        _check_share(k, min_probability, max_probability)
     if cost == "quantile":
-        if isinstance(k, str) or k < 1:
-            raise ValueError(f"k: expected an integer of at least 1 for quantiles, found {k!r}")
-        if not min_probability * k <= 1 <= max_probability * k:
-            raise ValueError(
-                f"expected min_probability <= 1 / k = {1 / k:.6g} <= max_probability, "
-                f"found {min_probability} and {max_probability}"
-            )
+        if isinstance(k, str):
+            raise ValueError(f"k: expected an integer for quantiles, found {k!r}")
         return NoiseClustering(distribution, np.linspace(0.0, 1.0, k + 1))
     costs: dict[str, type[AbsoluteDeviation] | type[SquaredDeviation]] = {
         "absolute": AbsoluteDeviation,
@@ -308,18 +319,29 @@ def cluster_noise(
     }
     if cost not in costs:
         raise ValueError(f"cost: expected quantile, absolute or squared, found {cost!r}")
-    if resolution < 1:
-        raise ValueError(f"resolution: expected at least 1, found {resolution}")
+    least = 1 if isinstance(k, str) else k
+    if resolution < least:
+        raise ValueError(f"resolution: expected at least {least} cells, found {resolution}")
     middle = (torch.arange(resolution, dtype=torch.float64) + 0.5) / resolution
     values = distribution.log_snr(distribution.quantile(middle))
     found = cluster_intervals(
         costs[cost](values, "log_snr"),
         resolution,
         k,
-        min_size=max(1, math.ceil(min_probability * resolution)),
-        max_size=max(1, math.floor(max_probability * resolution)),
+        min_size=max(1, math.floor((min_probability + _TOLERANCE) * resolution)),
+        max_size=max(1, math.ceil((max_probability - _TOLERANCE) * resolution)),
     )
     return NoiseClustering(distribution, found.boundaries / resolution, found.cost / resolution)
+
+
+def _check_share(k: int, least: float, most: float) -> None:
+    """Refuse a number of clusters whose equal share 1 / k the limits exclude."""
+    if k < 1:
+        raise ValueError(f"k: expected an integer of at least 1, found {k}")
+    if not (least - _TOLERANCE) * k <= 1 <= (most + _TOLERANCE) * k:
+        raise ValueError(
+            f"expected min_probability <= 1 / k = {1 / k:.6g} <= max_probability, found {least} and {most}"
+        )
 
 
 def _check_normal(mean: float, std: float) -> None:

@@ -93,6 +93,40 @@ def test_limits_and_auto():
     assert 1 < cluster_noise(LogNormalSigma(), "auto", resolution=2000).k < 20
 
 
+@pytest.mark.parametrize("cost", ["quantile", "absolute", "squared"])
+@pytest.mark.parametrize("k", [3, 7, 49])
+def test_limits_of_equal_shares_can_be_met(k, cost):
+    resolution = 1000  # no multiple of k
+    for limit in ({"min_probability": 1 / k}, {"max_probability": 1 / k}):
+        found = cluster_noise(UniformTime(), k, cost=cost, resolution=resolution, **limit)
+        widths = np.diff(found.probabilities)
+        assert widths.min() > limit.get("min_probability", 0) - 1 / resolution
+        assert widths.max() < limit.get("max_probability", 1) + 1 / resolution
+
+
+@pytest.mark.parametrize("cost", ["quantile", "absolute"])
+@pytest.mark.parametrize(
+    ("k", "limits", "message"),
+    [
+        (3, (0.34, 1.0), r"min_probability <= 1 / k = 0\.333333 <= max_probability, found 0\.34 and 1"),
+        (3, (0.0, 0.33), r"found 0\.0 and 0\.33"),
+        (3, (-0.1, 1.0), r"0 <= min_probability <= max_probability <= 1, found -0\.1 and 1"),
+        (3, (0.0, 1.5), r"0 <= min_probability <= max_probability <= 1, found 0\.0 and 1\.5"),
+        (3, (0.0, np.nan), "found 0.* and nan"),
+        (3, (0.5, 0.4), "found 0.5 and 0.4"),
+        (0, (0.0, 1.0), "k: expected an integer of at least 1, found 0"),
+    ],
+)
+def test_limits_that_cannot_be_met(k, limits, message, cost):
+    with pytest.raises(ValueError, match=message):
+        cluster_noise(UniformTime(), k, cost=cost, min_probability=limits[0], max_probability=limits[1])
+
+
+def test_assign_refuses_nan():
+    with pytest.raises(ValueError, match="level: expected noise levels, found NaN"):
+        cluster_noise(UniformTime(), 3, cost="quantile").assign(torch.tensor([0.5, np.nan]))
+
+
 @given(
     st.lists(st.integers(1, 50), min_size=1, max_size=8),
     st.integers(1, 40),
@@ -180,6 +214,10 @@ def test_bad_input():
         cluster_noise(UniformTime(), 3, cost="l1")
     with pytest.raises(ValueError, match="k: expected an integer"):
         cluster_noise(UniformTime(), "auto", cost="quantile")
+    with pytest.raises(ValueError, match=r"expected the parameters .* of uniform_time, found .'mean'"):
+        NoiseClustering.from_dict(
+            {"distribution": {"name": "uniform_time", "mean": 0}, "probabilities": [0, 1], "cost": None}
+        )
     with pytest.raises(TypeError, match="k: expected an integer, found None"):
         cluster_noise(UniformTime(), None, cost="quantile")
     with pytest.raises(TypeError, match=r"expected one of LogNormalSigma, .*, found 'edm'"):
