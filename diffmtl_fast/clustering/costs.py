@@ -45,7 +45,8 @@ class AbsoluteDeviation:
     the tie-break on Σ size², convex in the size.
 
     Computed in 128-bit integers: values are rounded to 2^-61 of the largest magnitude (2^-51 at T = 10⁷),
-    then every sum and comparison is exact.
+    then every sum and comparison is exact. What is smaller than that resolution is lost: beside an outlier at
+    10^13 times their spread the other values were still clustered optimally, at 10^20 no longer (by 10 to 40 %).
 
     Args:
         values: [T], finite, non-decreasing or non-increasing; used in float64.
@@ -78,10 +79,14 @@ class AbsoluteDeviation:
 
 @dataclass(frozen=True, eq=False)
 class SquaredDeviation:
-    """Σ (x(t) − mean)² of a monotone x: one-dimensional k-means, solved exactly.
+    """Σ (x(t) − mean)² of a monotone x: one-dimensional k-means, solved exactly up to rounding.
 
     The quadrangle inequality holds by the proof in :class:`AbsoluteDeviation`, with g the square and the mean
-    as best centre. Computed in 128-bit integers, rounded to 73 bits or more of the cost of one interval.
+    as best centre. Computed in 128-bit integers, rounded to 73 bits or more of the largest cost that one
+    interval can have, and exact up to that resolution alone. Where the values live on two scales whose ratio
+    is beyond about 10^12, the smaller one is rounded away: with an outlier at 10^13 times the spread of the
+    others, boundaries among these follow their sizes alone (more than twice the optimal cost for eleven of
+    them). :class:`AbsoluteDeviation`, which squares nothing, reaches further.
 
     Args:
         values: [T], finite, non-decreasing or non-increasing; used in float64.

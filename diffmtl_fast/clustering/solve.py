@@ -6,9 +6,10 @@ the smallest one before it, and so on.
 Solvers: ``"divide"``, divide and conquer in O(K T log T) for costs with the quadrangle inequality;
 ``"penalised"``, a search over the price of an interval in O(T) memory, for large K and the costs of this
 package alone; ``"dense"``, the O(K T²) programme for any cost; ``"auto"`` chooses. Where they apply they
-return the same boundaries, with two exceptions. The squared cost is rounded to 73 bits or more, and ties
-closer than that may go either way. And where the optimal cost falls by exactly the same amount over a long
-range of K, ``"penalised"`` picks any boundaries of the optimal cost and sum of squares.
+return the same boundaries, with two exceptions. The squared cost is rounded to 73 bits or more of the largest
+cost of an interval, and what differs by less may go either way (see :class:`SquaredDeviation`). And where the
+optimal cost falls by exactly the same amount over a long range of K, ``"penalised"`` picks any boundaries of
+the optimal cost and sum of squares.
 """
 
 from __future__ import annotations
