@@ -1,5 +1,6 @@
 """All solvers against each other, at sizes enumeration cannot reach."""
 
+import itertools
 import math
 import signal
 import threading
@@ -261,3 +262,17 @@ def test_bad_solver_and_threads():
         cluster_intervals(AbsoluteDeviation([1, 2]), k=1, threads=0)
     with pytest.raises(ValueError, match="expected auto or dense for a cost without"):
         cluster_intervals(Affinity([[1.0]]), k=1, solver="divide")
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_costs_at_ten_million_values(cost):
+    values = np.sort(np.random.default_rng(0).standard_normal(10**7)) * 20 + 3
+    found = cluster_intervals(cost(values), k=8)
+    exact = np.longdouble(0)
+    for l, e in itertools.pairwise(found.boundaries.tolist()):
+        part = values[l:e].astype(np.longdouble)
+        if cost is AbsoluteDeviation:
+            exact += np.abs(part - part[(e - l) // 2]).sum()
+        else:
+            exact += np.square(part - part.mean()).sum()
+    assert abs(found.cost - exact) <= 1e-12 * exact
