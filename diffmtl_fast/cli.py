@@ -56,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         command = options.command
         _COMMANDS[command](options[command])
+    except UnicodeDecodeError as error:
+        return _fail(f"config: expected text in UTF-8 ({error})")
     except jsonargparse.ArgumentError as error:
         return _fail(_readable(str(error)))
     except UserError as error:

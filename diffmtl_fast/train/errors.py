@@ -18,7 +18,7 @@ class TrainingDiverged(RuntimeError):
 
 
 @contextmanager
-def blame(key: str, errors: Errors = (ValueError, TypeError)) -> Iterator[None]:
+def blame(key: str, errors: Errors = (ValueError, TypeError, NotImplementedError)) -> Iterator[None]:
     """Turn the given errors, raised while a user's value is put to use, into a :class:`UserError`.
 
     Args:
