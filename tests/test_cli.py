@@ -299,3 +299,13 @@ def test_sigkill_and_resume_end_at_the_same_weights(tiny, tmp_path, capsys, devi
     last = f"checkpoints/iter-{done + 6:08d}/ema.safetensors"
     if device.type == "cpu":
         assert (tmp_path / "killed" / last).read_bytes() == (tmp_path / "whole" / last).read_bytes()
+
+
+def test_a_binary_configuration_and_an_unknown_schedule_are_refused(tmp_path, capsys):
+    (tmp_path / "binary.yaml").write_bytes(b"\x00\xff{")
+    assert refused(capsys, "train", "--config", str(tmp_path / "binary.yaml")).startswith(
+        "config: expected text in UTF-8"
+    )
+    options = ["--run-dir", str(tmp_path / "run"), "--scheduler.args.beta_schedule", "foo"]
+    assert "foo is not implemented" in refused(capsys, "train", *options)
+    assert not (tmp_path / "run").exists()
