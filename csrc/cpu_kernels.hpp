@@ -1,7 +1,8 @@
 // The streaming kernels of the CPU ops and how one set of them is chosen.
 //
 // cpu_loops.hpp is compiled once for every instruction set, each time into a table of this type. A kernel runs on
-// one thread over one chunk of memory; cpu_ops.cpp divides tensors into chunks and adds up what the chunks return.
+// one thread over one chunk of memory; cpu_ops.cpp and cpu_losses.cpp divide tensors into chunks and add up what those
+// return.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -45,5 +46,8 @@ constexpr std::size_t gram_scratch(int rows) { return sizeof(double) * kBlock * 
 const Kernels* plain_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
+
+// The table in use.
+const Kernels& kernels();
 
 }  // namespace diffmtl::cpu

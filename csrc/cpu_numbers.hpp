@@ -44,6 +44,15 @@ inline void write_number(std::uintptr_t data, DType dtype, Int i, double value) 
   }
 }
 
+inline Int ceil_div(Int a, Int b) { return (a + b - 1) / b; }
+
+inline const void* advance(const void* p, DType dtype, Int elements) {
+  return static_cast<const char*>(p) + elements * static_cast<Int>(kBytes[dtype]);
+}
+inline void* advance(void* p, DType dtype, Int elements) {
+  return static_cast<char*>(p) + elements * static_cast<Int>(kBytes[dtype]);
+}
+
 // The type that sums over these are formed and returned in.
 inline DType accumulation_dtype(DType a, DType b) { return a == kFloat64 || b == kFloat64 ? kFloat64 : kFloat32; }
 

@@ -1,5 +1,6 @@
 // Loops on several threads.
 #pragma once
+#include <algorithm>
 #include <functional>
 
 #include "cpu_kernels.hpp"
@@ -9,5 +10,12 @@ namespace diffmtl::cpu {
 // body(task, thread) for every task in 0 .. tasks - 1, in any order, on at most `threads` threads. The body must not
 // throw. thread: which of them, 0 .. threads - 1, for scratch memory.
 void parallel_for(Int tasks, int threads, const std::function<void(Int task, int thread)>& body);
+
+// Waking a thread costs some microseconds, in which another one reads about this much.
+constexpr Int kBytesPerThread = 1 << 17;
+
+inline int useful_threads(int threads, Int bytes) {
+  return static_cast<int>(std::min<Int>(threads, bytes / kBytesPerThread + 1));
+}
 
 }  // namespace diffmtl::cpu
