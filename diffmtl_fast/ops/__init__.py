@@ -12,6 +12,8 @@ from ._library import PLAIN
 from .add_noise import add_noise
 from .cluster_mean import cluster_mean
 from .cluster_mse import cluster_mse
+from .cluster_sum import cluster_sum
+from .cluster_wgrad import cluster_wgrad
 from .combine import combine
 from .denoising_loss import denoising_loss, sample_huber
 from .gram import gram
@@ -37,6 +39,8 @@ __all__ = [
     "add_noise",
     "cluster_mean",
     "cluster_mse",
+    "cluster_sum",
+    "cluster_wgrad",
     "combine",
     "denoising_loss",
     "gram",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -82,4 +84,37 @@ def check_present(present: Tensor, k: int) -> None:
     if present.dtype != torch.bool or present.shape != (k,):
         raise ValueError(
             f"present: expected a bool mask of shape [{k}], found {present.dtype} of shape {list(present.shape)}"
+        )
+
+
+def check_offsets(offsets: Tensor, rows: Tensor) -> None:
+    """Refuse offsets that are not int64 [K + 1] with K >= 1, on the CPU or beside the `rows` they divide."""
+    if offsets.dtype != torch.int64:
+        raise TypeError(f"offsets: expected int64, found {offsets.dtype}")
+    if offsets.dim() != 1 or offsets.shape[0] < 2:
+        raise ValueError(f"offsets: expected shape [K + 1] with K >= 1, found {list(offsets.shape)}")
+    if offsets.device.type != "cpu" and offsets.device != rows.device:
+        raise ValueError(f"offsets: expected them on the CPU or on {rows.device}, found {offsets.device}")
+
+
+def host_offsets(offsets: Tensor, num_rows: int) -> list[int]:
+    """Read offsets, and refuse them if they do not divide `num_rows` rows into ranges."""
+    bounds: list[int] = offsets.tolist()
+    if bounds[0] != 0 or bounds[-1] != num_rows or any(a > b for a, b in pairwise(bounds)):
+        raise ValueError(f"offsets: expected nondecreasing 0 … {num_rows}, found {bounds}")
+    return bounds
+
+
+def check_out(out: Tensor, shape: tuple[int, ...], **inputs: Tensor) -> None:
+    """Refuse an `out` that results of `shape` cannot be written to, or that a gradient would have to pass."""
+    check_floating(out=out)
+    check_same_device(out=out, **inputs)
+    if out.shape != shape:
+        raise ValueError(f"out: expected shape {list(shape)}, found {list(out.shape)}")
+    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
+        raise ValueError(f"out: expected memory of its own for each element, found strides {out.stride()}")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (out, *inputs.values())):
+        found = ", ".join(name for name, t in {"out": out, **inputs}.items() if t.requires_grad)
+        raise RuntimeError(
+            f"out: expected constants, or torch.no_grad(); found a gradient required by {found}"
         )

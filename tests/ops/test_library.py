@@ -24,6 +24,10 @@ def gramian(device, dtype):
     return jacobian @ jacobian.T
 
 
+def offsets(device):
+    return torch.tensor([0, 2, 2, B], device=device)
+
+
 def order(device):
     return torch.tensor([[1, 2], [2, 0], [0, 1]], device=device)
 
@@ -50,6 +54,25 @@ SAMPLES = {
     "cluster_mean": lambda d, t, g: (torch.randn(B, device=d).to(t).requires_grad_(g), cluster(d), K),
     "cluster_mean_backward": lambda d, t, g: (torch.randn(K, device=d), cluster(d)),
     "cluster_mse": lambda d, t, g: (*mse_inputs(d, t, g), cluster(d), K, torch.rand(B, device=d)),
+    "cluster_sum": lambda d, t, g: (torch.randn(B, P, device=d).to(t), offsets(d)),
+    "cluster_sum_out": lambda d, t, g: (
+        torch.randn(B, P, device=d).to(t),
+        offsets(d),
+        torch.randn(K, P, device=d),
+        True,
+    ),
+    "cluster_wgrad": lambda d, t, g: (
+        torch.randn(B, 4, device=d).to(t),
+        torch.randn(B, P, device=d).to(t),
+        offsets(d),
+    ),
+    "cluster_wgrad_out": lambda d, t, g: (
+        torch.randn(B, 4, device=d).to(t),
+        torch.randn(B, P, device=d).to(t),
+        offsets("cpu"),
+        torch.randn(K, 4, P, device=d),
+        False,
+    ),
     "uncertainty_loss": lambda d, t, g: (
         *mse_inputs(d, t, g),
         cluster(d),
@@ -101,6 +124,30 @@ def test_compiles_without_graph_breaks(device):
     found = torch.compile(objective, fullgraph=True, backend="aot_eager")(*inputs)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found, pred)[0], gradient)
+
+
+@pytest.mark.compile
+def test_ops_that_write_into_their_output_compile(device):
+    def gradients(grad_out, x, bounds, jacobian):
+        ops.cluster_wgrad(grad_out, x, bounds, out=jacobian[:, : 4 * P].view(K, 4, P), accumulate=True)
+        ops.cluster_sum(grad_out, bounds, out=jacobian[:, 4 * P :])
+        return jacobian.square().sum() + ops.cluster_wgrad(grad_out, x, bounds).sum()
+
+    for bounds in (offsets(device), offsets("cpu")):
+        inputs = (torch.randn(B, 4, device=device), torch.randn(B, P, device=device), bounds)
+        expected, found = torch.ones(K, 4 * P + 4, device=device), torch.ones(K, 4 * P + 4, device=device)
+        value = gradients(*inputs, expected)
+        compiled = torch.compile(gradients, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*inputs, found), value)
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["cluster_sum", "cluster_wgrad"])
+def test_gradients_refuse_to_be_differentiated(name, device):
+    gradients, *rest = SAMPLES[name](device, torch.float32, False)
+    result = getattr(torch.ops.diffmtl, name)(gradients.requires_grad_(), *rest)
+    with pytest.raises(RuntimeError, match="part of a backward pass"):
+        result.sum().backward()
 
 
 @pytest.mark.parametrize("name", ["pcgrad_weights", "nash_weights"])
