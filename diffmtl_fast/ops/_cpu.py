@@ -13,13 +13,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .._native import _C
-from ._checks import accumulation_dtype
+from ._checks import accumulation_dtype, host_offsets
 from ._layout import CHANNELS_LAST, in_rows
 from ._library import register_kernel, run_plain
 from .nash import CONVERGED, LINE_SEARCH_STEPS, NEWTON_STEPS
@@ -211,6 +212,37 @@ def nash_weights(gramian: Tensor, present: Tensor) -> Tensor:
     return weights
 
 
+def _multiply(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    """Put a @ b into `out`, or add it."""
+    if a.dtype == torch.float16:  # the BLAS library has no fast product of these
+        a, b = a.float(), b.float()
+    if a.dtype != out.dtype:
+        product = a @ b
+        out.add_(product) if accumulate else out.copy_(product)
+    elif accumulate:
+        out.addmm_(a, b)
+    else:
+        torch.mm(a, b, out=out)
+
+
+def cluster_wgrad_out(grad_out: Tensor, x: Tensor, offsets: Tensor, out: Tensor, accumulate: bool) -> None:
+    """Run `cluster_wgrad_out`."""
+    if reason := _unsupported(grad_out, out):
+        run_plain("cluster_wgrad_out", reason, grad_out, x, offsets, out, accumulate)
+        return
+    bounds = host_offsets(offsets, x.shape[0])
+    with torch.autocast("cpu", enabled=False):
+        for row, (begin, end) in zip(out, pairwise(bounds), strict=True):
+            _multiply(grad_out[begin:end].T, x[begin:end], row, accumulate)
+
+
+def cluster_wgrad(grad_out: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+    """Run `cluster_wgrad`."""
+    out = x.new_empty([offsets.shape[0] - 1, grad_out.shape[1], x.shape[1]])
+    cluster_wgrad_out(grad_out, x, offsets, out, False)
+    return out
+
+
 _KERNELS: tuple[Callable[..., Any], ...] = (
     gram,
     combine,
@@ -219,6 +251,8 @@ _KERNELS: tuple[Callable[..., Any], ...] = (
     cluster_mse,
     cluster_mean,
     cluster_mean_backward,
+    cluster_wgrad,
+    cluster_wgrad_out,
     pcgrad_weights,
     nash_weights,
 )
