@@ -30,10 +30,10 @@ struct Rows {
 
 struct Kernels {
   const char* name;
-  // sums[i * count + j] = <row i, row j> for i <= j. scratch: kGramScratch(count) bytes, aligned to 64.
+  // sums[i * count + j] += <row i, row j> for i <= j. scratch: gram_scratch(count) bytes, aligned to 64.
   void (*gram[kDTypes])(const Rows& rows, double* sums, void* scratch);
-  // out = weights * rows, in the type of the rows.
-  void (*combine[kDTypes])(const Rows& rows, const double* weights, void* out);
+  // out = (accumulate ? out : 0) + weights * rows, by the types of the rows and of the output. Returns |out|^2.
+  double (*combine[kDTypes][kDTypes])(const Rows& rows, const double* weights, bool accumulate, void* out);
   // The sum of (a - b)^2 over n elements.
   double (*squared_distance[kDTypes][kDTypes])(const void* a, const void* b, Int n);
   // out = (a - b) * scale, in the type of a.

@@ -71,7 +71,6 @@ void gram(const Rows& rows, double* sums, void* scratch) {
   using Compute = ComputeOf<T>;
   const T* data = static_cast<const T*>(rows.data);
   Compute* converted = static_cast<Compute*>(scratch);
-  for (int i = 0; i < rows.count * rows.count; ++i) sums[i] = 0;
   // From here on a block stays in the cache while all its products are formed.
   for (Int begin = 0; begin < rows.columns; begin += kBlock) {
     const Int n = smaller(kBlock, rows.columns - begin);
@@ -95,43 +94,57 @@ void gram(const Rows& rows, double* sums, void* scratch) {
 // Rows that are read side by side: more streams than this, and the processor no longer fetches them ahead.
 constexpr int kStreams = 8;
 
-// total = (first ? 0 : total) + weights * rows over n columns of `count` rows; the result goes to `out`.
-template <class T, class Compute, class Out>
-inline void add_rows(const T* data, Int stride, int count, const Compute* weights, const Compute* total, Int n, Out* out) {
+// out = (start ? start : 0) + weights * rows over n columns of `count` rows, n <= kBlock. Returns |out|^2.
+template <class Compute, class T, class Start, class Out>
+inline double add_rows(const T* data, Int stride, int count, const Compute* weights, const Start* start, Int n, Out* out) {
   constexpr int kUnroll = 4;
-  constexpr Int kStep = kUnroll * kLanes<Compute>;
+  constexpr Int kLane = kLanes<Compute>, kStep = kUnroll * kLane;
+  Vector<Compute> squares[kUnroll] = {};
   Int c = 0;
   for (; c + kStep <= n; c += kStep) {
     Vector<Compute> acc[kUnroll];
-    for (int u = 0; u < kUnroll; ++u)
-      acc[u] = total ? load<Compute>(total + c + u * kLanes<Compute>) : Vector<Compute>{};
+    for (int u = 0; u < kUnroll; ++u) acc[u] = start ? load<Compute>(start + c + u * kLane) : Vector<Compute>{};
     for (int i = 0; i < count; ++i)
-      for (int u = 0; u < kUnroll; ++u)
-        acc[u] += weights[i] * load<Compute>(data + i * stride + c + u * kLanes<Compute>);
-    for (int u = 0; u < kUnroll; ++u) store<Compute>(out + c + u * kLanes<Compute>, acc[u]);
+      for (int u = 0; u < kUnroll; ++u) acc[u] += weights[i] * load<Compute>(data + i * stride + c + u * kLane);
+    for (int u = 0; u < kUnroll; ++u) {
+      store<Compute>(out + c + u * kLane, acc[u]);
+      if constexpr (!std::is_same_v<Out, Compute>) acc[u] = load<Compute>(out + c + u * kLane);  // as rounded
+      squares[u] += acc[u] * acc[u];
+    }
   }
+  double square = sum_lanes<Compute>((squares[0] + squares[1]) + (squares[2] + squares[3]));
   for (; c < n; ++c) {
-    Compute acc = total ? total[c] : 0;
-    for (int i = 0; i < count; ++i) acc += weights[i] * to_number(data[i * stride + c]);
+    Compute acc = start ? static_cast<Compute>(to_number(start[c])) : 0;
+    for (int i = 0; i < count; ++i) acc += weights[i] * static_cast<Compute>(to_number(data[i * stride + c]));
     out[c] = from_number<Out>(acc);
+    const double written = to_number(out[c]);
+    square += written * written;
   }
+  return square;
 }
 
-template <class T>
-void combine(const Rows& rows, const double* weights, void* out) {
-  using Compute = ComputeOf<T>;
+template <class T, class Out>
+double combine(const Rows& rows, const double* weights, bool accumulate, void* out_data) {
+  using Compute = ComputeOf<T, Out>;
   const T* data = static_cast<const T*>(rows.data);
+  Out* out = static_cast<Out*>(out_data);
   Compute w[kMaxRows], total[kBlock];
   for (int i = 0; i < rows.count; ++i) w[i] = static_cast<Compute>(weights[i]);
-  for (Int begin = 0; begin < rows.columns; begin += kBlock) {
+  double square = 0;
+  for (Int begin = 0; begin < rows.columns; begin += kBlock, data += kBlock, out += kBlock) {
     const Int n = smaller(kBlock, rows.columns - begin);
-    const T* block = data + begin;
-    int i = 0;
+    const Out* start = accumulate ? out : nullptr;
+    if (rows.count <= kStreams) {
+      square += add_rows(data, rows.stride, rows.count, w, start, n, out);
+      continue;
+    }
+    add_rows(data, rows.stride, kStreams, w, start, n, total);
+    int i = kStreams;
     for (; i + kStreams < rows.count; i += kStreams)
-      add_rows(block + i * rows.stride, rows.stride, kStreams, w + i, i ? total : nullptr, n, total);
-    add_rows(block + i * rows.stride, rows.stride, rows.count - i, w + i, i ? total : nullptr, n,
-             static_cast<T*>(out) + begin);
+      add_rows(data + i * rows.stride, rows.stride, kStreams, w + i, total, n, total);
+    square += add_rows(data + i * rows.stride, rows.stride, rows.count - i, w + i, total, n, out);
   }
+  return square;
 }
 
 template <class A, class B>
@@ -182,7 +195,7 @@ void scaled_difference(const void* a_data, const void* b_data, double scale, voi
    DIFFMTL_PER_SECOND_DTYPE(kernel, BFloat16), DIFFMTL_PER_SECOND_DTYPE(kernel, Float16)}
 
 constexpr Kernels make_kernels(const char* name) {
-  return {name, DIFFMTL_PER_DTYPE(gram), DIFFMTL_PER_DTYPE(combine), DIFFMTL_PER_PAIR(squared_distance),
+  return {name, DIFFMTL_PER_DTYPE(gram), DIFFMTL_PER_PAIR(combine), DIFFMTL_PER_PAIR(squared_distance),
           DIFFMTL_PER_PAIR(scaled_difference)};
 }
 

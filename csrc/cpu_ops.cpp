@@ -77,63 +77,118 @@ void prefer_huge_pages(void* p, Int bytes) {
 #endif
 }
 
-// Columns per chunk: enough to make the sum over chunks cheap, chunks enough for many threads.
-Int chunk_columns(Int columns) {
-  constexpr Int kLeast = 16, kChunks = 256;  // in blocks; chunks
-  return kBlock * std::max(kLeast, ceil_div(columns, kChunks * kBlock));
-}
-
-std::vector<Rows> split_columns(const Rows& rows, DType dtype) {
-  std::vector<Rows> chunks;
-  const Int step = chunk_columns(rows.columns);
-  for (Int c = 0; c < rows.columns; c += step)
-    chunks.push_back({advance(rows.data, dtype, c), rows.stride, std::min(step, rows.columns - c), rows.count});
-  return chunks;
-}
-
 // ---- gram and combine ----------------------------------------------------------------------------------------------
 
-Rows rows_of(const Handle& jacobian, int count, Int columns) {
-  return {reinterpret_cast<const void*>(std::get<0>(jacobian)), std::get<2>(jacobian), columns, count};
+// A Jacobian is a list of members, each K rows over the columns of one parameter: (address, DType, elements from one
+// row to the next, columns).
+using Member = std::tuple<std::uintptr_t, int, Int, Int>;
+// Where the combination of a member's rows goes: (address, DType, whether to add to what is there).
+using Target = std::tuple<std::uintptr_t, int, bool>;
+
+// A range of columns of one member.
+struct Piece {
+  std::size_t member;
+  Int begin, columns;
+};
+
+// The members' columns divided into tasks of about equal size: large members are cut up, small ones share a task.
+class Tasks {
+ public:
+  Tasks(const std::vector<Member>& members, int count, int threads) {
+    Int columns = 0, bytes = 0;
+    for (const auto& [data, dtype, stride, n] : members) {
+      columns += n;
+      bytes += count * n * static_cast<Int>(kBytes[dtype]);
+    }
+    threads_ = useful_threads(threads, bytes);
+    const Int step = task_columns(columns);
+    Int room = 0;
+    for (std::size_t member = 0; member < members.size(); ++member)
+      for (Int begin = 0, end = std::get<3>(members[member]); begin < end; begin += step) {
+        const Int n = std::min(step, end - begin);
+        if (n > room) {
+          first_.push_back(pieces_.size());
+          room = step;
+        }
+        room -= n;
+        pieces_.push_back({member, begin, n});
+      }
+    first_.push_back(pieces_.size());
+  }
+
+  Int size() const { return static_cast<Int>(first_.size()) - 1; }
+  int threads() const { return threads_; }
+
+  // body(piece, task, thread) for the pieces of every task, those of one task in their order.
+  template <class Body>
+  void run(const Body& body) const {
+    parallel_for(size(), threads_, [&](Int task, int thread) {
+      for (std::size_t i = first_[task]; i < first_[task + 1]; ++i) body(pieces_[i], task, thread);
+    });
+  }
+
+ private:
+  // Enough to make the sum over tasks cheap, tasks enough for many threads.
+  static Int task_columns(Int columns) {
+    constexpr Int kLeast = 16, kTasks = 256;  // in blocks; tasks
+    return kBlock * std::max(kLeast, ceil_div(columns, kTasks * kBlock));
+  }
+
+  std::vector<Piece> pieces_;
+  std::vector<std::size_t> first_;  // of each task, and the end
+  int threads_;
+};
+
+Rows rows_of(const Member& member, const Piece& piece, int count) {
+  const auto& [data, dtype, stride, columns] = member;
+  return {advance(reinterpret_cast<const void*>(data), static_cast<DType>(dtype), piece.begin), stride, piece.columns, count};
 }
 
-void gram(const Handle& jacobian, int count, Int columns, std::uintptr_t out, int threads) {
-  const DType dtype = static_cast<DType>(std::get<1>(jacobian));
-  const std::vector<Rows> chunks = split_columns(rows_of(jacobian, count, columns), dtype);
-  const Int products = Int{count} * count, tasks = static_cast<Int>(chunks.size());
-  threads = useful_threads(threads, count * columns * static_cast<Int>(kBytes[dtype]));
-
+void gram(const std::vector<Member>& members, int count, std::uintptr_t out, int out_dtype, int threads) {
+  const Tasks tasks(members, count, threads);
   struct alignas(64) Line {
     char bytes[64];
   };
   const std::size_t lines = gram_scratch(count) / sizeof(Line);
-  const std::unique_ptr<Line[]> scratch(new Line[lines * threads]);
-  std::vector<double> partial(products * tasks), total(products);
-  parallel_for(tasks, threads, [&](Int task, int thread) {
-    kernels().gram[dtype](chunks[task], partial.data() + task * products, scratch.get() + lines * thread);
+  const std::unique_ptr<Line[]> scratch(new Line[lines * tasks.threads()]);
+  const Int products = Int{count} * count;
+  std::vector<double> partial(products * tasks.size()), total(products);
+  tasks.run([&](const Piece& piece, Int task, int thread) {
+    const Member& member = members[piece.member];
+    kernels().gram[std::get<1>(member)](rows_of(member, piece, count), partial.data() + task * products,
+                                        scratch.get() + lines * thread);
   });
-  for (Int task = 0; task < tasks; ++task)
+  for (Int task = 0; task < tasks.size(); ++task)
     for (Int i = 0; i < products; ++i) total[i] += partial[task * products + i];
-
-  const DType out_dtype = accumulation_dtype(dtype, dtype);
   for (int i = 0; i < count; ++i)
     for (int j = i; j < count; ++j) {
-      write_number(out, out_dtype, Int{i} * count + j, total[i * count + j]);
-      write_number(out, out_dtype, Int{j} * count + i, total[i * count + j]);
+      write_number(out, static_cast<DType>(out_dtype), Int{i} * count + j, total[i * count + j]);
+      write_number(out, static_cast<DType>(out_dtype), Int{j} * count + i, total[i * count + j]);
     }
 }
 
-void combine(const Handle& jacobian, int count, Int columns, const Handle& weights, std::uintptr_t out, int threads) {
-  const DType dtype = static_cast<DType>(std::get<1>(jacobian));
-  const std::vector<Rows> chunks = split_columns(rows_of(jacobian, count, columns), dtype);
+// Returns the squared norm of all that was written.
+double combine(const std::vector<Target>& targets, const std::vector<Member>& members, int count, const Handle& weights,
+               int threads) {
   const Numbers numbers(weights);
   double w[kMaxRows];
   for (int i = 0; i < count; ++i) w[i] = numbers[i];
-  void* const destination = reinterpret_cast<void*>(out);
-  prefer_huge_pages(destination, columns * static_cast<Int>(kBytes[dtype]));
-  const Int step = chunk_columns(columns);
-  parallel_for(static_cast<Int>(chunks.size()), useful_threads(threads, count * columns * static_cast<Int>(kBytes[dtype])),
-               [&](Int task, int) { kernels().combine[dtype](chunks[task], w, advance(destination, dtype, task * step)); });
+  for (std::size_t i = 0; i < targets.size(); ++i) {
+    const auto& [data, dtype, accumulate] = targets[i];
+    if (!accumulate)
+      prefer_huge_pages(reinterpret_cast<void*>(data), std::get<3>(members[i]) * static_cast<Int>(kBytes[dtype]));
+  }
+  const Tasks tasks(members, count, threads);
+  std::vector<double> partial(tasks.size());
+  tasks.run([&](const Piece& piece, Int task, int) {
+    const Member& member = members[piece.member];
+    const auto& [data, dtype, accumulate] = targets[piece.member];
+    void* const out = advance(reinterpret_cast<void*>(data), static_cast<DType>(dtype), piece.begin);
+    partial[task] += kernels().combine[std::get<1>(member)][dtype](rows_of(member, piece, count), w, accumulate, out);
+  });
+  double square = 0;
+  for (const double part : partial) square += part;
+  return square;
 }
 
 }  // namespace

@@ -36,6 +36,7 @@ struct Float16 {
 
 typedef float Floats __attribute__((vector_size(kVectorBytes)));
 typedef double Doubles __attribute__((vector_size(kVectorBytes)));
+typedef float HalfFloats __attribute__((vector_size(kVectorBytes / 2)));
 typedef std::int32_t Ints __attribute__((vector_size(kVectorBytes)));
 typedef std::uint32_t Words __attribute__((vector_size(kVectorBytes)));
 typedef std::uint16_t Shorts __attribute__((vector_size(kVectorBytes / 2)));
@@ -150,6 +151,8 @@ template <class Compute, class T>
 DIFFMTL_INLINE_LOOP Vector<Compute> load(const T* p) {
   if constexpr (std::is_same_v<T, Compute>) {
     return load_bits<Vector<Compute>>(p);
+  } else if constexpr (std::is_same_v<T, float>) {
+    return __builtin_convertvector(load_bits<HalfFloats>(p), Doubles);
   } else if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<Compute, float>) {
     return decode_bfloat16<Floats>(widen(load_bits<Shorts>(p)));
   } else if constexpr (std::is_same_v<T, Float16> && std::is_same_v<Compute, float>) {
@@ -171,6 +174,9 @@ template <class Compute, class T>
 DIFFMTL_INLINE_LOOP void store(T* p, Vector<Compute> v) {
   if constexpr (std::is_same_v<T, Compute>) {
     std::memcpy(p, &v, sizeof(v));
+  } else if constexpr (std::is_same_v<T, float>) {
+    const HalfFloats rounded = __builtin_convertvector(v, HalfFloats);
+    std::memcpy(p, &rounded, sizeof(rounded));
   } else if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<Compute, float>) {
     const Shorts rounded = narrow(encode_bfloat16<Words>(v));
     std::memcpy(p, &rounded, sizeof(rounded));

@@ -14,7 +14,7 @@ from .cluster_mean import cluster_mean
 from .cluster_mse import cluster_mse
 from .cluster_sum import cluster_sum
 from .cluster_wgrad import cluster_wgrad
-from .combine import combine
+from .combine import combine, combine_
 from .denoising_loss import denoising_loss, sample_huber
 from .gram import gram
 from .nash import nash_weights
@@ -42,6 +42,7 @@ __all__ = [
     "cluster_sum",
     "cluster_wgrad",
     "combine",
+    "combine_",
     "denoising_loss",
     "gram",
     "nash_weights",

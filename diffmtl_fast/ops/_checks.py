@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -10,10 +11,10 @@ from torch import Tensor
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """Return the dtype that sums are formed in: the promoted dtype, and float32 at least."""
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
+    sums = torch.float32
+    for dtype in {tensor.dtype for tensor in tensors}:
+        sums = torch.promote_types(sums, dtype)
+    return sums
 
 
 def check_floating(**tensors: Tensor) -> None:
@@ -29,6 +30,39 @@ def check_same_device(**tensors: Tensor) -> None:
     if len(set(devices.values())) > 1:
         found = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise ValueError(f"expected all tensors on one device, found {found}")
+
+
+def check_jacobian(jacobian: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """Refuse what is not J, [K, P] or one [K, ...] per parameter on one device; return it as a list."""
+    if isinstance(jacobian, Tensor):
+        check_floating(jacobian=jacobian)
+        if jacobian.dim() != 2:
+            raise ValueError(f"jacobian: expected shape [K, P], found {list(jacobian.shape)}")
+        return [jacobian]
+    members = list(jacobian)
+    if not members:
+        raise ValueError("jacobian: expected at least one tensor, found an empty sequence")
+    k, device = members[0].shape[:1], members[0].device
+    for i, member in enumerate(members):
+        if not member.is_floating_point():
+            raise TypeError(f"jacobian[{i}]: expected a floating-point tensor, found {member.dtype}")
+        if member.dim() == 0 or member.shape[:1] != k:
+            expected = f"[{k[0]}, ...] as the first one" if k else "[K, ...]"
+            raise ValueError(f"jacobian[{i}]: expected shape {expected}, found {list(member.shape)}")
+        if member.device != device:
+            raise ValueError(f"jacobian[{i}]: expected a tensor on {device}, found one on {member.device}")
+    return members
+
+
+def check_weights(weights: Tensor, jacobian: Sequence[Tensor]) -> None:
+    """Refuse weights that are not floating-point [K] beside the rows of J."""
+    check_floating(weights=weights)
+    check_same_device(jacobian=jacobian[0], weights=weights)
+    if weights.shape != jacobian[0].shape[:1]:
+        raise ValueError(
+            f"weights: expected shape {list(jacobian[0].shape[:1])}, one for each row of the jacobian, "
+            f"found {list(weights.shape)}"
+        )
 
 
 def check_pair(pred: Tensor, target: Tensor) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, TypeAlias
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .._native import _C
 from ._checks import accumulation_dtype, host_offsets
-from ._layout import CHANNELS_LAST, in_rows
+from ._layout import CHANNELS_LAST, dense_rows, empty_row, is_dense, rows_like
 from ._library import register_kernel, run_plain
 from .nash import CONVERGED, LINE_SEARCH_STEPS, NEWTON_STEPS
 
@@ -43,32 +43,60 @@ def _unsupported(*tensors: Tensor | None) -> str | None:
     return None
 
 
-def _too_many_rows(jacobian: Tensor) -> str | None:
-    if jacobian.shape[0] > _C.CPU_MAX_ROWS:
-        return f"expected at most {_C.CPU_MAX_ROWS} rows, found {jacobian.shape[0]}"
+def _uncovered(jacobian: Sequence[Tensor], *others: Tensor) -> str | None:
+    """Say why no kernel covers these rows, if so."""
+    if reason := _unsupported(*jacobian, *others):
+        return reason
+    if jacobian[0].shape[0] > _C.CPU_MAX_ROWS:
+        return f"expected at most {_C.CPU_MAX_ROWS} rows, found {jacobian[0].shape[0]}"
     return None
 
 
-def gram(jacobian: Tensor) -> Tensor:
+def _member(rows: Tensor, columns: int) -> tuple[int, int, int, int]:
+    return *_handle(rows), columns
+
+
+def gram(jacobian: Sequence[Tensor]) -> Tensor:
     """Run `gram`."""
-    if reason := _unsupported(jacobian) or _too_many_rows(jacobian):
+    if reason := _uncovered(jacobian):
         return run_plain("gram", reason, jacobian)
-    rows = in_rows(jacobian)
-    k, columns = rows.shape
-    gramian = torch.empty(k, k, dtype=accumulation_dtype(rows))
-    _C.cpu_gram(_handle(rows), k, columns, gramian.data_ptr(), torch.get_num_threads())
+    k = jacobian[0].shape[0]
+    gramian = torch.empty(k, k, dtype=accumulation_dtype(*jacobian))
+    parts = [dense_rows(member) for member in jacobian]  # kept while the kernel reads their memory
+    members = [_member(rows, rows.numel() // max(k, 1)) for rows in parts]
+    _C.cpu_gram(members, k, gramian.data_ptr(), _DTYPES[gramian.dtype], torch.get_num_threads())
     return gramian
 
 
-def combine(jacobian: Tensor, weights: Tensor) -> Tensor:
+def combine(jacobian: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
     """Run `combine`."""
-    if reason := _unsupported(jacobian, weights) or _too_many_rows(jacobian):
-        return run_plain("combine", reason, jacobian, weights)
-    rows = in_rows(jacobian)
-    k, columns = rows.shape
-    direction = torch.empty(columns, dtype=rows.dtype)
-    _C.cpu_combine(_handle(rows), k, columns, _handle(weights), direction.data_ptr(), torch.get_num_threads())
-    return direction
+    out = [empty_row(member) for member in jacobian]
+    combine_(out, jacobian, weights, [False] * len(out))
+    return out
+
+
+def combine_(
+    out: Sequence[Tensor], jacobian: Sequence[Tensor], weights: Tensor, accumulate: Sequence[bool]
+) -> Tensor:
+    """Run `combine_`."""
+    if reason := _uncovered(jacobian, *out, weights):
+        return run_plain("combine_", reason, out, jacobian, weights, accumulate)
+    dense = [written if is_dense(written) else written.contiguous() for written in out]
+    parts = [rows_like(member, written) for member, written in zip(jacobian, dense, strict=True)]
+    square = _C.cpu_combine(
+        [
+            (written.data_ptr(), _DTYPES[written.dtype], add)
+            for written, add in zip(dense, accumulate, strict=True)
+        ],
+        [_member(rows, written.numel()) for rows, written in zip(parts, dense, strict=True)],
+        weights.shape[0],
+        _handle(weights),
+        torch.get_num_threads(),
+    )
+    for written, computed in zip(out, dense, strict=True):
+        if written is not computed:
+            written.copy_(computed)
+    return torch.tensor(square, dtype=accumulation_dtype(*out, *jacobian))
 
 
 def _sample_is_contiguous(tensor: Tensor) -> bool:
@@ -246,6 +274,7 @@ def cluster_wgrad(grad_out: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
 _KERNELS: tuple[Callable[..., Any], ...] = (
     gram,
     combine,
+    combine_,
     sample_mse,
     sample_mse_backward,
     cluster_mse,

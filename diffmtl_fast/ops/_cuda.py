@@ -7,6 +7,7 @@ hands it to that definition and the reason is logged once.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from ..kernels import noise as noise_kernels
 from ..kernels import settings
 from ..kernels import weights as weight_kernels
 from ._checks import accumulation_dtype
-from ._layout import CHANNELS_LAST, in_rows
+from ._layout import CHANNELS_LAST, as_matrix, empty_row, in_rows
 from ._library import register_kernel, run_plain
 from .nash import CONVERGED, LINE_SEARCH_STEPS, NEWTON_STEPS
 
@@ -179,11 +180,16 @@ def cluster_mse(
     return cluster_means(sample_mse(pred, target, weight), cluster, k)
 
 
-def gram(jacobian: Tensor) -> Tensor:
+def gram(jacobian: Sequence[Tensor]) -> Tensor:
     """Launch `gram`."""
+    dtype = accumulation_dtype(*jacobian)
+    return torch.stack([_gram(as_matrix(member)).to(dtype) for member in jacobian]).sum(0)
+
+
+def _gram(jacobian: Tensor) -> Tensor:
     k, size = jacobian.shape
     if k > settings.MAX_CLUSTERS or (jacobian.dtype == torch.float64 and k > settings.MAX_VECTOR_CLUSTERS):
-        return run_plain("gram", f"no kernel for K = {k} in {jacobian.dtype}", jacobian)
+        return run_plain("gram", f"no kernel for K = {k} in {jacobian.dtype}", [jacobian])
     dtype = accumulation_dtype(jacobian)
     if k == 0 or size == 0:
         return torch.zeros(k, k, dtype=dtype, device=jacobian.device)
@@ -222,11 +228,17 @@ def gram(jacobian: Tensor) -> Tensor:
     return (gramian + gramian.T) / 2
 
 
-def combine(jacobian: Tensor, weights: Tensor) -> Tensor:
+def combine(jacobian: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
     """Launch `combine`."""
-    k, size = jacobian.shape
+    k = jacobian[0].shape[0]
     if k > settings.MAX_CLUSTERS:
         return run_plain("combine", f"no kernel for K = {k}", jacobian, weights)
+    directions = [_combine(as_matrix(member), weights).view(member.shape[1:]) for member in jacobian]
+    return [empty_row(j).copy_(d) for j, d in zip(jacobian, directions, strict=True)]
+
+
+def _combine(jacobian: Tensor, weights: Tensor) -> Tensor:
+    k, size = jacobian.shape
     jacobian = in_rows(jacobian)
     out = torch.empty(size, dtype=jacobian.dtype, device=jacobian.device)
     if size:

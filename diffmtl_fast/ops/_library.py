@@ -70,3 +70,28 @@ def refuse_autograd(name: str, why: str) -> None:
         raise RuntimeError(f"diffmtl::{name} has no gradient: {why}")
 
     register_autograd(name, backward, lambda ctx, inputs, output: None)
+
+
+def refuse_autograd_in_place(name: str, why: str) -> None:
+    """Make ``diffmtl::<name>`` an in-place op: what it writes counts as changed, and differentiating is refused.
+
+    PyTorch does both by itself only for its own in-place ops. Without the count, a gradient that needs the values
+    from before the write would be wrong without a word.
+    """
+    op = getattr(torch.ops.diffmtl, name).default
+    aliases = [argument.alias_info for argument in op._schema.arguments]
+    written = [i for i, alias in enumerate(aliases) if alias is not None and alias.is_write]
+
+    def write(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        for i in written:
+            torch.autograd.graph.increment_version(args[i])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    def refuse(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            raise RuntimeError(f"diffmtl::{name} has no gradient: {why}")
+        return write(keyset, *args)
+
+    _LIBRARY.impl(name, refuse, "Autograd", with_keyset=True)
+    _LIBRARY.impl(name, write, "ADInplaceOrView", with_keyset=True)  # reached alone in inference mode

@@ -2,58 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._checks import accumulation_dtype, check_floating
+from ._checks import accumulation_dtype, check_jacobian
+from ._layout import as_matrix
 from ._library import define_op, register_autograd
 
 
-def gram_plain(jacobian: Tensor) -> Tensor:
+def gram_plain(jacobian: Sequence[Tensor]) -> Tensor:
     """Compute `gram` by its definition."""
-    rows = jacobian.to(accumulation_dtype(jacobian))
-    with torch.autocast(rows.device.type, enabled=False):  # a Gramian in bfloat16 would be noise
-        gramian = rows @ rows.T
+    gramian = _fake(jacobian).zero_()
+    with torch.autocast(gramian.device.type, enabled=False):  # a Gramian in bfloat16 would be noise
+        for member in jacobian:
+            rows = as_matrix(member).to(gramian.dtype)
+            gramian += rows @ rows.T
     # A library's product is symmetric only up to rounding; the Gramian is symmetric by definition.
     return (gramian + gramian.T) / 2
 
 
-_gram = define_op(
-    "gram(Tensor jacobian) -> Tensor",
-    plain=gram_plain,
-    fake=lambda jacobian: jacobian.new_empty([jacobian.shape[0]] * 2, dtype=accumulation_dtype(jacobian)),
-)
+def _fake(jacobian: Sequence[Tensor]) -> Tensor:
+    return jacobian[0].new_empty([jacobian[0].shape[0]] * 2, dtype=accumulation_dtype(*jacobian))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+_gram = define_op("gram(Tensor[] jacobian) -> Tensor", plain=gram_plain, fake=_fake)
 
 
-def _backward(ctx: Any, grad: Tensor) -> Tensor:
-    (jacobian,) = ctx.saved_tensors
+def _setup_context(ctx: Any, inputs: tuple[Sequence[Tensor]], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[0])
+
+
+def _backward(ctx: Any, grad: Tensor) -> list[Tensor]:
     with torch.autocast(grad.device.type, enabled=False):
-        return ((grad + grad.T) @ jacobian.to(grad.dtype)).to(jacobian.dtype)
+        factor = grad + grad.T
+        return [(factor @ as_matrix(j).to(grad.dtype)).to(j.dtype).view(j.shape) for j in ctx.saved_tensors]
 
 
 register_autograd("gram", _backward, _setup_context)
 
 
-def gram(jacobian: Tensor) -> Tensor:
+def gram(jacobian: Tensor | Sequence[Tensor]) -> Tensor:
     """Gramian of the rows of J, G = J Jᵀ.
 
     Args:
-        jacobian: J, [K, P], floating point; row k is the gradient of cluster k.
+        jacobian: J, [K, P], floating point; row k is the gradient of cluster k. Or J in parts, one tensor [K, ...]
+            for every parameter, of any sizes and dtypes: one pass covers all of them.
 
     Returns:
-        G, [K, K], exactly symmetric; accumulated and returned in float32, or in float64 for a float64 J.
+        G, [K, K], exactly symmetric; in float32, or in float64 where a part of J is. Every part is accumulated in
+        its own dtype and float32 at least.
 
     Raises:
         TypeError: J is not floating point.
-        ValueError: J is not two-dimensional.
+        ValueError: J is not two-dimensional; its parts are none, or differ in K or device.
     """
-    check_floating(jacobian=jacobian)
-    if jacobian.dim() != 2:
-        raise ValueError(f"jacobian: expected shape [K, P], found {list(jacobian.shape)}")
-    return _gram(jacobian)
+    return _gram(check_jacobian(jacobian))

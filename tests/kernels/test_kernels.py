@@ -22,12 +22,17 @@ def draw(shape, dtype, generator):
     return torch.randn(shape, generator=generator, device=generator.device).to(dtype)
 
 
+def in_float64(x):
+    if isinstance(x, list):
+        return [in_float64(member) for member in x]
+    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
 def check(name, inputs, tolerance):
     """Compare a launcher with the definition on the same inputs in float64."""
     found = _cuda.LAUNCHERS[name](*inputs)
-    exact = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs]
-    expected = PLAIN[name](*exact)
-    pairs = zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]
+    expected = PLAIN[name](*(in_float64(x) for x in inputs))
+    pairs = zip(found, expected, strict=True) if isinstance(found, tuple | list) else [(found, expected)]
     for out, reference in pairs:
         assert out.shape == reference.shape
         error = (out.double() - reference.double()).norm() / reference.double().norm().clamp(min=1e-30)
@@ -133,9 +138,9 @@ def test_cluster_mean(batch, k, generator, device):
 def test_gram_and_combine(k, size, dtype, generator, device):
     jacobian = draw((k, size), dtype, generator)
     weights = torch.randn(k, generator=generator, device=device)
-    check("gram", (jacobian,), min(DTYPES[dtype], 2e-6))
-    check("combine", (jacobian, weights), DTYPES[dtype])
-    gramian = _cuda.LAUNCHERS["gram"](jacobian)
+    check("gram", ([jacobian],), min(DTYPES[dtype], 2e-6))
+    check("combine", ([jacobian], weights), DTYPES[dtype])
+    gramian = _cuda.LAUNCHERS["gram"]([jacobian])
     assert torch.equal(gramian, gramian.T)
 
 
@@ -150,16 +155,16 @@ def test_offsets_beyond_32_bits(device):
     for k in range(3):
         jacobian[k] = k + 1
     expected = torch.tensor([[1.0, 2.0, 3.0], [2.0, 4.0, 6.0], [3.0, 6.0, 9.0]], device=device) * 256
-    assert torch.equal(_cuda.LAUNCHERS["gram"](jacobian), expected)
-    combined = _cuda.LAUNCHERS["combine"](jacobian, torch.ones(3, device=device))
+    assert torch.equal(_cuda.LAUNCHERS["gram"]([jacobian]), expected)
+    (combined,) = _cuda.LAUNCHERS["combine"]([jacobian], torch.ones(3, device=device))
     assert (combined == 6).all()
 
 
 def test_gram_of_strided_rows(generator):
     wide = draw((5, 2, 300), torch.float32, generator)
-    check("gram", (wide[:, 1],), 2e-6)
-    check("gram", (wide[:, 1].T[:5, :5],), 2e-6)
-    check("combine", (wide[:, 1].T[:5, :5], torch.ones(5, device=generator.device)), 2e-6)
+    check("gram", ([wide[:, 1]],), 2e-6)
+    check("gram", ([wide[:, 1].T[:5, :5]],), 2e-6)
+    check("combine", ([wide[:, 1].T[:5, :5]], torch.ones(5, device=generator.device)), 2e-6)
 
 
 # The interpreter takes half a minute for K = 64.
@@ -191,15 +196,15 @@ def test_nash_of_hard_gramians(generator, device):
 
 def test_same_inputs_same_bits(generator):
     jacobian = draw((5, 10_000), torch.float32, generator)
-    assert torch.equal(_cuda.LAUNCHERS["gram"](jacobian), _cuda.LAUNCHERS["gram"](jacobian))
+    assert torch.equal(_cuda.LAUNCHERS["gram"]([jacobian]), _cuda.LAUNCHERS["gram"]([jacobian]))
 
 
 def test_more_clusters_than_a_kernel_covers_are_logged_once(generator, caplog):
     jacobian = draw((65, 10), torch.float32, generator)
     _library._log_fallback.cache_clear()
     with caplog.at_level("INFO", "diffmtl_fast"):
-        check("gram", (jacobian,), 2e-6)
-        check("gram", (jacobian,), 2e-6)
+        check("gram", ([jacobian],), 2e-6)
+        check("gram", ([jacobian],), 2e-6)
     assert [r.message for r in caplog.records] == [
         "diffmtl::gram runs its plain definition: no kernel for K = 65 in torch.float32"
     ]

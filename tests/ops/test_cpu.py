@@ -104,6 +104,26 @@ class TestGramAndCombine:
         assert ops.gram(jacobian).isnan().sum() == 13
         assert ops.combine(jacobian, torch.ones(7)).isnan().nonzero().tolist() == [[50]]
 
+    @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_parts(self, dtype, out_dtype, instruction_set, seeded):
+        for k in (1, 5, 8, 9, 17):
+            sizes = (1, 15, 64, 1000, 0, 17_000, 3)
+            parts = [draw((k, size), dtype, seeded, offset=1) for size in sizes]
+            weights, whole = draw((k,), torch.float64, seeded), torch.cat(parts, dim=1)
+            assert_gramian(ops.gram(parts), whole)
+            terms = weights.unsqueeze(1) * whole.double()
+            for accumulate in (False, True):
+                out = [draw((size,), out_dtype, seeded, offset=3) for size in sizes]
+                before = torch.cat(out).double() * accumulate
+                square = ops.combine_(out, parts, weights, accumulate=accumulate)
+                written, expected = torch.cat(out).double(), before + terms.sum(0)
+                exact = torch.float64 in (dtype, out_dtype)
+                rounding = (2e-15 if exact else 1e-6) * (before.abs() + terms.abs().sum(0))
+                bound = EPSILON[out_dtype] * expected.abs() + rounding + 1e-7
+                assert ((written - expected).abs() <= bound).all()
+                assert relative_error(square, written.square().sum()) < (1e-14 if exact else 1e-6)
+
     def test_the_plain_definition_serves_more_rows_than_the_kernels(self, seeded, caplog):
         _library._log_fallback.cache_clear()
         jacobian, weights = draw((65, 33), torch.float32, seeded), draw((65,), torch.float32, seeded)
@@ -248,6 +268,8 @@ class TestThreads:
         many, target = draw((300, 3001), dtype, seeded), draw((300, 3001), torch.float32, seeded)
         one, other = draw((1, 400_001), dtype, seeded), draw((1, 400_001), dtype, seeded)
         cluster = torch.randint(4, (300,), generator=seeded)
+        parts = [draw((5, size), dtype, seeded) for size in (3, 20_000, 100, 70_001, 40)]
+        out = [torch.ones(part.shape[1]) for part in parts]
         results = []
         for number in (1, 2, 3):
             threads(number)
@@ -255,6 +277,8 @@ class TestThreads:
                 [
                     ops.gram(jacobian),
                     ops.combine(jacobian, weights),
+                    ops.gram(parts),
+                    ops.combine_(out, parts, weights),
                     ops.sample_mse(one, other),
                     ops.cluster_mse(many, target, cluster, 4),
                     torch.ops.diffmtl.sample_mse_backward(weights.repeat(60), many, target),

@@ -15,6 +15,15 @@ def mse_inputs(device, dtype, requires_grad):
     return pred.requires_grad_(requires_grad), target
 
 
+def parts(device, dtype, requires_grad):
+    """A Jacobian in parts, one of them in another dtype."""
+    shapes, dtypes = [(K, P), (K,), (K, 2, 3, 1)], [dtype, dtype, torch.float32]
+    return [
+        torch.randn(shape, device=device).to(t).requires_grad_(requires_grad)
+        for shape, t in zip(shapes, dtypes, strict=True)
+    ]
+
+
 def cluster(device):
     return torch.tensor([0, 2, 2, 0, 0, 2], device=device)
 
@@ -78,10 +87,13 @@ SAMPLES = {
         cluster(d),
         torch.randn(K, device=d).requires_grad_(g),
     ),
-    "gram": lambda d, t, g: (torch.randn(K, P, device=d).to(t).requires_grad_(g),),
-    "combine": lambda d, t, g: (
-        torch.randn(K, P, device=d).to(t).requires_grad_(g),
+    "gram": lambda d, t, g: (parts(d, t, g),),
+    "combine": lambda d, t, g: (parts(d, t, g), torch.randn(K, device=d).requires_grad_(g)),
+    "combine_": lambda d, t, g: (
+        [torch.randn(part.shape[1:], device=d) for part in parts(d, t, False)],
+        parts(d, t, False),
         torch.randn(K, device=d),
+        [True, False, True],
     ),
     "pcgrad_weights": lambda d, t, g: (
         gramian(d, torch.float32).to(t),
@@ -110,19 +122,28 @@ def test_opcheck(name, dtype, requires_grad, device):
 
 @pytest.mark.compile
 def test_compiles_without_graph_breaks(device):
-    def objective(pred, target, index, jacobian):
+    def objective(pred, target, index, jacobian, gradients):
         losses = ops.cluster_mse(pred, target, index, K) + ops.cluster_mean(
             ops.sample_mse(pred, target), index, K
         )
         weights = ops.nash_weights(ops.gram(jacobian)) + ops.pcgrad_weights(ops.gram(jacobian), order(device))
-        return losses.sum() + ops.combine(jacobian, weights).sum()
+        norm = ops.combine_(gradients, [jacobian[:, :4], jacobian[:, 4:]], weights, accumulate=[True, False])
+        weights = weights + ops.gram([jacobian, jacobian]).diagonal()
+        return (
+            losses.sum()
+            + ops.combine(jacobian, weights).sum()
+            + ops.combine([jacobian], weights)[0].sum()
+            + norm
+        )
 
     pred, target = mse_inputs(device, torch.float32, True)
     inputs = (pred, target, cluster(device), torch.randn(K, P, device=device))
-    expected = objective(*inputs)
+    written = [[torch.ones(4, device=device), torch.ones(P - 4, device=device)] for _ in range(2)]
+    expected = objective(*inputs, written[0])
     (gradient,) = torch.autograd.grad(expected, pred)
-    found = torch.compile(objective, fullgraph=True, backend="aot_eager")(*inputs)
+    found = torch.compile(objective, fullgraph=True, backend="aot_eager")(*inputs, written[1])
     torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(written[1], written[0])
     torch.testing.assert_close(torch.autograd.grad(found, pred)[0], gradient)
 
 
