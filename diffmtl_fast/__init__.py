@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import clustering, diffusion, ops
+from . import clustering, curriculum, diffusion, ops
 from .clustering import (
     ClusterPath,
     IntervalClustering,
@@ -13,6 +13,14 @@ from .clustering import (
     cluster_path,
     cluster_snr,
     cluster_timesteps,
+)
+from .curriculum import (
+    DifficultyCurriculum,
+    DistributionSampler,
+    LossSecondMomentSampler,
+    StratifiedSampler,
+    TimestepSampler,
+    UniformSampler,
 )
 from .gradients import ClusteredMTL, StepRecord
 from .weighting import (
@@ -30,15 +38,21 @@ __version__ = "0.1.0"
 __all__ = [
     "ClusterPath",
     "ClusteredMTL",
+    "DifficultyCurriculum",
+    "DistributionSampler",
     "Equal",
     "GramianWeighting",
     "IntervalClustering",
+    "LossSecondMomentSampler",
     "LossWeighting",
     "NashMTL",
     "NoiseClustering",
     "PCGrad",
     "StepRecord",
+    "StratifiedSampler",
+    "TimestepSampler",
     "UncertaintyWeighting",
+    "UniformSampler",
     "cluster_affinity",
     "cluster_intervals",
     "cluster_noise",
@@ -46,6 +60,7 @@ __all__ = [
     "cluster_snr",
     "cluster_timesteps",
     "clustering",
+    "curriculum",
     "diffusion",
     "ops",
     "param_groups",

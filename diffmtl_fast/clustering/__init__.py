@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from .continuous import LogitNormalTime, LogNormalSigma, NoiseClustering, UniformTime, cluster_noise
+from .continuous import NoiseClustering, cluster_noise
 from .costs import AbsoluteDeviation, Affinity, FunctionCost, MatrixCost, SquaredDeviation
+from .distributions import (
+    BetaTime,
+    LaplaceSigma,
+    LaplaceTime,
+    LogitNormalTime,
+    LogNormalSigma,
+    NoiseDistribution,
+    UniformTime,
+)
 from .intervals import IntervalClustering
 from .path import ClusterPath
 from .solve import cluster_affinity, cluster_intervals, cluster_path, cluster_snr, cluster_timesteps
@@ -11,13 +20,17 @@ from .solve import cluster_affinity, cluster_intervals, cluster_path, cluster_sn
 __all__ = [
     "AbsoluteDeviation",
     "Affinity",
+    "BetaTime",
     "ClusterPath",
     "FunctionCost",
     "IntervalClustering",
+    "LaplaceSigma",
+    "LaplaceTime",
     "LogNormalSigma",
     "LogitNormalTime",
     "MatrixCost",
     "NoiseClustering",
+    "NoiseDistribution",
     "SquaredDeviation",
     "UniformTime",
     "cluster_affinity",

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .costs import AbsoluteDeviation, SquaredDeviation, as_integer
+from .distributions import DISTRIBUTIONS, NoiseDistribution
 from .intervals import stratified_clusters
 from .solve import NumClusters, cluster_intervals
 
@@ -19,88 +20,6 @@ NoiseCost: TypeAlias = Literal["quantile", "absolute", "squared"]
 
 _TOLERANCE = 1e-9  # of a limit on probabilities, so that 1 / 3 allows three clusters
 _DRAW_RANGE = 2**53  # every midpoint of these many cells of (0, 1) is a float64, or rounds to one
-
-
-@dataclass(frozen=True)
-class LogNormalSigma:
-    """EDM's training distribution, ln σ ~ N(mean, std²) (Karras et al., NeurIPS 2022, arXiv 2206.00364).
-
-    Raises:
-        ValueError: ``std`` is not positive.
-    """
-
-    name: ClassVar[str] = "log_normal_sigma"
-    mean: float = -1.2
-    std: float = 1.2
-
-    def __post_init__(self) -> None:
-        _check_normal(self.mean, self.std)
-
-    def quantile(self, probability: Tensor) -> Tensor:
-        """σ below which this share of the training levels lies."""
-        return torch.exp(self.mean + self.std * torch.special.ndtri(probability))
-
-    def cdf(self, level: Tensor) -> Tensor:
-        """Share of the training levels below σ."""
-        return torch.special.ndtr((level.log() - self.mean) / self.std)
-
-    def log_snr(self, level: Tensor) -> Tensor:
-        """−2 ln σ."""
-        return -2.0 * level.log()
-
-
-@dataclass(frozen=True)
-class UniformTime:
-    """Flow matching with t ~ U(0, 1), x_t = (1 − t) x_0 + t ε."""
-
-    name: ClassVar[str] = "uniform_time"
-
-    def quantile(self, probability: Tensor) -> Tensor:
-        """t below which this share of the training times lies."""
-        return probability.clone()
-
-    def cdf(self, level: Tensor) -> Tensor:
-        """Share of the training times below t."""
-        return level.clamp(0.0, 1.0)
-
-    def log_snr(self, level: Tensor) -> Tensor:
-        """2 ln((1 − t) / t)."""
-        return 2.0 * (torch.log1p(-level) - level.log())
-
-
-@dataclass(frozen=True)
-class LogitNormalTime:
-    """Flow matching with logit(t) ~ N(mean, std²) (Esser et al., ICML 2024, arXiv 2403.03206).
-
-    Raises:
-        ValueError: ``std`` is not positive.
-    """
-
-    name: ClassVar[str] = "logit_normal_time"
-    mean: float = 0.0
-    std: float = 1.0
-
-    def __post_init__(self) -> None:
-        _check_normal(self.mean, self.std)
-
-    def quantile(self, probability: Tensor) -> Tensor:
-        """t below which this share of the training times lies."""
-        return torch.sigmoid(self.mean + self.std * torch.special.ndtri(probability))
-
-    def cdf(self, level: Tensor) -> Tensor:
-        """Share of the training times below t."""
-        return torch.special.ndtr((torch.logit(level) - self.mean) / self.std)
-
-    def log_snr(self, level: Tensor) -> Tensor:
-        """2 ln((1 − t) / t)."""
-        return -2.0 * torch.logit(level)
-
-
-NoiseDistribution: TypeAlias = "LogNormalSigma | UniformTime | LogitNormalTime"
-
-DISTRIBUTIONS: dict[str, type[NoiseDistribution]] = {
-    kind.name: kind for kind in (LogNormalSigma, UniformTime, LogitNormalTime)
-}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -195,15 +114,36 @@ class NoiseClustering:
         """
         place = torch.device(device if device is not None else generator.device if generator else "cpu")
         cluster = stratified_clusters(self.k, batch_size, place, generator)
-        draw = torch.randint(_DRAW_RANGE, (batch_size,), device=place, generator=generator)
+        return self.draw(cluster, cluster + 1, generator=generator, dtype=dtype), cluster
+
+    def draw(
+        self,
+        first: Tensor,
+        last: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Draw levels of the training distribution between two boundaries each.
+
+        Args:
+            first: int64 [B], index of the lower boundary, 0 … K - 1.
+            last: int64 [B], index of the upper boundary, above ``first``.
+            generator: source of randomness, on their device; by default the device's global one.
+            dtype: of the levels; drawn in float64, then rounded within the boundaries.
+
+        Returns:
+            Levels [B], ``edges[first] <= level < edges[last]``.
+        """
+        draw = torch.randint(_DRAW_RANGE, first.shape, device=first.device, generator=generator)
         share = (draw.double() + 0.5) / _DRAW_RANGE
-        ends = self._probabilities(place)
-        low, high = ends[cluster], ends[cluster + 1]
+        ends = self._probabilities(first.device)
+        low, high = ends[first], ends[last]
         probability = (low + share * (high - low)).clamp(2.0**-60, 1.0 - 2.0**-53)
         level = self.distribution.quantile(probability).to(dtype)
-        edges = self._edges(place, dtype)
-        below = torch.nextafter(edges[1:], edges.new_full((), -math.inf))
-        return torch.minimum(torch.maximum(level, edges[cluster]), below[cluster]), cluster
+        edges = self._edges(first.device, dtype)
+        below = torch.nextafter(edges, edges.new_full((), -math.inf))
+        return torch.minimum(torch.maximum(level, edges[first]), below[last])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold; :meth:`from_dict` reads them back."""
@@ -342,8 +282,3 @@ def _check_share(k: int, least: float, most: float) -> None:
         raise ValueError(
             f"expected min_probability <= 1 / k = {1 / k:.6g} <= max_probability, found {least} and {most}"
         )
-
-
-def _check_normal(mean: float, std: float) -> None:
-    if not (math.isfinite(mean) and 0 < std < math.inf):
-        raise ValueError(f"expected a finite mean and a positive std, found mean={mean}, std={std}")

@@ -32,7 +32,7 @@ class IntervalClustering:
     boundaries: np.ndarray
     cost: float = math.nan
     # Tensors by device: a copy from the host in every training step would wait for the device.
-    _on_device: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
+    _on_device: dict[torch.device, Tensor] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         given = np.asarray(self.boundaries)
@@ -62,6 +62,11 @@ class IntervalClustering:
         """Timesteps per cluster, int64 [K]."""
         return np.diff(self.boundaries)
 
+    @property
+    def probabilities(self) -> np.ndarray:
+        """Share of the timesteps below every boundary, float64 [K + 1]."""
+        return self.boundaries / self.num_timesteps
+
     def assign(self, t: Tensor) -> Tensor:
         """Cluster index of every timestep.
 
@@ -85,8 +90,7 @@ class IntervalClustering:
             if low < 0 or high >= self.num_timesteps:
                 found = low if low < 0 else high
                 raise ValueError(f"t: expected 0 <= t < T = {self.num_timesteps}, found {found}")
-        starts, _ = self._tensors(t.device)
-        return torch.bucketize(t, starts[1:], right=True)
+        return torch.bucketize(t, self._boundaries(t.device)[1:-1], right=True)
 
     def sample(
         self,
@@ -113,10 +117,24 @@ class IntervalClustering:
             ValueError: ``batch_size < 1``.
         """
         place = torch.device(device if device is not None else generator.device if generator else "cpu")
-        starts, sizes = self._tensors(place)
         cluster = stratified_clusters(self.k, batch_size, place, generator)
-        draw = torch.randint(_DRAW_RANGE, (batch_size,), device=place, generator=generator)
-        return starts[cluster] + draw % sizes[cluster], cluster
+        return self.draw(cluster, cluster + 1, generator=generator), cluster
+
+    def draw(self, first: Tensor, last: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw timesteps uniformly between two boundaries each.
+
+        Args:
+            first: int64 [B], index of the lower boundary, 0 … K - 1.
+            last: int64 [B], index of the upper boundary, above ``first``.
+            generator: source of randomness, on their device; by default the device's global one.
+
+        Returns:
+            int64 [B], ``boundaries[first] <= t < boundaries[last]``.
+        """
+        draw = torch.randint(_DRAW_RANGE, first.shape, device=first.device, generator=generator)
+        boundaries = self._boundaries(first.device)
+        low = boundaries[first]
+        return low + draw % (boundaries[last] - low)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold; :meth:`from_dict` reads them back."""
@@ -156,11 +174,10 @@ class IntervalClustering:
     def _key(self) -> tuple[bytes, str]:
         return self.boundaries.tobytes(), self.cost.hex()  # hex: NaN equals NaN
 
-    def _tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """First timestep and size of every cluster, int64 [K], on the device."""
+    def _boundaries(self, device: torch.device) -> Tensor:
+        """Boundaries on the device, int64 [K + 1]."""
         if device not in self._on_device:
-            starts, sizes = torch.tensor(self.boundaries[:-1].tolist()), torch.tensor(self.sizes.tolist())
-            self._on_device[device] = (starts.to(device), sizes.to(device))
+            self._on_device[device] = torch.tensor(self.boundaries.tolist()).to(device)
         return self._on_device[device]
 
 

@@ -11,6 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffmtl_fast.clustering import (
+    BetaTime,
+    LaplaceSigma,
+    LaplaceTime,
     LogitNormalTime,
     LogNormalSigma,
     NoiseClustering,
@@ -24,6 +27,10 @@ DISTRIBUTIONS = [
     UniformTime(),
     LogitNormalTime(),
     LogitNormalTime(0.3, 0.7),
+    LaplaceSigma(),
+    LaplaceTime(0.4, 1.3),
+    BetaTime(1.5, 1.0),
+    BetaTime(0.5, 3.0),
 ]
 
 

@@ -65,7 +65,8 @@ def test_vanilla_is_the_loop_that_everybody_writes(tiny, tmp_path, device, accum
             (torch.nn.functional.mse_loss(predicted, noise) / accumulate).backward()
         optimizer.step()
     for ours, theirs in zip(trainer.model.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        # AdamW divides small gradients by their own size, and so magnifies the rounding of their sums.
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=5e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,0 +1,297 @@
+"""Distributions of the noise level in training: EDM's σ, the times of flow matching.
+
+Conventions: x = x_0 + σ ε with the log-SNR −2 ln σ, and x_t = (1 − t) x_0 + t ε with 2 ln((1 − t) / t). Every
+method works on tensors of any shape, in float64 where accuracy counts; densities are defined inside the range
+of the levels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .._extras import require
+
+_LOG_SQRT_TWO_PI = 0.5 * math.log(2.0 * math.pi)
+# Quantiles of the beta distribution are interpolated between knots in logits of the probability. Both tails
+# are straight lines there, so these ends are far enough out for every level a float64 draw can ask for.
+_BETA_REACH = 42.0
+_BETA_KNOTS = 4097
+_BETA_LEAST, _BETA_MOST = 0.1, 1000.0
+
+
+class _Sigma:
+    """The levels are σ in (0, ∞)."""
+
+    levels: ClassVar[str] = "σ"
+
+    def log_snr(self, level: Tensor) -> Tensor:
+        """−2 ln σ."""
+        return -2.0 * level.log()
+
+    def at_log_snr(self, log_snr: Tensor) -> Tensor:
+        """σ of a log-SNR."""
+        return torch.exp(-0.5 * log_snr)
+
+
+class _Time:
+    """The levels are times in (0, 1)."""
+
+    levels: ClassVar[str] = "times"
+
+    def log_snr(self, level: Tensor) -> Tensor:
+        """2 ln((1 − t) / t)."""
+        return 2.0 * (torch.log1p(-level) - level.log())
+
+    def at_log_snr(self, log_snr: Tensor) -> Tensor:
+        """t of a log-SNR."""
+        return torch.sigmoid(-0.5 * log_snr)
+
+
+@dataclass(frozen=True)
+class LogNormalSigma(_Sigma):
+    """EDM's training distribution, ln σ ~ N(mean, std²) (Karras et al., NeurIPS 2022, arXiv 2206.00364).
+
+    Raises:
+        ValueError: ``std`` is not positive.
+    """
+
+    name: ClassVar[str] = "log_normal_sigma"
+    mean: float = -1.2
+    std: float = 1.2
+
+    def __post_init__(self) -> None:
+        _check_spread(self.mean, "std", self.std)
+
+    def quantile(self, probability: Tensor) -> Tensor:
+        """σ below which this share of the training levels lies."""
+        return torch.exp(self.mean + self.std * torch.special.ndtri(probability))
+
+    def cdf(self, level: Tensor) -> Tensor:
+        """Share of the training levels below σ."""
+        return torch.special.ndtr((level.log() - self.mean) / self.std)
+
+    def density(self, level: Tensor) -> Tensor:
+        """Probability per unit of σ."""
+        return _normal_density(level.log(), self.mean, self.std) / level
+
+
+@dataclass(frozen=True)
+class UniformTime(_Time):
+    """Flow matching with t ~ U(0, 1)."""
+
+    name: ClassVar[str] = "uniform_time"
+
+    def quantile(self, probability: Tensor) -> Tensor:
+        """t below which this share of the training times lies."""
+        return probability.clone()
+
+    def cdf(self, level: Tensor) -> Tensor:
+        """Share of the training times below t."""
+        return level.clamp(0.0, 1.0)
+
+    def density(self, level: Tensor) -> Tensor:
+        """Probability per unit of t."""
+        return torch.ones_like(level)
+
+
+@dataclass(frozen=True)
+class LogitNormalTime(_Time):
+    """Flow matching with logit(t) ~ N(mean, std²) (Esser et al., ICML 2024, arXiv 2403.03206).
+
+    Raises:
+        ValueError: ``std`` is not positive.
+    """
+
+    name: ClassVar[str] = "logit_normal_time"
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_spread(self.mean, "std", self.std)
+
+    def quantile(self, probability: Tensor) -> Tensor:
+        """t below which this share of the training times lies."""
+        return torch.sigmoid(self.mean + self.std * torch.special.ndtri(probability))
+
+    def cdf(self, level: Tensor) -> Tensor:
+        """Share of the training times below t."""
+        return torch.special.ndtr((torch.logit(level) - self.mean) / self.std)
+
+    def density(self, level: Tensor) -> Tensor:
+        """Probability per unit of t."""
+        return _normal_density(torch.logit(level), self.mean, self.std) / (level * (1.0 - level))
+
+
+class _Laplace:
+    """The log-SNR follows a Laplace distribution; how it becomes a level is another class's part."""
+
+    mean: float
+    scale: float
+
+    def log_snr(self, level: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def at_log_snr(self, log_snr: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def quantile(self, probability: Tensor) -> Tensor:
+        """Level below which this share of the training levels lies."""
+        upper = probability > 0.5
+        tail = torch.where(upper, 1.0 - probability, probability)
+        distance = -self.scale * torch.log(2.0 * tail)  # low levels have a high log-SNR
+        return self.at_log_snr(self.mean + torch.where(upper, -distance, distance))
+
+    def cdf(self, level: Tensor) -> Tensor:
+        """Share of the training levels below this one."""
+        distance = (self.log_snr(level) - self.mean) / self.scale
+        tail = 0.5 * torch.exp(-distance.abs())
+        return torch.where(distance > 0, tail, 1.0 - tail)
+
+    def _log_snr_density(self, level: Tensor) -> Tensor:
+        distance = (self.log_snr(level) - self.mean) / self.scale
+        return torch.exp(-distance.abs()) / (2.0 * self.scale)
+
+
+@dataclass(frozen=True)
+class LaplaceSigma(_Sigma, _Laplace):
+    """σ whose log-SNR follows Laplace(mean, scale) (Hang et al., ICCV 2025, arXiv 2407.03297: mean 0, scale
+    0.5).
+
+    Raises:
+        ValueError: ``scale`` is not positive.
+    """
+
+    name: ClassVar[str] = "laplace_sigma"
+    mean: float = 0.0
+    scale: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_spread(self.mean, "scale", self.scale)
+
+    def density(self, level: Tensor) -> Tensor:
+        """Probability per unit of σ."""
+        return self._log_snr_density(level) * 2.0 / level
+
+
+@dataclass(frozen=True)
+class LaplaceTime(_Time, _Laplace):
+    """Times whose log-SNR follows Laplace(mean, scale) (Hang et al., ICCV 2025, arXiv 2407.03297: mean 0,
+    scale 0.5).
+
+    Raises:
+        ValueError: ``scale`` is not positive.
+    """
+
+    name: ClassVar[str] = "laplace_time"
+    mean: float = 0.0
+    scale: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_spread(self.mean, "scale", self.scale)
+
+    def density(self, level: Tensor) -> Tensor:
+        """Probability per unit of t."""
+        return self._log_snr_density(level) * 2.0 / (level * (1.0 - level))
+
+
+@dataclass(frozen=True)
+class BetaTime(_Time):
+    """Flow matching with t ~ Beta(a, b), t = 1 pure noise; for example Beta(1.5, 1) (Black et al., arXiv
+    2410.24164).
+
+    Quantiles are interpolated to a relative error below 1e-8. Needs SciPy, which ``diffmtl-fast[train]``
+    installs.
+
+    Args:
+        a: 0.1 … 1000; the density goes as t^(a − 1) near t = 0.
+        b: 0.1 … 1000; the density goes as (1 − t)^(b − 1) near t = 1.
+
+    Raises:
+        ImportError: SciPy is not installed.
+        ValueError: ``a`` or ``b`` is out of range.
+    """
+
+    a: float
+    b: float
+    name: ClassVar[str] = "beta_time"
+
+    def __post_init__(self) -> None:
+        if not (_BETA_LEAST <= self.a <= _BETA_MOST and _BETA_LEAST <= self.b <= _BETA_MOST):
+            raise ValueError(
+                f"expected a and b from {_BETA_LEAST} to {_BETA_MOST:g}, found a={self.a}, b={self.b}"
+            )
+        require("scipy.special", "train")
+
+    def quantile(self, probability: Tensor) -> Tensor:
+        """t below which this share of the training times lies."""
+        logits, slopes = _beta_knots(self.a, self.b, probability.device)
+        p = probability.double()
+        asked = torch.log(p) - torch.log1p(-p)
+        inside = asked.clamp(-_BETA_REACH, _BETA_REACH)
+        step = 2.0 * _BETA_REACH / (_BETA_KNOTS - 1)
+        left = ((inside + _BETA_REACH) / step).long().clamp(max=_BETA_KNOTS - 2)
+        u = (inside + _BETA_REACH) / step - left
+        # Cubic Hermite interpolation between the knots, a straight line beyond them.
+        middle = (
+            logits[left] * (1 + 2 * u) * (1 - u) ** 2
+            + logits[left + 1] * u**2 * (3 - 2 * u)
+            + step * u * (1 - u) * (slopes[left] * (1 - u) - slopes[left + 1] * u)
+        )
+        beyond = torch.where(asked < 0, slopes[0], slopes[-1]) * (asked - inside)
+        ended = torch.where(asked == inside, middle, middle + beyond)
+        return torch.sigmoid(ended).to(probability.dtype)
+
+    def cdf(self, level: Tensor) -> Tensor:
+        """Share of the training times below t; computed on the host."""
+        inside = level.detach().double().cpu().clamp(0.0, 1.0).numpy()
+        return torch.as_tensor(require("scipy.special", "train").betainc(self.a, self.b, inside)).to(level)
+
+    def density(self, level: Tensor) -> Tensor:
+        """Probability per unit of t."""
+        log_density = torch.special.xlogy(self.a - 1, level) + torch.special.xlog1py(self.b - 1, -level)
+        return torch.exp(log_density - _log_beta(self.a, self.b))
+
+
+NoiseDistribution: TypeAlias = (
+    "LogNormalSigma | UniformTime | LogitNormalTime | LaplaceSigma | LaplaceTime | BetaTime"
+)
+
+DISTRIBUTIONS: dict[str, type[NoiseDistribution]] = {
+    kind.name: kind
+    for kind in (LogNormalSigma, UniformTime, LogitNormalTime, LaplaceSigma, LaplaceTime, BetaTime)
+}
+
+
+@lru_cache(maxsize=64)
+def _beta_knots(a: float, b: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Logit of the quantile at evenly spaced logits of the probability, and its slope there; float64."""
+    betaincinv = require("scipy.special", "train").betaincinv
+    knots = torch.linspace(-_BETA_REACH, _BETA_REACH, _BETA_KNOTS, dtype=torch.float64)
+    tail = torch.sigmoid(-knots.abs()).numpy()
+    # Each half from its own end, where a float64 resolves it.
+    low = torch.logit(torch.from_numpy(betaincinv(a, b, tail)))
+    high = -torch.logit(torch.from_numpy(betaincinv(b, a, tail)))
+    logits = torch.where(knots < 0, low, high)
+    log_sigmoid = torch.nn.functional.logsigmoid  # ln p = log_sigmoid(knots), ln t = log_sigmoid(logits)
+    log_slopes = log_sigmoid(knots) + log_sigmoid(-knots) - a * log_sigmoid(logits) - b * log_sigmoid(-logits)
+    slopes = torch.exp(log_slopes + _log_beta(a, b))
+    return logits.to(device), slopes.to(device)
+
+
+def _log_beta(a: float, b: float) -> float:
+    return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+
+
+def _normal_density(x: Tensor, mean: float, std: float) -> Tensor:
+    return torch.exp(-0.5 * ((x - mean) / std) ** 2 - _LOG_SQRT_TWO_PI) / std
+
+
+def _check_spread(mean: float, name: str, spread: float) -> None:
+    if not (math.isfinite(mean) and 0 < spread < math.inf):
+        raise ValueError(f"expected a finite mean and a positive {name}, found mean={mean}, {name}={spread}")

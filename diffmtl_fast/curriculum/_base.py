@@ -1,0 +1,173 @@
+"""What a timestep sampler is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._levels import Clustering, check_clustering
+
+_DRAW_RANGE = 2**52  # the midpoint of each of these many cells of (0, 1) is a float64
+
+
+class TimestepSampler(nn.Module):
+    """Draws the timesteps, or continuous noise levels, of a training batch.
+
+    All samplers are used alike, so that one loop serves them all::
+
+        t, cluster = sampler.sample(batch_size, device=device)
+        ...                                        # loss [B] of the samples
+        mtl.backward(loss * sampler.weight(t))
+        sampler.update(loss.detach(), t)           # after the weights were used
+
+    State is kept in buffers, on the device of the last `sample`, and `state_dict` resumes to the same bits.
+    Nothing waits for the device, as long as timesteps are drawn where the losses are.
+
+    Args:
+        clusters: the tasks, whose index `sample` returns beside each level. They also tell what ordinary
+            training is: timesteps 0 … T-1 drawn uniformly, continuous levels from the clustering's
+            distribution. A plain loop, which averages over the batch, passes a single cluster, such as
+            ``cluster_timesteps(T, 1)``.
+        generator: source of randomness; its state is part of `state_dict`. Default: the one passed to
+            `sample`, or else the device's global one.
+
+    Attributes:
+        tasks: the clustering whose index `sample` returns.
+
+    Raises:
+        TypeError: `clusters` is no clustering.
+    """
+
+    def __init__(self, clusters: Clustering, *, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        check_clustering("clusters", clusters)
+        self.tasks = clusters
+        self.generator = generator
+        self.register_buffer("_anchor", torch.empty(0), persistent=False)  # tells the device of the buffers
+        self._anchor: Tensor
+
+    def sample(
+        self,
+        batch_size: int,
+        *,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw the levels of a batch and their clusters.
+
+        Args:
+            batch_size: number of levels, at least 1.
+            device: where to draw; by default the generator's device, or the CPU.
+            generator: source of randomness, on the same device; by default the sampler's own, or else the
+                device's global one.
+            dtype: of continuous levels; timesteps are int64.
+
+        Returns:
+            Levels and their clusters (int64), both [batch_size], sorted by cluster.
+
+        Raises:
+            ValueError: ``batch_size < 1``.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
+        generator = self.generator if generator is None else generator
+        place = torch.device(device if device is not None else generator.device if generator else "cpu")
+        anchor = torch.empty(0, device=place).device  # "cuda" is a particular GPU
+        if self._anchor.device != anchor:
+            self.to(anchor)
+        level = self._draw(batch_size, anchor, generator, dtype)
+        cluster, order = self.tasks.assign(level).sort(stable=True)
+        return level[order], cluster
+
+    def density(self, level: Tensor) -> Tensor:
+        """How often the next `sample` draws a level.
+
+        Args:
+            level: timesteps or continuous levels, any shape.
+
+        Returns:
+            Probability of timesteps (float64), probability density of continuous levels (their dtype), same
+            shape.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define density(level)")
+
+    def weight(self, level: Tensor) -> Tensor:
+        """Factors for the losses of levels that were drawn, before they are averaged.
+
+        1 wherever the distribution is meant to change what is learned. A sampler that draws some levels more
+        often only to lower the variance returns the importance weights that make up for it.
+
+        Args:
+            level: levels from `sample`, any shape.
+
+        Returns:
+            float32, same shape and device.
+        """
+        return torch.ones(level.shape, dtype=torch.float32, device=level.device)
+
+    def update(self, loss: Tensor, level: Tensor | None = None) -> None:
+        """Learn from the losses of an optimizer step; most samplers have nothing to learn.
+
+        Args:
+            loss: losses [B] of the samples, without the factors of `weight`. Processes that train together
+                must pass the same losses, for example those gathered from all of them, to draw from the same
+                distribution.
+            level: their levels [B].
+        """
+
+    def _draw(
+        self, batch_size: int, device: torch.device, generator: torch.Generator | None, dtype: torch.dtype
+    ) -> Tensor:
+        """Levels [batch_size] in any order."""
+        raise NotImplementedError(f"{type(self).__name__} must define _draw")
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the generator's state for `state_dict`."""
+        return {"generator": None if self.generator is None else self.generator.get_state()}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore the generator's state from `state_dict`.
+
+        Raises:
+            ValueError: one of the two, the saved sampler and this one, has a generator and the other has not.
+        """
+        saved = state["generator"]
+        if (saved is None) != (self.generator is None):
+            here, there = ("without", "with") if self.generator is None else ("with", "without")
+            raise ValueError(
+                f"{type(self).__name__}: expected a state saved {here} a generator, found one saved {there}"
+            )
+        if self.generator is not None:
+            self.generator.set_state(saved.cpu())
+
+    def extra_repr(self) -> str:
+        """Show the tasks."""
+        return f"tasks={self.tasks!r}"
+
+
+def cumulative(probabilities: Tensor) -> Tensor:
+    """Cumulative probabilities [N] that end at exactly 1, for `draw_categories`."""
+    sums = probabilities.cumsum(0)
+    return sums / sums[-1:]
+
+
+def draw_categories(
+    thresholds: Tensor, count: int, device: torch.device, generator: torch.Generator | None
+) -> Tensor:
+    """Draw indices, int64 [count], from their `cumulative` probabilities [N]."""
+    cell = torch.randint(_DRAW_RANGE, (count,), device=device, generator=generator)
+    share = (cell.double() + 0.5) / _DRAW_RANGE
+    return torch.searchsorted(thresholds, share, right=True)
+
+
+def check_sample_losses(loss: Tensor, level: Tensor | None) -> None:
+    """Refuse anything but floating-point losses [B] with their levels [B]."""
+    if not isinstance(loss, Tensor) or not loss.is_floating_point():
+        found = loss.dtype if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"loss: expected a floating-point tensor [B], found {found}")
+    if level is None or loss.dim() != 1 or loss.shape != level.shape:
+        levels = "no levels" if level is None else f"levels {list(level.shape)}"
+        raise ValueError(f"loss: expected [B] with the levels [B], found {list(loss.shape)} with {levels}")

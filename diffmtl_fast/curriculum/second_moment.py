@@ -1,0 +1,131 @@
+"""Importance sampling of the timesteps by the second moment of their losses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._base import TimestepSampler, check_sample_losses, cumulative, draw_categories
+from ._levels import Clustering, draw, equal_cells, ordinary_density, overlaps
+
+_CONTINUOUS_CELLS = 100
+
+
+class LossSecondMomentSampler(TimestepSampler):
+    """Draws a level as often as the root of its mean squared loss is large, and weighs its loss down by as
+    much.
+
+    The levels are cut into cells of equal probability in ordinary training, one per timestep by default. With
+    the last ``history`` losses of each, cell c has the probability
+
+        P(c) = (1 − ε) r_c / Σ r + ε / C,   r_c = sqrt(mean of the squared losses),   ε = uniform_share,
+
+    and within a cell levels are drawn as in ordinary training, whose density is p: q(level) = p(level) P(c) /
+    p(c). Until every cell has its full history, levels are drawn as in ordinary training. A loss that is not
+    finite is left out.
+
+    `weight` makes up for it, so that the gradient expects what it would in ordinary training: the mean loss
+    of task k over levels drawn from q needs the factor (q(task k) / p(task k)) p(level) / q(level). With a
+    single task that is the published p(level) / q(level).
+
+    Source: Nichol & Dhariwal, "Improved Denoising Diffusion Probabilistic Models", ICML 2021, arXiv
+    2102.09672, with its defaults. Deviation: cells and tasks; the published one has a cell per timestep and a
+    single task.
+
+    Args:
+        clusters: the tasks; see `TimestepSampler`.
+        cells: number of cells C, at most T; default T, and 100 for continuous levels.
+        history: losses remembered per cell.
+        uniform_share: ε, above 0 and at most 1.
+        generator: source of randomness; see `TimestepSampler`.
+
+    Attributes:
+        losses: buffer, float64 [C, history]; the last losses of each cell, in a ring.
+        counts: buffer, int64 [C]; losses seen so far.
+
+    Raises:
+        TypeError: `clusters` is no clustering.
+        ValueError: an argument is out of range.
+    """
+
+    losses: Tensor
+    counts: Tensor
+
+    def __init__(
+        self,
+        clusters: Clustering,
+        *,
+        cells: int | None = None,
+        history: int = 10,
+        uniform_share: float = 0.001,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(clusters, generator=generator)
+        most = getattr(clusters, "num_timesteps", None)
+        number = cells if cells is not None else most or _CONTINUOUS_CELLS
+        if number < 1 or (most is not None and number > most):
+            raise ValueError(f"cells: expected 1 … {most or 'any number'}, found {cells}")
+        if history < 1:
+            raise ValueError(f"history: expected at least 1, found {history}")
+        if not 0 < uniform_share <= 1:
+            raise ValueError(f"uniform_share: expected above 0 and at most 1, found {uniform_share}")
+        self.history = history
+        self.uniform_share = uniform_share
+        self._cells = equal_cells(clusters, number)
+        together = torch.from_numpy(overlaps(clusters, self._cells))  # [K, C]
+        self.register_buffer("losses", torch.zeros(number, history, dtype=torch.float64))
+        self.register_buffer("counts", torch.zeros(number, dtype=torch.int64))
+        self.register_buffer("_ordinary", together.sum(0), persistent=False)  # p(c), [C]
+        self.register_buffer("_cells_of_task", together / together.sum(1, keepdim=True), persistent=False)
+        self._ordinary: Tensor
+        self._cells_of_task: Tensor
+
+    @property
+    def probabilities(self) -> Tensor:
+        """P(c), float64 [C]."""
+        roots = self.losses.square().mean(1).sqrt()
+        learned = (1.0 - self.uniform_share) * roots / roots.sum() + self.uniform_share / len(roots)
+        usable = (self.counts >= self.history).all() & (roots.sum() > 0)
+        return torch.where(usable, learned, self._ordinary)
+
+    def density(self, level: Tensor) -> Tensor:
+        """p(level) P(c) / p(c); see `TimestepSampler.density`."""
+        density = ordinary_density(self.tasks, level)
+        ratio = (self.probabilities / self._ordinary).to(level.device)
+        return density * ratio[self._cells.assign(level)].to(density.dtype)
+
+    def weight(self, level: Tensor) -> Tensor:
+        """(q(task) / p(task)) p(level) / q(level), before the next `update`; see the class."""
+        ratio = self.probabilities / self._ordinary  # q / p
+        task = (self._cells_of_task @ ratio).to(level.device)
+        return (task[self.tasks.assign(level)] / ratio.to(level.device)[self._cells.assign(level)]).float()
+
+    @torch.no_grad()
+    def update(self, loss: Tensor, level: Tensor | None = None) -> None:
+        """Remember the losses [B] of the levels [B], in their order; see `TimestepSampler.update`."""
+        check_sample_losses(loss, level)
+        assert level is not None
+        value = loss.to(self.losses)
+        finite = value.isfinite()
+        # Cell C takes what is left out, so that no shape depends on the values.
+        number = len(self.counts)
+        cell = torch.where(finite, self._cells.assign(level).to(value.device), number)
+        cell, order = cell.sort(stable=True)
+        starts = torch.searchsorted(cell, torch.arange(number + 2, device=cell.device))
+        seen = starts.diff()
+        rank = torch.arange(len(cell), device=cell.device) - starts[cell]
+        counts = torch.cat([self.counts, self.counts.new_zeros(1)])
+        # More losses of a cell than its history holds: the last ones stay.
+        kept = (cell < number) & (rank >= seen[cell] - self.history)
+        slot = cell * self.history + (counts[cell] + rank) % self.history
+        spare = number * self.history
+        ring = torch.cat([self.losses.flatten(), self.losses.new_zeros(1)])
+        ring[torch.where(kept, slot, spare)] = value[order]
+        self.losses.copy_(ring[:spare].view_as(self.losses))
+        self.counts.add_(seen[:number])
+
+    def _draw(
+        self, batch_size: int, device: torch.device, generator: torch.Generator | None, dtype: torch.dtype
+    ) -> Tensor:
+        cell = draw_categories(cumulative(self.probabilities), batch_size, device, generator)
+        return draw(self._cells, cell, cell + 1, generator, dtype)
