@@ -3,5 +3,15 @@
 from __future__ import annotations
 
 from .clustered import ClusteredMTL, StepRecord
+from .layout import Clusters
+from .rules import ClusterRule, NoClusterRule, RuleContext, register_cluster_rule
 
-__all__ = ["ClusteredMTL", "StepRecord"]
+__all__ = [
+    "ClusterRule",
+    "ClusteredMTL",
+    "Clusters",
+    "NoClusterRule",
+    "RuleContext",
+    "StepRecord",
+    "register_cluster_rule",
+]

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..weighting import GramianWeighting, LossWeighting
+from .engine import Engine, EngineName
 from .jacobian import Jacobian
-from .sliced import SlicedEngine
+from .layout import BatchLayout
 
 _logger = logging.getLogger("diffmtl_fast")
 _DATA_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -28,12 +29,17 @@ class StepRecord:
         weights: w, [K], in the convention d = (1/n) Σ_k w_k g_k over the n present clusters; 0 for an absent one.
         present: bool [K], the clusters with samples in the batch.
         gramian: G = J Jᵀ, [K, K], float32 at least; None where the step formed no per-cluster gradients.
+        grad_norm: the norm of ``.grad`` over the model's parameters that got a gradient, measured while it was
+            written: pass it to `torch.nn.utils.clip_grads_with_norm_` to clip without another pass. Scaled as
+            ``.grad`` is where there is a GradScaler. None where the step formed no per-cluster gradients, and with
+            memory="lean".
     """
 
     losses: Tensor
     weights: Tensor
     present: Tensor
     gramian: Tensor | None
+    grad_norm: Tensor | None = None
 
 
 class ClusteredMTL(nn.Module):
@@ -43,15 +49,25 @@ class ClusteredMTL(nn.Module):
     replace ``loss.mean().backward()`` by ``mtl.backward(loss)``, which fills the parameters' ``.grad``.
 
     Where the weighting needs only losses (or `NashMTL` is between refreshes), the step is the plain step. Where it
-    needs the Gramian of the cluster gradients, the batch runs through the model in one slice per cluster, and one
-    backward yields all of them: exact, as long as each sample's loss depends on that sample alone. Batch
-    normalisation in training mode breaks that and is refused. An output or an argument is split or joined along
-    dimension 0 if that has the size of the batch.
+    needs the Gramian of the cluster gradients, one forward and one backward yield all of them, exact as long as
+    each sample's loss depends on that sample alone; models in which samples mix are refused. An output or an
+    argument is taken to hold one row per sample if its dimension 0 has the size of the batch.
+
+    Any other backward through the output (``loss.backward()``, `torch.autograd.grad`) behaves as if the model were
+    not wrapped.
 
     Args:
         model: any module; its parameters are trained through their ``.grad`` as usual.
         num_clusters: K.
         weighting: a `LossWeighting` or a `GramianWeighting`.
+        engine: "grouped" runs the batch as a whole and forms only the parameters' gradients cluster by cluster,
+            by the rules of `register_cluster_rule`, and modules without a rule in slices; "sliced" runs the whole
+            model once per cluster slice. "auto" is grouped wherever a check finds it exact, and sliced for
+            compiled models and where the check fails; it logs what it chose and why.
+        memory: "full" keeps the Jacobian, K times the parameters' memory; "lean" keeps the gradients of one layer
+            at a time, and pays a second backward.
+        jacobian_dtype: dtype of the stored per-cluster gradients, such as `torch.bfloat16` to halve their memory;
+            the Gramian is accumulated in float32 all the same. Default: each parameter's own.
         shared: names of keyword arguments, or positions of positional ones, that belong to the whole batch
             although their first dimension happens to equal its size.
 
@@ -65,7 +81,7 @@ class ClusteredMTL(nn.Module):
 
     Raises:
         TypeError: an argument has the wrong type, or the model is already wrapped for data parallelism.
-        ValueError: `num_clusters` is below 1.
+        ValueError: an argument is out of range.
     """
 
     def __init__(
@@ -74,13 +90,16 @@ class ClusteredMTL(nn.Module):
         num_clusters: int,
         weighting: LossWeighting | GramianWeighting,
         *,
+        engine: EngineName = "auto",
+        memory: Literal["full", "lean"] = "full",
+        jacobian_dtype: torch.dtype | None = None,
         shared: Collection[str | int] = (),
     ) -> None:
         super().__init__()
         if isinstance(model, _DATA_PARALLEL):
             raise TypeError(
                 f"model: expected the bare model, found {type(model).__name__}, whose averaging would see the "
-                "slices of the batch and not the update"
+                "clusters' gradients and not the update"
             )
         if not isinstance(weighting, LossWeighting | GramianWeighting):
             raise TypeError(
@@ -88,26 +107,38 @@ class ClusteredMTL(nn.Module):
             )
         if num_clusters < 1:
             raise ValueError(f"num_clusters: expected at least 1, found {num_clusters}")
+        if engine not in get_args(EngineName):
+            raise ValueError(f"engine: expected one of {list(get_args(EngineName))}, found {engine!r}")
+        if memory not in ("full", "lean"):
+            raise ValueError(f"memory: expected 'full' or 'lean', found {memory!r}")
+        if memory == "lean" and engine == "sliced":
+            raise ValueError("memory='lean': expected engine 'auto' or 'grouped', found 'sliced'")
+        if jacobian_dtype is not None and not jacobian_dtype.is_floating_point:
+            raise ValueError(f"jacobian_dtype: expected a floating-point dtype, found {jacobian_dtype}")
         self.module = model
         self.weighting = weighting
         self.num_clusters = num_clusters
+        self.memory = memory
         self.measure_gramian = False
         self.last: StepRecord | None = None
         self._warned_of_processes = False
-        self._engine = SlicedEngine(model, num_clusters, shared)
+        self._engine = Engine(model, num_clusters, engine, shared, jacobian_dtype)
         self._cluster: Tensor | None = None  # of the forward that waits for its backward
-        self._jacobian: Jacobian | None = None  # set while that forward ran in slices
+        self._by_cluster = False  # whether that forward's graph can tell the clusters apart
         self._witness: list[
             tuple[nn.Parameter, tuple[int, int] | None]
         ] = []  # a parameter and its .grad then
 
+    # Not traced itself: the model inside may be compiled, and is traced then.
+    @torch.compiler.disable(recursive=False)
     def forward(self, *args: Any, cluster: Tensor | None = None, **kwargs: Any) -> Any:
         """Call the model.
 
         Args:
             *args: the model's positional arguments.
             cluster: int64 [B], the cluster of each sample, 0..K-1 in any order (sorted is fastest). Without it,
-                or where gradients are disabled, this is a plain call of the model.
+                or where gradients are disabled, this is a plain call of the model. On an accelerator, giving it
+                as a CPU tensor saves the step's one host synchronisation.
             **kwargs: the model's keyword arguments.
 
         Returns:
@@ -115,34 +146,43 @@ class ClusteredMTL(nn.Module):
 
         Raises:
             TypeError, ValueError: `cluster` is not as stated, or the model can't be split (see the class).
-            RuntimeError: the last output was differentiated by something other than `backward`.
+            RuntimeError: the last output was differentiated by something other than `backward`, or the model can't
+                be run by the engine that was asked for.
         """
         if cluster is None or not torch.is_grad_enabled():
             return self.module(*args, **kwargs)
         _check_cluster(cluster, self.num_clusters)
         self._refuse_lost_gradients()
-        if self._cluster is None:  # else several forwards share one backward, and so the same leaves
-            self._jacobian = self._engine.prepare() if self._forms_jacobian() else None
+        if self._cluster is None:  # else several forwards share one backward
+            self._by_cluster = self._needs_gradients_by_cluster()
+            if self._by_cluster:
+                self._engine.begin()
         self._cluster = cluster
-        if self._jacobian is None:
+        if not self._by_cluster:
             # One parameter tells whether some backward came by; walking over all of them would cost a small step.
             first = next((p for p in self.module.parameters() if p.requires_grad), None)
             self._witness = [] if first is None else [(first, _grad_versions([first])[0])]
             return self.module(*args, **kwargs)
         self._warn_of_processes()
-        return self._engine.forward(cluster, args, kwargs)
+        return self._engine.forward(BatchLayout(cluster, self.num_clusters), args, kwargs)
 
-    def backward(self, loss: Tensor, cluster: Tensor | None = None) -> None:
+    def backward(
+        self, loss: Tensor, cluster: Tensor | None = None, *, scaler: torch.amp.GradScaler | None = None
+    ) -> None:
         """Accumulate the multi-task update direction into the parameters' ``.grad``, as autograd would.
 
         With w = 1 this is ``torch.stack(cluster_losses_of_present_clusters).mean().backward()``. Called several
         times before an optimizer step (gradient accumulation), each call weighs its own batch and adds its own
         direction. Parameters outside the wrapped model that the loss depends on get the gradient of the mean of
-        the cluster losses when per-cluster gradients are formed, and of the weighted loss when they are not.
+        the cluster losses when the Jacobian is formed, and of the weighted loss when it is not.
 
         Args:
             loss: per-sample losses [B], floating point, computed from this wrapper's output.
             cluster: int64 [B], if the losses are not those of the last forward's samples in their order.
+            scaler: the GradScaler of float16 training. Give it here and do not scale the loss: ``.grad`` comes
+                out scaled, for ``scaler.step(optimizer)``, while the weights are those of the unscaled gradients.
+                Where gradients overflowed, which the scaler answers by skipping the step, the weighting is not
+                called, its state stays as it was, and the weights are 1.
 
         Raises:
             TypeError, ValueError: the loss is not as stated.
@@ -153,56 +193,80 @@ class ClusteredMTL(nn.Module):
         cluster = self._cluster if cluster is None else cluster
         _check_cluster(cluster, self.num_clusters)
         _check_loss(loss, cluster)
+        cluster = cluster.to(loss.device)
         present = torch.zeros(self.num_clusters, dtype=torch.bool, device=loss.device)
-        present = present.index_fill(0, cluster.to(loss.device), True)
-        losses = ops.cluster_mean(loss, cluster.to(loss.device), self.num_clusters)
-        jacobian = self._jacobian
-        self._cluster, self._jacobian = (
-            None,
-            None,
-        )  # first, so that a failure below does not block the next step
-        if jacobian is None:
-            self._backward_losses(losses, present)
+        present = present.index_fill(0, cluster, True)
+        losses = ops.cluster_mean(loss, cluster, self.num_clusters)
+        scale = None if scaler is None else scaler.scale(torch.ones((), device=loss.device))
+        self._cluster = None  # first, so that a failure below does not block the next step
+        if self._by_cluster:
+            self._backward_by_cluster(losses, present, scale)
         else:
-            self._backward_jacobian(losses, present, jacobian)
+            self._backward_losses(losses, present, scale)
+        self._engine.receiver.bypassed = False
 
-    def _forms_jacobian(self) -> bool:
+    def _needs_gradients_by_cluster(self) -> bool:
         weighting = self.weighting
         return self.measure_gramian or (isinstance(weighting, GramianWeighting) and weighting.needs_gramian)
 
-    def _backward_losses(self, losses: Tensor, present: Tensor) -> None:
+    def _backward_losses(self, losses: Tensor, present: Tensor, scale: Tensor | None) -> None:
         """One plain backward of the weighted loss."""
         if isinstance(self.weighting, GramianWeighting):
             weights = self.weighting(None, present)
             objective = (weights * losses).sum() / present.sum()
         else:
             objective, weights = self._weigh_losses(losses, present)
-        objective.backward()
+        _scaled(objective, scale).backward()
         self.last = StepRecord(losses.detach(), weights.detach(), present, None)
 
-    def _backward_jacobian(self, losses: Tensor, present: Tensor, jacobian: Jacobian) -> None:
-        """Fill J by one backward of the mean loss, weigh its rows, add their combination to ``.grad``."""
+    def _backward_by_cluster(self, losses: Tensor, present: Tensor, scale: Tensor | None) -> None:
+        """Form the cluster gradients by one backward, weigh them, and add their combination to ``.grad``."""
         number = present.sum()
+        # Row k of J is the gradient of L_k / n: the form in which the losses enter the published methods.
+        objective = _scaled(losses.sum() / number, scale)
+        lean = self.memory == "lean"
+        store = self._engine.lean_gramian() if lean else self._engine.jacobian
+        if isinstance(store, Jacobian):
+            store.clear()
         parameters = self._engine.parameters
         before = _grad_versions(parameters)
-        # Row k of J is the gradient of L_k / n: the form in which the losses enter the published methods.
-        (losses.sum() / number).backward()
+        with self._engine.receiver.collecting(store), self._engine.during_backward():
+            if lean:
+                objective.backward(inputs=self._engine.leaves, retain_graph=True)
+            else:
+                objective.backward()
         if _grad_versions(parameters) != before:
             raise RuntimeError(
-                "model: expected gradients in the slices' own leaves alone, found some in the parameters' .grad; "
-                "a reentrant checkpoint recomputes outside its slice (pass use_reentrant=False to checkpoint), "
-                "and a call without cluster= does not take part in the weighting"
+                "model: expected gradients cluster by cluster alone, found some in the parameters' .grad; in "
+                "slices a reentrant checkpoint recomputes outside its slice (pass use_reentrant=False to "
+                "checkpoint), and a call without cluster= does not take part in the weighting"
             )
-        gramian = jacobian.gram() * number**2
+        gramian = store.gram().to(losses.device) * number**2
+        if scale is not None:
+            gramian = gramian / scale.to(gramian.dtype) ** 2
+        weights = self._weigh(losses, gramian, present, scale)
+        norm = None
+        if isinstance(store, Jacobian):
+            norm = store.combine_(parameters, weights.to(gramian.dtype)).sqrt()
+        else:
+            with self._engine.during_backward():
+                _scaled((weights.to(losses.dtype) * losses).sum() / number, scale).backward()
+        self.last = StepRecord(losses.detach(), weights.detach(), present, gramian, norm)
+
+    def _weigh(self, losses: Tensor, gramian: Tensor, present: Tensor, scale: Tensor | None) -> Tensor:
+        """Ask the weighting for its weights [K]; in an overflowed step of a GradScaler, 1 without asking."""
+        # Reading the flag costs no more than the scaler's own step, which reads its flag right after.
+        if scale is not None and not bool(gramian.isfinite().all()):
+            return present.to(gramian.dtype)
         if isinstance(self.weighting, GramianWeighting):
             # Between Nash's refreshes the Gramian was only measured, and is not passed on.
-            weights = self.weighting(gramian if self.weighting.needs_gramian else None, present)
-        else:
-            objective, weights = self._weigh_losses(losses.detach().requires_grad_(), present)
-            if any(p.requires_grad for p in self.weighting.parameters()):
-                objective.backward(inputs=[p for p in self.weighting.parameters() if p.requires_grad])
-        _accumulate(parameters, jacobian.combine(weights), jacobian.touched)
-        self.last = StepRecord(losses.detach(), weights.detach(), present, gramian)
+            weights: Tensor = self.weighting(gramian if self.weighting.needs_gramian else None, present)
+            return weights.detach()
+        objective, weights = self._weigh_losses(losses.detach().requires_grad_(), present)
+        learned = [p for p in self.weighting.parameters() if p.requires_grad]
+        if learned:
+            _scaled(objective, scale).backward(inputs=learned)
+        return weights.detach()
 
     def _weigh_losses(self, losses: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weighting's scalar and the weights w_k = n ∂scalar/∂L_k that it implies."""
@@ -214,16 +278,15 @@ class ClusteredMTL(nn.Module):
         """Notice that the last output was differentiated by something other than `backward`."""
         if self._cluster is None:
             return
-        if self._jacobian is not None:
-            lost, where = any(self._jacobian.touched), "they have not reached the parameters' .grad"
+        if self._by_cluster:
+            lost = self._engine.receiver.bypassed
         else:
             lost = any(p.grad is not None and _grad_versions([p]) != [old] for p, old in self._witness)
-            where = "they were not weighted"
         if lost:
-            self._cluster, self._jacobian = None, None
+            self._cluster = None
             raise RuntimeError(
                 "expected mtl.backward(loss) after the last forward, found gradients written by another backward "
-                f"(loss.backward()?); {where}"
+                "(loss.backward()?); they were not weighted"
             )
 
     def _warn_of_processes(self) -> None:
@@ -251,15 +314,8 @@ def _grad_versions(parameters: list[nn.Parameter]) -> list[tuple[int, int] | Non
     return [None if p.grad is None else (id(p.grad), p.grad._version) for p in parameters]
 
 
-def _accumulate(parameters: list[nn.Parameter], direction: list[Tensor], touched: list[bool]) -> None:
-    """Add to ``.grad`` like autograd: a parameter that took no part keeps what it had, None included."""
-    for parameter, part, reached in zip(parameters, direction, touched, strict=True):
-        if not reached:
-            continue
-        if parameter.grad is None:
-            parameter.grad = part
-        else:
-            parameter.grad.add_(part)
+def _scaled(objective: Tensor, scale: Tensor | None) -> Tensor:
+    return objective if scale is None else objective * scale
 
 
 def _check_cluster(cluster: Tensor, k: int) -> None:

@@ -1,99 +1,124 @@
-"""Storage of the Jacobian: one row of gradients per cluster, filled by autograd in place."""
+"""Storage of the Jacobian: per parameter one row of gradients for every cluster, kept over the steps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
 
-
-@dataclass(frozen=True)
-class _Block:
-    """The columns of J that belong to the parameters of one dtype."""
-
-    rows: Tensor  # [K, P of this dtype]
-    members: list[int]  # which parameters
-    offsets: list[int]  # where each one's columns start
+_ALIGNMENT = 64  # elements from one parameter's block to the next are a multiple of this: whole cache lines
 
 
 class Jacobian:
-    """J, [K, P], for a list of parameters; its columns are grouped by the parameters' dtype.
+    """J as one block [K, *shape] for every parameter, all in one buffer.
 
-    Autograd writes J: `views[k][i]` is the part of row k that belongs to parameter i, shaped and strided like it.
-    Installed as the `.grad` of a leaf, backward adds to it in place, so no second copy of J ever exists.
+    A row of a block lies in memory like its parameter. Whatever forms gradients writes them straight into a vacant
+    block, or hands them over with `add` and `add_row`.
 
     Args:
         parameters: the trainable parameters, all on one device.
         num_clusters: K.
-
-    Attributes:
-        views: [K] lists of one tensor per parameter.
+        dtype: of the stored gradients; default each parameter's own.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], num_clusters: int) -> None:
-        self._parameters = list(parameters)
-        self._blocks = [self._allocate(dtype, num_clusters) for dtype in {p.dtype: None for p in parameters}]
-        self.views: list[list[Tensor]] = [self._row_views(k) for k in range(num_clusters)]
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], num_clusters: int, dtype: torch.dtype | None = None
+    ) -> None:
+        self._num_clusters = num_clusters
+        self.blocks = _allocate(parameters, num_clusters, dtype)
         self.clear()
 
-    def _allocate(self, dtype: torch.dtype, num_clusters: int) -> _Block:
-        members = [i for i, p in enumerate(self._parameters) if p.dtype == dtype]
-        offsets = [0]
-        for i in members:
-            offsets.append(offsets[-1] + self._parameters[i].numel())
-        rows = torch.empty(
-            num_clusters, offsets.pop(), dtype=dtype, device=self._parameters[members[0]].device
-        )
-        return _Block(rows, members, offsets)
-
-    def _row_views(self, k: int) -> list[Tensor]:
-        views: dict[int, Tensor] = {}
-        for block in self._blocks:
-            for i, offset in zip(block.members, block.offsets, strict=True):
-                start = k * block.rows.shape[1] + offset
-                # set_ and not a view: a tensor of its own counts its own writes, which tells `touched` whether
-                # backward reached this parameter.
-                views[i] = torch.empty(0, dtype=block.rows.dtype, device=block.rows.device).set_(
-                    block.rows.untyped_storage(),
-                    start,
-                    self._parameters[i].shape,
-                    dense_stride(self._parameters[i]),
-                )
-        return [views[i] for i in range(len(self._parameters))]
-
     def clear(self) -> None:
-        """Set J to zero and forget which entries were written."""
-        for block in self._blocks:
-            block.rows.zero_()
-        self._versions = [[view._version for view in row] for row in self.views]
+        """Forget the gradients of the last step; their memory is written over."""
+        self._written = [[False] * self._num_clusters for _ in self.blocks]
+
+    def vacant(self, position: int) -> Tensor | None:
+        """Return a parameter's block if nothing of this step is in it yet: who fills it passes it to `add`."""
+        return None if any(self._written[position]) else self.blocks[position]
+
+    def add(self, position: int, gradients: Tensor) -> None:
+        """Add the gradients [K, *shape] of a parameter; they may be the vacant block itself."""
+        block, written = self.blocks[position], self._written[position]
+        if gradients is block:
+            pass
+        elif not any(written):
+            block.copy_(gradients)
+        else:
+            self._fill(position)
+            block.add_(gradients)
+        self._written[position] = [True] * self._num_clusters
+
+    def add_row(self, position: int, k: int, gradient: Tensor) -> None:
+        """Add the gradient [*shape] of a parameter for one cluster."""
+        row = self.blocks[position][k]
+        if self._written[position][k]:
+            row.add_(gradient)
+        else:
+            row.copy_(gradient)
+        self._written[position][k] = True
 
     @property
     def touched(self) -> list[bool]:
-        """For every parameter, whether backward has written to any row of it since `clear`."""
-        rows = zip(self.views, self._versions, strict=True)
-        written = [[v._version != old for v, old in zip(row, olds, strict=True)] for row, olds in rows]
-        return [any(column) for column in zip(*written, strict=True)]
+        """For every parameter, whether it got a gradient since `clear`."""
+        return [any(written) for written in self._written]
 
     def gram(self) -> Tensor:
         """Return J Jᵀ, [K, K], float32 at least."""
-        gramian = ops.gram(self._blocks[0].rows)
-        for block in self._blocks[1:]:
-            gramian = gramian + ops.gram(block.rows)
-        return gramian
+        blocks = []
+        for position, written in enumerate(self._written):
+            if any(written):
+                self._fill(position)
+                blocks.append(self.blocks[position])
+        if not blocks:
+            return torch.zeros(self._num_clusters, self._num_clusters, device=self.blocks[0].device)
+        return ops.gram(blocks)
 
-    def combine(self, weights: Tensor) -> list[Tensor]:
-        """Return Σ_k w_k g_k, one tensor per parameter, shaped and strided like it."""
-        parts: dict[int, Tensor] = {}
-        for block in self._blocks:
-            direction = ops.combine(block.rows, weights)
-            for i, offset in zip(block.members, block.offsets, strict=True):
-                parameter = self._parameters[i]
-                parts[i] = direction.as_strided(parameter.shape, dense_stride(parameter), offset)
-        return [parts[i] for i in range(len(self._parameters))]
+    def combine_(self, parameters: Sequence[nn.Parameter], weights: Tensor) -> Tensor:
+        """Add Σ_k w_k g_k to the parameters' ``.grad`` as autograd would, None where no gradient came.
+
+        Returns:
+            The squared norm of what is in ``.grad`` afterwards.
+        """
+        touched = [i for i, reached in enumerate(self.touched) if reached]
+        return accumulate([parameters[i] for i in touched], [self.blocks[i] for i in touched], weights)
+
+    def _fill(self, position: int) -> None:
+        """Set the rows that got no gradient to zero."""
+        for k, written in enumerate(self._written[position]):
+            if not written:
+                self.blocks[position][k].zero_()
+                self._written[position][k] = True
+
+
+def _allocate(
+    parameters: Sequence[nn.Parameter], num_clusters: int, dtype: torch.dtype | None
+) -> list[Tensor]:
+    blocks: dict[int, Tensor] = {}
+    for stored in dict.fromkeys(dtype or p.dtype for p in parameters):
+        members = [i for i, p in enumerate(parameters) if (dtype or p.dtype) == stored]
+        sizes = [-(-num_clusters * parameters[i].numel() // _ALIGNMENT) * _ALIGNMENT for i in members]
+        buffer = torch.empty(sum(sizes), dtype=stored, device=parameters[members[0]].device)
+        offset = 0
+        for i, size in zip(members, sizes, strict=True):
+            p = parameters[i]
+            blocks[i] = buffer.as_strided((num_clusters, *p.shape), (p.numel(), *dense_stride(p)), offset)
+            offset += size
+    return [blocks[i] for i in range(len(parameters))]
+
+
+def accumulate(parameters: Sequence[nn.Parameter], blocks: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """Add Σ_k w_k J_l[k] to every parameter's ``.grad`` and return the squared norm of the result."""
+    if not parameters:
+        return weights.new_zeros(())
+    there = [p.grad is not None for p in parameters]
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.empty_like(parameter)
+    grads = [p.grad for p in parameters if p.grad is not None]
+    return ops.combine_(grads, blocks, weights, accumulate=there)
 
 
 def dense_stride(parameter: Tensor) -> tuple[int, ...]:

@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 import diffmtl_fast as dm
 from benchmarks.reference import cluster_gradients, update_direction
-from diffmtl_fast.gradients.jacobian import Jacobian
 
 K = 4
 SORTED = [0, 0, 0, 1, 2, 2, 3, 3]
@@ -55,6 +54,13 @@ def oracle(loss, cluster, parameters, k=K):
 
 def flat_grad(parameters):
     return torch.cat([p.grad.flatten() for p in parameters])
+
+
+@pytest.fixture(params=["grouped", "sliced"], autouse=True)
+def engine(request, monkeypatch):
+    """Run every test with either engine."""
+    monkeypatch.setitem(dm.ClusteredMTL.__init__.__kwdefaults__, "engine", request.param)
+    return request.param
 
 
 def weightings():
@@ -239,7 +245,7 @@ def test_parameters_of_several_dtypes_and_layouts(device):
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing(use_reentrant, device):
+def test_activation_checkpointing(use_reentrant, engine, device):
     class Checkpointed(Net):
         def forward(self, x, t):
             x = x.detach().requires_grad_()
@@ -249,9 +255,9 @@ def test_activation_checkpointing(use_reentrant, device):
     plain = make_net(device)
     expected = oracle(dm.ops.sample_mse(plain(x, t), target), cluster, plain.parameters())
     mtl = dm.ClusteredMTL(net, K, dm.NashMTL())
-    if use_reentrant:
+    if use_reentrant and engine == "sliced":
         # Reentrant checkpoints recompute after the slice's own parameters are gone: refused, not wrong.
-        with pytest.raises(RuntimeError, match="reentrant checkpoint recomputes outside its slice"):
+        with pytest.raises(RuntimeError, match="a reentrant checkpoint recomputes outside its slice"):
             mtl.backward(dm.ops.sample_mse(mtl(x, t, cluster=cluster), target))
         return
     mtl.backward(dm.ops.sample_mse(mtl(x, t, cluster=cluster), target))
@@ -385,7 +391,7 @@ def test_outputs_that_are_no_batch_are_refused(device):
             return super().forward(x, t).mean()
 
     net, (x, t, _, cluster) = make_net(device, cls=Scalar), make_batch(SORTED, device)
-    with pytest.raises(ValueError, match=r"one row per sample \(\[3, ...\] for a cluster of 3\), found \[\]"):
+    with pytest.raises(ValueError, match=r"one row per sample \(\[.*\), found \[\]"):
         dm.ClusteredMTL(net, K, dm.PCGrad())(x, t, cluster=cluster)
 
 
@@ -457,20 +463,5 @@ def test_the_jacobian_is_one_buffer_for_all_steps(device):
     seen = set()
     for _ in range(3):
         mtl.backward(dm.ops.sample_mse(mtl(x, t, cluster=cluster), target))
-        seen.add(mtl._engine.jacobian.views[0][0].data_ptr())
+        seen.add(mtl._engine.jacobian.blocks[0].data_ptr())
     assert len(seen) == 1
-
-
-def test_jacobian_knows_which_parameters_were_written(device):
-    parameters = [nn.Parameter(torch.zeros(2, 3, device=device)), nn.Parameter(torch.zeros(4, device=device))]
-    jacobian = Jacobian(parameters, 2)
-    assert jacobian.touched == [False, False]
-    jacobian.views[1][1].add_(1)
-    assert jacobian.touched == [False, True]
-    torch.testing.assert_close(jacobian.gram(), torch.tensor([[0.0, 0.0], [0.0, 4.0]], device=device))
-    first, second = jacobian.combine(torch.tensor([1.0, 2.0], device=device))
-    assert first.shape == (2, 3)
-    assert second.tolist() == [2, 2, 2, 2]
-    jacobian.clear()
-    assert jacobian.touched == [False, False]
-    assert jacobian.gram().abs().sum() == 0

@@ -1,0 +1,588 @@
+"""The grouped engine: the whole batch at once; only the parameters' gradients are formed cluster by cluster."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .agreement import agree, evaluating
+from .handle import Call, ClusterParameter, derive, find_handles, find_tensors, pull_back, substitute
+from .layout import BatchLayout, flatten
+from .parameters import Slot, forwards_replaced, installed, module_name, parent_of
+from .receiver import Receiver
+from .rules import PER_SAMPLE, RULES, NoClusterRule, Registered, RuleContext
+from .sliced import Aliases, run_slices
+
+# Operations that broadcast: a parameter among their arguments may be given once per row of the batch instead.
+_BROADCASTING = frozenset(
+    [
+        *(
+            "add",
+            "add_",
+            "sub",
+            "sub_",
+            "subtract",
+            "rsub",
+            "__rsub__",
+            "mul",
+            "mul_",
+            "multiply",
+            "div",
+            "div_",
+        ),
+        *("divide", "true_divide", "__rdiv__", "addcmul", "lerp", "where", "maximum", "minimum"),
+    ]
+)
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+class CannotGroup(RuntimeError):
+    """The model as a whole has to run in slices; says why."""
+
+
+class _Unverified(RuntimeError):
+    """An operation came up that no check has seen."""
+
+
+class _Probe:
+    """One forward of a check: noise is added to the rows of some samples wherever a parameter is used.
+
+    Args:
+        disturbed: bool [B], the samples whose rows get noise.
+        operations: how many operations, the first ones, add it; default all.
+    """
+
+    def __init__(self, disturbed: Tensor, operations: float = math.inf) -> None:
+        self.disturbed = disturbed
+        self.operations = operations
+        self.seen: list[tuple[Any, ...]] = []  # a key for every operation
+        self.owners: list[list[nn.Module]] = []
+
+    def disturb(self, out: Tensor, key: tuple[Any, ...], owners: list[nn.Module]) -> Tensor:
+        self.seen.append(key)
+        self.owners.append(owners)
+        batch_size = self.disturbed.shape[0]
+        if out.dim() == 0 or out.shape[0] == 0 or out.shape[0] % batch_size:
+            raise _NoRows(owners, f"found an output {list(out.shape)} for {batch_size} samples")
+        if len(self.seen) > self.operations:
+            return out
+        rows = self.disturbed.to(out.device).repeat_interleave(out.shape[0] // batch_size)
+        size = out[0].numel()
+        noise = torch.cos(torch.arange(size, device=out.device) * 0.7 + len(self.seen)).view(out.shape[1:])
+        noise = (noise * (1 + out.float().abs().mean())).to(out.dtype)
+        return torch.where(rows.view(-1, *[1] * (out.dim() - 1)), out + noise, out)
+
+
+class _NoRows(NoClusterRule):
+    """An operation can't be grouped; knows the modules that it belongs to."""
+
+    def __init__(self, owners: list[nn.Module], why: str) -> None:
+        super().__init__(why)
+        self.owners = owners
+
+
+class GroupedEngine:
+    """Per-cluster gradients from one forward and one backward of the whole batch.
+
+    In the parameters' places the modules find handles. An operation that meets one is run by its `ClusterRule`,
+    whose backward forms the parameter's gradients of all clusters. A parameter that is combined element by
+    element with a batch is given once per row. Tensors computed from parameters alone (casts, chunks, weight
+    normalisation) are handles too, and gradients are pulled back through them. A module with an operation for
+    which there is no rule runs in slices, and so does one in which the samples do not keep to their own rows of
+    dimension 0.
+
+    The gradients of a cluster are right if whatever an operation writes to a sample's rows has an effect on that
+    sample's output alone. That is checked, not assumed: before operations of new shapes are first used, a few
+    forwards without gradient add noise to the rows of varying halves of the samples and look where the output
+    changes.
+
+    Args:
+        model: the model.
+        slots: where its modules look its trainable parameters up.
+        parameters: the parameters.
+        num_clusters: K.
+        receiver: where gradients go.
+
+    Attributes:
+        sliced: the modules that run in slices, and why.
+        uses: how many operations each parameter took part in since `begin`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        slots: list[Slot],
+        parameters: list[nn.Parameter],
+        num_clusters: int,
+        receiver: Receiver,
+    ) -> None:
+        self._model = model
+        self._slots = slots
+        self.parameters = parameters
+        self.receiver = receiver
+        self._handles = [ClusterParameter.make(p, (i,), None, self) for i, p in enumerate(parameters)]
+        self._aliases = [Aliases(parameters, k, receiver) for k in range(num_clusters)]
+        self._verified: set[tuple[Any, ...]] = set()
+        self._layout: BatchLayout | None = None  # of the forward that is running
+        self._last: BatchLayout | None = None  # of the last forward
+        self._recomputing = False
+        self._batches: set[tuple[int, ...]] = set()  # the bounds of the clusters in this step's forwards
+        self._probe: _Probe | None = None  # while a check is running
+        self.sliced: dict[nn.Module, str] = {}
+        self.uses: Counter[int] = Counter()
+
+    def begin(self) -> None:
+        """Start a step."""
+        self.uses.clear()
+        self._batches.clear()
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """The tensors of the graph that gradients end at."""
+        return [*self.parameters, *(leaf for aliases in self._aliases for leaf in aliases.leaves)]
+
+    def forward(self, layout: BatchLayout, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the model on a sorted batch.
+
+        Raises:
+            CannotGroup: only slices of the whole model would be exact.
+        """
+        self._batches.add(layout.clusters.bounds)
+        for _ in range(3 + len(self._slots)):
+            state = _random_state(self.parameters[0].device)
+            try:
+                with self.installed(layout):
+                    return self._model(*args, **kwargs)
+            except _NoRows as error:  # a batch of one sample needs no check, but may need slices
+                _set_random_state(state)
+                self._slice(error.owners, str(error))
+            except _Unverified:
+                _set_random_state(state)
+                self._verify(layout, args, kwargs, state)
+        raise CannotGroup("its operations differ from one call to the next with the same input")
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Let the model see the handles in backward, where checkpoints are recomputed."""
+        assert self._last is not None
+        self._recomputing = True
+        try:
+            with self.installed(self._last):
+                yield
+        finally:
+            self._recomputing = False
+
+    @contextmanager
+    def installed(self, layout: BatchLayout) -> Iterator[None]:
+        """Let the model see the handles."""
+        before = self._layout
+        self._layout = self._last = layout
+        forwards = [(module, self._in_slices(module)) for module in self.sliced]
+        try:
+            with installed(self._slots, self._handles), forwards_replaced(forwards):
+                yield
+        finally:
+            self._layout = before
+
+    # What a use of a handle means.
+
+    def operate(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation with handles among its arguments."""
+        active = self._layout is not None
+        if active and func in RULES:
+            values = RULES[func].bind(args, kwargs)
+            if isinstance(values[0], Tensor) and not isinstance(values[0], ClusterParameter):
+                return self._apply(RULES[func], values)
+        if active and any(True for _ in find_tensors((args, kwargs))):
+            return self._broadcast(func, args, kwargs)
+        result = func(*substitute(args, _value), **substitute(kwargs, _value))
+        return derive(Call(func, args, kwargs), result, self) if active and _has_tensor(result) else result
+
+    def _apply(self, registered: Registered, values: list[Any]) -> Tensor:
+        """Run an operation by its rule."""
+        assert self._layout is not None
+        handles = {i: v for i, v in enumerate(values) if isinstance(v, ClusterParameter)}
+        precision = registered.rule.precision
+        for i, value in enumerate(values):
+            if isinstance(value, Tensor) and i not in handles:
+                values[i] = precision(value)
+        key = self._key(registered, handles, values)
+        plain = [handles[i].value if i in handles else v for i, v in enumerate(values)]
+        try:
+            if self._probe is not None:
+                with torch.no_grad():
+                    out = _run_forward(registered, RuleContext(), plain, handles)
+                return self._probe.disturb(out, key, self._owners(handles.values()))
+            if self._layout.batch_size > 1 and key not in self._verified:
+                raise _Unverified(f"{registered.operation.__name__} {key}")
+            self.uses.update(o for handle in handles.values() for o in handle.origins)
+            result: Tensor = _Apply.apply(
+                _Use(registered, handles, self._layout, self, self._recomputing), *plain
+            )
+            return result
+        except NoClusterRule as error:
+            raise (
+                error if isinstance(error, _NoRows) else self._no_rule(handles.values(), str(error))
+            ) from error
+
+    def _key(
+        self, registered: Registered, handles: dict[int, ClusterParameter], values: list[Any]
+    ) -> tuple[Any, ...]:
+        """Name an operation and the shape of a sample's part in it."""
+        assert self._layout is not None
+        batch = values[0] if 0 not in handles else values[1]  # a tensor, or a number of rows
+        return (
+            registered.rule,
+            tuple(h.origins for h in handles.values()),
+            _shape_per_sample(batch, self._layout.batch_size),
+        )
+
+    def _broadcast(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an element-wise operation with every parameter given once per row of the batch."""
+        assert self._layout is not None
+        handles = list(find_handles((args, kwargs)))
+        name = getattr(func, "__name__", str(func))
+        if name not in _BROADCASTING:
+            raise self._no_rule(handles, f"no rule for {name}")
+        dims = max(t.dim() for t in find_tensors((args, kwargs)))
+        rows = max(t.shape[0] for t in find_tensors((args, kwargs)) if t.dim() == dims) if dims else 0
+
+        def per_row(handle: ClusterParameter) -> Tensor:
+            extra = dims - handle.value.dim()  # dimensions of the batch that the parameter does not have
+            if extra < 0 or (extra == 0 and handle.value.shape[0] != 1) or rows == 0:
+                raise self._no_rule(
+                    handles, f"{name} of {list(handle.value.shape)} with a batch of {dims} dims"
+                )
+            copies = self._apply(PER_SAMPLE, [handle, rows])
+            if extra == 0:
+                return copies.squeeze(1)
+            return copies.reshape(rows, *[1] * (extra - 1), *handle.value.shape)
+
+        return func(*substitute(args, per_row), **substitute(kwargs, per_row))
+
+    def refuse_ambiguity(self) -> None:
+        """Refuse gradients of a graph made in backward where it is not known for which batch it was made."""
+        if len(self._batches) > 1:
+            raise RuntimeError(
+                "model: expected one batch per backward with reentrant checkpoints, found forwards of several; "
+                "pass use_reentrant=False to checkpoint"
+            )
+
+    def deliver(self, handle: ClusterParameter, gradients: Tensor) -> None:
+        """Hand the gradients [K, ...] of a handle to the store."""
+        store = self.receiver.store
+        assert store is not None
+        if handle.source is None:
+            store.add(handle.origins[0], gradients)
+            return
+        for origin, found in zip(handle.origins, pull_back(handle, gradients, self.parameters), strict=True):
+            store.add(origin, found)
+
+    # Modules in slices.
+
+    def _in_slices(self, module: nn.Module) -> Callable[..., Any]:
+        forward = module.forward
+        within = set(module.modules())
+        slots = [slot for slot in self._slots if slot.module in within]
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            layout = self._layout
+            assert layout is not None
+            tensors = find_tensors((args, kwargs))
+            key = (id(module), *(_shape_per_sample(t, layout.batch_size) for t in tensors))
+            if self._probe is not None:
+                return self._probe_slices(module, forward, slots, key, args, kwargs)
+            if layout.batch_size > 1 and key not in self._verified:
+                raise _Unverified(str(key))
+            aliases: Any = self._aliases
+            if not torch.is_grad_enabled():
+                aliases = [self.parameters] * layout.clusters.num
+            return run_slices(forward, slots, aliases, layout, args, kwargs, folded=True)
+
+        return run
+
+    def _probe_slices(
+        self,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        slots: list[Slot],
+        key: tuple[Any, ...],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Check that slices of a module compute what the module does, and add noise to its output."""
+        probe, layout = self._probe, self._layout
+        assert probe is not None
+        assert layout is not None
+        values = [handle.value for handle in self._handles]
+        with torch.no_grad(), installed(slots, values):
+            output = forward(*args, **kwargs)
+            if not probe.disturbed.any():
+                with evaluating(module):
+                    whole = forward(*args, **kwargs)
+                    same = [values] * layout.clusters.num
+                    try:
+                        parts = run_slices(forward, slots, same, layout, args, kwargs, folded=True)  # type: ignore[arg-type]
+                    except (ValueError, RuntimeError) as error:
+                        raise _NoRows([module], f"slices of it fail: {error}") from error
+                if not agree(whole, parts):
+                    raise _NoRows([module], "slices of it compute something else than the whole")
+        leaves, rebuild, _ = flatten(output)
+        noisy = [
+            probe.disturb(leaf, key, [module])
+            if isinstance(leaf, Tensor) and leaf.is_floating_point()
+            else leaf
+            for leaf in leaves
+        ]
+        return rebuild(noisy)
+
+    def _slice(self, modules: list[nn.Module], why: str) -> None:
+        """Run modules in slices from now on; where they are already, the modules around them."""
+        for module in modules:
+            wanted: nn.Module | None = module
+            while wanted is not None and (wanted in self.sliced or isinstance(wanted, _CONTAINERS)):
+                wanted = parent_of(self._model, wanted)
+            if wanted is None or wanted is self._model:
+                raise CannotGroup(f"{module_name(self._model, module)}: {why}")
+            within = set(wanted.modules())
+            self.sliced = {m: reason for m, reason in self.sliced.items() if m not in within}
+            self.sliced[wanted] = why
+
+    def _owners(self, handles: Any) -> list[nn.Module]:
+        origins = {o for handle in handles for o in handle.origins}
+        return list(dict.fromkeys(slot.module for slot in self._slots if slot.position in origins))
+
+    def _no_rule(self, handles: Any, why: str) -> NoClusterRule:
+        return _NoRows(self._owners(handles), why)
+
+    # The check.
+
+    def _verify(self, layout: BatchLayout, args: tuple[Any, ...], kwargs: dict[str, Any], state: Any) -> None:
+        """Find a way to run the model on batches like this one that is exact, or raise `CannotGroup`."""
+        buffers = [(b, b.clone()) for b in self._model.buffers()]
+        originals = [handle.value for handle in self._handles]
+        try:
+            for handle in self._handles:
+                handle.value = _probe_value(handle.value)
+            while True:
+                try:
+                    self._check(layout, args, kwargs, state)
+                    return
+                except _NoRows as error:
+                    self._slice(error.owners, str(error))
+        finally:
+            for handle, value in zip(self._handles, originals, strict=True):
+                handle.value = value
+            for buffer, value in buffers:
+                buffer.copy_(value)
+            _set_random_state(state)
+
+    def _check(self, layout: BatchLayout, args: tuple[Any, ...], kwargs: dict[str, Any], state: Any) -> None:
+        """Look whether noise in some samples' rows stays in these samples."""
+
+        def run(disturbed: Tensor, operations: float = math.inf) -> tuple[_Probe, list[Any]]:
+            _set_random_state(state)
+            self._probe = _Probe(disturbed, operations)
+            try:
+                with self.installed(layout), torch.enable_grad():
+                    return self._probe, flatten(self._model(*args, **kwargs))[0]
+            finally:
+                probe, self._probe = self._probe, None
+                del probe
+
+        quiet = torch.zeros(layout.batch_size, dtype=torch.bool)
+        first, expected = run(quiet)
+        for disturbed in _codes(layout.batch_size):
+            probe, found = run(disturbed)
+            if probe.seen != first.seen:
+                raise CannotGroup("its operations differ from one call to the next with the same input")
+            if not _leaks(expected, found, disturbed):
+                continue
+            culprit = _first_leak(
+                len(first.seen),
+                lambda n, d=disturbed: _leaks(expected, run(d, n)[1], d),  # type: ignore[misc]
+            )
+            raise _NoRows(
+                first.owners[culprit],
+                "its rows of dimension 0 are not the samples' own, or samples are mixed after it",
+            )
+        self._verified.update(first.seen)
+
+
+class _Use:
+    """One use of parameters in a forward."""
+
+    def __init__(
+        self,
+        registered: Registered,
+        handles: dict[int, ClusterParameter],
+        layout: BatchLayout,
+        engine: GroupedEngine,
+        recomputed: bool,
+    ) -> None:
+        self.registered, self.handles, self.layout, self.engine = registered, handles, layout, engine
+        self.recomputed = recomputed
+
+
+class _Apply(torch.autograd.Function):
+    """An operation run by its rule."""
+
+    @staticmethod
+    def forward(ctx: Any, use: _Use, *values: Any) -> Tensor:
+        context = RuleContext()
+        out = _run_forward(use.registered, context, list(values), use.handles)
+        ctx.save_for_backward(*context.to_save)
+        context.to_save = ()
+        ctx.use, ctx.context = use, context
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        use, context, receiver = ctx.use, ctx.context, ctx.use.engine.receiver
+        store = receiver.store
+        if use.recomputed and store is not None:
+            use.engine.refuse_ambiguity()
+        context.saved_tensors = ctx.saved_tensors
+        context.needs_input_grad = ctx.needs_input_grad[1:]
+
+        def buffer(position: int) -> Tensor | None:
+            handle = use.handles.get(position)
+            if store is None or handle is None or handle.source is not None:
+                return None
+            block = store.vacant(handle.origins[0])
+            return block if block is not None and block.is_contiguous() else None
+
+        context._buffers = buffer
+        clusters = use.layout.whole if store is None else use.layout.clusters
+        with _no_autocast(grad.device.type):
+            gradients = list(use.registered.rule.backward(context, grad, clusters))
+            context.saved_tensors, context._buffers = (), _no_buffer
+            receiver.bypassed = receiver.bypassed or store is None
+            for position, handle in use.handles.items():
+                found = gradients[position]
+                if found is None:
+                    continue
+                if store is None:
+                    gradients[position] = found[0]
+                else:
+                    use.engine.deliver(handle, found)
+                    gradients[position] = None
+        return None, *gradients
+
+
+def _run_forward(
+    registered: Registered, context: RuleContext, values: list[Any], handles: dict[int, ClusterParameter]
+) -> Tensor:
+    """Run a rule's forward with the parameters cast as its other arguments are."""
+    device = next(v.device.type for v in values if isinstance(v, Tensor))
+    for position in handles:
+        values[position] = registered.rule.precision(values[position])
+    with _no_autocast(device):
+        return registered.rule.forward(context, *values)
+
+
+def _shape_per_sample(batch: Tensor | int, batch_size: int) -> tuple[float, ...]:
+    if isinstance(batch, int):
+        return (batch / batch_size,)
+    return (batch.shape[0] / batch_size, *batch.shape[1:]) if batch.dim() else ()
+
+
+def _no_buffer(position: int) -> None:
+    return None
+
+
+def _no_autocast(device: str) -> Any:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _value(handle: ClusterParameter) -> Tensor:
+    return handle.value
+
+
+def _has_tensor(result: Any) -> bool:
+    if isinstance(result, Tensor):
+        return result.requires_grad
+    return isinstance(result, tuple | list) and any(_has_tensor(item) for item in result)
+
+
+def _probe_value(parameter: Tensor) -> Tensor:
+    """Return a parameter's value for a check: noise where it is zero, which would hide what comes before it."""
+    value = parameter.detach()
+    if not bool(value.any()):
+        size = torch.arange(value.numel(), device=value.device, dtype=torch.float32)
+        value = (0.05 * torch.cos(size * 1.3 + 0.4)).to(value.dtype).view(value.shape)
+    return value.clone().requires_grad_() if value is parameter else value.detach().requires_grad_()
+
+
+def _codes(batch_size: int) -> Iterator[Tensor]:
+    """Yield sets of samples, bool [B], such that no sample is in all the sets that another one is in.
+
+    So an effect on a wrong sample shows in at least one of them. About log2 B sets suffice: each sample is in
+    half of them, and no two are in the same half.
+    """
+    if batch_size == 1:
+        return
+    sets = 1
+    while math.comb(sets, sets // 2) < batch_size:
+        sets += 1
+    members = torch.zeros(sets, batch_size, dtype=torch.bool)
+    for sample, chosen in enumerate(
+        itertools.islice(itertools.combinations(range(sets), sets // 2), batch_size)
+    ):
+        members[list(chosen), sample] = True
+    yield from members
+
+
+def _leaks(expected: list[Any], found: list[Any], disturbed: Tensor) -> bool:
+    """Tell whether outputs changed in samples that were not disturbed.
+
+    Raises:
+        ValueError: an output that is not one row per sample depends on the samples.
+    """
+    batch_size = disturbed.shape[0]
+    for before, after in zip(expected, found, strict=True):
+        if not isinstance(before, Tensor) or not before.is_floating_point():
+            continue
+        scale = torch.nan_to_num(before.detach().abs()).max() if before.numel() else torch.zeros(())
+        changed = (after.detach() - before.detach()).abs() > 16 * torch.finfo(before.dtype).eps * scale
+        if before.dim() == 0 or before.shape[0] != batch_size:
+            if bool(changed.any()):
+                raise ValueError(
+                    f"model: expected output tensors of one row per sample ([{batch_size}, ...]), "
+                    f"found {list(before.shape)}"
+                )
+            continue
+        rows = changed.reshape(batch_size, -1).any(1)
+        if bool((rows & ~disturbed.to(rows.device)).any()):
+            return True
+    return False
+
+
+def _first_leak(operations: int, leaks: Callable[[int], bool]) -> int:
+    """Return the index of the operation whose noise is the first to leak, by bisection."""
+    low, high = 0, operations
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if leaks(middle) else (middle, high)
+    return low
+
+
+def _random_state(device: torch.device) -> tuple[Any, ...]:
+    accelerator = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return random.getstate(), torch.get_rng_state(), accelerator, device
+
+
+def _set_random_state(state: tuple[Any, ...]) -> None:
+    random.setstate(state[0])
+    torch.set_rng_state(state[1])
+    if state[2] is not None:
+        torch.cuda.set_rng_state(state[2], state[3])

@@ -1,0 +1,139 @@
+"""What a module finds in a parameter's place while the grouped engine runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+if TYPE_CHECKING:
+    from .grouped import GroupedEngine
+
+
+class ClusterParameter(Tensor):
+    """A parameter, or a tensor computed from parameters alone, that sends every use of it to the engine.
+
+    Attributes:
+        value: the parameter itself, or the computed tensor with its graph.
+        origins: the positions of the parameters that it is computed from.
+        source: the call that computed it, and which of the call's results it is; None for a parameter.
+        engine: who decides what a use of it means.
+    """
+
+    value: Tensor
+    origins: tuple[int, ...]
+    source: tuple[Call, int] | None
+    engine: GroupedEngine
+
+    @staticmethod
+    def make(
+        value: Tensor, origins: tuple[int, ...], source: tuple[Call, int] | None, engine: GroupedEngine
+    ) -> ClusterParameter:
+        """Wrap a tensor; the handle shares its memory."""
+        handle: ClusterParameter = torch.Tensor._make_subclass(ClusterParameter, value.detach(), True)
+        handle.value, handle.origins, handle.source, handle.engine = value, origins, source, engine
+        return handle
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Hand the operation to the engine."""
+        kwargs = dict(kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():
+            handle = next(find_handles((args, kwargs)))
+            return handle.engine.operate(func, args, kwargs)
+
+
+class Call(NamedTuple):
+    """A call of a function on handles and values that are no tensors."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def find_handles(tree: Any) -> Iterator[ClusterParameter]:
+    """Yield the handles in a call's arguments."""
+    if isinstance(tree, ClusterParameter):
+        yield tree
+    elif isinstance(tree, tuple | list):
+        for item in tree:
+            yield from find_handles(item)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            yield from find_handles(item)
+
+
+def find_tensors(tree: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a call's arguments that are no handles."""
+    if isinstance(tree, Tensor):
+        if not isinstance(tree, ClusterParameter):
+            yield tree
+    elif isinstance(tree, tuple | list):
+        for item in tree:
+            yield from find_tensors(item)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            yield from find_tensors(item)
+
+
+def substitute(tree: Any, replace: Callable[[ClusterParameter], Tensor]) -> Any:
+    """Replace the handles in a call's arguments."""
+    if isinstance(tree, ClusterParameter):
+        return replace(tree)
+    if isinstance(tree, tuple | list):
+        items = [substitute(item, replace) for item in tree]
+        return tree.__class__(items) if type(tree) in (tuple, list) else tree.__class__(*items)
+    if isinstance(tree, dict):
+        return {name: substitute(item, replace) for name, item in tree.items()}
+    return tree
+
+
+def derive(call: Call, result: Any, engine: GroupedEngine) -> Any:
+    """Wrap the tensors among a call's results that depend on parameters."""
+    origins = tuple(dict.fromkeys(o for h in find_handles((call.args, call.kwargs)) for o in h.origins))
+    leaves, spec = tree_flatten(result)
+    wrapped = [
+        ClusterParameter.make(leaf, origins, (call, index), engine)
+        if isinstance(leaf, Tensor) and leaf.requires_grad
+        else leaf
+        for index, leaf in enumerate(leaves)
+    ]
+    return tree_unflatten(wrapped, spec)
+
+
+def evaluate(handle: ClusterParameter, parameters: Mapping[int, Tensor]) -> Tensor:
+    """Compute a handle's value again from other values of its parameters."""
+    results: dict[int, list[Any]] = {}
+
+    def value(of: ClusterParameter) -> Tensor:
+        if of.source is None:
+            return parameters[of.origins[0]]
+        call, index = of.source
+        if id(call) not in results:
+            outcome = call.func(*substitute(call.args, value), **substitute(call.kwargs, value))
+            results[id(call)] = tree_flatten(outcome)[0]
+        found: Tensor = results[id(call)][index]
+        return found
+
+    return value(handle)
+
+
+def pull_back(handle: ClusterParameter, gradients: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Turn gradients [K, ...] of a derived tensor into those of its parameters, in the order of its origins."""
+    num = gradients.shape[0]
+    with torch.enable_grad():
+        leaves = [
+            parameters[o].detach().expand(num, *parameters[o].shape).requires_grad_() for o in handle.origins
+        ]
+
+        def compute(*values: Tensor) -> Tensor:
+            return evaluate(handle, dict(zip(handle.origins, values, strict=True)))
+
+        out = torch.vmap(compute)(*leaves)
+        found = torch.autograd.grad(out, leaves, gradients.to(out.dtype), allow_unused=True)
+    return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
