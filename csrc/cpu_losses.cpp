@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <string>
 #include <vector>
@@ -116,24 +117,29 @@ struct Clusters {
 
 // An absent cluster gets 0. Samples are added in order, each to its own cluster's sum: a NaN stays there.
 template <class Values>
-void write_means(const Values& values, const Clusters& clusters, DType dtype, std::uintptr_t out) {
-  std::vector<double> sums(clusters.sizes.size());
-  for (Int sample = 0; sample < clusters.batch; ++sample) sums[clusters[sample]] += values[sample];
-  for (std::size_t k = 0; k < sums.size(); ++k)
-    write_number(out, dtype, static_cast<Int>(k), sums[k] / static_cast<double>(std::max<Int>(1, clusters.sizes[k])));
+std::vector<double> cluster_means(const Values& values, const Clusters& clusters) {
+  std::vector<double> means(clusters.sizes.size());
+  for (Int sample = 0; sample < clusters.batch; ++sample) means[clusters[sample]] += values[sample];
+  for (std::size_t k = 0; k < means.size(); ++k) means[k] /= static_cast<double>(std::max<Int>(1, clusters.sizes[k]));
+  return means;
+}
+
+void write_numbers(const std::vector<double>& numbers, DType dtype, std::uintptr_t out) {
+  for (std::size_t i = 0; i < numbers.size(); ++i) write_number(out, dtype, static_cast<Int>(i), numbers[i]);
 }
 
 void cluster_mse(const Handle& pred, const Handle& target, Int batch, Int size, std::uintptr_t cluster,
                  Int cluster_stride, Int k, const std::optional<Handle>& weight, std::uintptr_t out, std::uintptr_t counts, int threads) {
   const Pair pair(pred, target, batch, size);
   const Clusters clusters(cluster, cluster_stride, batch, k);
-  write_means(sample_losses(pair, weight, threads), clusters, pair.dtype(), out);
+  write_numbers(cluster_means(sample_losses(pair, weight, threads), clusters), pair.dtype(), out);
   std::copy(clusters.sizes.begin(), clusters.sizes.end(), reinterpret_cast<Int*>(counts));
 }
 
 void cluster_mean(const Handle& values, Int batch, std::uintptr_t cluster, Int cluster_stride, Int k, std::uintptr_t out) {
   const Numbers numbers(values);
-  write_means(numbers, Clusters(cluster, cluster_stride, batch, k), accumulation_dtype(numbers.dtype, numbers.dtype), out);
+  const Clusters clusters(cluster, cluster_stride, batch, k);
+  write_numbers(cluster_means(numbers, clusters), accumulation_dtype(numbers.dtype, numbers.dtype), out);
 }
 
 void cluster_mean_backward(const Handle& grad, Int k, std::uintptr_t cluster, Int cluster_stride, Int batch,
@@ -144,6 +150,33 @@ void cluster_mean_backward(const Handle& grad, Int k, std::uintptr_t cluster, In
     const Int own = clusters[sample];
     write_number(out, grads.dtype, sample, grads[own] / static_cast<double>(clusters.sizes[own]));
   }
+}
+
+// ---- Uncertainty weighting -----------------------------------------------------------------------------------------
+
+// The scalar, its slope by the squared error of every sample, and its gradient by every log-variance.
+void uncertainty_loss(const Handle& pred, const Handle& target, Int batch, Int size, std::uintptr_t cluster,
+                      Int cluster_stride, const Handle& log_var, Int k, const std::optional<Handle>& weight,
+                      std::uintptr_t out, std::uintptr_t slope, std::uintptr_t log_var_grad, int threads) {
+  const Pair pair(pred, target, batch, size);
+  const Clusters clusters(cluster, cluster_stride, batch, k);
+  const std::vector<double> means = cluster_means(sample_losses(pair, weight, threads), clusters);
+  const Numbers u(log_var);
+  const auto present = static_cast<double>(k - std::count(clusters.sizes.begin(), clusters.sizes.end(), 0));
+
+  std::vector<double> shares(k), gradients(k);
+  double loss = 0;
+  for (Int i = 0; i < k; ++i) {
+    if (clusters.sizes[i] == 0) continue;
+    const double share = 0.5 * std::exp(-u[i]) / present;
+    loss += share * means[i] + 0.5 * u[i];
+    gradients[i] = 0.5 - share * means[i];
+    shares[i] = share / static_cast<double>(clusters.sizes[i]);
+  }
+  write_number(out, pair.dtype(), 0, loss);
+  write_numbers(gradients, u.dtype, log_var_grad);
+  for (Int sample = 0; sample < batch; ++sample)
+    write_number(slope, pair.dtype(), sample, shares[clusters[sample]] * (weight ? Numbers(*weight)[sample] : 1.0));
 }
 
 }  // namespace
@@ -157,6 +190,7 @@ void register_cpu_losses(py::module_& module) {
   module.def("cpu_cluster_mse", &cluster_mse, unlocked);
   module.def("cpu_cluster_mean", &cluster_mean, unlocked);
   module.def("cpu_cluster_mean_backward", &cluster_mean_backward, unlocked);
+  module.def("cpu_uncertainty_loss", &uncertainty_loss, unlocked);
 }
 
 }  // namespace diffmtl

@@ -132,3 +132,44 @@ def _cluster_mean_kernel(p_value, p_cluster, p_mean, p_count, batch, BLOCK: tl.c
     count = tl.sum(b_count, axis=0)
     tl.store(p_mean + cluster, tl.sum(b_sum, axis=0) / tl.maximum(count, 1).to(b_sum.dtype))
     tl.store(p_count + cluster, count)
+
+
+@triton.jit
+def _uncertainty_kernel(
+    p_mean,
+    p_count,
+    p_log_var,
+    p_cluster,
+    p_weight,
+    p_loss,
+    p_slope,
+    p_log_var_grad,
+    batch,
+    k,
+    WEIGHTED: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: loss = Σ ½ (e^{−u} mean / n + u) over the n present clusters, and its slopes.
+
+    slope[sample] is the one by the sample's squared error, weight · ½ e^{−u} / (n count) of its cluster.
+    """
+    o_k = tl.arange(0, TILE)
+    b_present = tl.load(p_count + o_k, mask=o_k < k, other=0) > 0
+    b_mean = tl.load(p_mean + o_k, mask=b_present, other=0.0)
+    b_log_var = tl.load(p_log_var + o_k, mask=b_present, other=0.0).to(b_mean.dtype)
+    present = tl.maximum(tl.sum(b_present.to(b_mean.dtype), axis=0), 1)
+    b_term = tl.where(b_present, 0.5 * tl.exp(-b_log_var) / present * b_mean, 0.0)
+    tl.store(p_loss, tl.sum(b_term + 0.5 * b_log_var, axis=0))
+    b_grad = tl.where(b_present, 0.5 - b_term, 0.0)
+    tl.store(p_log_var_grad + o_k, b_grad.to(p_log_var_grad.dtype.element_ty), mask=o_k < k)
+    for start in range(0, batch, BLOCK):
+        o_sample = start + tl.arange(0, BLOCK)
+        m_sample = o_sample < batch
+        b_cluster = tl.load(p_cluster + o_sample, mask=m_sample, other=0)
+        b_count = tl.load(p_count + b_cluster, mask=m_sample, other=1).to(b_mean.dtype)
+        b_own = tl.load(p_log_var + b_cluster, mask=m_sample, other=0.0).to(b_mean.dtype)
+        b_slope = 0.5 * tl.exp(-b_own) / (present * b_count)
+        if WEIGHTED:
+            b_slope *= tl.load(p_weight + o_sample, mask=m_sample, other=0.0).to(b_mean.dtype)
+        tl.store(p_slope + o_sample, b_slope, mask=m_sample)

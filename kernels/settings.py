@@ -37,6 +37,11 @@ def stream_settings(size: int) -> Settings:
     return Settings(block, max(1, min(8, block // 512)))
 
 
+def sample_block(batch: int) -> int:
+    """Return how many samples at a time a program reads that goes over the whole batch."""
+    return min(1024, max(power_of_two(batch), 32))
+
+
 def gram_settings(num_clusters: int, size: int) -> Settings:
     """Settings for the Gramian of [num_clusters, size]: the tile of all rows must fit the registers."""
     if num_clusters <= MAX_VECTOR_CLUSTERS:

@@ -209,6 +209,41 @@ def cluster_mean_backward(grad: Tensor, cluster: Tensor) -> Tensor:
     return by_values
 
 
+def uncertainty_loss(
+    pred: Tensor, target: Tensor, cluster: Tensor, log_var: Tensor, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run `uncertainty_loss`."""
+    if reason := _unsupported(pred, target, log_var, weight):
+        return run_plain("uncertainty_loss", reason, pred, target, cluster, log_var, weight)
+    pred, target, _ = _aligned(pred, target)
+    dtype = accumulation_dtype(pred, target)
+    loss, slope = torch.empty((), dtype=dtype), torch.empty(pred.shape[0], dtype=dtype)
+    log_var_grad = torch.empty(log_var.shape, dtype=log_var.dtype)
+    _C.cpu_uncertainty_loss(
+        _handle(pred),
+        _handle(target),
+        pred.shape[0],
+        math.prod(pred.shape[1:]),
+        cluster.data_ptr(),
+        cluster.stride(0),
+        _handle(log_var),
+        log_var.shape[0],
+        None if weight is None else _handle(weight),
+        loss.data_ptr(),
+        slope.data_ptr(),
+        log_var_grad.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return loss, slope, log_var_grad
+
+
+def uncertainty_loss_backward(
+    grad: Tensor, slope: Tensor, log_var_grad: Tensor, log_var: Tensor, pred: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Run `uncertainty_loss_backward`."""
+    return sample_mse_backward(grad * slope, pred, target), grad * log_var_grad
+
+
 def pcgrad_weights(gramian: Tensor, order: Tensor, present: Tensor) -> Tensor:
     """Run `pcgrad_weights`."""
     if reason := _unsupported(gramian):
@@ -259,9 +294,8 @@ def cluster_wgrad_out(grad_out: Tensor, x: Tensor, offsets: Tensor, out: Tensor,
         run_plain("cluster_wgrad_out", reason, grad_out, x, offsets, out, accumulate)
         return
     bounds = host_offsets(offsets, x.shape[0])
-    with torch.autocast("cpu", enabled=False):
-        for row, (begin, end) in zip(out, pairwise(bounds), strict=True):
-            _multiply(grad_out[begin:end].T, x[begin:end], row, accumulate)
+    for row, (begin, end) in zip(out, pairwise(bounds), strict=True):
+        _multiply(grad_out[begin:end].T, x[begin:end], row, accumulate)
 
 
 def cluster_wgrad(grad_out: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
@@ -282,6 +316,8 @@ _KERNELS: tuple[Callable[..., Any], ...] = (
     cluster_mean_backward,
     cluster_wgrad,
     cluster_wgrad_out,
+    uncertainty_loss,
+    uncertainty_loss_backward,
     pcgrad_weights,
     nash_weights,
 )

@@ -161,9 +161,8 @@ def cluster_means(values: Tensor, cluster: Tensor, k: int) -> tuple[Tensor, Tens
     means = torch.empty(k, dtype=accumulation_dtype(values), device=values.device)
     counts = torch.empty(k, dtype=torch.int64, device=values.device)
     batch = values.shape[0]
-    block = min(1024, max(settings.power_of_two(batch), 32))
     loss_kernels._cluster_mean_kernel[k,](
-        values.contiguous(), cluster.contiguous(), means, counts, batch, BLOCK=block
+        values.contiguous(), cluster.contiguous(), means, counts, batch, BLOCK=settings.sample_block(batch)
     )
     return means, counts
 
@@ -178,6 +177,38 @@ def cluster_mse(
 ) -> tuple[Tensor, Tensor]:
     """Launch `cluster_mse`."""
     return cluster_means(sample_mse(pred, target, weight), cluster, k)
+
+
+def uncertainty_loss(
+    pred: Tensor, target: Tensor, cluster: Tensor, log_var: Tensor, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch `uncertainty_loss`."""
+    k, batch = log_var.shape[0], pred.shape[0]
+    means, counts = cluster_mse(pred, target, cluster, k, weight)
+    loss, slope, log_var_grad = means.new_empty([]), means.new_empty(batch), log_var.new_empty(k)
+    loss_kernels._uncertainty_kernel[1,](
+        means,
+        counts,
+        log_var.contiguous(),
+        cluster.contiguous(),
+        None if weight is None else weight.contiguous(),
+        loss,
+        slope,
+        log_var_grad,
+        batch,
+        k,
+        WEIGHTED=weight is not None,
+        TILE=settings.power_of_two(k),
+        BLOCK=settings.sample_block(batch),
+    )
+    return loss, slope, log_var_grad
+
+
+def uncertainty_loss_backward(
+    grad: Tensor, slope: Tensor, log_var_grad: Tensor, log_var: Tensor, pred: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Launch `uncertainty_loss_backward`."""
+    return sample_mse_backward(grad * slope, pred, target), grad * log_var_grad
 
 
 def gram(jacobian: Sequence[Tensor]) -> Tensor:
@@ -314,6 +345,8 @@ LAUNCHERS: dict[str, Any] = {
         sample_loss_backward,
         sample_mse,
         sample_mse_backward,
+        uncertainty_loss,
+        uncertainty_loss_backward,
     )
 }
 

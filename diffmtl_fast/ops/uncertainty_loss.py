@@ -7,45 +7,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check_cluster, check_floating, check_pair, check_same_device, check_weight
-from ._library import define_op, register_autograd
-from .cluster_mse import _cluster_mse
-from .sample_mse import pair_gradients
-
-
-def uncertainty_terms(losses: Tensor, counts: Tensor, log_var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Weigh the cluster losses: the scalar, its slope by the squared error of one sample, its gradient by u.
-
-    Args:
-        losses: L, [k].
-        counts: samples per cluster, int64 [k].
-        log_var: u, [k].
-
-    Returns:
-        Σ_k ½ (e^{−u_k} L_k / n + u_k) over the n present clusters, [];
-        ½ e^{−u_k} / (n count_k), [k], 0 for an absent cluster;
-        ½ (1 − e^{−u_k} L_k / n), [k], 0 for an absent cluster.
-    """
-    present = counts > 0
-    weights = torch.where(present, 0.5 * torch.exp(-log_var.to(losses.dtype)) / present.sum(), 0)
-    weighted = weights * losses
-    loss = (weighted + torch.where(present, 0.5 * log_var, 0)).sum()
-    return loss, weights / counts.clamp(min=1), torch.where(present, 0.5 - weighted, 0).to(log_var.dtype)
+from ._checks import (
+    accumulation_dtype,
+    check_cluster,
+    check_floating,
+    check_pair,
+    check_same_device,
+    check_weight,
+)
+from ._library import define_op, refuse_autograd, register_autograd
+from .cluster_mse import cluster_mse_plain
+from .sample_mse import sample_mse_backward_plain
 
 
 def uncertainty_loss_plain(
     pred: Tensor, target: Tensor, cluster: Tensor, log_var: Tensor, weight: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute `uncertainty_loss` from the cluster losses, with the device's own kernel for those."""
-    losses, counts = _cluster_mse(pred, target, cluster, log_var.shape[0], weight)
-    return uncertainty_terms(losses, counts, log_var)
+    """Compute `uncertainty_loss` and what its gradients are made of.
+
+    Returns:
+        Σ_k ½ (e^{−u_k} L_k / n + u_k) over the n present clusters, [];
+        its slope by the mean squared error of every sample, weight_b · ½ e^{−u_k} / (n count_k), [B];
+        its gradient by u, ½ (1 − e^{−u_k} L_k / n), 0 for an absent cluster, [k].
+    """
+    losses, counts = cluster_mse_plain(pred, target, cluster, log_var.shape[0], weight)
+    u, present = log_var.to(losses.dtype), counts > 0
+    shares = torch.where(present, 0.5 * torch.exp(-u) / present.sum(), 0)
+    loss = torch.where(present, shares * losses + 0.5 * u, 0).sum()
+    slope = (shares / counts.clamp(min=1)).index_select(0, cluster)
+    slope = slope if weight is None else slope * weight.to(slope.dtype)
+    return loss, slope, torch.where(present, 0.5 - shares * losses, 0).to(log_var.dtype)
+
+
+def uncertainty_loss_backward_plain(
+    grad: Tensor, slope: Tensor, log_var_grad: Tensor, log_var: Tensor, pred: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute the gradients by `pred` and by `log_var`, which is named only so that a second one is refused."""
+    return sample_mse_backward_plain(grad * slope, pred, target), grad * log_var_grad
 
 
 def _fake(
     pred: Tensor, target: Tensor, cluster: Tensor, log_var: Tensor, weight: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    losses, counts = _cluster_mse(pred, target, cluster, log_var.shape[0], weight)
-    return uncertainty_terms(losses, counts, log_var)
+    loss = pred.new_empty([], dtype=accumulation_dtype(pred, target))
+    return loss, loss.new_empty(pred.shape[:1]), log_var.new_empty(log_var.shape)
 
 
 _uncertainty_loss = define_op(
@@ -54,19 +59,34 @@ _uncertainty_loss = define_op(
     plain=uncertainty_loss_plain,
     fake=_fake,
 )
+_uncertainty_loss_backward = define_op(
+    "uncertainty_loss_backward(Tensor grad, Tensor slope, Tensor log_var_grad, Tensor log_var, Tensor pred,"
+    " Tensor target) -> (Tensor, Tensor)",
+    plain=uncertainty_loss_backward_plain,
+    fake=lambda grad, slope, log_var_grad, log_var, pred, target: (
+        torch.empty_like(pred),
+        torch.empty_like(log_var_grad),
+    ),
+)
+refuse_autograd(
+    "uncertainty_loss_backward", "the second derivative of the uncertainty loss is not implemented"
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    pred, target, cluster, _, weight = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(pred, target, cluster, weight, *output[1:])
+    pred, target, _, log_var, _ = inputs
+    _, slope, log_var_grad = output
+    ctx.mark_non_differentiable(slope, log_var_grad)
+    ctx.save_for_backward(slope, log_var_grad, log_var, pred, target)
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    pred, target, cluster, weight, slope, grad_log_var = ctx.saved_tensors
-    scale = (grad * slope)[cluster]
-    scale = scale if weight is None else scale * weight
-    return *pair_gradients(scale, pred, target, ctx.needs_input_grad), None, grad * grad_log_var, None
+    *constants, pred, target = ctx.saved_tensors
+    grad_pred, grad_log_var = _uncertainty_loss_backward(grad, *constants, pred, target)
+    grad_target = None
+    if ctx.needs_input_grad[1]:  # the error is symmetric
+        grad_target, _ = _uncertainty_loss_backward(grad, *constants, target, pred)
+    return grad_pred, grad_target, None, grad_log_var, None
 
 
 register_autograd("uncertainty_loss", _backward, _setup_context)

@@ -124,6 +124,17 @@ def small_cases() -> list[Case]:
             cases.append(Case(losses._sample_mean_kernel, pointers, integers, constants))
         pointers = {"p_value": dtype, "p_cluster": "i64", "p_mean": dtype, "p_count": "i64"}
         cases.append(Case(losses._cluster_mean_kernel, pointers, ("batch",), {"BLOCK": 1024}))
+        pointers = {
+            "p_mean": dtype,
+            "p_count": "i64",
+            "p_log_var": "fp32",
+            "p_cluster": "i64",
+            "p_weight": dtype,
+        }
+        pointers |= {"p_loss": dtype, "p_slope": dtype, "p_log_var_grad": "fp32"}
+        for weighted in (False, True):
+            constants = {"WEIGHTED": weighted, "TILE": 8, "BLOCK": 1024}
+            cases.append(Case(losses._uncertainty_kernel, pointers, ("batch", "k"), constants))
         for k in (1, 5, 64 if dtype == "fp32" else settings.MAX_FLOAT64_NASH_CLUSTERS):
             tile, warps = settings.weight_settings(k)
             size = {"K": k, "TILE": tile}

@@ -132,6 +132,25 @@ def test_cluster_mean(batch, k, generator, device):
     check("cluster_mean", (values, cluster, k), 1e-6)
 
 
+@pytest.mark.parametrize("batch", [0, 1, 33])
+@pytest.mark.parametrize(("k", "dtype"), [(1, torch.float32), (5, torch.bfloat16), (7, torch.float64)])
+def test_uncertainty_loss(batch, k, dtype, generator, device, monkeypatch):
+    monkeypatch.setattr(
+        _cuda.settings, "sample_block", lambda batch: 16
+    )  # so that 33 samples take three turns
+    pred, target = draw((batch, 3), dtype, generator), draw((batch, 3), dtype, generator)
+    cluster = torch.randint(max(k - 1, 1), (batch,), generator=generator, device=device)
+    log_var, weight = (
+        draw((k,), torch.float32, generator),
+        torch.rand(batch, generator=generator, device=device),
+    )
+    for weights in (None, weight):
+        check("uncertainty_loss", (pred, target, cluster, log_var, weights), 1e-5)  # terms cancel
+    grad, slope = draw((), torch.float64, generator), draw((batch,), torch.float64, generator)
+    log_var = log_var.double()
+    check("uncertainty_loss_backward", (grad, slope, log_var, log_var, pred, target), DTYPES[dtype])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("k", [1, 2, 5, 8, 9, 20, 64])
 @pytest.mark.parametrize("size", [0, 1, 130, 4099])

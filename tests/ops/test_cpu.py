@@ -281,6 +281,7 @@ class TestThreads:
                     ops.combine_(out, parts, weights),
                     ops.sample_mse(one, other),
                     ops.cluster_mse(many, target, cluster, 4),
+                    ops.uncertainty_loss(many, target, cluster, weights[:4]),
                     torch.ops.diffmtl.sample_mse_backward(weights.repeat(60), many, target),
                 ]
             )
