@@ -92,18 +92,13 @@ def check_weight(weight: Tensor | None, pred: Tensor) -> None:
 
 
 def check_cluster(cluster: Tensor, k: int, batch_size: int) -> None:
-    """Refuse cluster indices that are not int64 [B] in 0..k-1 (the range is checked on the CPU only)."""
+    """Refuse cluster indices that are not int64 [B]; on the CPU the op itself refuses those outside 0..k-1."""
     if k < 1:
         raise ValueError(f"k: expected at least one cluster, found {k}")
     if cluster.dtype != torch.int64:
         raise TypeError(f"cluster: expected int64 indices, found {cluster.dtype}")
     if cluster.shape != (batch_size,):
         raise ValueError(f"cluster: expected shape [{batch_size}], found {list(cluster.shape)}")
-    # Reading the values of an accelerator's tensor would stall it; under compilation there are none to read.
-    if cluster.device.type == "cpu" and not torch.compiler.is_compiling() and batch_size > 0:
-        low, high = (int(bound) for bound in torch.aminmax(cluster))
-        if low < 0 or high >= k:
-            raise ValueError(f"cluster: expected indices in 0..{k - 1}, found {low}..{high}")
 
 
 def check_square(name: str, matrix: Tensor) -> None:

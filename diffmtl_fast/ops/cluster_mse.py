@@ -45,7 +45,7 @@ def _setup_context(
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
     pred, target, cluster, weight, counts = ctx.saved_tensors
-    scale = (grad / counts.clamp(min=1))[cluster]
+    scale = (grad / counts.clamp(min=1)).index_select(0, cluster)
     scale = scale if weight is None else scale * weight
     return *pair_gradients(scale, pred, target, ctx.needs_input_grad), None, None, None
 

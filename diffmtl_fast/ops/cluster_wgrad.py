@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from ._checks import (
@@ -24,10 +23,9 @@ def cluster_wgrad_out_plain(
     """Compute `cluster_wgrad` by its definition, into `out`."""
     dtype = accumulation_dtype(grad_out, out)
     bounds = host_offsets(offsets, x.shape[0])
-    with torch.autocast(x.device.type, enabled=False):
-        for row, (begin, end) in zip(out.unbind(), pairwise(bounds), strict=True):
-            product = grad_out[begin:end].to(dtype).T @ x[begin:end].to(dtype)
-            row.copy_(row + product if accumulate else product)
+    for row, (begin, end) in zip(out.unbind(), pairwise(bounds), strict=True):
+        product = grad_out[begin:end].to(dtype).T @ x[begin:end].to(dtype)
+        row.copy_(row + product if accumulate else product)
 
 
 def cluster_wgrad_plain(grad_out: Tensor, x: Tensor, offsets: Tensor) -> Tensor:

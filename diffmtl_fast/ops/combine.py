@@ -25,12 +25,11 @@ def combine_in_place_plain(
 ) -> Tensor:
     """Compute `combine_` by its definition."""
     square = _fake_in_place(out, jacobian, weights, accumulate).zero_()
-    with torch.autocast(square.device.type, enabled=False):
-        for written, member, add in zip(out, jacobian, accumulate, strict=True):
-            dtype = accumulation_dtype(written, member)
-            direction = (weights.to(dtype) @ as_matrix(member).to(dtype)).view(written.shape)
-            written.copy_(written + direction if add else direction)
-            square += written.to(square.dtype).square().sum()
+    for written, member, add in zip(out, jacobian, accumulate, strict=True):
+        dtype = accumulation_dtype(written, member)
+        direction = (weights.to(dtype) @ as_matrix(member).to(dtype)).view(written.shape)
+        written.copy_(written + direction if add else direction)
+        square += written.to(square.dtype).square().sum()
     return square
 
 
@@ -62,12 +61,11 @@ def _setup_context(ctx: Any, inputs: tuple[Sequence[Tensor], Tensor], output: li
 def _backward(ctx: Any, grads: list[Tensor]) -> tuple[list[Tensor], Tensor]:
     *jacobian, weights = ctx.saved_tensors
     grad_jacobian, grad_weights = [], torch.zeros_like(weights, dtype=accumulation_dtype(*jacobian, weights))
-    with torch.autocast(weights.device.type, enabled=False):
-        for member, grad in zip(jacobian, grads, strict=True):
-            dtype = accumulation_dtype(member)
-            flat = grad.reshape(-1).to(dtype)
-            grad_jacobian.append(torch.outer(weights.to(dtype), flat).to(member.dtype).view(member.shape))
-            grad_weights = grad_weights + as_matrix(member).to(dtype) @ flat
+    for member, grad in zip(jacobian, grads, strict=True):
+        dtype = accumulation_dtype(member)
+        flat = grad.reshape(-1).to(dtype)
+        grad_jacobian.append(torch.outer(weights.to(dtype), flat).to(member.dtype).view(member.shape))
+        grad_weights = grad_weights + as_matrix(member).to(dtype) @ flat
     return grad_jacobian, grad_weights.to(weights.dtype)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ._checks import accumulation_dtype, check_jacobian
@@ -16,10 +15,9 @@ from ._library import define_op, register_autograd
 def gram_plain(jacobian: Sequence[Tensor]) -> Tensor:
     """Compute `gram` by its definition."""
     gramian = _fake(jacobian).zero_()
-    with torch.autocast(gramian.device.type, enabled=False):  # a Gramian in bfloat16 would be noise
-        for member in jacobian:
-            rows = as_matrix(member).to(gramian.dtype)
-            gramian += rows @ rows.T
+    for member in jacobian:
+        rows = as_matrix(member).to(gramian.dtype)
+        gramian += rows @ rows.T
     # A library's product is symmetric only up to rounding; the Gramian is symmetric by definition.
     return (gramian + gramian.T) / 2
 
@@ -36,9 +34,8 @@ def _setup_context(ctx: Any, inputs: tuple[Sequence[Tensor]], output: Tensor) ->
 
 
 def _backward(ctx: Any, grad: Tensor) -> list[Tensor]:
-    with torch.autocast(grad.device.type, enabled=False):
-        factor = grad + grad.T
-        return [(factor @ as_matrix(j).to(grad.dtype)).to(j.dtype).view(j.shape) for j in ctx.saved_tensors]
+    factor = grad + grad.T
+    return [(factor @ as_matrix(j).to(grad.dtype)).to(j.dtype).view(j.shape) for j in ctx.saved_tensors]
 
 
 register_autograd("gram", _backward, _setup_context)

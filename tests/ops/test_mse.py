@@ -176,8 +176,8 @@ def test_sample_mse_refuses(pred, target, error, message):
 @pytest.mark.parametrize(
     ("cluster", "k", "error", "message"),
     [
-        (torch.tensor([0, 1, 3]), 3, ValueError, r"indices in 0..2, found 0..3"),
-        (torch.tensor([0, -1, 2]), 3, ValueError, r"indices in 0..2, found -1..2"),
+        (torch.tensor([0, 1, 3]), 3, ValueError, r"indices in 0..2, found 3"),
+        (torch.tensor([0, -1, 2]), 3, ValueError, r"indices in 0..2, found -1"),
         (torch.tensor([0, 1]), 3, ValueError, r"shape \[3\], found \[2\]"),
         (torch.tensor([0.0, 1.0, 2.0]), 3, TypeError, "int64 indices, found torch.float32"),
         (torch.tensor([0, 1, 2]), 0, ValueError, "at least one cluster"),
