@@ -13,11 +13,35 @@ MAX_CLUSTERS = 64
 # Loading a float64 Gramian beyond this size takes the registers that the Nash solver needs.
 MAX_FLOAT64_NASH_CLUSTERS = 32
 
+# Sums over clusters: with this many programs a large GPU has a few rounds of them. Where there are fewer, the rows
+# of a cluster are shared out, but not in shares so short that writing their sums takes as long as forming them.
+TARGET_PROGRAMS = 512
+LEAST_ROWS_PER_SHARE = 512
+
 
 class Settings(NamedTuple):
     """Elements per program and warps per program."""
 
     block: int
+    num_warps: int
+
+
+class ClusterSumSettings(NamedTuple):
+    """Rows and columns of a step, shares of a cluster, warps per program."""
+
+    rows: int
+    block: int
+    shares: int
+    num_warps: int
+
+
+class WgradSettings(NamedTuple):
+    """Rows of a step, outputs and inputs of a tile, shares of a cluster, warps per program."""
+
+    rows: int
+    outputs: int
+    inputs: int
+    shares: int
     num_warps: int
 
 
@@ -53,3 +77,30 @@ def weight_settings(num_clusters: int) -> Settings:
     """Settings for a K×K problem in one program: a float64 tile at 8 elements per thread does not spill."""
     tile = power_of_two(num_clusters)
     return Settings(tile, max(1, min(16, tile * tile // 256)))
+
+
+def _shares(programs: int, rows: int) -> int:
+    """Shares of a cluster of `rows` rows, given the programs that there are without sharing."""
+    return max(1, min(ceil_div(TARGET_PROGRAMS, programs), rows // LEAST_ROWS_PER_SHARE))
+
+
+def cluster_sum_settings(num_clusters: int, num_rows: int, size: int) -> ClusterSumSettings:
+    """Settings for the sums of `num_rows` rows of `size` elements over clusters."""
+    mean = ceil_div(num_rows, num_clusters)  # all that is known without reading the offsets
+    block = min(256, max(power_of_two(size), 32))
+    rows = min(STREAM_BLOCK // block, max(power_of_two(mean), 1))
+    shares = _shares(num_clusters * ceil_div(size, block), mean)
+    return ClusterSumSettings(rows, block, shares, max(1, min(8, rows * block // 512)))
+
+
+def wgrad_settings(
+    num_clusters: int, num_rows: int, num_outputs: int, num_inputs: int, element_size: int
+) -> WgradSettings:
+    """Settings for weight gradients: tiles as large as registers hold their sums, and no larger than needed."""
+    mean = ceil_div(num_rows, num_clusters)
+    largest = 64 if element_size == 8 else 128
+    outputs, inputs = (min(largest, max(power_of_two(n), 16)) for n in (num_outputs, num_inputs))
+    rows = min(64 if element_size == 2 else 16, max(power_of_two(mean), 16))
+    shares = _shares(num_clusters * ceil_div(num_outputs, outputs) * ceil_div(num_inputs, inputs), mean)
+    num_warps = max(1, min(8, outputs * inputs * element_size // 2048))
+    return WgradSettings(rows, outputs, inputs, shares, num_warps)

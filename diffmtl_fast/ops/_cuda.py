@@ -7,21 +7,22 @@ hands it to that definition and the reason is logged once.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
+from ..kernels import clusters as cluster_kernels
 from ..kernels import combine as combine_kernels
 from ..kernels import gram as gram_kernels
 from ..kernels import losses as loss_kernels
 from ..kernels import noise as noise_kernels
 from ..kernels import settings
 from ..kernels import weights as weight_kernels
-from ._checks import accumulation_dtype
-from ._layout import CHANNELS_LAST, as_matrix, empty_row, in_rows
+from ._checks import accumulation_dtype, host_offsets
+from ._layout import CHANNELS_LAST, as_matrix, contiguous_clusters, empty_row, in_rows
 from ._library import register_kernel, run_plain
 from .nash import CONVERGED, LINE_SEARCH_STEPS, NEWTON_STEPS
 
@@ -288,6 +289,139 @@ def _combine(jacobian: Tensor, weights: Tensor) -> Tensor:
     return out
 
 
+def _add_shares(parts: Tensor, out: Tensor, accumulate: bool) -> None:
+    """Add up what the shares of every cluster have given, [shares, K, ...]."""
+    size = out[0].numel()
+    block, num_warps = settings.stream_settings(size)
+    cluster_kernels._add_shares_kernel[settings.ceil_div(size, block), out.shape[0]](
+        parts, out, parts.shape[0], size, out.stride(0), ADD=accumulate, BLOCK=block, num_warps=num_warps
+    )
+
+
+def _launch_in_shares(kernel: Callable[..., None], shares: int, out: Tensor, accumulate: bool) -> None:
+    """Call `kernel(result, distance between clusters, distance between shares, whether to add to the result)`."""
+    if shares == 1:
+        kernel(out, out.stride(0), 0, accumulate)
+        return
+    parts = torch.empty(shares, *out.shape, dtype=accumulation_dtype(out), device=out.device)
+    kernel(parts, parts.stride(1), parts.stride(0), False)
+    _add_shares(parts, out, accumulate)
+
+
+def _device_offsets(offsets: Tensor, rows: Tensor) -> Tensor:
+    """Check offsets that the host knows, and bring them to the device without waiting for it."""
+    if offsets.device.type == "cpu":
+        host_offsets(offsets, rows.shape[0])
+    return offsets.to(rows.device, non_blocking=True).contiguous()
+
+
+def cluster_sum_out(values: Tensor, offsets: Tensor, out: Tensor, accumulate: bool) -> None:
+    """Launch `cluster_sum_out`."""
+    bounds = _device_offsets(offsets, values)
+    if out.numel() == 0:
+        return
+    values, (k, size) = in_rows(values), out.shape
+    rows, block, shares, num_warps = settings.cluster_sum_settings(k, values.shape[0], size)
+
+    def launch(result: Tensor, stride_cluster: int, stride_share: int, add: bool) -> None:
+        cluster_kernels._cluster_sum_kernel[settings.ceil_div(size, block), k, shares](
+            values,
+            bounds,
+            result,
+            values.shape[0],
+            size,
+            values.stride(0),
+            stride_cluster,
+            stride_share,
+            ADD=add,
+            ACCUMULATE=_TRITON_DTYPES[accumulation_dtype(values)],
+            ROWS=rows,
+            BLOCK=block,
+            num_warps=num_warps,
+        )
+
+    with contiguous_clusters(out, accumulate) as (result, add):
+        _launch_in_shares(launch, shares, result, add)
+
+
+def cluster_sum(values: Tensor, offsets: Tensor) -> Tensor:
+    """Launch `cluster_sum`."""
+    out = values.new_empty([offsets.shape[0] - 1, values.shape[1]])
+    cluster_sum_out(values, offsets, out, False)
+    return out
+
+
+def _batched(x: Tensor, offsets: Tensor, out: Tensor) -> bool:
+    """Whether one product of the BLAS library gives the weight gradients: it is faster than a kernel of ours.
+
+    The host must know that the clusters have equal sizes, and the library must write the dtype of `out`.
+    """
+    if not (x.is_cuda and offsets.device.type == "cpu") or x.shape[0] == 0:
+        return False
+    sizes = set(offsets.diff().tolist())
+    written = {x.dtype}
+    if torch.version.hip is None and x.dtype in (torch.bfloat16, torch.float16):
+        written.add(torch.float32)
+    return len(sizes) == 1 and out.dtype in written
+
+
+def _batched_wgrad(grad_out: Tensor, x: Tensor, out: Tensor, accumulate: bool) -> None:
+    """Multiply clusters of one size, with the precision that PyTorch's settings give to any linear layer."""
+    left, right = (rows.unflatten(0, (out.shape[0], -1)) for rows in (grad_out, x))
+    dtype: dict[str, Any] = {} if out.dtype == x.dtype else {"out_dtype": out.dtype}
+    with torch.autocast(x.device.type, enabled=False):
+        if accumulate:
+            torch.baddbmm(out, left.transpose(1, 2), right, **dtype, out=out)
+        else:
+            torch.bmm(left.transpose(1, 2), right, **dtype, out=out)
+
+
+def cluster_wgrad_out(grad_out: Tensor, x: Tensor, offsets: Tensor, out: Tensor, accumulate: bool) -> None:
+    """Launch `cluster_wgrad_out`."""
+    bounds = _device_offsets(offsets, x)
+    if out.numel() == 0:
+        return
+    if _batched(x, offsets, out):
+        _batched_wgrad(grad_out, x, out, accumulate)
+        return
+    grad_out, x, (k, outputs, inputs) = in_rows(grad_out), in_rows(x), out.shape
+    chosen = settings.wgrad_settings(k, x.shape[0], outputs, inputs, x.element_size())
+    tiles = settings.ceil_div(outputs, chosen.outputs) * settings.ceil_div(inputs, chosen.inputs)
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+    def launch(result: Tensor, stride_cluster: int, stride_share: int, add: bool) -> None:
+        cluster_kernels._cluster_wgrad_kernel[tiles, k, chosen.shares](
+            grad_out,
+            x,
+            bounds,
+            result,
+            x.shape[0],
+            outputs,
+            inputs,
+            grad_out.stride(0),
+            x.stride(0),
+            stride_cluster,
+            stride_share,
+            ADD=add,
+            PRECISION="tf32" if tf32 else "ieee",
+            ACCUMULATE=_TRITON_DTYPES[accumulation_dtype(x)],
+            BLOCK_N=chosen.rows,
+            BLOCK_O=chosen.outputs,
+            BLOCK_I=chosen.inputs,
+            num_warps=chosen.num_warps,
+        )
+
+    with contiguous_clusters(out, accumulate) as (result, add):
+        _launch_in_shares(launch, chosen.shares, result, add)
+
+
+def cluster_wgrad(grad_out: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+    """Launch `cluster_wgrad`."""
+    out = x.new_empty([offsets.shape[0] - 1, grad_out.shape[1], x.shape[1]])
+    cluster_wgrad_out(grad_out, x, offsets, out, False)
+    return out
+
+
 def pcgrad_weights(gramian: Tensor, order: Tensor, present: Tensor) -> Tensor:
     """Launch `pcgrad_weights`."""
     k = gramian.shape[0]
@@ -336,6 +470,10 @@ LAUNCHERS: dict[str, Any] = {
         add_noise,
         cluster_mean,
         cluster_mse,
+        cluster_sum,
+        cluster_sum_out,
+        cluster_wgrad,
+        cluster_wgrad_out,
         combine,
         gram,
         nash_weights,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+from ._checks import accumulation_dtype
 
 # The memory formats other than row-major in which a sample's elements still lie together.
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -72,3 +75,19 @@ def empty_row(jacobian: Tensor) -> Tensor:
 def in_rows(jacobian: Tensor) -> Tensor:
     """Return J with the elements of a row next to each other, itself where it is so already."""
     return jacobian if jacobian.shape[1] <= 1 or jacobian.stride(1) == 1 else jacobian.contiguous()
+
+
+@contextmanager
+def contiguous_clusters(out: Tensor, accumulate: bool) -> Iterator[tuple[Tensor, bool]]:
+    """Give memory for a kernel's result and whether to add to what is there; at the end the result is in `out`.
+
+    The elements of a cluster lie in row-major order without gaps there, the clusters anywhere: `out` itself where
+    it is so already.
+    """
+    if out[0].is_contiguous():
+        yield out, accumulate
+    else:
+        result = torch.empty(out.shape, dtype=accumulation_dtype(out), device=out.device)
+        yield result, False
+        out.add_(result) if accumulate else out.copy_(result)
+    torch.autograd.graph.increment_version(out)

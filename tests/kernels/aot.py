@@ -20,7 +20,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from diffmtl_fast.kernels import combine, gram, losses, settings, weights
+from diffmtl_fast.kernels import clusters, combine, gram, losses, settings, weights
 from diffmtl_fast.kernels import noise as noises
 
 TARGETS = [
@@ -36,6 +36,13 @@ DTYPES = {
     "fp16": tl.float32,
 }  # and what they add up in
 SUM = {"fp32": "fp32", "fp64": "fp64", "bf16": "fp32", "fp16": "fp32"}
+# Into registers, or into shared memory.
+SIXTEEN_BYTES = r"ld\.global\S*\.(v4\.b32|v2\.b64)|cp\.async\.c[ag]\.shared\.global .*, 0x10,"
+
+
+def cluster_sums() -> list[tuple[str, str, bool]]:
+    """Dtypes of the rows and of the result, and whether the sums are added to what is there."""
+    return [(d, out, add) for d in DTYPES for out in sorted({d, SUM[d]}) for add in (False, True)]
 
 
 class Case(NamedTuple):
@@ -114,6 +121,51 @@ def tile_cases() -> list[Case]:
     return cases
 
 
+def wgrad_cases() -> list[Case]:
+    """Weight gradients: many rows, few rows, small layers, sizes that are no multiple of anything."""
+    cases = []
+    for k, rows, outputs, inputs in [
+        (5, 2560, 768, 192),
+        (20, 40, 4096, 4096),
+        (5, 40, 64, 32),
+        (2, 9, 3, 5),
+    ]:
+        for dtype, out, add in cluster_sums():
+            chosen = settings.wgrad_settings(k, rows, outputs, inputs, {"fp32": 4, "fp64": 8}.get(dtype, 2))
+            for precision in ("ieee", "tf32") if dtype == "fp32" else ("ieee",):
+                constants = {"ADD": add, "PRECISION": precision, "ACCUMULATE": DTYPES[dtype]}
+                constants |= {"BLOCK_N": chosen.rows, "BLOCK_O": chosen.outputs, "BLOCK_I": chosen.inputs}
+                pointers = {"p_grad": dtype, "p_x": dtype, "p_offset": "i64", "p_out": out}
+                integers = ("num_rows", "num_outputs", "num_inputs", "stride_grad", "stride_x")
+                integers += ("stride_cluster", "stride_share")
+                # TF32 operands are transposed on their way through registers.
+                streams = not add and precision == "ieee" and inputs > 16
+                case = Case(
+                    clusters._cluster_wgrad_kernel, pointers, integers, constants, chosen.num_warps, streams
+                )
+                cases.append(case)
+    return cases
+
+
+def cluster_sum_cases() -> list[Case]:
+    cases = []
+    for dtype, out, add in cluster_sums():
+        for k, rows, columns in ((5, 2560, 768), (5, 40, 12288)):
+            chosen = settings.cluster_sum_settings(k, rows, columns)
+            constants = {"ADD": add, "ACCUMULATE": DTYPES[dtype], "ROWS": chosen.rows, "BLOCK": chosen.block}
+            pointers = {"p_value": dtype, "p_offset": "i64", "p_out": out}
+            integers = ("num_rows", "size", "stride_value", "stride_cluster", "stride_share")
+            case = Case(
+                clusters._cluster_sum_kernel, pointers, integers, constants, chosen.num_warps, not add
+            )
+            cases.append(case)
+        block, warps = settings.stream_settings(1 << 20)
+        pointers, constants = {"p_share": SUM[out], "p_out": out}, {"ADD": add, "BLOCK": block}
+        integers = ("shares", "size", "stride_cluster")
+        cases.append(Case(clusters._add_shares_kernel, pointers, integers, constants, warps, not add))
+    return cases
+
+
 def small_cases() -> list[Case]:
     cases = []
     for dtype in ("fp32", "fp64"):
@@ -171,7 +223,7 @@ def faults(case: Case, target: GPUTarget) -> list[str]:
     found = [] if assembly.get("cubin") else ["no cubin"]
     if local_bytes(assembly["cubin"]):
         found.append("registers spilled to local memory")
-    if case.streams and not re.search(r"ld\.global\S*\.(v4\.b32|v2\.b64)", assembly["ptx"]):
+    if case.streams and not re.search(SIXTEEN_BYTES, assembly["ptx"]):
         found.append("no 16-byte loads")
     return found
 
@@ -190,7 +242,7 @@ def local_bytes(cubin: bytes) -> int:
 
 def main() -> int:
     failed = compiled = 0
-    for case in streaming_cases() + tile_cases() + small_cases():
+    for case in streaming_cases() + tile_cases() + wgrad_cases() + cluster_sum_cases() + small_cases():
         for target in TARGETS:
             compiled += 1
             for fault in faults(case, target):

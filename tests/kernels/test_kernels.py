@@ -10,12 +10,31 @@ import os
 import numpy as np
 import pytest
 import torch
+from triton.runtime import interpreter
 
 from diffmtl_fast.ops import PLAIN, _cuda, _library
 
 DEVICE = os.environ.get("DIFFMTL_TEST_DEVICE", "cpu")
 DTYPES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 SHAPES = [(1, 1), (3, 5, 7), (2, 4096), (5, 4097), (2, 3, 41, 97)]
+
+
+@pytest.fixture(autouse=True)
+def _products_of_bfloat16(monkeypatch):
+    """Widen bfloat16 operands of a product for Triton's interpreter, which takes their bits for integers."""
+    create_dot = interpreter.InterpreterBuilder.create_dot
+
+    def widened(operand):
+        if operand.dtype.scalar != _cuda.tl.bfloat16:
+            return operand
+        return interpreter.TensorHandle(
+            (operand.data.astype(np.uint32) << 16).view(np.float32), _cuda.tl.float32
+        )
+
+    def widening(self, a, b, *args):
+        return create_dot(self, widened(a), widened(b), *args)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", widening)
 
 
 def draw(shape, dtype, generator):
@@ -227,3 +246,96 @@ def test_more_clusters_than_a_kernel_covers_are_logged_once(generator, caplog):
     assert [r.message for r in caplog.records] == [
         "diffmtl::gram runs its plain definition: no kernel for K = 65 in torch.float32"
     ]
+
+
+def cluster_offsets(sizes, device):
+    return torch.tensor([0, *sizes], device=device).cumsum(0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(1,), (3, 0, 40), (16, 16), (0, 0), (33, 150, 1, 70)], ids=str)
+@pytest.mark.parametrize("width", [(1, 1), (7, 40), (130, 16), (65, 129)], ids=str)
+def test_weight_gradients(width, sizes, dtype, generator, device):
+    grad_out, x = (draw((sum(sizes), w), dtype, generator) for w in width)
+    offsets = cluster_offsets(sizes, device)
+    check("cluster_wgrad", (grad_out, x, offsets), DTYPES[dtype])
+    check("cluster_sum", (x, offsets), DTYPES[dtype])
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(1200, 5, 0, 1100), (3, 70)], ids=str)  # in shares, and without
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_sums_over_clusters_into_a_jacobian(sizes, dtype, out_dtype, accumulate, generator, device):
+    if DEVICE == "cpu" and (dtype, out_dtype) == (torch.float64, torch.bfloat16):
+        pytest.skip("Triton's interpreter has no conversion from float64 to bfloat16")
+    grad_out, x = draw((sum(sizes), 6), dtype, generator), draw((sum(sizes), 20), dtype, generator)
+    offsets = cluster_offsets(sizes, device)
+    jacobian = draw((len(sizes), 150), out_dtype, generator)
+    exact = jacobian.double()
+    for rows, out in (
+        ((grad_out, x), lambda j: j[:, 7:127].view(-1, 6, 20)),
+        ((grad_out,), lambda j: j[:, 130:136]),
+        ((x,), lambda j: j[:, ::7][:, :20]),
+    ):
+        name = f"cluster_{'wgrad' if len(rows) == 2 else 'sum'}_out"
+        _cuda.LAUNCHERS[name](*rows, offsets, out(jacobian), accumulate)
+        PLAIN[name](*(r.double() for r in rows), offsets, out(exact), accumulate)
+    error = (jacobian.double() - exact).norm() / exact.norm()
+    assert error <= max(DTYPES[dtype], DTYPES[out_dtype])
+
+
+def test_weight_gradients_of_strided_rows(generator, device):
+    grad_out, x = draw((90, 30), torch.float32, generator), draw((40, 90), torch.float32, generator)
+    offsets = cluster_offsets((20, 70), device)
+    check("cluster_wgrad", (grad_out[:, 3:9], x.T, offsets), 2e-6)
+    check("cluster_wgrad", (grad_out[:1].expand(90, 30), x[:, ::2].repeat(1, 2).T, offsets), 2e-6)
+    check("cluster_sum", (x.T, offsets), 2e-6)
+    out = torch.empty(2, 40, 6, device=device).transpose(1, 2)
+    _cuda.LAUNCHERS["cluster_wgrad_out"](grad_out[:, 3:9], x.T, offsets, out, False)
+    expected = PLAIN["cluster_wgrad"](grad_out[:, 3:9].double(), x.T.double(), offsets)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_offsets_beyond_the_rows_touch_no_other_memory(device):
+    rows = torch.ones(40, 3, device=device)[10:20]
+    for bounds in ([0, 4, 99], [-7, 4, 10], [0, 2**40, -(2**40)]):
+        offsets = torch.tensor(bounds, device=device)
+        if (
+            device.type == "cpu"
+        ):  # on the host they are refused: what a kernel would do with them is seen below
+            with pytest.raises(ValueError, match="nondecreasing"):
+                _cuda.LAUNCHERS["cluster_sum"](rows, offsets)
+            out = torch.empty(2, 3)
+            _cuda.cluster_kernels._cluster_sum_kernel[1, 2, 1](
+                rows, offsets, out, 10, 3, 3, 3, 0, ADD=False, ACCUMULATE=_cuda.tl.float32, ROWS=4, BLOCK=4
+            )
+        else:
+            out = _cuda.LAUNCHERS["cluster_sum"](rows, offsets)
+        low, middle, high = (min(max(b, 0), 10) for b in bounds)
+        expected = [[max(b - a, 0)] * 3 for a, b in ((low, middle), (middle, high))]
+        assert out.tolist() == expected
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_clusters_of_one_size_as_a_batched_product(accumulate, generator, device):
+    grad_out, x = draw((60, 8), torch.float32, generator), draw((60, 16), torch.float32, generator)
+    jacobian = draw((3, 200), torch.float32, generator)
+    expected, offsets = jacobian.clone(), torch.tensor([0, 20, 40, 60])
+    _cuda._batched_wgrad(grad_out, x, jacobian[:, 9:137].view(3, 8, 16), accumulate)
+    PLAIN["cluster_wgrad_out"](grad_out, x, offsets, expected[:, 9:137].view(3, 8, 16), accumulate)
+    torch.testing.assert_close(jacobian, expected)
+    assert _cuda._batched(x, offsets, jacobian) == x.is_cuda
+    assert not _cuda._batched(x, torch.tensor([0, 30, 60, 60]), jacobian)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the BLAS library of the GPU writes float32 from shorter numbers")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_batched_product_in_float32(dtype, generator):
+    grad_out, x = draw((60, 8), dtype, generator), draw((60, 16), dtype, generator)
+    out, offsets = draw((3, 8, 16), torch.float32, generator), torch.tensor([0, 20, 40, 60])
+    expected = out.double()
+    for accumulate in (True, False):
+        _cuda.LAUNCHERS["cluster_wgrad_out"](grad_out, x, offsets, out, accumulate)
+        PLAIN["cluster_wgrad_out"](grad_out.double(), x.double(), offsets, expected, accumulate)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
