@@ -26,9 +26,9 @@ def check_floating(**tensors: Tensor) -> None:
 
 def check_same_device(**tensors: Tensor) -> None:
     """Refuse tensors that live on different devices."""
-    devices = {name: tensor.device for name, tensor in tensors.items()}
-    if len(set(devices.values())) > 1:
-        found = ", ".join(f"{name} on {device}" for name, device in devices.items())
+    devices = [tensor.device for tensor in tensors.values()]
+    if devices.count(devices[0]) < len(devices):
+        found = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
         raise ValueError(f"expected all tensors on one device, found {found}")
 
 

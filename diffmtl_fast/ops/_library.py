@@ -19,8 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
-from torch._library.autograd import supports_tensorlist
-from torch._library.utils import is_tensorlist_like_type
 from torch.autograd import forward_ad
 
 _logger = logging.getLogger("diffmtl_fast")
@@ -53,17 +51,14 @@ def define_op(schema: str, *, plain: Callable[..., Any], fake: Callable[..., Any
     torch.library.register_fake(f"diffmtl::{name}", fake, lib=_LIBRARY)
     op = getattr(torch.ops.diffmtl, name).default
     for device in _AUTOCAST_DEVICES:
-        _LIBRARY.impl(name, _without_autocast(op), f"Autocast{device}")
+        _LIBRARY.impl(name, functools.partial(_without_autocast, op), f"Autocast{device}")
     torch.library.register_vmap(f"diffmtl::{name}", functools.partial(_one_by_one, op), lib=_LIBRARY)
     return op
 
 
-def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    def wrapper(*args: Any) -> Any:
-        with torch._C._DisableAutocast():
-            return function(*args)
-
-    return wrapper
+def _without_autocast(op: torch._ops.OpOverload, *args: Any) -> Any:
+    with torch._C._DisableAutocast():
+        return op(*args)
 
 
 def _one_by_one(op: torch._ops.OpOverload, info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
@@ -112,38 +107,73 @@ def register_autograd(name: str, backward: Callable[..., Any], setup_context: Ca
 
     The kernel that function makes costs more host time than the rest of an op, fails under `torch.func.grad` and
     gives forward mode a tangent of zero. This one does what those of built-in ops do: it records one node, at the
-    innermost level of `torch.func`, which sees to the other levels itself.
+    innermost level of `torch.func`, which sees to the other levels itself. A list counts in ``needs_input_grad``
+    as its tensors.
     """
     op = getattr(torch.ops.diffmtl, name).default
-    schema = op._schema
-    defaults = tuple(a.default_value if a.has_default_value() else None for a in schema.arguments)
+    defaults = tuple(a.default_value if a.has_default_value() else None for a in op._schema.arguments)
+    takes_lists, returns_list = (
+        any(isinstance(value.type, torch.ListType) for value in values)
+        for values in (op._schema.arguments, op._schema.returns)
+    )
 
-    def forward(ctx: Any, *args: Any) -> Any:
+    def node_forward(ctx: Any, *args: Any) -> Any:
+        args = _nest(args) if takes_lists else args
         with torch._C._AutoDispatchBelowAutograd():
             output = op(*args)
         setup_context(ctx, args, output)
-        return output
+        return tuple(output) if returns_list else output
+
+    def node_backward(ctx: Any, *grads: Any) -> Any:
+        grads = (list(grads),) if returns_list else grads
+        with torch._C._DisableAutocast():
+            if torch.is_grad_enabled():
+                by_args = backward(ctx, *grads)
+            else:  # no op in it has anything to record
+                with torch._C._AutoDispatchBelowAutograd():
+                    by_args = backward(ctx, *grads)
+        if not takes_lists:
+            return by_args
+        *flat, _ = _flatten(by_args if isinstance(by_args, tuple) else (by_args,))
+        return *flat, None
 
     def jvp(ctx: Any, *tangents: Tensor) -> None:
         raise NotImplementedError(f"diffmtl::{name} has no forward-mode gradient: use reverse mode")
 
-    formulas = {"forward": forward, "backward": _without_autocast(backward), "jvp": jvp}
+    formulas = {"forward": node_forward, "backward": node_backward, "jvp": jvp}
     node: Any = type(name, (torch.autograd.Function,), {key: staticmethod(f) for key, f in formulas.items()})
-    node.apply = super(torch.autograd.Function, node).apply
-    if any(is_tensorlist_like_type(argument.type) for argument in (*schema.arguments, *schema.returns)):
-        node = supports_tensorlist(node)
+    apply = super(torch.autograd.Function, node).apply
+
+    def record(args: tuple[Any, ...]) -> Any:
+        args += defaults[len(args) :]  # the dispatcher drops trailing arguments that equal their defaults
+        output = apply(*_flatten(args) if takes_lists else args)
+        return list(output) if returns_list else output
 
     def kernel(*args: Any) -> Any:
         if (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)) or forward_ad._current_level >= 0:
-            args += defaults[len(args) :]  # the dispatcher drops trailing arguments that equal their defaults
             if not torch._C._are_functorch_transforms_active():
-                return node.apply(*args)
+                return record(args)
             with enable_single_level_autograd_function():
-                return node.apply(*args)
+                return record(args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
     _LIBRARY.impl(name, kernel, "Autograd")
+
+
+def _flatten(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Put values and the members of lists into one row, as a node takes them, and behind it the lists' sizes."""
+    flat: list[Any] = []
+    for value in values:
+        flat.extend(value) if isinstance(value, list) else flat.append(value)
+    return *flat, [len(value) if isinstance(value, list) else None for value in values]
+
+
+def _nest(flat: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Undo `_flatten`."""
+    *members, sizes = flat
+    rest = iter(members)
+    return tuple(next(rest) if size is None else [next(rest) for _ in range(size)] for size in sizes)
 
 
 def refuse_autograd(name: str, why: str) -> None:
