@@ -13,12 +13,17 @@ using Int = std::int64_t;
 
 // The codes that diffmtl_fast/ops/_cpu.py sends.
 enum DType { kFloat32, kFloat64, kBFloat16, kFloat16, kDTypes };
+// An int64 scalar in the place of a tensor: the seed of the noise that is meant.
+constexpr DType kSeed = kDTypes;
 
 constexpr std::size_t kBytes[kDTypes] = {4, 8, 2, 2};
 
 constexpr int kMaxRows = 64;
 // Terms are added up in the computing precision (float32, or float64 where an input is) within a block only.
 constexpr Int kBlock = 1024;
+
+// Of an error e: e^2, with half its slope; or Huber's.
+enum Loss { kSquaredLoss, kHuberLoss, kLosses };
 
 // K rows of a Jacobian or of a part of its columns; elements of a row lie next to each other.
 struct Rows {
@@ -34,10 +39,18 @@ struct Kernels {
   void (*gram[kDTypes])(const Rows& rows, double* sums, void* scratch);
   // out = (accumulate ? out : 0) + weights * rows, by the types of the rows and of the output. Returns |out|^2.
   double (*combine[kDTypes][kDTypes])(const Rows& rows, const double* weights, bool accumulate, void* out);
-  // The sum of (a - b)^2 over n elements.
-  double (*squared_distance[kDTypes][kDTypes])(const void* a, const void* b, Int n);
-  // out = (a - b) * scale, in the type of a.
-  void (*scaled_difference[kDTypes][kDTypes])(const void* a, const void* b, double scale, void* out, Int n);
+  // The sum of the losses of pred - target over n elements, at most kBlock. delta: of the Huber loss.
+  double (*loss_sum[kLosses][kDTypes][kDTypes])(const void* pred, const void* target, double delta, Int n);
+  // scale times its slope: in the type of pred to by_pred and, unless that is null, negated and in the type of target
+  // to by_target.
+  void (*loss_slope[kLosses][kDTypes][kDTypes])(const void* pred, const void* target, double delta, double scale,
+                                                void* by_pred, void* by_target, Int n);
+  // out = a_share * a + b_share * b in three roundings, computed in the type of out, but at least in that of a.
+  void (*mix[kDTypes][kDTypes][kDTypes])(const void* a, double a_share, const void* b, double b_share, void* out, Int n);
+  // The noise of n elements of a sample from element `begin` on, a multiple of 4.
+  void (*normals)(std::uint64_t seed, Int sample, Int begin, Int n, float* out);
+  // Of given words, n a multiple of 16: for the tests, whose patience ends before the noise meets its extreme words.
+  void (*box_muller)(const std::uint32_t* radius, const std::uint32_t* turn, float* cosine, float* sine, Int n);
 };
 
 constexpr std::size_t gram_scratch(int rows) { return sizeof(double) * kBlock * static_cast<std::size_t>(rows); }

@@ -1,5 +1,7 @@
 // The loops of the CPU ops, compiled for the instruction set of the including file.
 #pragma once
+#include "cpu_loss_loops.hpp"
+#include "cpu_noise.hpp"
 #include "cpu_vector.hpp"
 
 namespace diffmtl::cpu {
@@ -147,56 +149,26 @@ double combine(const Rows& rows, const double* weights, bool accumulate, void* o
   return square;
 }
 
-template <class A, class B>
-double squared_distance(const void* a_data, const void* b_data, Int n) {
-  using Compute = ComputeOf<A, B>;
-  constexpr int kUnroll = 4;
-  constexpr Int kStep = kUnroll * kLanes<Compute>;
-  const A* a = static_cast<const A*>(a_data);
-  const B* b = static_cast<const B*>(b_data);
-  double sum = 0;
-  Int c = 0;
-  while (c + kStep <= n) {
-    Vector<Compute> acc[kUnroll] = {};
-    for (const Int end = smaller(n, c + kUnroll * kBlock); c + kStep <= end; c += kStep)
-      for (int u = 0; u < kUnroll; ++u) {
-        const Int at = c + u * kLanes<Compute>;
-        const Vector<Compute> d = load<Compute>(a + at) - load<Compute>(b + at);
-        acc[u] += d * d;
-      }
-    sum += sum_lanes<Compute>((acc[0] + acc[1]) + (acc[2] + acc[3]));
-  }
-  for (; c < n; ++c) {
-    const Compute d = static_cast<Compute>(to_number(a[c])) - static_cast<Compute>(to_number(b[c]));
-    sum += static_cast<double>(d) * d;
-  }
-  return sum;
-}
-
-template <class A, class B>
-void scaled_difference(const void* a_data, const void* b_data, double scale, void* out_data, Int n) {
-  using Compute = ComputeOf<A, B>;
-  const A* a = static_cast<const A*>(a_data);
-  const B* b = static_cast<const B*>(b_data);
-  A* out = static_cast<A*>(out_data);
-  const Compute factor = static_cast<Compute>(scale);
-  Int c = 0;
-  for (; c + kLanes<Compute> <= n; c += kLanes<Compute>)
-    store<Compute>(out + c, (load<Compute>(a + c) - load<Compute>(b + c)) * factor);
-  for (; c < n; ++c)
-    out[c] = from_number<A>((static_cast<Compute>(to_number(a[c])) - static_cast<Compute>(to_number(b[c]))) * factor);
-}
-
-// One entry for every element type, in the order of DType.
+// One entry for every element type, in the order of DType; for the last template argument, and for the last two.
 #define DIFFMTL_PER_DTYPE(kernel) {kernel<float>, kernel<double>, kernel<BFloat16>, kernel<Float16>}
-#define DIFFMTL_PER_SECOND_DTYPE(kernel, A) {kernel<A, float>, kernel<A, double>, kernel<A, BFloat16>, kernel<A, Float16>}
-#define DIFFMTL_PER_PAIR(kernel)                                                      \
-  {DIFFMTL_PER_SECOND_DTYPE(kernel, float), DIFFMTL_PER_SECOND_DTYPE(kernel, double), \
-   DIFFMTL_PER_SECOND_DTYPE(kernel, BFloat16), DIFFMTL_PER_SECOND_DTYPE(kernel, Float16)}
+#define DIFFMTL_PER_LAST(kernel, ...) \
+  {kernel<__VA_ARGS__, float>, kernel<__VA_ARGS__, double>, kernel<__VA_ARGS__, BFloat16>, kernel<__VA_ARGS__, Float16>}
+#define DIFFMTL_PER_LAST_TWO(kernel, ...)                                                    \
+  {DIFFMTL_PER_LAST(kernel, __VA_ARGS__, float), DIFFMTL_PER_LAST(kernel, __VA_ARGS__, double), \
+   DIFFMTL_PER_LAST(kernel, __VA_ARGS__, BFloat16), DIFFMTL_PER_LAST(kernel, __VA_ARGS__, Float16)}
+#define DIFFMTL_PER_LOSS(kernel) {DIFFMTL_PER_LAST_TWO(kernel, Squared), DIFFMTL_PER_LAST_TWO(kernel, Huber)}
 
 constexpr Kernels make_kernels(const char* name) {
-  return {name, DIFFMTL_PER_DTYPE(gram), DIFFMTL_PER_PAIR(combine), DIFFMTL_PER_PAIR(squared_distance),
-          DIFFMTL_PER_PAIR(scaled_difference)};
+  return {name,
+          DIFFMTL_PER_DTYPE(gram),
+          {DIFFMTL_PER_LAST(combine, float), DIFFMTL_PER_LAST(combine, double), DIFFMTL_PER_LAST(combine, BFloat16),
+           DIFFMTL_PER_LAST(combine, Float16)},
+          DIFFMTL_PER_LOSS(loss_sum),
+          DIFFMTL_PER_LOSS(loss_slope),
+          {DIFFMTL_PER_LAST_TWO(mix, float), DIFFMTL_PER_LAST_TWO(mix, double), DIFFMTL_PER_LAST_TWO(mix, BFloat16),
+           DIFFMTL_PER_LAST_TWO(mix, Float16)},
+          normals,
+          box_muller_of_words};
 }
 
 }  // namespace

@@ -21,77 +21,202 @@ namespace diffmtl {
 namespace cpu {
 namespace {
 
-// ---- Squared errors ------------------------------------------------------------------------------------------------
+// ---- Samples -------------------------------------------------------------------------------------------------------
 
-// Prediction and target of a batch; the elements of a sample lie next to each other.
-struct Pair {
-  Pair(const Handle& pred_handle, const Handle& target_handle, Int batch_size, Int sample_size)
-      : pred(pred_handle), target(target_handle), batch(batch_size), size(sample_size) {}
-
-  DType dtype() const { return accumulation_dtype(pred.dtype, target.dtype); }
-  Int bytes() const { return batch * size * static_cast<Int>(kBytes[pred.dtype] + kBytes[target.dtype]); }
-  const void* pred_at(Int sample, Int element) const { return advance(pred.data, pred.dtype, sample * pred.stride + element); }
-  const void* target_at(Int sample, Int element) const {
-    return advance(target.data, target.dtype, sample * target.stride + element);
-  }
-
-  Numbers pred, target;
-  Int batch, size;
+// The samples of a batch; in each tensor the elements of a sample lie next to each other.
+struct Batch {
+  Int samples, size;
 };
 
-// Elements of a sample that are summed in one go.
-constexpr Int kPiece = 1 << 15;
+// Elements that one task works on at least; a kernel is called for one block of a sample.
+constexpr Int kTaskSize = 1 << 15;
 
-// body(piece, sample, first element, elements) for every piece of every sample: large samples have several, small
-// samples share a task.
+// body(block, sample, first element, elements) for every block of every sample: large samples are divided, small ones
+// share a task. bytes: what an element costs, in bytes read or written.
 template <class Body>
-void for_pieces(const Pair& pair, int threads, const Body& body) {
-  if (pair.batch == 0 || pair.size == 0) return;
-  const Int per_sample = ceil_div(pair.size, kPiece), total = pair.batch * per_sample;
-  const Int per_task = std::max<Int>(1, kPiece / pair.size);
-  parallel_for(ceil_div(total, per_task), useful_threads(threads, pair.bytes()), [&](Int task, int) {
+void for_blocks(const Batch& batch, Int bytes, int threads, const Body& body) {
+  if (batch.samples == 0 || batch.size == 0) return;
+  const Int per_sample = ceil_div(batch.size, kBlock), total = batch.samples * per_sample;
+  const Int per_task = std::max<Int>(1, kTaskSize / std::min(batch.size, kBlock));
+  threads = useful_threads(threads, batch.samples * batch.size * bytes);
+  parallel_for(ceil_div(total, per_task), threads, [&](Int task, int) {
     const Int end = std::min(total, (task + 1) * per_task);
-    for (Int piece = task * per_task; piece < end; ++piece) {
-      const Int sample = piece / per_sample, begin = piece % per_sample * kPiece;
-      body(piece, sample, begin, std::min(kPiece, pair.size - begin));
+    for (Int block = task * per_task; block < end; ++block) {
+      const Int sample = block / per_sample, begin = block % per_sample * kBlock;
+      body(block, sample, begin, std::min(kBlock, batch.size - begin));
     }
   });
 }
 
-// The weighted mean squared error of every sample.
-std::vector<double> sample_losses(const Pair& pair, const std::optional<Handle>& weight, int threads) {
-  const auto squared_distance = kernels().squared_distance[pair.pred.dtype][pair.target.dtype];
-  const Int per_sample = ceil_div(pair.size, kPiece);
-  std::vector<double> partial(pair.batch * per_sample), losses(pair.batch);
-  for_pieces(pair, threads, [&](Int piece, Int sample, Int begin, Int n) {
-    partial[piece] = squared_distance(pair.pred_at(sample, begin), pair.target_at(sample, begin), n);
+const void* element(const Numbers& tensor, Int sample, Int begin) {
+  return advance(tensor.data, tensor.dtype, sample * tensor.stride + begin);
+}
+
+Int bytes_of(DType dtype) { return static_cast<Int>(kBytes[dtype]); }
+
+// The elements of a tensor, or the noise that a seed stands for.
+class Elements {
+ public:
+  explicit Elements(const Handle& handle) : numbers_(handle), generated_(numbers_.dtype == kSeed) {
+    if (generated_) seed_ = *static_cast<const std::uint64_t*>(numbers_.data);
+  }
+
+  DType dtype() const { return generated_ ? kFloat32 : numbers_.dtype; }
+  // Generating an element takes about as long as reading this much.
+  Int bytes() const { return generated_ ? 16 : bytes_of(numbers_.dtype); }
+
+  // n elements of a sample; noise is written to `scratch` first.
+  const void* at(Int sample, Int begin, Int n, float* scratch) const {
+    if (!generated_) return element(numbers_, sample, begin);
+    kernels().normals(seed_, sample, begin, n, scratch);
+    return scratch;
+  }
+
+ private:
+  Numbers numbers_;
+  bool generated_;
+  std::uint64_t seed_ = 0;
+};
+
+// Memory for what is formed block by block, small enough to stay in the first cache.
+struct Scratch {
+  alignas(64) float first[kBlock], second[kBlock];
+  alignas(64) double mixed[kBlock];  // or floats
+};
+
+void write_numbers(const std::vector<double>& numbers, DType dtype, std::uintptr_t out) {
+  for (std::size_t i = 0; i < numbers.size(); ++i) write_number(out, dtype, static_cast<Int>(i), numbers[i]);
+}
+
+// ---- Losses --------------------------------------------------------------------------------------------------------
+
+// What a prediction is compared with: elements as they are, or mixed from two by the shares of their sample.
+class Target {
+ public:
+  Target(const Handle& first, const std::optional<Handle>& second, const std::optional<Handle>& first_share,
+         const std::optional<Handle>& second_share, DType pred)
+      : first_(first), dtype_(first_.dtype()) {
+    if (!second) return;
+    mix_.emplace(Mix{Elements(*second), Numbers(first_share.value()), Numbers(second_share.value())});
+    dtype_ = accumulation_dtype(pred, dtype_);
+  }
+
+  DType dtype() const { return dtype_; }
+  Int bytes() const { return first_.bytes() + (mix_ ? mix_->second.bytes() : 0); }
+
+  const void* at(Int sample, Int begin, Int n, Scratch& scratch) const {
+    const void* first = first_.at(sample, begin, n, scratch.first);
+    if (!mix_) return first;
+    const void* second = mix_->second.at(sample, begin, n, scratch.second);
+    kernels().mix[first_.dtype()][mix_->second.dtype()][dtype_](first, mix_->first_share[sample], second,
+                                                                mix_->second_share[sample], scratch.mixed, n);
+    return scratch.mixed;
+  }
+
+ private:
+  struct Mix {
+    Elements second;
+    Numbers first_share, second_share;
+  };
+
+  Elements first_;
+  std::optional<Mix> mix_;
+  DType dtype_;
+};
+
+// Prediction and target of a batch, and the loss between them: squared error, or Huber's where there is a delta.
+struct Error {
+  Error(const Handle& pred_handle, const Handle& first, const std::optional<Handle>& second = {},
+        const std::optional<Handle>& first_share = {}, const std::optional<Handle>& second_share = {},
+        const std::optional<double>& huber_delta = {})
+      : pred(pred_handle),
+        target(first, second, first_share, second_share, pred.dtype),
+        loss(huber_delta ? kHuberLoss : kSquaredLoss),
+        delta(huber_delta.value_or(0)) {}
+
+  DType dtype() const { return accumulation_dtype(pred.dtype, target.dtype()); }
+  Int bytes() const { return bytes_of(pred.dtype) + target.bytes(); }
+
+  Numbers pred;
+  Target target;
+  Loss loss;
+  double delta;
+};
+
+// The weighted mean loss of every sample.
+std::vector<double> sample_losses(const Error& error, const Batch& batch, const std::optional<Handle>& weight, int threads) {
+  const auto loss_sum = kernels().loss_sum[error.loss][error.pred.dtype][error.target.dtype()];
+  const Int per_sample = ceil_div(batch.size, kBlock);
+  std::vector<double> partial(batch.samples * per_sample), losses(batch.samples);
+  for_blocks(batch, error.bytes(), threads, [&](Int block, Int sample, Int begin, Int n) {
+    Scratch scratch;
+    partial[block] = loss_sum(element(error.pred, sample, begin), error.target.at(sample, begin, n, scratch), error.delta, n);
   });
-  for (Int sample = 0; sample < pair.batch; ++sample) {
+  for (Int sample = 0; sample < batch.samples; ++sample) {
     double sum = 0;
-    for (Int piece = 0; piece < per_sample; ++piece) sum += partial[sample * per_sample + piece];
-    losses[sample] = sum / static_cast<double>(pair.size) * (weight ? Numbers(*weight)[sample] : 1.0);
+    for (Int block = 0; block < per_sample; ++block) sum += partial[sample * per_sample + block];
+    losses[sample] = sum / static_cast<double>(batch.size) * (weight ? Numbers(*weight)[sample] : 1.0);
   }
   return losses;
 }
 
-void sample_mse(const Handle& pred, const Handle& target, Int batch, Int size, const std::optional<Handle>& weight,
-                std::uintptr_t out, int threads) {
-  const Pair pair(pred, target, batch, size);
-  const std::vector<double> losses = sample_losses(pair, weight, threads);
-  for (Int sample = 0; sample < batch; ++sample) write_number(out, pair.dtype(), sample, losses[sample]);
+void sample_loss(const Handle& pred, const Handle& first, const std::optional<Handle>& second,
+                 const std::optional<Handle>& first_share, const std::optional<Handle>& second_share,
+                 const std::optional<double>& delta, Int samples, Int size, const std::optional<Handle>& weight,
+                 std::uintptr_t out, int threads) {
+  const Error error(pred, first, second, first_share, second_share, delta);
+  write_numbers(sample_losses(error, {samples, size}, weight, threads), error.dtype(), out);
 }
 
-void sample_mse_backward(const Handle& scale, const Handle& pred, const Handle& target, Int batch, Int size,
-                         std::uintptr_t out, int threads) {
-  const Pair pair(pred, target, batch, size);
+// grads: where the gradient by the prediction goes, and optionally that by a target that is not mixed, its negative.
+void sample_loss_backward(const Handle& scale, const Handle& pred, const Handle& first, const std::optional<Handle>& second,
+                          const std::optional<Handle>& first_share, const std::optional<Handle>& second_share,
+                          const std::optional<double>& delta, Int samples, Int size,
+                          const std::vector<std::uintptr_t>& grads, int threads) {
+  const Error error(pred, first, second, first_share, second_share, delta);
+  const DType pred_dtype = error.pred.dtype, target_dtype = error.target.dtype();
+  const auto loss_slope = kernels().loss_slope[error.loss][pred_dtype][target_dtype];
   const Numbers scales(scale);
-  const auto scaled_difference = kernels().scaled_difference[pair.pred.dtype][pair.target.dtype];
-  void* const grad = reinterpret_cast<void*>(out);
-  for_pieces(pair, threads, [&](Int, Int sample, Int begin, Int n) {
-    scaled_difference(pair.pred_at(sample, begin), pair.target_at(sample, begin),
-                      scales[sample] * (2.0 / static_cast<double>(size)),
-                      advance(grad, pair.pred.dtype, sample * size + begin), n);
+  // A quotient of floats formed in float64 rounds to what a division in float32 gives.
+  const double slope = delta ? 1 : 2, divisor = static_cast<double>(size);
+  const bool both = grads.size() > 1;
+  void* const by_pred = reinterpret_cast<void*>(grads[0]);
+  void* const by_target = both ? reinterpret_cast<void*>(grads[1]) : nullptr;
+  const Int bytes = error.bytes() + bytes_of(pred_dtype) + (both ? bytes_of(target_dtype) : 0);
+  for_blocks({samples, size}, bytes, threads, [&](Int, Int sample, Int begin, Int n) {
+    Scratch scratch;
+    const Int at = sample * size + begin;
+    loss_slope(element(error.pred, sample, begin), error.target.at(sample, begin, n, scratch), error.delta,
+               slope * (scales[sample] / divisor), advance(by_pred, pred_dtype, at),
+               both ? advance(by_target, target_dtype, at) : nullptr, n);
   });
+}
+
+// ---- Noise ---------------------------------------------------------------------------------------------------------
+
+void add_noise(const Handle& x0, const Handle& noise, const Handle& alpha, const Handle& sigma, Int samples, Int size,
+               std::uintptr_t out, int threads) {
+  const Numbers image(x0), alphas(alpha), sigmas(sigma);
+  const Elements drawn(noise);
+  const auto mix = kernels().mix[image.dtype][drawn.dtype()][image.dtype];
+  void* const noisy = reinterpret_cast<void*>(out);
+  for_blocks({samples, size}, 2 * bytes_of(image.dtype) + drawn.bytes(), threads, [&](Int, Int sample, Int begin, Int n) {
+    Scratch scratch;
+    mix(element(image, sample, begin), alphas[sample], drawn.at(sample, begin, n, scratch.first), sigmas[sample],
+        advance(noisy, image.dtype, sample * size + begin), n);
+  });
+}
+
+void philox_normal(const Handle& seed, Int samples, Int size, std::uintptr_t out, int threads) {
+  const Elements noise(seed);
+  for_blocks({samples, size}, noise.bytes(), threads, [&](Int, Int sample, Int begin, Int n) {
+    noise.at(sample, begin, n, reinterpret_cast<float*>(out) + sample * size + begin);
+  });
+}
+
+void box_muller(std::uintptr_t radius, std::uintptr_t turn, Int n, std::uintptr_t cosine, std::uintptr_t sine) {
+  kernels().box_muller(reinterpret_cast<const std::uint32_t*>(radius), reinterpret_cast<const std::uint32_t*>(turn),
+                       reinterpret_cast<float*>(cosine), reinterpret_cast<float*>(sine), n);
 }
 
 // ---- Cluster means -------------------------------------------------------------------------------------------------
@@ -124,15 +249,11 @@ std::vector<double> cluster_means(const Values& values, const Clusters& clusters
   return means;
 }
 
-void write_numbers(const std::vector<double>& numbers, DType dtype, std::uintptr_t out) {
-  for (std::size_t i = 0; i < numbers.size(); ++i) write_number(out, dtype, static_cast<Int>(i), numbers[i]);
-}
-
-void cluster_mse(const Handle& pred, const Handle& target, Int batch, Int size, std::uintptr_t cluster,
+void cluster_mse(const Handle& pred, const Handle& target, Int samples, Int size, std::uintptr_t cluster,
                  Int cluster_stride, Int k, const std::optional<Handle>& weight, std::uintptr_t out, std::uintptr_t counts, int threads) {
-  const Pair pair(pred, target, batch, size);
-  const Clusters clusters(cluster, cluster_stride, batch, k);
-  write_numbers(cluster_means(sample_losses(pair, weight, threads), clusters), pair.dtype(), out);
+  const Error error(pred, target);
+  const Clusters clusters(cluster, cluster_stride, samples, k);
+  write_numbers(cluster_means(sample_losses(error, {samples, size}, weight, threads), clusters), error.dtype(), out);
   std::copy(clusters.sizes.begin(), clusters.sizes.end(), reinterpret_cast<Int*>(counts));
 }
 
@@ -155,12 +276,12 @@ void cluster_mean_backward(const Handle& grad, Int k, std::uintptr_t cluster, In
 // ---- Uncertainty weighting -----------------------------------------------------------------------------------------
 
 // The scalar, its slope by the squared error of every sample, and its gradient by every log-variance.
-void uncertainty_loss(const Handle& pred, const Handle& target, Int batch, Int size, std::uintptr_t cluster,
+void uncertainty_loss(const Handle& pred, const Handle& target, Int samples, Int size, std::uintptr_t cluster,
                       Int cluster_stride, const Handle& log_var, Int k, const std::optional<Handle>& weight,
                       std::uintptr_t out, std::uintptr_t slope, std::uintptr_t log_var_grad, int threads) {
-  const Pair pair(pred, target, batch, size);
-  const Clusters clusters(cluster, cluster_stride, batch, k);
-  const std::vector<double> means = cluster_means(sample_losses(pair, weight, threads), clusters);
+  const Error error(pred, target);
+  const Clusters clusters(cluster, cluster_stride, samples, k);
+  const std::vector<double> means = cluster_means(sample_losses(error, {samples, size}, weight, threads), clusters);
   const Numbers u(log_var);
   const auto present = static_cast<double>(k - std::count(clusters.sizes.begin(), clusters.sizes.end(), 0));
 
@@ -173,10 +294,10 @@ void uncertainty_loss(const Handle& pred, const Handle& target, Int batch, Int s
     gradients[i] = 0.5 - share * means[i];
     shares[i] = share / static_cast<double>(clusters.sizes[i]);
   }
-  write_number(out, pair.dtype(), 0, loss);
+  write_number(out, error.dtype(), 0, loss);
   write_numbers(gradients, u.dtype, log_var_grad);
-  for (Int sample = 0; sample < batch; ++sample)
-    write_number(slope, pair.dtype(), sample, shares[clusters[sample]] * (weight ? Numbers(*weight)[sample] : 1.0));
+  for (Int sample = 0; sample < samples; ++sample)
+    write_number(slope, error.dtype(), sample, shares[clusters[sample]] * (weight ? Numbers(*weight)[sample] : 1.0));
 }
 
 }  // namespace
@@ -184,9 +305,13 @@ void uncertainty_loss(const Handle& pred, const Handle& target, Int batch, Int s
 
 void register_cpu_losses(py::module_& module) {
   using namespace cpu;
+  module.attr("CPU_SEED") = static_cast<int>(kSeed);
   const py::call_guard<py::gil_scoped_release> unlocked;
-  module.def("cpu_sample_mse", &sample_mse, unlocked);
-  module.def("cpu_sample_mse_backward", &sample_mse_backward, unlocked);
+  module.def("cpu_sample_loss", &sample_loss, unlocked);
+  module.def("cpu_sample_loss_backward", &sample_loss_backward, unlocked);
+  module.def("cpu_add_noise", &add_noise, unlocked);
+  module.def("cpu_philox_normal", &philox_normal, unlocked);
+  module.def("cpu_box_muller", &box_muller, unlocked, "Normals of given words; n a multiple of 16. For the tests.");
   module.def("cpu_cluster_mse", &cluster_mse, unlocked);
   module.def("cpu_cluster_mean", &cluster_mean, unlocked);
   module.def("cpu_cluster_mean_backward", &cluster_mean_backward, unlocked);

@@ -8,7 +8,7 @@
 #include <cstring>
 #include <type_traits>
 
-#if defined(__AVX2__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -192,6 +192,72 @@ DIFFMTL_INLINE_LOOP void store(T* p, Vector<Compute> v) {
   } else {
     for (int i = 0; i < kLanes<Compute>; ++i) p[i] = from_number<T>(v[i]);
   }
+}
+
+// The first n elements, zeros in the other lanes; any n > 0.
+template <class Compute, class T>
+DIFFMTL_INLINE_LOOP Vector<Compute> load_first(const T* p, Int n) {
+  if (n >= kLanes<Compute>) return load<Compute>(p);
+  T padded[kLanes<Compute>] = {};
+  std::memcpy(padded, p, static_cast<std::size_t>(n) * sizeof(T));
+  return load<Compute>(padded);
+}
+
+template <class Compute, class T>
+DIFFMTL_INLINE_LOOP void store_first(T* p, Vector<Compute> v, Int n) {
+  T all[kLanes<Compute>];
+  store<Compute>(all, v);
+  std::memcpy(p, all, static_cast<std::size_t>(n) * sizeof(T));
+}
+
+// Keeps a product from being fused with the sum that follows: it is rounded on its own, on every processor.
+template <class V>
+DIFFMTL_INLINE_LOOP V rounded(V product) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(product));
+#elif defined(__x86_64__)
+  asm("" : "+x"(product));
+#elif defined(__aarch64__)
+  asm("" : "+w"(product));
+#else
+  asm("" : "+m"(product));
+#endif
+  return product;
+}
+
+DIFFMTL_INLINE_LOOP Floats square_root(Floats x) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_maskz_sqrt_ps(kAllLanes, (__m512)x);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_sqrt_ps((__m256)x);
+#elif defined(__SSE2__)
+  return (Floats)_mm_sqrt_ps((__m128)x);
+#else
+  for (int i = 0; i < kLanes<float>; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+
+// (a0, b0, a1, b1) and (a2, b2, a3, b3) of every four lanes.
+
+DIFFMTL_INLINE_LOOP Floats interleave_lower(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_maskz_unpacklo_ps(kAllLanes, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_unpacklo_ps((__m256)a, (__m256)b);
+#else
+  return Floats{a[0], b[0], a[1], b[1]};
+#endif
+}
+
+DIFFMTL_INLINE_LOOP Floats interleave_upper(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_maskz_unpackhi_ps(kAllLanes, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_unpackhi_ps((__m256)a, (__m256)b);
+#else
+  return Floats{a[2], b[2], a[3], b[3]};
+#endif
 }
 
 // The sum of the lanes, by halves: a tree, which compilers do not make of a loop.

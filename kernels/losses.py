@@ -23,12 +23,18 @@ def _load_error(
     BLOCK: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
-    """Load pred − first, or pred − (mix[0, sample] · first + mix[1, sample] · second): one chunk of a sample."""
+    """Load pred − first, or pred − (mix[0, sample] · first + mix[1, sample] · second): one chunk of a sample.
+
+    SEEDED: the last of them is the seed of the noise that is meant.
+    """
     o_element = chunk * BLOCK + tl.arange(0, BLOCK)
     m_element = o_element < size
     o_flat = sample * size + o_element
     b_pred = tl.load(p_pred + o_flat, mask=m_element, other=0.0).to(ACCUMULATE)
-    b_target = tl.load(p_first + o_flat, mask=m_element, other=0.0).to(ACCUMULATE)
+    if SEEDED and not MIXED:
+        b_target = load_noise(p_first, sample, chunk * BLOCK, BLOCK).to(ACCUMULATE)
+    else:
+        b_target = tl.load(p_first + o_flat, mask=m_element, other=0.0).to(ACCUMULATE)
     if MIXED:
         if SEEDED:
             b_second = load_noise(p_second, sample, chunk * BLOCK, BLOCK).to(ACCUMULATE)
@@ -77,6 +83,7 @@ def _error_backward_kernel(
     p_second,
     p_mix,
     p_grad,
+    p_by_first,
     batch,
     size,
     chunks,
@@ -86,7 +93,10 @@ def _error_backward_kernel(
     BLOCK: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
-    """grad = scale[sample] / size · (2 error, or the error clamped to ±DELTA), one chunk of one sample."""
+    """grad = scale[sample] / size · (2 error, or the error clamped to ±DELTA), one chunk of one sample.
+
+    Its negative, the gradient by `first` where nothing is mixed, goes to `p_by_first` if that is given.
+    """
     sample = tl.program_id(0).to(tl.int64) // chunks
     chunk = tl.program_id(0).to(tl.int64) % chunks
     b_slope, o_flat, m_element = _load_error(
@@ -99,6 +109,8 @@ def _error_backward_kernel(
         b_slope = tl.where(b_slope > DELTA, DELTA, tl.where(b_slope < -DELTA, -DELTA, b_slope))
     b_grad = b_slope * (tl.load(p_scale + sample).to(ACCUMULATE) / size)
     tl.store(p_grad + o_flat, b_grad.to(p_grad.dtype.element_ty), mask=m_element)
+    if p_by_first is not None:
+        tl.store(p_by_first + o_flat, (-b_grad).to(p_by_first.dtype.element_ty), mask=m_element)
 
 
 @triton.jit

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from .._native import _C
 from ._checks import accumulation_dtype, host_offsets
-from ._layout import CHANNELS_LAST, dense_rows, empty_row, is_dense, rows_like
+from ._layout import CHANNELS_LAST, Result, dense_rows, empty_row, is_dense, rows_like
 from ._library import register_kernel, run_plain
 from .nash import CONVERGED, LINE_SEARCH_STEPS, NEWTON_STEPS
+from .philox import is_seed
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -35,10 +36,19 @@ def _handle(tensor: Tensor) -> Handle:
     return tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.stride(0)
 
 
+def _optional_handle(tensor: Tensor | None) -> Handle | None:
+    return None if tensor is None else _handle(tensor)
+
+
+def _elements(tensor: Tensor) -> Handle:
+    """Return the handle of a tensor or of the noise that a seed stands for."""
+    return (tensor.data_ptr(), _C.CPU_SEED, 0) if is_seed(tensor) else _handle(tensor)
+
+
 def _unsupported(*tensors: Tensor | None) -> str | None:
     """Say which dtype no kernel reads, if any."""
     for tensor in tensors:
-        if tensor is not None and tensor.dtype not in _DTYPES:
+        if tensor is not None and tensor.dtype not in _DTYPES and not is_seed(tensor):
             return f"no CPU kernel for {tensor.dtype}"
     return None
 
@@ -109,52 +119,142 @@ def _sample_is_contiguous(tensor: Tensor) -> bool:
     return True
 
 
-def _aligned(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor, torch.memory_format]:
-    """Bring the samples of both into one order in memory, without a copy where they are so already."""
-    if pred.is_contiguous() and target.is_contiguous():
-        return pred, target, torch.contiguous_format
-    channels_last = CHANNELS_LAST.get(pred.dim())
-    if channels_last is not None and pred.is_contiguous(memory_format=channels_last):
-        return pred, target.contiguous(memory_format=channels_last), channels_last
-    pred, target = (t if _sample_is_contiguous(t) else t.contiguous() for t in (pred, target))
-    return pred, target, torch.contiguous_format
+def _in_one_order(*tensors: Tensor | None) -> tuple[list[Any], torch.memory_format]:
+    """Bring the samples of all tensors into one order in memory, without a copy where they are so already.
+
+    The first one decides; generated noise asks for the row-major order.
+    """
+    present = [t for t in tensors if t is not None]
+    given = [t for t in present if not is_seed(t)]
+    order, lead = torch.contiguous_format, given[0]
+    if all(t.is_contiguous() for t in given):
+        return list(tensors), order
+    channels_last = CHANNELS_LAST.get(lead.dim()) if len(given) == len(present) else None
+    if channels_last is not None and lead.is_contiguous(memory_format=channels_last):
+        order = channels_last
+
+    def arranged(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or is_seed(tensor):
+            return tensor
+        if order is torch.contiguous_format and _sample_is_contiguous(tensor):
+            return tensor
+        return tensor.contiguous(memory_format=order)
+
+    return [arranged(t) for t in tensors], order
 
 
-def sample_mse(pred: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Run `sample_mse`."""
-    if reason := _unsupported(pred, target, weight):
-        return run_plain("sample_mse", reason, pred, target, weight)
-    pred, target, _ = _aligned(pred, target)
-    losses = torch.empty(pred.shape[0], dtype=accumulation_dtype(pred, target))
-    _C.cpu_sample_mse(
+def _target(first: Tensor, second: Tensor | None, mix: Tensor | None) -> tuple[Handle | None, ...]:
+    """Return what a target is formed from: two kinds of elements and their shares."""
+    if second is None or mix is None:
+        return _elements(first), None, None, None
+    share, other = mix.unbind(0)
+    return _elements(first), _elements(second), _handle(share), _handle(other)
+
+
+def sample_loss(
+    pred: Tensor,
+    first: Tensor,
+    second: Tensor | None,
+    mix: Tensor | None,
+    weight: Tensor | None,
+    delta: float | None,
+) -> Tensor:
+    """Run `sample_loss`."""
+    if reason := _unsupported(pred, first, second, mix, weight):
+        return run_plain("sample_loss", reason, pred, first, second, mix, weight, delta)
+    losses = torch.empty(pred.shape[0], dtype=accumulation_dtype(pred, first))
+    (pred, first, second), _ = _in_one_order(pred, first, second)
+    _C.cpu_sample_loss(
         _handle(pred),
-        _handle(target),
+        *_target(first, second, mix),
+        delta,
         pred.shape[0],
         math.prod(pred.shape[1:]),
-        None if weight is None else _handle(weight),
+        _optional_handle(weight),
         losses.data_ptr(),
         torch.get_num_threads(),
     )
     return losses
 
 
-def sample_mse_backward(scale: Tensor, pred: Tensor, target: Tensor) -> Tensor:
-    """Run `sample_mse_backward`."""
-    if reason := _unsupported(scale, pred, target):
-        return run_plain("sample_mse_backward", reason, scale, pred, target)
-    grad = torch.empty_like(pred)
-    pred, target, order = _aligned(pred, target)
-    written = grad if grad.is_contiguous(memory_format=order) else torch.empty_like(pred, memory_format=order)
-    _C.cpu_sample_mse_backward(
+def _loss_gradients(
+    scale: Tensor,
+    pred: Tensor,
+    first: Tensor,
+    second: Tensor | None,
+    mix: Tensor | None,
+    delta: float | None,
+    both: bool,
+) -> tuple[Tensor, ...]:
+    """Write the gradient by `pred` and, of `both`, that by the target `first`, in one pass."""
+    (a, b, c), order = _in_one_order(pred, first, second)
+    grads = [Result(leaf, order) for leaf in ((pred, first) if both else (pred,))]
+    _C.cpu_sample_loss_backward(
         _handle(scale),
-        _handle(pred),
-        _handle(target),
+        _handle(a),
+        *_target(b, c, mix),
+        delta,
         pred.shape[0],
         math.prod(pred.shape[1:]),
-        written.data_ptr(),
+        [grad.written.data_ptr() for grad in grads],
         torch.get_num_threads(),
     )
-    return grad if written is grad else grad.copy_(written)
+    return tuple(grad.finish() for grad in grads)
+
+
+def sample_loss_backward(
+    scale: Tensor, pred: Tensor, first: Tensor, second: Tensor | None, mix: Tensor | None, delta: float | None
+) -> Tensor:
+    """Run `sample_loss_backward`."""
+    if reason := _unsupported(scale, pred, first, second, mix):
+        return run_plain("sample_loss_backward", reason, scale, pred, first, second, mix, delta)
+    return _loss_gradients(scale, pred, first, second, mix, delta, both=False)[0]
+
+
+def sample_mse(pred: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Run `sample_mse`."""
+    return sample_loss(pred, target, None, None, weight, None)
+
+
+def sample_mse_backward(scale: Tensor, pred: Tensor, target: Tensor) -> Tensor:
+    """Run `sample_mse_backward`."""
+    return sample_loss_backward(scale, pred, target, None, None, None)
+
+
+def sample_mse_backward_both(scale: Tensor, pred: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    """Run `sample_mse_backward_both`."""
+    if reason := _unsupported(scale, pred, target):
+        plain: tuple[Tensor, ...] = run_plain("sample_mse_backward_both", reason, scale, pred, target)
+        return plain
+    return _loss_gradients(scale, pred, target, None, None, None, both=True)
+
+
+def add_noise(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Run `add_noise`."""
+    if reason := _unsupported(x0, noise, alpha, sigma):
+        return run_plain("add_noise", reason, x0, noise, alpha, sigma)
+    (image, drawn), order = _in_one_order(x0, noise)
+    noisy = Result(x0, order)
+    _C.cpu_add_noise(
+        _handle(image),
+        _elements(drawn),
+        _handle(alpha),
+        _handle(sigma),
+        x0.shape[0],
+        math.prod(x0.shape[1:]),
+        noisy.written.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return noisy.finish()
+
+
+def philox_normal(seed: Tensor, like: Tensor) -> Tensor:
+    """Run `philox_normal`."""
+    noise = torch.empty(like.shape, dtype=torch.float32)
+    _C.cpu_philox_normal(
+        _elements(seed), like.shape[0], math.prod(like.shape[1:]), noise.data_ptr(), torch.get_num_threads()
+    )
+    return noise
 
 
 def cluster_mse(
@@ -163,7 +263,7 @@ def cluster_mse(
     """Run `cluster_mse`."""
     if reason := _unsupported(pred, target, weight):
         return run_plain("cluster_mse", reason, pred, target, cluster, k, weight)
-    pred, target, _ = _aligned(pred, target)
+    (pred, target), _ = _in_one_order(pred, target)
     losses = torch.empty(k, dtype=accumulation_dtype(pred, target))
     counts = torch.empty(k, dtype=torch.int64)
     _C.cpu_cluster_mse(
@@ -174,7 +274,7 @@ def cluster_mse(
         cluster.data_ptr(),
         cluster.stride(0),
         k,
-        None if weight is None else _handle(weight),
+        _optional_handle(weight),
         losses.data_ptr(),
         counts.data_ptr(),
         torch.get_num_threads(),
@@ -215,7 +315,7 @@ def uncertainty_loss(
     """Run `uncertainty_loss`."""
     if reason := _unsupported(pred, target, log_var, weight):
         return run_plain("uncertainty_loss", reason, pred, target, cluster, log_var, weight)
-    pred, target, _ = _aligned(pred, target)
+    (pred, target), _ = _in_one_order(pred, target)
     dtype = accumulation_dtype(pred, target)
     loss, slope = torch.empty((), dtype=dtype), torch.empty(pred.shape[0], dtype=dtype)
     log_var_grad = torch.empty(log_var.shape, dtype=log_var.dtype)
@@ -228,7 +328,7 @@ def uncertainty_loss(
         cluster.stride(0),
         _handle(log_var),
         log_var.shape[0],
-        None if weight is None else _handle(weight),
+        _optional_handle(weight),
         loss.data_ptr(),
         slope.data_ptr(),
         log_var_grad.data_ptr(),
@@ -309,8 +409,13 @@ _KERNELS: tuple[Callable[..., Any], ...] = (
     gram,
     combine,
     combine_,
+    sample_loss,
+    sample_loss_backward,
     sample_mse,
     sample_mse_backward,
+    sample_mse_backward_both,
+    add_noise,
+    philox_normal,
     cluster_mse,
     cluster_mean,
     cluster_mean_backward,

@@ -22,15 +22,12 @@ from ..kernels import noise as noise_kernels
 from ..kernels import settings
 from ..kernels import weights as weight_kernels
 from ._checks import accumulation_dtype, host_offsets
-from ._layout import CHANNELS_LAST, as_matrix, contiguous_clusters, empty_row, in_rows
+from ._layout import CHANNELS_LAST, Result, as_matrix, contiguous_clusters, empty_row, in_rows
 from ._library import register_kernel, run_plain
 from .nash import CONVERGED, LINE_SEARCH_STEPS, NEWTON_STEPS
+from .philox import is_seed
 
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
-
-
-def _is_seed(noise: Tensor | None) -> bool:
-    return noise is not None and not noise.is_floating_point()
 
 
 def _in_one_order(pred: Tensor, *others: Tensor | None) -> tuple[list[Tensor | None], torch.memory_format]:
@@ -40,14 +37,15 @@ def _in_one_order(pred: Tensor, *others: Tensor | None) -> tuple[list[Tensor | N
     noise asks for the row-major one.
     """
     order = torch.contiguous_format
-    channels_last = None if any(_is_seed(t) for t in others) else CHANNELS_LAST.get(pred.dim())
+    seeds = [t for t in others if t is not None and is_seed(t)]
+    channels_last = None if seeds else CHANNELS_LAST.get(pred.dim())
     if (
         channels_last is not None
         and not pred.is_contiguous()
         and pred.is_contiguous(memory_format=channels_last)
     ):
         order = channels_last
-    tensors = [t if t is None or _is_seed(t) else t.contiguous(memory_format=order) for t in (pred, *others)]
+    tensors = [t if t is None or is_seed(t) else t.contiguous(memory_format=order) for t in (pred, *others)]
     return tensors, order
 
 
@@ -60,7 +58,7 @@ def _loss_settings(
     compiled = {
         "DELTA": delta,
         "MIXED": second is not None,
-        "SEEDED": _is_seed(second),
+        "SEEDED": is_seed(first if second is None else second),
         "BLOCK": block,
         "ACCUMULATE": _TRITON_DTYPES[accumulation_dtype(pred, first)],
         "num_warps": num_warps,
@@ -92,21 +90,41 @@ def sample_loss(
     return losses
 
 
+def _loss_gradients(
+    scale: Tensor,
+    pred: Tensor,
+    first: Tensor,
+    second: Tensor | None,
+    mix: Tensor | None,
+    delta: float | None,
+    both: bool,
+) -> tuple[Tensor, ...]:
+    """Write the gradient by `pred` and, of `both`, that by the target `first`, in one pass."""
+    batch, size, chunks, compiled = _loss_settings(pred, first, second, delta)
+    tensors, order = _in_one_order(pred, first, second)
+    grads = [Result(leaf, order) for leaf in ((pred, first) if both else (pred,))]
+    if batch == 0:
+        return tuple(grad.finish() for grad in grads)
+    mix = None if mix is None else mix.contiguous()
+    loss_kernels._error_backward_kernel[batch * chunks,](
+        scale.contiguous(),
+        *tensors,
+        mix,
+        grads[0].written,
+        grads[1].written if both else None,
+        batch,
+        size,
+        chunks,
+        **compiled,
+    )
+    return tuple(grad.finish() for grad in grads)
+
+
 def sample_loss_backward(
     scale: Tensor, pred: Tensor, first: Tensor, second: Tensor | None, mix: Tensor | None, delta: float | None
 ) -> Tensor:
     """Launch `sample_loss_backward`."""
-    grad = torch.empty_like(pred)
-    batch, size, chunks, compiled = _loss_settings(pred, first, second, delta)
-    if batch == 0:
-        return grad
-    tensors, order = _in_one_order(pred, first, second)
-    written = grad if grad.is_contiguous(memory_format=order) else torch.empty_like(pred, memory_format=order)
-    mix = None if mix is None else mix.contiguous()
-    loss_kernels._error_backward_kernel[batch * chunks,](
-        scale.contiguous(), *tensors, mix, written, batch, size, chunks, **compiled
-    )
-    return grad if written is grad else grad.copy_(written)
+    return _loss_gradients(scale, pred, first, second, mix, delta, both=False)[0]
 
 
 def sample_mse(pred: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -119,29 +137,33 @@ def sample_mse_backward(scale: Tensor, pred: Tensor, target: Tensor) -> Tensor:
     return sample_loss_backward(scale, pred, target, None, None, None)
 
 
+def sample_mse_backward_both(scale: Tensor, pred: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    """Launch `sample_mse_backward_both`."""
+    return _loss_gradients(scale, pred, target, None, None, None, both=True)
+
+
 def add_noise(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     """Launch `add_noise`."""
-    out = torch.empty_like(x0)
+    tensors, order = _in_one_order(x0, noise)
+    noisy = Result(x0, order)
     if x0.numel() == 0:
-        return out
+        return noisy.finish()
     batch, size = x0.shape[0], math.prod(x0.shape[1:])
     block, num_warps = settings.stream_settings(size)
     chunks = settings.ceil_div(size, block)
-    tensors, order = _in_one_order(x0, noise)
-    written = out if out.is_contiguous(memory_format=order) else torch.empty_like(x0, memory_format=order)
     noise_kernels._add_noise_kernel[batch * chunks,](
         *tensors,
         alpha.contiguous(),
         sigma.contiguous(),
-        written,
+        noisy.written,
         size,
         chunks,
-        SEEDED=_is_seed(noise),
+        SEEDED=is_seed(noise),
         BLOCK=block,
         ACCUMULATE=_TRITON_DTYPES[accumulation_dtype(x0)],
         num_warps=num_warps,
     )
-    return out if written is out else out.copy_(written)
+    return noisy.finish()
 
 
 def philox_normal(seed: Tensor, like: Tensor) -> Tensor:
@@ -483,6 +505,7 @@ LAUNCHERS: dict[str, Any] = {
         sample_loss_backward,
         sample_mse,
         sample_mse_backward,
+        sample_mse_backward_both,
         uncertainty_loss,
         uncertainty_loss_backward,
     )

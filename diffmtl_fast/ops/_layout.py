@@ -77,6 +77,19 @@ def in_rows(jacobian: Tensor) -> Tensor:
     return jacobian if jacobian.shape[1] <= 1 or jacobian.stride(1) == 1 else jacobian.contiguous()
 
 
+class Result:
+    """A result with the strides of `like`, and the memory in the order of a kernel that the kernel writes to."""
+
+    def __init__(self, like: Tensor, order: torch.memory_format) -> None:
+        self._tensor = torch.empty_like(like)
+        fits = self._tensor.is_contiguous(memory_format=order)
+        self.written = self._tensor if fits else torch.empty_like(like, memory_format=order)
+
+    def finish(self) -> Tensor:
+        """Return the result, once `written` is."""
+        return self._tensor if self.written is self._tensor else self._tensor.copy_(self.written)
+
+
 @contextmanager
 def contiguous_clusters(out: Tensor, accumulate: bool) -> Iterator[tuple[Tensor, bool]]:
     """Give memory for a kernel's result and whether to add to what is there; at the end the result is in `out`.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._checks import accumulation_dtype, check_floating, check_same_device
 from ._library import define_op, register_autograd
-from .philox import check_seed, philox_normal_plain
+from .philox import check_seed, is_seed, philox_normal_plain
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:
@@ -19,7 +19,7 @@ def _column(values: Tensor, like: Tensor) -> Tensor:
 def add_noise_plain(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     """Compute `add_noise` by its definition; an integer `noise` is a seed."""
     dtype = accumulation_dtype(x0)
-    drawn = noise if noise.is_floating_point() else philox_normal_plain(noise, x0)
+    drawn = philox_normal_plain(noise, x0) if is_seed(noise) else noise
     return (_column(alpha, x0) * x0.to(dtype) + _column(sigma, x0) * drawn.to(dtype)).to(x0.dtype)
 
 
@@ -79,7 +79,7 @@ def add_noise(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor
 
 def check_noise(noise: Tensor, x0: Tensor) -> None:
     """Refuse anything but noise shaped like `x0` or a seed."""
-    if not noise.is_floating_point():
+    if is_seed(noise):
         check_seed(noise, x0)
     elif noise.shape != x0.shape:
         raise ValueError(f"noise: expected shape {list(x0.shape)} or a seed, found {list(noise.shape)}")

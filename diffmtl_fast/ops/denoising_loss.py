@@ -11,23 +11,25 @@ from torch import Tensor
 from ._checks import accumulation_dtype, check_floating, check_pair, check_same_device, check_weight
 from ._library import define_op, refuse_autograd, register_autograd
 from .add_noise import check_noise
-from .philox import philox_normal_plain
+from .philox import is_seed, philox_normal_plain
 
 Prediction: TypeAlias = Literal["epsilon", "x0", "v", "velocity"]
 
 
 def _error(pred: Tensor, first: Tensor, second: Tensor | None, mix: Tensor | None) -> Tensor:
-    """Return pred − (mix[0] · first + mix[1] · second), in the dtype that sums are formed in.
+    """Return pred − first or pred − (mix[0] · first + mix[1] · second), in the dtype that sums are formed in.
 
-    An integer `second` is the seed of the noise.
+    An integer instead of a tensor is the seed of the noise that is meant.
     """
     dtype = accumulation_dtype(pred, first)
+
+    def elements(tensor: Tensor) -> Tensor:
+        return (philox_normal_plain(tensor, pred) if is_seed(tensor) else tensor).to(dtype)
+
     if second is None or mix is None:
-        return pred.to(dtype) - first.to(dtype)
-    shape = (2, -1, *[1] * (pred.dim() - 1))
-    second = second if second.is_floating_point() else philox_normal_plain(second, pred)
-    share, other = mix.to(dtype).view(shape).unbind(0)
-    return pred.to(dtype) - (share * first.to(dtype) + other * second.to(dtype))
+        return elements(pred) - elements(first)
+    share, other = mix.to(dtype).view(2, -1, *[1] * (pred.dim() - 1)).unbind(0)
+    return elements(pred) - (share * elements(first) + other * elements(second))
 
 
 def sample_loss_plain(
@@ -139,7 +141,8 @@ def denoising_loss(
         huber_delta: the Huber loss with this δ > 0 instead of the squared error.
 
     Returns:
-        [B], in the promoted dtype of `pred` and `x0` and float32 at least; average it by `cluster_mean`.
+        [B], in the promoted dtype of `pred` and of what it is compared with (generated noise is float32), float32
+        at least; average it by `cluster_mean`.
 
     Raises:
         TypeError: an input is not floating point.
@@ -151,11 +154,11 @@ def denoising_loss(
     check_noise(noise, x0)
     check_weight(weight, pred)
     _check_constant(x0=x0, noise=noise)
-    if noise.is_floating_point() and x0.dtype != noise.dtype:
+    if not is_seed(noise) and x0.dtype != noise.dtype:
         raise TypeError(f"noise: expected the dtype of x0, {x0.dtype}, found {noise.dtype}")
     if huber_delta is not None:
         _check_delta(huber_delta)
-    if prediction == "epsilon" and noise.is_floating_point():
+    if prediction == "epsilon":
         return _sample_loss(pred, noise, None, None, weight, huber_delta)
     if prediction == "x0":
         return _sample_loss(pred, x0, None, None, weight, huber_delta)
@@ -165,9 +168,9 @@ def denoising_loss(
 
 def _velocity_mix(pred: Tensor, prediction: str, alpha: Tensor | None, sigma: Tensor | None) -> Tensor:
     """Return the shares of x0 and of the noise in the target, float [2, B]."""
-    if prediction in ("epsilon", "velocity"):
+    if prediction == "velocity":
         ones = torch.ones(pred.shape[0], dtype=torch.float32, device=pred.device)
-        return torch.stack([-ones if prediction == "velocity" else torch.zeros_like(ones), ones])
+        return torch.stack([-ones, ones])
     if prediction != "v":
         raise ValueError(f"prediction: expected 'epsilon', 'x0', 'v' or 'velocity', found {prediction!r}")
     if alpha is None or sigma is None:

@@ -63,6 +63,11 @@ _philox_normal = define_op(
 refuse_autograd("philox_normal", "noise depends on nothing that has a gradient")
 
 
+def is_seed(noise: Tensor) -> bool:
+    """Whether an argument that may be noise is the seed of it instead."""
+    return not noise.is_floating_point()
+
+
 def check_seed(seed: Tensor, like: Tensor) -> None:
     """Refuse anything but an int64 scalar beside `like`."""
     if seed.dtype != torch.int64 or seed.dim() != 0:

@@ -23,8 +23,20 @@ def sample_mse_plain(pred: Tensor, target: Tensor, weight: Tensor | None = None)
 def sample_mse_backward_plain(scale: Tensor, pred: Tensor, target: Tensor) -> Tensor:
     """Compute 2 (pred − target) scale / numel per sample, [B, ...], in the dtype of `pred`."""
     dtype = accumulation_dtype(pred, target)
-    factor = scale.to(dtype) * (2.0 / math.prod(pred.shape[1:]))
-    return ((pred.to(dtype) - target.to(dtype)) * factor.view(-1, *[1] * (pred.dim() - 1))).to(pred.dtype)
+    factor = scale.to(dtype) / math.prod(pred.shape[1:])
+    slope = 2 * (pred.to(dtype) - target.to(dtype))
+    return (slope * factor.view(-1, *[1] * (pred.dim() - 1))).to(pred.dtype)
+
+
+def sample_mse_backward_both_plain(scale: Tensor, pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the gradients by `pred` and by `target`, each in its own dtype.
+
+    The error is symmetric: the target's gradient is the same formula with the roles exchanged.
+    """
+    return (
+        sample_mse_backward_plain(scale, pred, target),
+        sample_mse_backward_plain(scale, target, pred),
+    )
 
 
 def _fake(pred: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -41,19 +53,25 @@ _sample_mse_backward = define_op(
     plain=sample_mse_backward_plain,
     fake=lambda scale, pred, target: torch.empty_like(pred),
 )
-refuse_autograd("sample_mse_backward", "the second derivative of the squared error is not implemented")
+_sample_mse_backward_both = define_op(
+    "sample_mse_backward_both(Tensor scale, Tensor pred, Tensor target) -> (Tensor, Tensor)",
+    plain=sample_mse_backward_both_plain,
+    fake=lambda scale, pred, target: (torch.empty_like(pred), torch.empty_like(target)),
+)
+for _name in ("sample_mse_backward", "sample_mse_backward_both"):
+    refuse_autograd(_name, "the second derivative of the squared error is not implemented")
 
 
 def pair_gradients(
     scale: Tensor, pred: Tensor, target: Tensor, needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients by `pred` and by `target`, given the one by each sample's mean squared error [B].
-
-    The error is symmetric, so the target's gradient is the same formula with the roles exchanged.
-    """
-    grad_pred = _sample_mse_backward(scale, pred, target) if needed[0] else None
-    grad_target = _sample_mse_backward(scale, target, pred) if needed[1] else None
-    return grad_pred, grad_target
+    """Return the gradients by `pred` and by `target`, given the one by each sample's mean squared error [B]."""
+    if needed[0] and needed[1]:
+        both: tuple[Tensor, Tensor] = _sample_mse_backward_both(scale, pred, target)
+        return both
+    if needed[1]:
+        return None, _sample_mse_backward(scale, target, pred)
+    return _sample_mse_backward(scale, pred, target) if needed[0] else None, None
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:

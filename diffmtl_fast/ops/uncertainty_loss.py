@@ -98,7 +98,7 @@ def uncertainty_loss(
     """Squared error under uncertainty weighting, Σ_k ½ (e^{−u_k} L_k / n + u_k) over the n present clusters.
 
     The same scalar as `UncertaintyWeighting` makes of `cluster_mse`, as one op: the forward reads the prediction
-    and the target once, the backward once more for both gradients.
+    and the target once, the backward once more for the gradients by both; that by u comes with the forward.
 
     Args:
         pred: [B, ...], floating point.

@@ -74,7 +74,17 @@ def streaming_cases() -> list[Case]:
             )
             integers = ("batch", "size", "chunks")
             cases.append(Case(losses._error_sum_kernel, sums, integers, loss, warps, True))
-            cases.append(Case(losses._error_backward_kernel, grads, integers, loss, warps, True))
+            one = {**loss, "p_by_first": None}
+            cases.append(Case(losses._error_backward_kernel, grads, integers, one, warps, True))
+        plain = {**constants, "DELTA": None, "MIXED": False, "p_second": None, "p_mix": None}
+        for first in (dtype, "i64"):
+            pointers = {"p_scale": SUM[dtype], "p_pred": dtype, "p_first": first, "p_grad": dtype}
+            compiled = {**plain, "SEEDED": first == "i64"}
+            if first == "i64":
+                compiled["p_by_first"] = None
+            else:
+                pointers["p_by_first"] = dtype
+            cases.append(Case(losses._error_backward_kernel, pointers, integers, compiled, warps, True))
         for noise in (dtype, "i64"):
             pointers = {"p_x0": dtype, "p_noise": noise, "p_alpha": "fp32", "p_sigma": "fp32", "p_out": dtype}
             forward = {**constants, "SEEDED": noise == "i64"}

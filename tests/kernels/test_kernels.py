@@ -67,6 +67,7 @@ def test_squared_errors(shape, dtype, generator, device):
     check("sample_mse", (pred, target), exact)
     check("sample_mse", (pred, target, weight), exact)
     check("sample_mse_backward", (weight, pred, target), DTYPES[dtype])
+    check("sample_mse_backward_both", (weight, pred, target), DTYPES[dtype])
     cluster = torch.arange(shape[0], device=device) * 2 % 3
     check("cluster_mse", (pred, target, cluster, 4, weight), exact)
 
@@ -107,10 +108,13 @@ def test_the_loss_regenerates_the_bits_of_the_noise(shape, generator, device):
     mix = torch.stack([0 * ones, ones])
     assert (_cuda.LAUNCHERS["sample_loss"](noise, zeros, seed, mix, None, None) == 0).all()
     pred = draw(shape, torch.float32, generator)
-    for name, args in (("sample_loss", (mix, None, None)), ("sample_loss_backward", (mix, None))):
+    for name, args in (("sample_loss", (None, None)), ("sample_loss_backward", (None,))):
+        launch = _cuda.LAUNCHERS[name]
         scale = (ones,) if name == "sample_loss_backward" else ()
-        stored = _cuda.LAUNCHERS[name](*scale, pred, zeros, noise, *args)
-        assert torch.equal(_cuda.LAUNCHERS[name](*scale, pred, zeros, seed, *args), stored)
+        stored = launch(*scale, pred, zeros, noise, mix, *args)
+        assert torch.equal(launch(*scale, pred, zeros, seed, mix, *args), stored)
+        stored = launch(*scale, pred, noise, None, None, *args)
+        assert torch.equal(launch(*scale, pred, seed, None, None, *args), stored)
 
 
 def test_a_nan_error_stays_one(device):
@@ -132,6 +136,7 @@ def test_gradients_keep_the_strides_of_the_prediction(order, generator, device):
         grad = _cuda.LAUNCHERS["sample_mse_backward"](ones, view, target)
         assert grad.stride() == torch.empty_like(view).stride()
         check("sample_mse_backward", (ones, view, target), 2e-6)
+        check("sample_mse_backward_both", (ones, view, target), 2e-6)
         check("sample_mse", (view, target), 2e-6)
 
 
@@ -141,6 +146,9 @@ def test_mixed_dtypes(generator):
     scale = torch.ones(3, device=generator.device)
     assert _cuda.LAUNCHERS["sample_mse_backward"](scale, pred, target).dtype == torch.bfloat16
     check("sample_mse_backward", (scale, target, pred), 2e-6)
+    by_pred, by_target = _cuda.LAUNCHERS["sample_mse_backward_both"](scale, pred, target)
+    assert (by_pred.dtype, by_target.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(by_target, -_cuda.LAUNCHERS["sample_mse_backward"](scale, pred.float(), target))
 
 
 @pytest.mark.parametrize("batch", [0, 1, 33, 1500])

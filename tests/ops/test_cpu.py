@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
@@ -14,6 +15,7 @@ import torch
 from diffmtl_fast import ops
 from diffmtl_fast._native import _C
 from diffmtl_fast.ops import _cpu, _library
+from diffmtl_fast.ops.philox import philox
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 EPSILON = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
@@ -153,10 +155,38 @@ class TestSquaredErrors:
         grad = torch.ops.diffmtl.sample_mse_backward(scale, pred, target)
         plain = ops.PLAIN["sample_mse_backward"](scale, pred, target)
         assert grad.dtype == dtype
-        # Two roundings of the factor may differ, which shows in the last place of the result.
-        torch.testing.assert_close(
-            grad, plain, rtol=2 * EPSILON[dtype], atol=1e-7 if dtype == torch.float16 else 0
-        )
+        assert torch.equal(grad, plain)
+
+    @pytest.mark.parametrize("target_dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("shape", [(5, 1), (3, 17), (2, 4, 8, 8)], ids=str)
+    def test_both_gradients_from_one_pass(self, shape, dtype, target_dtype, instruction_set, seeded):
+        pred = draw(shape, dtype, seeded, offset=1).requires_grad_()
+        target = draw(shape, target_dtype, seeded, offset=3).requires_grad_()
+        scale = draw(shape[:1], torch.float32, seeded)
+        both = torch.ops.diffmtl.sample_mse_backward_both(scale, pred, target)
+        plain = ops.PLAIN["sample_mse_backward_both"](scale, pred, target)
+        assert [g.dtype for g in both] == [dtype, target_dtype]
+        assert all(torch.equal(a, b) for a, b in zip(both, plain, strict=True))
+
+        cluster = torch.arange(shape[0]) % 2
+        (ops.cluster_mse(pred, target, cluster, 2) * torch.tensor([1.0, 3.0])).sum().backward()
+        assert relative_error(pred.grad, -target.grad.double()) < EPSILON[dtype] + EPSILON[target_dtype]
+
+    @pytest.mark.parametrize("layouts", ["channels_last", "mixed", "transposed"])
+    def test_both_gradients_keep_their_strides(self, layouts, instruction_set, seeded):
+        pred, target = draw((3, 5, 4, 7), torch.float32, seeded), draw((3, 5, 4, 7), torch.float64, seeded)
+        pred = pred.transpose(0, 3) if layouts == "transposed" else pred
+        target = target.transpose(0, 3).contiguous() if layouts == "transposed" else target
+        pred = pred if layouts == "transposed" else pred.contiguous(memory_format=torch.channels_last)
+        if layouts == "channels_last":
+            target = target.contiguous(memory_format=torch.channels_last)
+        scale = draw(pred.shape[:1], torch.float32, seeded)
+        both = torch.ops.diffmtl.sample_mse_backward_both(scale, pred, target)
+        plain = ops.PLAIN["sample_mse_backward_both"](scale, pred, target)
+        for grad, expected, leaf in zip(both, plain, (pred, target), strict=True):
+            assert grad.stride() == torch.empty_like(leaf).stride()
+            assert torch.equal(grad, expected)
 
     @pytest.mark.parametrize(
         "layout", ["channels_last", "mixed", "half_channels", "transposed", "every_second"]
@@ -220,6 +250,203 @@ class TestSquaredErrors:
         )
 
 
+class TestMixedTargets:
+    """sample_loss and its gradient where the target is given, generated, or formed from two."""
+
+    @pytest.mark.parametrize("delta", [None, 0.7])
+    @pytest.mark.parametrize("form", ["plain", "mixed", "seeded", "noise"])
+    @pytest.mark.parametrize("other_dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_every_form_and_dtype(self, dtype, other_dtype, form, delta, instruction_set, seeded):
+        for shape in ((5, 1), (3, 17), (2, 4, 8, 8), (2, 2049)):
+            pred, first = draw(shape, dtype, seeded, offset=1), draw(shape, other_dtype, seeded, offset=3)
+            second, mix = draw(shape, other_dtype, seeded), draw((2, shape[0]), torch.float64, seeded)
+            weight, scale = draw(shape[:1], torch.float32, seeded), draw(shape[:1], torch.float32, seeded)
+            seed = torch.tensor(2**40 + 3)
+            noise = ops.philox_normal(seed, pred)
+            given, meant = {
+                "plain": ((first, None, None), (first, None, None)),
+                "mixed": ((first, second, mix), (first, second, mix)),
+                "seeded": ((first, seed, mix), (first, noise, mix)),
+                "noise": ((seed, None, None), (noise, None, None)),
+            }[form]
+            found = torch.ops.diffmtl.sample_loss(pred, *given, weight, delta)
+            expected = ops.PLAIN["sample_loss"](pred, *meant, weight, delta)
+            assert found.dtype == expected.dtype
+            # Sums are formed in another order; what is summed has the same bits.
+            exact = found.dtype == torch.float64
+            assert relative_error(found, expected.double()) < (1e-14 if exact else 1e-6)
+            grad = torch.ops.diffmtl.sample_loss_backward(scale, pred, *given, delta)
+            assert torch.equal(grad, ops.PLAIN["sample_loss_backward"](scale, pred, *meant, delta))
+
+    @pytest.mark.parametrize("form", ["mixed", "seeded"])
+    @pytest.mark.parametrize(
+        "layout", ["channels_last", "second_row_major", "parts", "expanded", "transposed"]
+    )
+    def test_layouts(self, layout, form, instruction_set, seeded):
+        pred, first, second = (draw((6, 4, 5, 8), torch.float32, seeded) for _ in range(3))
+        mix = draw((6, 2), torch.float32, seeded).T
+        if layout in ("channels_last", "second_row_major"):
+            pred, first = (t.contiguous(memory_format=torch.channels_last) for t in (pred, first))
+        if layout == "channels_last":
+            second = second.contiguous(memory_format=torch.channels_last)
+        if layout == "parts":
+            pred, first, second = pred[:, :2], first[:, 2:], second[:, 1:3]
+        if layout == "expanded":
+            first = first[:1].expand(6, 4, 5, 8)
+        if layout == "transposed":
+            pred, first, second = (t.transpose(1, 3) for t in (pred, first, second))
+        seed = torch.tensor(5)
+        given = second if form == "mixed" else seed
+        meant = second if form == "mixed" else ops.philox_normal(seed, pred)
+        scale = draw((12,), torch.float32, seeded)[::2]
+        found = torch.ops.diffmtl.sample_loss(pred, first, given, mix, scale, None)
+        expected = ops.PLAIN["sample_loss"](pred, first, meant, mix, scale, None)
+        assert relative_error(found, expected.double()) < 1e-6
+        grad = torch.ops.diffmtl.sample_loss_backward(scale, pred, first, given, mix, None)
+        assert grad.stride() == torch.empty_like(pred).stride()
+        assert torch.equal(grad, ops.PLAIN["sample_loss_backward"](scale, pred, first, meant, mix, None))
+
+    def test_what_is_not_finite_stays_so(self, instruction_set):
+        pred = torch.tensor([[math.nan, 2.0, -2.0, 0.25], [math.inf, 0.0, 0.0, -math.inf]])
+        zeros, ones = torch.zeros(2, 4), torch.ones(2)
+        for delta, slopes in ((None, [4.0, -4.0, 0.5]), (0.5, [0.5, -0.5, 0.25])):
+            losses = torch.ops.diffmtl.sample_loss(pred, zeros, None, None, None, delta)
+            assert losses[0].isnan()
+            assert losses[1] == math.inf
+            grad = torch.ops.diffmtl.sample_loss_backward(4 * ones, pred, zeros, None, None, delta)
+            assert grad[0, 0].isnan()
+            assert grad[0, 1:].tolist() == slopes
+            assert grad[1, 0] == (math.inf if delta is None else 0.5)
+
+    def test_the_image_is_not_read_where_the_noise_alone_is_the_target(self):
+        seed, pred = torch.tensor(3), torch.zeros(2, 5)
+        loss = ops.denoising_loss(pred, torch.full((2, 5), math.nan), seed, prediction="epsilon")
+        torch.testing.assert_close(loss, ops.philox_normal(seed, pred).square().mean(1))
+
+
+def exact_noise(seed, shape):
+    """The noise by its definition, evaluated in float64, and the length of the pair that each value comes from."""
+    batch, size = shape[0], math.prod(shape[1:])
+    group = torch.arange(-(-size // 4)).expand(batch, -1)
+    sample, zero = torch.arange(batch).unsqueeze(1).expand_as(group), torch.zeros_like(group)
+    u = [((word >> 8) + 1).double() * 2.0**-24 for word in philox(seed, (group, zero, sample, zero))]
+    lengths = [torch.sqrt(-2 * torch.log(u[0])), torch.sqrt(-2 * torch.log(u[2]))]
+    turns = [2 * math.pi * u[1], 2 * math.pi * u[3]]
+    normals = [
+        length * f(turn) for length, turn in zip(lengths, turns, strict=True) for f in (torch.cos, torch.sin)
+    ]
+    both = torch.stack([torch.stack(normals, 2), torch.stack([lengths[i // 2] for i in range(4)], 2)])
+    return both.flatten(2)[..., :size].reshape(2, *shape)
+
+
+class TestNoise:
+    @pytest.mark.parametrize("seed", [0, 7, 2**40 + 5, -3])
+    def test_is_its_definition(self, seed, instruction_set):
+        seed = torch.tensor(seed)
+        for shape in ((1,), (7,), (3, 1), (2, 3), (5, 4), (3, 31), (2, 33), (2, 3, 5, 7), (2, 70_001)):
+            found = ops.philox_normal(seed, torch.empty(shape))
+            expected, length = exact_noise(seed, shape)
+            assert found.dtype == torch.float32
+            assert ((found - expected).abs() <= 2.0**-22 * length).all()
+
+    def test_logarithm_sine_and_cosine_of_extreme_words(self, instruction_set, seeded):
+        count = 2**16
+        ends = torch.cat([torch.arange(1, count + 1), torch.arange(2**24 - count, 2**24) + 1])
+        steps = torch.cat([ends, torch.randint(1, 2**24 + 1, (2 * count,), generator=seeded)])
+        others = steps[torch.randperm(4 * count, generator=seeded)]
+        last_byte = torch.randint(256, (4 * count,), generator=seeded)  # does not count
+        radius, turn = (
+            (((u - 1) << 8) + last_byte - 2**31).to(torch.int32) ^ -(2**31) for u in (steps, others)
+        )
+        cosine, sine = torch.empty(4 * count), torch.empty(4 * count)
+        _C.cpu_box_muller(radius.data_ptr(), turn.data_ptr(), 4 * count, cosine.data_ptr(), sine.data_ptr())
+        length, angle = (
+            torch.sqrt(-2 * torch.log(steps.double() * 2.0**-24)),
+            2 * math.pi * others.double() * 2.0**-24,
+        )
+        for found, unit in ((cosine, angle.cos()), (sine, angle.sin())):
+            assert ((found - length * unit).abs() <= 2.0**-22 * length).all()
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_add_noise_has_the_bits_of_its_definition(self, dtype, instruction_set, seeded):
+        for shape, noise_dtype in itertools.product([(5, 1), (3, 17), (2, 4, 8, 8), (2, 2049)], DTYPES):
+            x0, noise = draw(shape, dtype, seeded, offset=1), draw(shape, noise_dtype, seeded, offset=3)
+            alpha, sigma = draw(shape[:1], torch.float64, seeded), draw(shape[:1], torch.float32, seeded)
+            found = ops.add_noise(x0, noise, alpha, sigma)
+            assert found.dtype == dtype
+            assert torch.equal(found, ops.PLAIN["add_noise"](x0, noise, alpha, sigma))
+            seed = torch.tensor(11)
+            expected = ops.PLAIN["add_noise"](x0, ops.philox_normal(seed, x0), alpha, sigma)
+            assert torch.equal(ops.add_noise(x0, seed, alpha, sigma), expected)
+
+    @pytest.mark.parametrize(
+        "layout", ["channels_last", "noise_row_major", "parts", "expanded", "transposed"]
+    )
+    def test_add_noise_of_layouts(self, layout, instruction_set, seeded):
+        x0, noise = draw((6, 4, 5, 8), torch.float32, seeded), draw((6, 4, 5, 8), torch.float32, seeded)
+        alpha, sigma = draw((12, 2), torch.float32, seeded)[::2].unbind(1)
+        if layout in ("channels_last", "noise_row_major"):
+            x0 = x0.contiguous(memory_format=torch.channels_last)
+        if layout == "channels_last":
+            noise = noise.contiguous(memory_format=torch.channels_last)
+        if layout == "parts":
+            x0, noise = x0[:, :2], noise[:, 1:3]
+        if layout == "expanded":
+            x0 = x0[:1].expand(6, 4, 5, 8)
+        if layout == "transposed":
+            x0, noise = x0.transpose(1, 3), noise.transpose(1, 3)
+        seed = torch.tensor(4)
+        for given, meant in ((noise, noise), (seed, ops.philox_normal(seed, x0))):
+            found = ops.add_noise(x0, given, alpha, sigma)
+            assert found.stride() == torch.empty_like(x0).stride()
+            assert torch.equal(found, ops.PLAIN["add_noise"](x0, meant, alpha, sigma))
+
+    def test_nothing_to_write(self):
+        seed = torch.tensor(1)
+        for shape in ((0,), (0, 3), (3, 0), (2, 0, 4)):
+            empty, ones = torch.empty(shape), torch.ones(shape[0])
+            assert ops.philox_normal(seed, empty).shape == shape
+            assert ops.add_noise(empty, seed, ones, ones).shape == shape
+            assert ops.add_noise(empty, empty, ones, ones).shape == shape
+
+    def test_dtypes_without_a_kernel_fall_back(self, caplog):
+        _library._log_fallback.cache_clear()
+        alpha = torch.tensor([2.0]).to(torch.float8_e4m3fn)
+        x0, noise = torch.tensor([[1.0, 2.0]]), torch.ones(1, 2)
+        with caplog.at_level(logging.INFO, logger="diffmtl_fast"):
+            assert ops.add_noise(x0, noise, alpha, torch.ones(1)).tolist() == [[3.0, 5.0]]
+        assert (
+            "diffmtl::add_noise runs its plain definition: no CPU kernel for torch.float8_e4m3fn"
+            in caplog.text
+        )
+
+
+class TestInstructionSetsAgree:
+    def test_on_every_bit_that_is_no_sum(self, seeded):
+        seed, pred, x0 = (
+            torch.tensor(9),
+            draw((3, 5001), torch.float32, seeded),
+            draw((3, 5001), torch.bfloat16, seeded),
+        )
+        mix, scale = draw((2, 3), torch.float32, seeded), draw((3,), torch.float32, seeded)
+        results = []
+        for name in _C.cpu_kernels():
+            _C.cpu_select_kernels(name)
+            results.append(
+                [
+                    ops.philox_normal(seed, x0),
+                    ops.add_noise(x0, seed, *mix),
+                    ops.add_noise(pred, x0, *mix),
+                    torch.ops.diffmtl.sample_loss_backward(scale, pred, x0, seed, mix, 0.7),
+                    *torch.ops.diffmtl.sample_mse_backward_both(scale, pred, x0),
+                ]
+            )
+        _cpu.select_instruction_set()
+        for result in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
 class TestWeights:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
     @pytest.mark.parametrize("k", [1, 2, 3, 5, 8, 17, 64])
@@ -267,7 +494,7 @@ class TestThreads:
         jacobian, weights = draw((5, 70_001), dtype, seeded), draw((5,), torch.float32, seeded)
         many, target = draw((300, 3001), dtype, seeded), draw((300, 3001), torch.float32, seeded)
         one, other = draw((1, 400_001), dtype, seeded), draw((1, 400_001), dtype, seeded)
-        cluster = torch.randint(4, (300,), generator=seeded)
+        cluster, seed = torch.randint(4, (300,), generator=seeded), torch.tensor(3)
         parts = [draw((5, size), dtype, seeded) for size in (3, 20_000, 100, 70_001, 40)]
         out = [torch.ones(part.shape[1]) for part in parts]
         results = []
@@ -283,6 +510,12 @@ class TestThreads:
                     ops.cluster_mse(many, target, cluster, 4),
                     ops.uncertainty_loss(many, target, cluster, weights[:4]),
                     torch.ops.diffmtl.sample_mse_backward(weights.repeat(60), many, target),
+                    *torch.ops.diffmtl.sample_mse_backward_both(weights.repeat(60), many, target),
+                    ops.denoising_loss(many, target, seed, prediction="velocity", huber_delta=0.5),
+                    torch.ops.diffmtl.sample_loss_backward(weights.repeat(60), many, seed, None, None, None),
+                    ops.add_noise(many, seed, weights.repeat(60), weights.repeat(60)),
+                    ops.philox_normal(seed, one),
+                    *torch.ops.diffmtl.uncertainty_loss(many, target, cluster, weights),
                 ]
             )
         for result in results[1:]:

@@ -47,6 +47,7 @@ def order(device):
 SAMPLES = {
     "sample_mse": lambda d, t, g: mse_inputs(d, t, g),
     "sample_mse_backward": lambda d, t, g: (torch.randn(B, device=d), *mse_inputs(d, t, False)),
+    "sample_mse_backward_both": lambda d, t, g: (torch.randn(B, device=d), *mse_inputs(d, t, False)),
     "add_noise": lambda d, t, g: (*mse_inputs(d, t, g), torch.rand(B, device=d), torch.rand(B, device=d)),
     "philox_normal": lambda d, t, g: (torch.tensor(7, device=d), torch.randn(B, 2, 5, device=d).to(t)),
     "sample_loss": lambda d, t, g: (
@@ -199,6 +200,7 @@ def everything(pred, x0, index, jacobian, log_var, alpha, sigma):
     noisy = ops.add_noise(pred, seed, alpha, sigma) + ops.add_noise(x0, pred, alpha, sigma)
     samples = ops.sample_mse(noisy, ops.philox_normal(seed, x0)) + ops.sample_huber(pred, x0, weight=alpha)
     samples = samples + ops.denoising_loss(pred, x0, seed, prediction="v", alpha=alpha, sigma=sigma)
+    samples = samples + ops.denoising_loss(pred, x0, seed, prediction="epsilon") + ops.sample_mse(pred, noisy)
     losses = ops.cluster_mean(samples, index, k) + ops.cluster_mse(pred, x0, index, k, sigma)
     total = losses.sum() + ops.uncertainty_loss(pred, x0, index, log_var)
     gramian = ops.gram(jacobian.detach())
