@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from .cluster_jacobian import ClusterJacobian
 from .clustered import ClusteredMTL, StepRecord
 from .layout import Clusters
 from .rules import ClusterRule, NoClusterRule, RuleContext, register_cluster_rule
 
 __all__ = [
+    "ClusterJacobian",
     "ClusterRule",
     "ClusteredMTL",
     "Clusters",

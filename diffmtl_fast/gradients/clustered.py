@@ -15,6 +15,7 @@ from ..weighting import GramianWeighting, LossWeighting
 from .engine import Engine, EngineName
 from .jacobian import Jacobian
 from .layout import BatchLayout
+from .parameters import grad_versions
 
 _logger = logging.getLogger("diffmtl_fast")
 _DATA_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -151,7 +152,7 @@ class ClusteredMTL(nn.Module):
         """
         if cluster is None or not torch.is_grad_enabled():
             return self.module(*args, **kwargs)
-        _check_cluster(cluster, self.num_clusters)
+        check_cluster(cluster, self.num_clusters)
         self._refuse_lost_gradients()
         if self._cluster is None:  # else several forwards share one backward
             self._by_cluster = self._needs_gradients_by_cluster()
@@ -161,7 +162,7 @@ class ClusteredMTL(nn.Module):
         if not self._by_cluster:
             # One parameter tells whether some backward came by; walking over all of them would cost a small step.
             first = next((p for p in self.module.parameters() if p.requires_grad), None)
-            self._witness = [] if first is None else [(first, _grad_versions([first])[0])]
+            self._witness = [] if first is None else [(first, grad_versions([first])[0])]
             return self.module(*args, **kwargs)
         self._warn_of_processes()
         return self._engine.forward(BatchLayout(cluster, self.num_clusters), args, kwargs)
@@ -191,8 +192,8 @@ class ClusteredMTL(nn.Module):
         if self._cluster is None:
             raise RuntimeError("expected a forward with cluster=... before backward, found none")
         cluster = self._cluster if cluster is None else cluster
-        _check_cluster(cluster, self.num_clusters)
-        _check_loss(loss, cluster)
+        check_cluster(cluster, self.num_clusters)
+        check_loss(loss, cluster)
         cluster = cluster.to(loss.device)
         present = torch.zeros(self.num_clusters, dtype=torch.bool, device=loss.device)
         present = present.index_fill(0, cluster, True)
@@ -228,26 +229,14 @@ class ClusteredMTL(nn.Module):
         store = self._engine.lean_gramian() if lean else self._engine.jacobian
         if isinstance(store, Jacobian):
             store.clear()
-        parameters = self._engine.parameters
-        before = _grad_versions(parameters)
-        with self._engine.receiver.collecting(store), self._engine.during_backward():
-            if lean:
-                objective.backward(inputs=self._engine.leaves, retain_graph=True)
-            else:
-                objective.backward()
-        if _grad_versions(parameters) != before:
-            raise RuntimeError(
-                "model: expected gradients cluster by cluster alone, found some in the parameters' .grad; in "
-                "slices a reentrant checkpoint recomputes outside its slice (pass use_reentrant=False to "
-                "checkpoint), and a call without cluster= does not take part in the weighting"
-            )
+        self._engine.collect(objective, store, again=lean)
         gramian = store.gram().to(losses.device) * number**2
         if scale is not None:
             gramian = gramian / scale.to(gramian.dtype) ** 2
         weights = self._weigh(losses, gramian, present, scale)
         norm = None
         if isinstance(store, Jacobian):
-            norm = store.combine_(parameters, weights.to(gramian.dtype)).sqrt()
+            norm = store.combine_(self._engine.parameters, weights.to(gramian.dtype)).sqrt()
         else:
             with self._engine.during_backward():
                 _scaled((weights.to(losses.dtype) * losses).sum() / number, scale).backward()
@@ -281,7 +270,7 @@ class ClusteredMTL(nn.Module):
         if self._by_cluster:
             lost = self._engine.receiver.bypassed
         else:
-            lost = any(p.grad is not None and _grad_versions([p]) != [old] for p, old in self._witness)
+            lost = any(p.grad is not None and grad_versions([p]) != [old] for p, old in self._witness)
         if lost:
             self._cluster = None
             raise RuntimeError(
@@ -310,15 +299,12 @@ class ClusteredMTL(nn.Module):
         return self.module.load_state_dict(state_dict, *args, **kwargs)
 
 
-def _grad_versions(parameters: list[nn.Parameter]) -> list[tuple[int, int] | None]:
-    return [None if p.grad is None else (id(p.grad), p.grad._version) for p in parameters]
-
-
 def _scaled(objective: Tensor, scale: Tensor | None) -> Tensor:
     return objective if scale is None else objective * scale
 
 
-def _check_cluster(cluster: Tensor, k: int) -> None:
+def check_cluster(cluster: Tensor, k: int) -> None:
+    """Refuse anything but clusters [B] in 0..k-1."""
     if not isinstance(cluster, Tensor) or cluster.dtype != torch.int64:
         found = cluster.dtype if isinstance(cluster, Tensor) else type(cluster).__name__
         raise TypeError(f"cluster: expected an int64 tensor [B], found {found}")
@@ -330,7 +316,8 @@ def _check_cluster(cluster: Tensor, k: int) -> None:
         )
 
 
-def _check_loss(loss: Tensor, cluster: Tensor) -> None:
+def check_loss(loss: Tensor, cluster: Tensor) -> None:
+    """Refuse anything but the losses [B] of samples with these clusters, with a graph."""
     if not isinstance(loss, Tensor) or not loss.is_floating_point():
         found = loss.dtype if isinstance(loss, Tensor) else type(loss).__name__
         raise TypeError(f"loss: expected per-sample losses, a floating-point tensor [B], found {found}")

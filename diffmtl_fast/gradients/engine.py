@@ -15,8 +15,8 @@ from .grouped import CannotGroup, GroupedEngine
 from .jacobian import Jacobian
 from .layout import BatchLayout, flatten
 from .lean import LeanGramian
-from .parameters import Slot, find_slots, fingerprint, installed, module_name
-from .receiver import Receiver
+from .parameters import Slot, find_slots, fingerprint, grad_versions, installed, module_name
+from .receiver import Receiver, Store
 from .sliced import Aliases, run_slices
 
 _logger = logging.getLogger("diffmtl_fast")
@@ -157,6 +157,30 @@ class Engine:
                 "batch give another output than the whole batch"
             )
         self._checked.add(key)
+
+    def collect(self, objective: Tensor, store: Store, *, again: bool = False) -> None:
+        """Run the backward of a scalar; the parameters' gradients go to `store`, cluster by cluster.
+
+        Args:
+            objective: what to differentiate: a sum over samples of the forwards since `begin`.
+            store: what takes the gradients.
+            again: keep the graph, for another backward.
+
+        Raises:
+            RuntimeError: gradients reached the parameters' ``.grad`` instead.
+        """
+        before = grad_versions(self.parameters)
+        with self.receiver.collecting(store), self.during_backward():
+            if again:
+                objective.backward(inputs=self.leaves, retain_graph=True)
+            else:
+                objective.backward()
+        if grad_versions(self.parameters) != before:
+            raise RuntimeError(
+                "model: expected gradients cluster by cluster alone, found some in the parameters' .grad; in "
+                "slices a reentrant checkpoint recomputes outside its slice (pass use_reentrant=False to "
+                "checkpoint), and a call without cluster= does not take part in the weighting"
+            )
 
     @contextmanager
     def during_backward(self) -> Iterator[None]:

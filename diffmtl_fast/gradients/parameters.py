@@ -55,6 +55,11 @@ def fingerprint(parameters: Iterable[nn.Parameter]) -> list[tuple[Any, ...]]:
     return [(id(p), p.data_ptr(), p.dtype, p.device, p.stride()) for p in parameters]
 
 
+def grad_versions(parameters: Iterable[nn.Parameter]) -> list[tuple[int, int] | None]:
+    """Tell whether anything is written to the parameters' ``.grad`` from one call to the next."""
+    return [None if p.grad is None else (id(p.grad), p.grad._version) for p in parameters]
+
+
 @contextmanager
 def installed(slots: Iterable[Slot], stand_ins: Sequence[Tensor]) -> Iterator[None]:
     """Let the modules see `stand_ins` for their parameters, as `torch.func.functional_call` would.

@@ -1,0 +1,80 @@
+"""The gradients of a batch's clusters as a matrix, for analyses; training uses `ClusteredMTL`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from .clustered import check_cluster, check_loss
+from .engine import Engine, EngineName
+from .layout import BatchLayout
+
+#: Calls the model with the model's own arguments, on all samples of the batch.
+Call: TypeAlias = Callable[..., Any]
+
+
+class ClusterJacobian:
+    """Gradients of K cluster losses, [K, P], from one forward and one backward of the batch.
+
+    The same engines as in `ClusteredMTL`, with the same conditions on the model; nothing is written to ``.grad``
+    of its parameters.
+
+    Args:
+        model: any module; P counts the elements of its parameters that require a gradient.
+        num_clusters: K.
+        engine: see `ClusteredMTL`.
+        shared: see `ClusteredMTL`.
+
+    Raises:
+        ValueError: ``num_clusters < 1``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_clusters: int,
+        *,
+        engine: EngineName = "auto",
+        shared: Collection[str | int] = (),
+    ) -> None:
+        if num_clusters < 1:
+            raise ValueError(f"num_clusters: expected at least 1, found {num_clusters}")
+        self.num_clusters = num_clusters
+        self._engine = Engine(model, num_clusters, engine, shared, None)
+
+    def __call__(self, loss: Callable[[Call], Tensor], cluster: Tensor, *, add: bool = False) -> Tensor:
+        """Form the gradients of the mean loss of every cluster.
+
+        Args:
+            loss: given a function that calls the model, returns the losses [B] of the samples, each of which
+                depends on its own sample alone.
+            cluster: int64 [B], the cluster of each sample, 0..K-1.
+            add: add to the gradients of the last call, which go on being kept, instead of forgetting them. The
+                model must be the same.
+
+        Returns:
+            The mean losses, [K]; 0 for a cluster without samples.
+
+        Raises:
+            TypeError, ValueError: an argument is not as stated, or the model can't be split by cluster.
+            RuntimeError: see `ClusteredMTL.forward`.
+        """
+        check_cluster(cluster, self.num_clusters)
+        engine, layout = self._engine, BatchLayout(cluster, self.num_clusters)
+        with torch.enable_grad():
+            engine.begin()
+            sample_losses = loss(lambda *args, **kwargs: engine.forward(layout, args, kwargs))
+            check_loss(sample_losses, cluster)
+            losses = ops.cluster_mean(sample_losses, cluster.to(sample_losses.device), self.num_clusters)
+            if not add:
+                engine.jacobian.clear()
+            engine.collect(losses.sum(), engine.jacobian)
+        return losses.detach()
+
+    def matrix(self) -> Tensor:
+        """Return the gradients, [K, P], in the order of ``model.parameters()``; a copy."""
+        return self._engine.jacobian.matrix()
