@@ -51,9 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         return _fail(str(error))
     try:
-        options = _parser(jsonargparse).parse_args(
-            _underscored(sys.argv[1:] if arguments is None else arguments)
-        )
+        options = _parse(jsonargparse, _underscored(sys.argv[1:] if arguments is None else arguments))
         command = options.command
         _COMMANDS[command](options[command])
     except UnicodeDecodeError as error:
@@ -71,6 +69,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     return 0
+
+
+def _parse(jsonargparse: Any, arguments: list[str]) -> Any:
+    """The options; those that resume a run have its own as defaults, not the bundled ones."""
+    options = _parser(jsonargparse).parse_args(arguments)
+    if options.command == "train" and options.train.resume:
+        from .train.config import to_dict
+        from .train.folder import RunFolder
+
+        run = RunFolder(Path(options.train.run_dir))
+        if run.begun:
+            options = _parser(jsonargparse, to_dict(run.read_config())).parse_args(arguments)
+    return options
 
 
 def _underscored(arguments: Sequence[str]) -> list[str]:
@@ -91,20 +102,32 @@ def _fail(message: str, status: int = USAGE) -> int:
 def _readable(message: str) -> str:
     """Rewrite jsonargparse's message in the form of the others: option, what was expected, what was found."""
     message = re.sub(r'^Parser key "([^"]+)":\s*', r"\1: ", message)
+    union = re.search(r"Does not validate .* Union subtypes.*Given value: (.*)$", message, re.DOTALL)
+    if union is not None:
+        kinds = [
+            kind
+            for pair in re.findall(r"<class '(\w+)'>|Literal\[(.*?)\]|(list\[\w+\])", _subtypes(message))
+            for kind in pair
+        ]
+        choices = " or ".join("null" if kind == "NoneType" else kind for kind in kinds if kind)
+        return f"{message[: union.start()]}expected {choices}, found {union[1]}"
     message = re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"expected one of \1", message)
     message = re.sub(r"Expected a <class '(\w+)'>", r"expected \1", message)
-    message = re.sub(
-        r"Does not validate against any of the Union subtypes.*", "expected another type of value", message
-    )
     return re.sub(r"\. Got value: (.*)$", r", found \1", message)
 
 
-def _parser(jsonargparse: Any) -> Any:
+def _subtypes(message: str) -> str:
+    return message.partition("Subtypes: ")[2].partition("\n")[0]
+
+
+def _parser(jsonargparse: Any, training: dict[str, Any] | None = None) -> Any:
+    """The parser of all commands; ``training`` are defaults of `train`, by default the bundled ones."""
     parser = jsonargparse.ArgumentParser(
         prog="diffmtl-fast",
         description="Train diffusion models as multi-task learning over noise levels. "
         "Options may be spelt with hyphens or underscores.",
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"diffmtl-fast {__version__}")
     commands = parser.add_subcommands(dest="command", help="one of these; each has its own --help")
@@ -114,15 +137,19 @@ def _parser(jsonargparse: Any) -> Any:
         "evaluate": (_evaluate_parser, "measure how close a run's pictures come to real ones"),
         "cluster": (_cluster_parser, "group the timesteps of a noise schedule"),
     }.items():
-        commands.add_subcommand(name, make(jsonargparse), help=text)
+        more = (training,) if name == "train" else ()
+        commands.add_subcommand(name, make(jsonargparse, *more), help=text)
     return parser
 
 
-def _train_parser(jsonargparse: Any) -> Any:
+def _train_parser(jsonargparse: Any, defaults: dict[str, Any] | None = None) -> Any:
     from .train import config
 
     parser = _subparser(
-        jsonargparse, "train", "Train a model. What is not given is as in the bundled run on digits."
+        jsonargparse,
+        "train",
+        "Train a model. What is not given is as in the run that --resume continues, or else as in the bundled run "
+        "on digits.",
     )
     parser.add_argument(
         "--config", action="config", help="YAML file with options; those on the command line win"
@@ -139,7 +166,7 @@ def _train_parser(jsonargparse: Any) -> Any:
         help="checkpoint to continue from, not the newest; newer ones are deleted",
     )
     parser.add_class_arguments(config.Config)
-    parser.set_defaults(config.digits())
+    parser.set_defaults(config.digits() if defaults is None else defaults)
     for action in parser._actions:
         if action.help == "Path to a configuration file.":
             action.help = argparse.SUPPRESS  # a file per group of options; --config is enough
@@ -193,7 +220,7 @@ def _cluster_parser(jsonargparse: Any) -> Any:
     parser.add_argument(
         "--k", type=str, default="5", help="number of clusters, or auto: chosen from the cost curve"
     )
-    parser.add_argument("--k_max", type=int, default=20, help="most clusters that auto considers")
+    parser.add_argument("--k_max", type=int, help="most clusters that auto considers; 20 if not given")
     parser.add_argument(
         "--cost",
         choices=("snr", "squared", "timestep", "affinity"),
@@ -222,6 +249,7 @@ def _subparser(jsonargparse: Any, name: str, description: str) -> Any:
         description=description,
         formatter_class=Formatter,
         exit_on_error=False,
+        allow_abbrev=False,
     )
 
 
@@ -293,9 +321,11 @@ def _cluster(options: Any) -> None:
     with blame("clusters"):
         cost = report.named_cost(options.cost, _values(options, levels))
         if options.k == "auto":
-            path = cluster_path(cost, options.k_max, **limits)
+            path = cluster_path(cost, 20 if options.k_max is None else options.k_max, **limits)
             clusters = path.chosen
         else:
+            if options.k_max is not None:
+                raise UserError(f"k_max: expected none without --k auto, found {options.k_max}")
             clusters = cluster_intervals(cost, k=_number_of_clusters(options.k), **limits)
     if options.plot is not None:
         from .train import plots

@@ -114,8 +114,25 @@ def test_train_sample_evaluate(tiny, tmp_path, capsys):
     [
         (["--method", "best"], "method: expected one of 'vanilla', 'uw', 'pcgrad', 'nash', found best"),
         (["--clusters.k", "21"], "clusters: k: expected 1 <= k <= T = 20, found 21"),
-        (["--clusters.k", "many"], "clusters.k: expected int, found many"),
-        (["--clusters.k", "0"], "clusters.k: expected an integer >= 1, found 0"),
+        (["--clusters.k", "many"], "clusters.k: expected int or 'auto', found many"),
+        (["--clusters.k", "0"], "clusters.k: expected an integer >= 1 or auto, found 0"),
+        (["--clust.k", "3"], "unrecognized arguments: --clust.k 3"),
+        (["--iter", "3"], "unrecognized arguments: --iter 3"),
+        (["--curriculum.patience", "long"], "curriculum.patience: expected int or null, found long"),
+        (
+            ["--curriculum.max_length", "x"],
+            "curriculum.max_length: expected int or list[int] or null, found x",
+        ),
+        (
+            ["--curriculum.order", "up"],
+            "curriculum.order: expected one of 'none', 'easy_to_hard', 'hard_to_easy'",
+        ),
+        (
+            ["--curriculum.order=easy_to_hard", "--curriculum.clusters.k=21"],
+            "curriculum.clusters: k: expected 1 <= k <= T = 20, found 21",
+        ),
+        (["--timesteps.sampler", "x"], "timesteps.sampler: expected 'uniform', "),
+        (["--timesteps.sampler", "beta", "--timesteps.args.a", "2"], "timesteps.args: "),
         (["--clusters.cost", "affinity"], "clusters.affinity: expected a .npy or .json file"),
         (
             ["--clusters.cost", "affinity", "--clusters.affinity", "none.npy"],
@@ -144,6 +161,36 @@ def test_bad_input_to_train(tiny, tmp_path, capsys, arguments, message):
 def test_bad_configuration_files(tmp_path, capsys, text):
     (tmp_path / "bad.yaml").write_text(text)
     refused(capsys, "train", "--config", "bad.yaml")
+
+
+def test_a_resumed_run_needs_none_of_its_options_again(tiny, tmp_path, capsys):
+    run = str(tmp_path / "run")
+    curriculum = [
+        "--curriculum.order=easy_to_hard",
+        "--curriculum.clusters.k",
+        "2",
+        "--curriculum.patience",
+        "1",
+    ]
+    options = ["--config", tiny, "--method", "pcgrad", "--clusters.k", "auto", *curriculum]
+    assert main(["train", *options, "--run-dir", run]) == 0
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    assert "order: easy_to_hard" in config
+    capsys.readouterr()
+    assert main(["train", "--run-dir", run, "--resume"]) == 0
+    assert "already complete" in capsys.readouterr().out
+
+    assert main(["train", "--run-dir", run, "--resume", "--iterations", "6"]) == 0
+    assert "continuing" in capsys.readouterr().out
+    assert (tmp_path / "run" / "config.yaml").read_text() == config.replace("iterations: 4", "iterations: 6")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").open()]
+    assert [line["iteration"] for line in lines] == [2, 4, 6]
+    assert all("phase" in line for line in lines)
+
+    message = refused(capsys, "train", "--run-dir", run, "--resume", "--method", "uw")
+    assert message.startswith("method: expected 'pcgrad', as in the run that --resume continues, found 'uw'")
+    message = refused(capsys, "train", "--run-dir", run, "--resume", "--curriculum.patience", "2")
+    assert message.startswith("curriculum.patience: expected 1, as in the run")
 
 
 def test_read_only_folder(tiny, tmp_path, capsys):
@@ -239,6 +286,8 @@ def test_cluster_chooses_k_and_draws_the_cost_curve(tmp_path, capsys):
         (["a"], ["--k", "1"], "scheduler: cannot read levels.npy (levels.npy: expected an array of numbers"),
         ([1.0, 0.0], ["--k", "many"], "k: expected an integer or auto, found 'many'"),
         ([1.0, 0.0], ["--k", "0"], "clusters: k: expected"),
+        ([1.0, 0.0], ["--k", "2", "--k-max", "9"], "k_max: expected none without --k auto, found 9"),
+        ([1.0, 0.0], ["--k", "auto", "--k-max", "0"], "clusters: k"),
         ([1.0, 0.0], ["--k", "1", "--cost", "affinity"], "affinity: expected a .npy or .json file"),
         ([1.0, 0.0], ["--k", "1", "--plot", "none/a.png"], "plot: cannot write none/a.png"),
         ([1.0, 0.0], ["--k", "1", "--plot", "a.xyz"], "plot: "),

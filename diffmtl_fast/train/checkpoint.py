@@ -73,19 +73,11 @@ def verify(path: Path) -> None:
     """Check a checkpoint against its manifest.
 
     Raises:
-        UserError: a file is missing or altered. The message names it, and the next older checkpoint.
+        UserError: a file is missing or altered. The message names it, and the newest intact checkpoint before.
     """
-    try:
-        digests = dict(json.loads((path / MANIFEST).read_text())["sha256"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(_corrupt(path, f"{MANIFEST} is missing or unreadable")) from error
-    if STATE not in digests:
-        raise UserError(_corrupt(path, f"{MANIFEST} does not list {STATE}"))
-    for name, digest in digests.items():
-        if not (path / name).is_file():
-            raise UserError(_corrupt(path, f"{name} is missing"))
-        if _sha256(path / name) != digest:
-            raise UserError(_corrupt(path, f"{name} does not have the SHA-256 in {MANIFEST}"))
+    defect = _defect(path)
+    if defect is not None:
+        raise UserError(_corrupt(path, defect))
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -116,9 +108,29 @@ def _writing(target: Path) -> Iterator[None]:
         ) from error
 
 
+def _defect(path: Path) -> str | None:
+    """What is wrong with a checkpoint; None if it is as its manifest says."""
+    try:
+        digests = dict(json.loads((path / MANIFEST).read_text())["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{MANIFEST} is missing or unreadable"
+    if STATE not in digests:
+        return f"{MANIFEST} does not list {STATE}"
+    for name, digest in digests.items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if _sha256(path / name) != digest:
+            return f"{name} does not have the SHA-256 in {MANIFEST}"
+    return None
+
+
 def _corrupt(path: Path, reason: str) -> str:
-    older = [other for other in checkpoints(path.parent) if other.name < path.name]
-    way_out = f"--checkpoint {older[-1]} continues from the one before" if older else "there is no older one"
+    older = [other for other in reversed(checkpoints(path.parent)) if other.name < path.name]
+    intact = next((other for other in older if _defect(other) is None), None)
+    if intact is not None:
+        way_out = f"--checkpoint {intact} continues from an older one"
+    else:
+        way_out = "the older ones are corrupt too" if older else "there is no older one"
     return f"checkpoint {path} is corrupt: {reason}; {way_out}"
 
 

@@ -12,10 +12,27 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..clustering import IntervalClustering, cluster_affinity, cluster_snr, cluster_timesteps
+from ..clustering import (
+    BetaTime,
+    IntervalClustering,
+    LaplaceSigma,
+    LogitNormalTime,
+    cluster_affinity,
+    cluster_snr,
+    cluster_timesteps,
+)
 from ..clustering.report import load_values
+from ..curriculum import (
+    DifficultyCurriculum,
+    DistributionSampler,
+    LossSecondMomentSampler,
+    StratifiedSampler,
+    TimestepSampler,
+    UniformSampler,
+)
+from ..curriculum.difficulty import Sampling
 from ..weighting import GramianWeighting, LossWeighting, NashMTL, PCGrad, UncertaintyWeighting
-from .config import Clusters, Component, Config
+from .config import Clusters, Component, Config, Curriculum
 from .data import ImageData
 from .errors import UserError, blame
 
@@ -94,7 +111,9 @@ def build_data(config: Config) -> ImageData:
     return data
 
 
-def build_clusters(config: Clusters, levels: Callable[[], Array], num_timesteps: int) -> IntervalClustering:
+def build_clusters(
+    config: Clusters, levels: Callable[[], Array], num_timesteps: int, key: str = "clusters"
+) -> IntervalClustering:
     """The clusters of a noise schedule.
 
     Args:
@@ -102,17 +121,18 @@ def build_clusters(config: Clusters, levels: Callable[[], Array], num_timesteps:
         levels: gives the log-SNR [T]; asked for only by the cost that needs it, since a schedule that ends in
             pure noise has none that is finite.
         num_timesteps: T.
+        key: the option that the configuration came from.
 
     Raises:
         UserError: the clusters cannot be formed as asked.
     """
     low, high = config.min_size, config.max_size
-    with blame("clusters"):
+    with blame(key):
         if config.cost == "timestep":
             return cluster_timesteps(num_timesteps, config.k, min_size=low, max_size=high)
         if config.cost == "snr":
             return cluster_snr(levels(), config.k, min_size=low, max_size=high)
-        affinity = load_array("clusters.affinity", config.affinity)
+        affinity = load_array(f"{key}.affinity", config.affinity)
         if affinity.shape != (num_timesteps, num_timesteps):
             raise ValueError(
                 f"affinity: expected [T, T] with T = {num_timesteps}, found {list(affinity.shape)}"
@@ -120,10 +140,61 @@ def build_clusters(config: Clusters, levels: Callable[[], Array], num_timesteps:
         return cluster_affinity(affinity, config.k, min_size=low, max_size=high)
 
 
-def build_weighting(config: Config, device: torch.device) -> LossWeighting | GramianWeighting | None:
-    """The balancing method; None for vanilla."""
+def build_timesteps(
+    config: Config, clusters: IntervalClustering, levels: Callable[[], Array]
+) -> TimestepSampler:
+    """What draws the timesteps of a batch.
+
+    Args:
+        config: the configuration.
+        clusters: the tasks that the method balances.
+        levels: gives the log-SNR [T]; asked for only where it is needed.
+
+    Raises:
+        UserError: it cannot be made as asked.
+    """
+    whole = IntervalClustering(np.array([0, clusters.num_timesteps]))
+    balanced = config.method != "vanilla"
+    tasks = clusters if balanced else whole  # plain training averages over all timesteps
+    if config.curriculum.order != "none":
+        return _build_curriculum(config.curriculum, tasks, levels, "tasks" if balanced else "union")
+    args, kind = config.timesteps.args, config.timesteps.sampler or ("stratified" if balanced else "uniform")
+    with blame("timesteps.args", (ValueError, TypeError, ImportError)):
+        if kind == "stratified":
+            return StratifiedSampler(clusters, **args)
+        if kind == "logit_normal":
+            return DistributionSampler(tasks, LogitNormalTime(**args))
+        if kind == "beta":
+            return DistributionSampler(tasks, BetaTime(**args))
+        if kind == "laplace":
+            return DistributionSampler(tasks, LaplaceSigma(**args), log_snr=levels())
+        if kind == "second_moment":
+            return LossSecondMomentSampler(tasks, **args)
+        return UniformSampler(tasks, **args)
+
+
+def _build_curriculum(
+    config: Curriculum, tasks: IntervalClustering, levels: Callable[[], Array], sampling: Sampling
+) -> DifficultyCurriculum:
+    clusters = build_clusters(config.clusters, levels, tasks.num_timesteps, "curriculum.clusters")
+    assert config.order != "none"
+    with blame("curriculum"):
+        return DifficultyCurriculum(
+            clusters,
+            config.patience,
+            max_length=config.max_length,
+            smoothing=config.smoothing,
+            min_delta=config.min_delta,
+            order=config.order,
+            sampling=config.sampling or sampling,
+            tasks=tasks,
+        )
+
+
+def build_weighting(config: Config, k: int, device: torch.device) -> LossWeighting | GramianWeighting | None:
+    """The balancing method of k clusters; None for vanilla."""
     if config.method == "uw":
-        return UncertaintyWeighting(config.clusters.k).to(device)
+        return UncertaintyWeighting(k).to(device)
     if config.method == "pcgrad":
         return PCGrad(torch.Generator(device).manual_seed(config.seed))
     if config.method == "nash":

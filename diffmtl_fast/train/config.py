@@ -14,6 +14,8 @@ from .errors import UserError
 METHODS = ("vanilla", "uw", "pcgrad", "nash")
 COSTS = ("snr", "timestep", "affinity")
 PRECISIONS = ("fp32", "bf16")
+SAMPLERS = ("uniform", "stratified", "logit_normal", "beta", "laplace", "second_moment")
+ORDERS = ("none", "easy_to_hard", "hard_to_easy")
 # Of the k-nearest-neighbour precision and recall.
 NEIGHBOURS = 3
 
@@ -37,17 +39,57 @@ class Clusters:
 
     Attributes:
         cost: spread of the log-SNR in an interval, of the timestep, or dissimilarity of the tasks' gradients
-        k: number of clusters, 1 to T
+        k: number of clusters, 1 to T, or auto: chosen from the cost curve
         min_size: fewest timesteps of a cluster; null for no limit
         max_size: most timesteps of a cluster; null for no limit
         affinity: .npy or .json file with the T x T matrix of task affinities, for cost affinity
     """
 
     cost: Literal["snr", "timestep", "affinity"] = "snr"
-    k: int = 5
+    k: int | Literal["auto"] = 5
     min_size: int | None = None
     max_size: int | None = None
     affinity: str | None = None
+
+
+@dataclass(frozen=True)
+class Timesteps:
+    """How timesteps are drawn where no curriculum does it.
+
+    Attributes:
+        sampler: distribution; null for uniform with vanilla, stratified by cluster with the other methods
+        args: its arguments: mean, std (logit_normal), a, b (beta), mean, scale of the log-SNR (laplace), cells,
+            history, uniform_share (second_moment)
+    """
+
+    sampler: Literal["uniform", "stratified", "logit_normal", "beta", "laplace", "second_moment"] | None = (
+        None
+    )
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """Phases: training begins with one cluster of timesteps and adds the next when the loss stops improving.
+
+    Attributes:
+        order: the noisiest timesteps first (easy_to_hard), the least noisy first (hard_to_easy), or all at once
+        clusters: Clusters that the phases add
+        patience: iterations without a new lowest loss that end a phase; null for phases of max_length
+        max_length: most iterations of a phase, or of each of them; null for no limit
+        smoothing: weight of the past in a moving average of the loss, 0 up to 1; 0 for the loss itself
+        min_delta: least fall of the loss that counts
+        sampling: uniform in the union of the phase, equal numbers per cluster of the phase, or per task; null for
+            union with vanilla, tasks with the other methods
+    """
+
+    order: Literal["none", "easy_to_hard", "hard_to_easy"] = "none"
+    clusters: Clusters = field(default_factory=lambda: Clusters(k=20))
+    patience: int | None = 200
+    max_length: int | list[int] | None = None
+    smoothing: float = 0.0
+    min_delta: float = 0.0
+    sampling: Literal["union", "clusters", "tasks"] | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +176,8 @@ class Config:
         device: auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
         seed: of the weights, the data order, the noise and the pictures
         clusters: Clusters of timesteps, the tasks
+        timesteps: Timesteps of a batch
+        curriculum: Curriculum, easy timesteps first
         model: Model, called with (x, t, class_labels=y)
         scheduler: Noise schedule, a diffusers scheduler with discrete timesteps
         data: Data, a function that returns diffmtl_fast.train.data.ImageData
@@ -154,6 +198,8 @@ class Config:
     device: str = "auto"
     seed: int = 0
     clusters: Clusters = field(default_factory=Clusters)
+    timesteps: Timesteps = field(default_factory=Timesteps)
+    curriculum: Curriculum = field(default_factory=Curriculum)
     model: Component = field(default_factory=Component)
     scheduler: Component = field(default_factory=Component)
     data: Component = field(default_factory=Component)
@@ -257,13 +303,13 @@ def _check(config: Config) -> None:
     flat = _flatten(to_dict(config))
     _one_of("method", config.method, METHODS)
     _one_of("precision", config.precision, PRECISIONS)
-    _one_of("clusters.cost", config.clusters.cost, COSTS)
+    if config.timesteps.sampler is not None:
+        _one_of("timesteps.sampler", config.timesteps.sampler, SAMPLERS)
     for key in (
         "iterations",
         "batch_size",
         "accumulate",
         "nash_update_every",
-        "clusters.k",
         "sampling.steps",
         "sampling.batch_size",
         "logging.every",
@@ -277,9 +323,8 @@ def _check(config: Config) -> None:
         raise UserError(
             f"evaluation.num_samples: expected 0 or more than {NEIGHBOURS}, found {config.evaluation.num_samples}"
         )
-    for key in ("clusters.min_size", "clusters.max_size"):
-        if flat[key] is not None:
-            _integer(key, flat[key], least=1)
+    _check_clusters("clusters", config.clusters)
+    _check_curriculum(config)
     _number("optimizer.lr", config.optimizer.lr, 0.0, math.inf, open_left=True)
     _number("optimizer.weight_decay", config.optimizer.weight_decay, 0.0, math.inf)
     _number("optimizer.clip", config.clip, 0.0, math.inf)
@@ -295,10 +340,30 @@ def _check(config: Config) -> None:
             raise UserError(
                 f"{key}.path: expected an import path such as package.Class, found {component.path!r}"
             )
-    if (config.clusters.cost == "affinity") != (config.clusters.affinity is not None):
+
+
+def _check_clusters(key: str, clusters: Clusters) -> None:
+    _one_of(f"{key}.cost", clusters.cost, COSTS)
+    if clusters.k != "auto":
+        _integer(f"{key}.k", clusters.k, least=1, other=" or auto")
+    for name in ("min_size", "max_size"):
+        if getattr(clusters, name) is not None:
+            _integer(f"{key}.{name}", getattr(clusters, name), least=1)
+    if (clusters.cost == "affinity") != (clusters.affinity is not None):
         raise UserError(
-            "clusters.affinity: expected a .npy or .json file with cost affinity and none with another cost, "
-            f"found {config.clusters.affinity!r} with cost {config.clusters.cost}"
+            f"{key}.affinity: expected a .npy or .json file with cost affinity and none with another cost, "
+            f"found {clusters.affinity!r} with cost {clusters.cost}"
+        )
+
+
+def _check_curriculum(config: Config) -> None:
+    curriculum = config.curriculum
+    _one_of("curriculum.order", curriculum.order, ORDERS)
+    _check_clusters("curriculum.clusters", curriculum.clusters)
+    if curriculum.order != "none" and config.timesteps.sampler is not None:
+        raise UserError(
+            "timesteps.sampler: expected null with a curriculum, which draws the timesteps, found "
+            f"{config.timesteps.sampler!r}"
         )
 
 
@@ -307,9 +372,9 @@ def _one_of(key: str, value: Any, choices: tuple[str, ...]) -> None:
         raise UserError(f"{key}: expected one of {', '.join(choices)}, found {value!r}")
 
 
-def _integer(key: str, value: Any, *, least: int) -> None:
+def _integer(key: str, value: Any, *, least: int, other: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"{key}: expected an integer >= {least}, found {value!r}")
+        raise UserError(f"{key}: expected an integer >= {least}{other}, found {value!r}")
 
 
 def _number(key: str, value: Any, low: float, high: float, *, open_left: bool = False) -> None:

@@ -169,7 +169,7 @@ class History:
         if self._writer is None:
             return
         step = line["iteration"]
-        for name in ("loss", "gradient_norm"):
+        for name in ("loss", "gradient_norm", "phase"):
             if name in line:
                 self._writer.add_scalar(name, line[name], step)
         for name in ("losses", "weights"):

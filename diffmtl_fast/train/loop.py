@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import ops
 from ..clustering import IntervalClustering
+from ..curriculum import DifficultyCurriculum
 from ..diffusion import log_snr
 from ..gradients import ClusteredMTL
 from ..weighting import param_groups
@@ -19,6 +22,7 @@ from .components import (
     build_data,
     build_model,
     build_scheduler,
+    build_timesteps,
     build_weighting,
     condition,
     prediction,
@@ -53,11 +57,12 @@ class Trainer:
         self.data = build_data(config)
         self.scheduler = build_scheduler(config)
         self.clusters = build_clusters(
-            config.clusters, lambda: log_snr(self.scheduler), self.scheduler.config.num_train_timesteps
+            config.clusters, self._log_snr, self.scheduler.config.num_train_timesteps
         )
+        self.timesteps = build_timesteps(config, self.clusters, self._log_snr)
         self.model = build_model(config, self.data, self.device)
         self.ema = Ema(self.model, config.ema_decay)
-        self.weighting = build_weighting(config, self.device)
+        self.weighting = build_weighting(config, self.clusters.k, self.device)
         if self.weighting is None:
             self.mtl, groups = None, [{"params": [p for p in self.model.parameters() if p.requires_grad]}]
         else:
@@ -93,7 +98,7 @@ class Trainer:
             self.seconds = time.perf_counter() - begun
             line = None
             if self.iteration % self.config.logging.every == 0 or self.iteration == total:
-                line = history.flush(self.iteration, seconds=round(self.seconds, 3))
+                line = history.flush(self.iteration, **self._phase(), seconds=round(self.seconds, 3))
             progress.update(self.iteration, line)
             if self.iteration % self.config.checkpoints.every == 0 or self.iteration == total:
                 self.save(folder, history)
@@ -104,13 +109,14 @@ class Trainer:
         if self.mtl is not None:
             self.mtl.measure_gramian = every > 0 and self.iteration % every == 0
         self.optimizer.zero_grad(set_to_none=True)
-        for _ in range(self.config.accumulate):
-            self._backward(history)
+        drawn = [self._backward(history) for _ in range(self.config.accumulate)]
         norm = self._finish_gradients()
         if norm is not None:
             history.add_gradient_norm(norm)
         self.optimizer.step()
         self.ema.update(self.model)
+        losses, timesteps = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+        self.timesteps.update(losses, timesteps)
         self.iteration += 1
 
     def save(self, folder: Path, history: History) -> Path:
@@ -136,6 +142,7 @@ class Trainer:
                 "weighting": None if self.weighting is None else self.weighting.state_dict(),
                 "ema_updates": self.ema.updates,
                 "sampler": self.sampler.state_dict(),
+                "timesteps": self.timesteps.state_dict(),
                 "history": history.state_dict(),
                 "generator": self.generator.get_state(),
                 "torch_rng": torch.get_rng_state(),
@@ -148,7 +155,8 @@ class Trainer:
         """Continue from a verified checkpoint.
 
         Raises:
-            UserError: it was written on another type of device, whose random numbers cannot be continued here.
+            UserError: it was written on another type of device, whose random numbers cannot be continued here, or
+                with other clusters.
         """
         state = checkpoint.load_state(path)
         if state["device"] != self.device.type:
@@ -157,25 +165,33 @@ class Trainer:
             )
         checkpoint.load_module(path, "model", self.model)
         checkpoint.load_module(path, "ema", self.ema.model)
-        self.clusters = IntervalClustering.from_dict(state["clusters"])
+        saved = IntervalClustering.from_dict(state["clusters"])
+        if saved.boundaries.tolist() != self.clusters.boundaries.tolist():  # of another affinity, for example
+            raise UserError(f"clusters: expected those of {path}, {saved}, found {self.clusters}")
         self.optimizer.load_state_dict(state["optimizer"])
         if self.weighting is not None:
             self.weighting.load_state_dict(state["weighting"])
         self.ema.updates = state["ema_updates"]
         self.generator.set_state(state["generator"])
         self.sampler.load_state_dict(state["sampler"])
+        with blame("curriculum"):
+            self.timesteps.load_state_dict(state["timesteps"])
         history.load_state_dict(state["history"], self.device)
         torch.set_rng_state(state["torch_rng"])
         if state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         self.iteration, self.seconds = state["iteration"], state["seconds"]
 
-    def _backward(self, history: History) -> None:
-        """Forward and backward of one batch; gradients are added to ``.grad``."""
+    def _backward(self, history: History) -> tuple[Tensor, Tensor]:
+        """Forward and backward of one batch; gradients are added to ``.grad``.
+
+        Returns:
+            Losses and timesteps [B] of the samples.
+        """
         index = self.sampler.next(self.config.batch_size)
         images = self._images[index]
         labels = None if self._labels is None else self._labels[index]
-        t, cluster = self._draw_timesteps(len(images))
+        t, cluster = self.timesteps.sample(len(images), device=self.device, generator=self.generator)
         noise = torch.randn(images.shape, generator=self.generator, device=self.device)
         noisy = self.scheduler.add_noise(images, noise, t)
         target = self._target(images, noise, t)
@@ -186,23 +202,30 @@ class Trainer:
                 with blame("model"):  # it may be one that cannot be split by cluster
                     output = self.mtl(noisy, t, **condition(labels), cluster=cluster)
         loss = ops.sample_mse(prediction(output), target)
+        weight = self.timesteps.weight(t)
         if self.mtl is None:
-            loss.mean().backward()
-            present = torch.zeros(self.clusters.k, dtype=torch.bool, device=self.device)
-            losses = ops.cluster_mean(loss.detach(), cluster, self.clusters.k)
-            history.add(losses, present.index_fill(0, cluster, True))
-            return
-        self.mtl.backward(loss)
-        last = self.mtl.last
-        assert last is not None  # set by backward
-        history.add(last.losses, last.present, last.weights, last.gramian)
+            (loss * weight).mean().backward()
+            self._record_plain(history, loss.detach(), weight, t)
+        else:
+            self.mtl.backward(loss * weight)
+            last = self.mtl.last
+            assert last is not None  # set by backward
+            history.add(last.losses, last.present, last.weights, last.gramian)
+        return loss.detach(), t
 
-    def _draw_timesteps(self, count: int) -> tuple[Tensor, Tensor]:
-        """Timesteps and their clusters: stratified for the multi-task methods, uniform for vanilla."""
-        if self.mtl is not None:
-            return self.clusters.sample(count, device=self.device, generator=self.generator)
-        t = torch.randint(self.clusters.num_timesteps, (count,), generator=self.generator, device=self.device)
-        return t, self.clusters.assign(t)
+    def _record_plain(self, history: History, loss: Tensor, weight: Tensor, t: Tensor) -> None:
+        """The cluster losses of plain training, each the weighted mean over the cluster."""
+        cluster, k = self.clusters.assign(t), self.clusters.k
+        losses = ops.cluster_mean(loss * weight, cluster, k) / ops.cluster_mean(weight, cluster, k)
+        present = torch.zeros(k, dtype=torch.bool, device=self.device).index_fill(0, cluster, True)
+        history.add(losses, present)
+
+    def _log_snr(self) -> NDArray[np.float64]:
+        return log_snr(self.scheduler)
+
+    def _phase(self) -> dict[str, int]:
+        """The phase of the next iteration, for the log; empty without a curriculum."""
+        return {"phase": self.timesteps.phase} if isinstance(self.timesteps, DifficultyCurriculum) else {}
 
     def _target(self, images: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         kind = self.scheduler.config.get("prediction_type", "epsilon")

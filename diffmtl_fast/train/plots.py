@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def clusters(
 
 
 def training(path: Path, lines: Sequence[dict[str, Any]], title: str) -> None:
-    """Losses, weights and gradient cosines of the clusters over the iterations.
+    """Losses, weights and gradient cosines of the clusters over the iterations, and the phases of a curriculum.
 
     Args:
         path: the picture file.
@@ -105,7 +106,9 @@ def training(path: Path, lines: Sequence[dict[str, Any]], title: str) -> None:
         panels.append(("weights", "weight of each cluster"))
     if any("cosines" in line for line in lines):
         panels.append(("cosines", "cosine of cluster gradients"))
-    figure = _figure(3.2 * len(panels), 3.2)
+    width = max(3.2 * len(panels), 4.8)
+    figure = _figure(width, 3.2)
+    columns = min(5, int(width / 1.4))
     legends = {}
     for axis, (name, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         used = [line for line in lines if name in line]
@@ -113,6 +116,7 @@ def training(path: Path, lines: Sequence[dict[str, Any]], title: str) -> None:
         values = np.array([line[name] for line in used], dtype=float)  # None becomes NaN
         draw = _plot_cosines if name == "cosines" else _plot_clusters
         draw(axis, steps, values)
+        _mark_phases(axis, lines, None if name == "cosines" else "phase of the curriculum")
         # The clusters have the same colours in the first two panels.
         legends["right" if name == "cosines" else "left"] = axis.get_legend_handles_labels()
         axis.set_xlabel("iteration")
@@ -121,9 +125,9 @@ def training(path: Path, lines: Sequence[dict[str, Any]], title: str) -> None:
         axis.grid(alpha=0.25)
     for side, handles in legends.items():
         figure.legend(
-            *handles, loc=f"outside lower {side}", ncols=5, fontsize=8, frameon=False, handlelength=1.5
+            *handles, loc=f"outside lower {side}", ncols=columns, fontsize=8, frameon=False, handlelength=1.5
         )
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(textwrap.fill(title, int(14 * width)), fontsize=10)
     _save(figure, path)
 
 
@@ -163,6 +167,24 @@ def _plot_cosines(axis: Any, steps: NDArray[np.int64], values: NDArray[np.float6
             label = _label(_apart(distance) if i == 0 else "", distance)
             axis.plot(steps, lines[:, i, i + distance], color=colour, linewidth=1.0, label=label)
     axis.set_ylim(-1.05, 1.05)
+
+
+def _mark_phases(axis: Any, lines: Sequence[dict[str, Any]], label: str | None) -> None:
+    """Shade every second phase of a curriculum, and number those that are wide enough."""
+    starts = {1: 0}  # of each phase
+    for line in lines:
+        starts.setdefault(line.get("phase", 1), line["iteration"])
+    if len(starts) == 1:
+        return
+    end = lines[-1]["iteration"]
+    axis.set_xlim(0, end)
+    for index, (left, right) in enumerate(itertools.pairwise([*starts.values(), end])):
+        if index % 2:
+            axis.axvspan(left, right, color="black", alpha=0.08, linewidth=0, label=label)
+            label = None  # one line in the legend
+        if right - left > 0.06 * end:
+            place = {"ha": "center", "va": "top", "transform": axis.get_xaxis_transform()}
+            axis.text((left + right) / 2, 0.985, str([*starts][index]), fontsize=7, color="dimgray", **place)
 
 
 def _apart(distance: int) -> str:

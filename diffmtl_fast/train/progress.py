@@ -93,6 +93,7 @@ class LineProgress:
 
 
 def describe(line: dict[str, Any]) -> str:
-    """The losses of a line of the history, in words."""
+    """The losses of a line of the history, and the phase of a curriculum, in words."""
     losses = " ".join("-" if loss is None else f"{loss:.3f}" for loss in line["losses"])
-    return f"loss {line['loss']:.4f}  clusters {losses}"
+    phase = f"  phase {line['phase']}" if "phase" in line else ""
+    return f"loss {line['loss']:.4f}  clusters {losses}{phase}"

@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from ..diffusion import log_snr
@@ -81,7 +82,7 @@ def _check_same(config: Config, run: RunFolder) -> None:
         if key not in FREE_ON_RESUME:
             raise UserError(
                 f"{key}: expected {then!r}, as in the run that --resume continues, found {now!r} "
-                f"(--config {run.config} repeats its options)"
+                "(what is not given is as in that run)"
             )
 
 
@@ -136,7 +137,8 @@ def write_clusters(trainer: Trainer, path: Path) -> None:
     """Draw the clusters of a run."""
     levels = log_snr(trainer.scheduler, clip=LOG_SNR_DRAWN)
     with replacing(path) as aside:
-        plots.clusters(aside, trainer.clusters, levels, clusters_title(trainer.config.clusters))
+        found = replace(trainer.config.clusters, k=trainer.clusters.k)  # the number where that was "auto"
+        plots.clusters(aside, trainer.clusters, levels, clusters_title(found))
 
 
 def write_training(run: RunFolder, title: str, path: Path) -> None:

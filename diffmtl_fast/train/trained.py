@@ -25,17 +25,20 @@ METHOD_TITLES = {
     "pcgrad": "PCGrad",
     "nash": "NashMTL",
 }
+ORDER_TITLES = {"none": "", "easy_to_hard": ", curriculum", "hard_to_easy": ", anti-curriculum"}
 COST_TITLES = {"snr": "log-SNR", "squared": "k-means log-SNR", "timestep": "timestep", "affinity": "affinity"}
 
 
 def clusters_title(clusters: Clusters) -> str:
     """The clusters in words."""
-    return f"{clusters.k} {COST_TITLES[clusters.cost]} cluster" + "s" * (clusters.k > 1)
+    number = "" if clusters.k == "auto" else f"{clusters.k} "
+    return f"{number}{COST_TITLES[clusters.cost]} cluster" + "s" * (clusters.k != 1)
 
 
 def method_title(config: Config) -> str:
-    """The method and its clusters in words."""
-    return f"{METHOD_TITLES[config.method]}, {clusters_title(config.clusters)}"
+    """The method, its clusters and the curriculum in words."""
+    order = ORDER_TITLES[config.curriculum.order]
+    return f"{METHOD_TITLES[config.method]}, {clusters_title(config.clusters)}{order}"
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,17 @@ def test_damage_is_found_and_the_older_checkpoint_named(tmp_path, name, damage):
     checkpoint.verify(older)
 
 
+def test_the_older_checkpoint_that_is_named_is_intact(tmp_path):
+    paths = [_save(tmp_path, iteration, keep=3) for iteration in (1, 2, 3)]
+    _flip(paths[2] / "state.pt")
+    _truncate(paths[1] / "model.safetensors")
+    with pytest.raises(UserError, match=r"--checkpoint .*iter-00000001 continues from an older one"):
+        checkpoint.verify(paths[2])
+    (paths[0] / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"iter-00000003 is corrupt: .*; the older ones are corrupt too"):
+        checkpoint.verify(paths[2])
+
+
 @pytest.mark.parametrize("manifest", [[], {"sha256": {}}, {"sha256": 3}])
 def test_a_manifest_that_lists_nothing_is_corrupt(tmp_path, manifest):
     path = _save(tmp_path, 1)

@@ -8,12 +8,20 @@ import numpy as np
 import pytest
 import torch
 
+from diffmtl_fast.clustering import BetaTime, LaplaceSigma, LogitNormalTime, cluster_snr
+from diffmtl_fast.curriculum import (
+    DifficultyCurriculum,
+    DistributionSampler,
+    StratifiedSampler,
+    UniformSampler,
+)
 from diffmtl_fast.train.components import (
     build,
     build_clusters,
     build_data,
     build_model,
     build_scheduler,
+    build_timesteps,
     load_array,
     resolve_device,
 )
@@ -97,6 +105,81 @@ def test_affinity_clusters_come_from_a_file(tmp_path):
     assert build_clusters(config, lambda: np.arange(6.0), 6).boundaries.tolist() == [0, 3, 6]
     with pytest.raises(UserError, match=r"affinity: expected \[T, T\] with T = 7"):
         build_clusters(config, lambda: np.arange(7.0), 7)
+
+
+LEVELS = np.linspace(6.0, -6.0, 20)
+TASKS = cluster_snr(LEVELS, 3)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "args", "distribution"),
+    [
+        ("uniform", {}, None),
+        ("stratified", {}, None),
+        ("logit_normal", {"mean": 0.5, "std": 2.0}, LogitNormalTime(0.5, 2.0)),
+        ("beta", {"a": 2.0, "b": 1.0}, BetaTime(2.0, 1.0)),
+        ("laplace", {"scale": 3.0}, LaplaceSigma(0.0, 3.0)),
+        ("second_moment", {"cells": 4}, None),
+    ],
+)
+@pytest.mark.parametrize("method", ["vanilla", "uw"])
+def test_samplers(tiny, method, sampler, args, distribution):
+    config = tiny(method=method, timesteps={"sampler": sampler, "args": args})
+    built = build_timesteps(config, TASKS, lambda: LEVELS)
+    one_task = method == "vanilla" and sampler != "stratified"
+    assert built.tasks.boundaries.tolist() == ([0, 20] if one_task else TASKS.boundaries.tolist())
+    t = torch.arange(20)
+    if distribution is not None:
+        log_snr = LEVELS if sampler == "laplace" else None
+        expected = DistributionSampler(TASKS, distribution, log_snr=log_snr).density(t)
+        torch.testing.assert_close(built.density(t), expected)
+    else:
+        assert type(built).__name__.lower().startswith(sampler.split("_")[0].replace("second", "losssecond"))
+
+
+@pytest.mark.parametrize("method", ["vanilla", "pcgrad"])
+def test_samplers_of_the_methods(tiny, method):
+    built = build_timesteps(tiny(method=method), TASKS, lambda: LEVELS)
+    assert isinstance(built, UniformSampler if method == "vanilla" else StratifiedSampler)
+
+
+@pytest.mark.parametrize("method", ["vanilla", "pcgrad"])
+def test_curriculum(tiny, method):
+    options = {"order": "hard_to_easy", "patience": None, "max_length": [1, 2, 3, 4], "smoothing": 0.5}
+    config = tiny(method=method, curriculum={**options, "min_delta": 0.1, "clusters": {"k": 4}})
+    built = build_timesteps(config, TASKS, lambda: LEVELS)
+    assert isinstance(built, DifficultyCurriculum)
+    assert built.clusters == cluster_snr(LEVELS, 4)
+    assert built.tasks.k == (1 if method == "vanilla" else 3)
+    assert built.sampling == ("union" if method == "vanilla" else "tasks")
+    assert (built.order, built.patience, built.max_length) == ("hard_to_easy", None, [1, 2, 3, 4])
+    assert (built.smoothing, built.min_delta) == (0.5, 0.1)
+    union = tiny(method=method, curriculum={"order": "easy_to_hard", "sampling": "union"})
+    assert build_timesteps(union, TASKS, lambda: LEVELS).sampling == "union"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"timesteps": {"sampler": "beta"}}, "timesteps.args: "),
+        (
+            {"timesteps": {"sampler": "logit_normal", "args": {"std": 0.0}}},
+            "timesteps.args: expected a finite",
+        ),
+        ({"timesteps": {"sampler": "uniform", "args": {"mean": 0.0}}}, "timesteps.args: "),
+        (
+            {"curriculum": {"order": "easy_to_hard", "clusters": {"k": 21}}},
+            "curriculum.clusters: k: expected",
+        ),
+        ({"curriculum": {"order": "easy_to_hard", "patience": None}}, "curriculum: expected patience or max"),
+        ({"curriculum": {"order": "easy_to_hard", "patience": 0}}, "curriculum: patience: expected"),
+        ({"curriculum": {"order": "easy_to_hard", "max_length": [1]}}, "curriculum: max_length: expected"),
+    ],
+)
+def test_timesteps_refuse(tiny, changes, message):
+    with pytest.raises(UserError) as caught:
+        build_timesteps(tiny(**changes), TASKS, lambda: LEVELS)
+    assert str(caught.value).startswith(message)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"text", b"\x93NUMPY\x01\x00"])

@@ -10,6 +10,7 @@ import torch
 
 from diffmtl_fast.train.errors import TrainingDiverged, UserError
 from diffmtl_fast.train.history import History, cosines, read
+from diffmtl_fast.train.progress import describe
 
 
 def _add(history, losses, present=(True, True)):
@@ -76,6 +77,15 @@ def test_a_resumed_log_continues_where_the_checkpoint_was(tmp_path):
     history.flush(4)
     history.close()
     assert [(line["iteration"], line["losses"][0]) for line in read(path)] == [(1, 1.0), (2, 2.0), (4, 15.0)]
+
+
+def test_the_phase_of_a_curriculum_is_in_the_line_and_on_the_terminal(tmp_path):
+    history = History(tmp_path / "log.jsonl")
+    _add(history, [1.0, 4.0])
+    line = history.flush(1, phase=3)
+    history.close()
+    assert read(tmp_path / "log.jsonl")[0]["phase"] == 3
+    assert describe(line) == "loss 2.5000  clusters 1.000 4.000  phase 3"
 
 
 def test_a_shortened_log_is_refused(tmp_path):

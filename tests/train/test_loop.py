@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffmtl_fast.train import history
+from diffmtl_fast.train import checkpoint, history
 from diffmtl_fast.train.components import build_data, build_model, build_scheduler
 from diffmtl_fast.train.config import Component
 from diffmtl_fast.train.errors import TrainingDiverged, UserError
@@ -124,6 +124,101 @@ def test_a_stopped_run_continues_to_the_same_bits(tiny, tmp_path, method, device
     for line in (*lines, *again):
         del line["seconds"]
     assert lines == again
+
+
+CURRICULUM = {
+    "order": "easy_to_hard", "patience": 3, "max_length": 5, "smoothing": 0.5, "clusters": {"k": 4}
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "accumulate"), [*((method, 1) for method in METHODS), ("uw", 2)])
+def test_a_curriculum_stopped_in_the_middle_of_a_phase_continues_to_the_same_bits(
+    tiny, tmp_path, method, accumulate, device
+):
+    if device.type != "cpu":
+        pytest.skip("the same bits are promised on CPUs")
+    config = tiny(
+        method=method,
+        iterations=12,
+        accumulate=accumulate,
+        curriculum=CURRICULUM,
+        logging={"every": 3},
+        checkpoints={"every": 2, "keep": 20},
+    )
+    whole, lines = fit(config, tmp_path / "whole")
+    assert 1 == lines[0]["phase"] < lines[-1]["phase"]
+    states = {path: checkpoint.load_state(path)["timesteps"] for path in (tmp_path / "whole").glob("iter-*")}
+    middle = next(path for path, state in states.items() if state["current_phase"] > 1 and state["age"] > 1)
+
+    log = History(tmp_path / "whole" / "log.jsonl")
+    resumed = Trainer(config)
+    resumed.load(middle, log)
+    assert resumed.timesteps.phase > 1
+    (tmp_path / "again").mkdir()
+    resumed.fit(tmp_path / "again", log, Silent())
+    log.close()
+    assert same_weights(whole.model, resumed.model)
+    states = [list(trainer.timesteps.buffers()) for trainer in (whole, resumed)]
+    torch.testing.assert_close(*states, rtol=0, atol=0, equal_nan=True)
+    again = history.read(tmp_path / "whole" / "log.jsonl")
+    for line in (*lines, *again):
+        del line["seconds"]
+    assert lines == again
+
+
+@pytest.mark.parametrize("order", ["easy_to_hard", "hard_to_easy"])
+@pytest.mark.parametrize("method", METHODS)
+def test_phases_of_a_curriculum(tiny, tmp_path, method, order):
+    curriculum = {"order": order, "patience": None, "max_length": 2, "clusters": {"k": 3}}
+    _, lines = fit(
+        tiny(method=method, curriculum=curriculum, iterations=8, logging={"every": 1}), tmp_path / "run"
+    )
+    assert [line["phase"] for line in lines] == [1, 2, 2, 3, 3, 4, 4, 4]
+    # The curriculum has the clusters of the tasks here: one more of them is trained in every phase.
+    trained = [[loss is not None for loss in line["losses"]] for line in lines]
+    for line, phase in zip(trained, [1, 1, 2, 2, 3, 3, 4, 4], strict=True):
+        inactive = line[: max(0, 3 - phase)] if order == "easy_to_hard" else line[phase:]
+        assert not any(inactive)
+        if method != "vanilla":
+            assert sum(line) == min(phase, 3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "timesteps",
+    [
+        {"sampler": "logit_normal"},
+        {"sampler": "laplace", "args": {"scale": 2.0}},
+        {"sampler": "second_moment", "args": {"cells": 3, "history": 2}},
+    ],
+    ids=lambda options: options["sampler"],
+)
+def test_every_method_with_other_timesteps(tiny, tmp_path, method, timesteps):
+    trainer, lines = fit(tiny(method=method, timesteps=timesteps, iterations=4), tmp_path / "run")
+    assert all(loss is None or loss > 0 for line in lines for loss in line["losses"])
+    assert "phase" not in lines[0]
+    if timesteps["sampler"] == "second_moment":
+        assert (trainer.timesteps.counts >= 2).all()
+        other = Trainer(trainer.config)
+        other.load(sorted((tmp_path / "run").glob("iter-*"))[-1], History(tmp_path / "run" / "log.jsonl"))
+        assert torch.equal(other.timesteps.losses, trainer.timesteps.losses)
+
+
+def test_the_number_of_clusters_can_be_chosen(tiny, tmp_path):
+    trainer, lines = fit(tiny(clusters={"k": "auto"}, iterations=2), tmp_path / "run")
+    assert 1 < trainer.clusters.k == trainer.mtl.num_clusters == len(lines[0]["losses"]) < 20
+
+
+def test_other_clusters_than_those_of_the_checkpoint_are_refused(tiny, tmp_path):
+    distance = np.abs(np.subtract.outer(np.arange(20.0), np.arange(20.0)))
+    np.save(tmp_path / "tas.npy", np.exp(-distance / 5))
+    config = tiny(iterations=2, clusters={"cost": "affinity", "affinity": str(tmp_path / "tas.npy")})
+    fit(config, tmp_path / "run")
+    np.save(tmp_path / "tas.npy", np.kron(np.diag([1.0, 1, 1]), np.ones((7, 7)))[:20, :20])
+    log = History(tmp_path / "run" / "log.jsonl")
+    with pytest.raises(UserError, match=r"clusters: expected those of .*iter-00000002, IntervalClustering"):
+        Trainer(config).load(tmp_path / "run" / "iter-00000002", log)
+    log.close()
 
 
 def test_bf16_is_autocast(tiny, tmp_path):

@@ -26,12 +26,25 @@ def _line(iteration, **more):
             _line(2),
             _line(3, weights=[1.0, 1.0, 1.0]),
         ],
+        [_line(1, phase=1), _line(2, phase=1), _line(3, phase=2), _line(4, phase=4)],
     ],
-    ids=["losses", "everything"],
+    ids=["losses", "everything", "phases"],
 )
 def test_training(tmp_path, lines):
     plots.training(tmp_path / "a.png", lines, "title")
     assert (tmp_path / "a.png").read_bytes().startswith(PNG)
+
+
+def test_phases_are_shaded_where_they_were(monkeypatch, tmp_path):
+    shaded, written = [], []
+    axes = pytest.importorskip("matplotlib.axes").Axes
+    monkeypatch.setattr(axes, "axvspan", lambda self, left, right, **how: shaded.append((left, right)))
+    monkeypatch.setattr(axes, "text", lambda self, x, y, text, **how: written.append((x, text)))
+    phases = [1, 1, 2, 2, 2, 4, 4, 5]
+    lines = [_line(10 * i, phase=phase) for i, phase in enumerate(phases, start=1)]
+    plots.training(tmp_path / "a.png", lines, "title")
+    assert shaded == [(30, 60), (80, 80)]
+    assert written == [(15, "1"), (45, "2"), (70, "4")]
 
 
 @pytest.mark.parametrize("k", [1, 5, 40])
