@@ -10,6 +10,8 @@ STREAM_BLOCK = 4096
 # Up to this many clusters a Gramian is formed by vector products in registers; beyond it, by tile products.
 MAX_VECTOR_CLUSTERS = 8
 MAX_CLUSTERS = 64
+# About how many programs share the tile products: their partial Gramians must stay small beside J.
+TILE_PROGRAMS = 4096
 # Loading a float64 Gramian beyond this size takes the registers that the Nash solver needs.
 MAX_FLOAT64_NASH_CLUSTERS = 32
 
@@ -66,11 +68,29 @@ def sample_block(batch: int) -> int:
     return min(1024, max(power_of_two(batch), 32))
 
 
-def gram_settings(num_clusters: int, size: int) -> Settings:
-    """Settings for the Gramian of [num_clusters, size]: the tile of all rows must fit the registers."""
-    if num_clusters <= MAX_VECTOR_CLUSTERS:
-        return stream_settings(size)
-    return Settings(128, 4) if num_clusters <= 32 else Settings(64, 8)
+def gram_settings(num_clusters: int, size: int, itemsize: int, aligned: bool) -> Settings:
+    """Settings for the Gramian of [num_clusters, size]: two rows, or the tile of all, must fit the registers.
+
+    Elements that are loaded one by one, because nothing is known of their alignment, take a register each.
+    """
+    if num_clusters > MAX_VECTOR_CLUSTERS:
+        return Settings(128, 4) if num_clusters <= 32 else Settings(64, 8)
+    block, num_warps = stream_settings(size)
+    share = 4 if itemsize == 8 else 1 if aligned else 2
+    return Settings(max(block // share, 128), num_warps)
+
+
+class SumSettings(NamedTuple):
+    """Pairs of clusters per program, terms of each at a time, and warps per program."""
+
+    pairs: int
+    block: int
+    num_warps: int
+
+
+def sum_settings(num_clusters: int) -> SumSettings:
+    """Settings for adding up partial Gramians: few pairs have many terms each, many pairs have few."""
+    return SumSettings(1, 1024, 4) if num_clusters <= MAX_VECTOR_CLUSTERS else SumSettings(128, 32, 4)
 
 
 def weight_settings(num_clusters: int) -> Settings:

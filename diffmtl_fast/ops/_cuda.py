@@ -22,12 +22,23 @@ from ..kernels import noise as noise_kernels
 from ..kernels import settings
 from ..kernels import weights as weight_kernels
 from ._checks import accumulation_dtype, host_offsets
-from ._layout import CHANNELS_LAST, Result, as_matrix, contiguous_clusters, empty_row, in_rows
+from ._launches import TRITON_DTYPES, Launch, add_up, plan
+from ._layout import (
+    CHANNELS_LAST,
+    Result,
+    contiguous_clusters,
+    dense_rows,
+    empty_row,
+    in_rows,
+    is_dense,
+    rows_like,
+)
 from ._library import register_kernel, run_plain
 from .nash import CONVERGED, LINE_SEARCH_STEPS, NEWTON_STEPS
 from .philox import is_seed
 
-_TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+# What sums are formed in.
+_SUM_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def _in_one_order(pred: Tensor, *others: Tensor | None) -> tuple[list[Tensor | None], torch.memory_format]:
@@ -60,7 +71,7 @@ def _loss_settings(
         "MIXED": second is not None,
         "SEEDED": is_seed(first if second is None else second),
         "BLOCK": block,
-        "ACCUMULATE": _TRITON_DTYPES[accumulation_dtype(pred, first)],
+        "ACCUMULATE": _SUM_DTYPES[accumulation_dtype(pred, first)],
         "num_warps": num_warps,
     }
     return pred.shape[0], size, settings.ceil_div(size, block), compiled
@@ -160,7 +171,7 @@ def add_noise(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor
         chunks,
         SEEDED=is_seed(noise),
         BLOCK=block,
-        ACCUMULATE=_TRITON_DTYPES[accumulation_dtype(x0)],
+        ACCUMULATE=_SUM_DTYPES[accumulation_dtype(x0)],
         num_warps=num_warps,
     )
     return noisy.finish()
@@ -234,81 +245,105 @@ def uncertainty_loss_backward(
     return sample_mse_backward(grad * slope, pred, target), grad * log_var_grad
 
 
+def _uncovered(jacobian: Sequence[Tensor], *others: Tensor) -> str | None:
+    """Say why no kernel covers these rows, if so."""
+    for tensor in (*jacobian, *others):
+        if tensor.dtype not in TRITON_DTYPES:
+            return f"no kernel for {tensor.dtype}"
+    k = jacobian[0].shape[0]
+    return None if 1 <= k <= settings.MAX_CLUSTERS else f"no kernel for K = {k}"
+
+
 def gram(jacobian: Sequence[Tensor]) -> Tensor:
-    """Launch `gram`."""
-    dtype = accumulation_dtype(*jacobian)
-    return torch.stack([_gram(as_matrix(member)).to(dtype) for member in jacobian]).sum(0)
+    """Launch `gram`: partial Gramians of blocks of columns, and their sum."""
+    k, dtype = jacobian[0].shape[0], accumulation_dtype(*jacobian)
+    if reason := _uncovered(jacobian):
+        return run_plain("gram", reason, jacobian)
+    few = k <= settings.MAX_VECTOR_CLUSTERS
+    if dtype == torch.float64 and not few:
+        return run_plain("gram", f"no kernel for K = {k} in {dtype}", jacobian)
+    parts = [dense_rows(member) for member in jacobian]
+    launches = plan(parts, parts, [False] * len(parts))
+    partial = [(_gram_vectors if few else _gram_tiles)(launch, k) for launch in launches]
+    return add_up(partial, k, dtype, jacobian[0].device)
 
 
-def _gram(jacobian: Tensor) -> Tensor:
-    k, size = jacobian.shape
-    if k > settings.MAX_CLUSTERS or (jacobian.dtype == torch.float64 and k > settings.MAX_VECTOR_CLUSTERS):
-        return run_plain("gram", f"no kernel for K = {k} in {jacobian.dtype}", [jacobian])
-    dtype = accumulation_dtype(jacobian)
-    if k == 0 or size == 0:
-        return torch.zeros(k, k, dtype=dtype, device=jacobian.device)
-    jacobian = in_rows(jacobian)
-    block, num_warps = settings.gram_settings(k, size)
-    blocks = settings.ceil_div(size, block)
-    if k <= settings.MAX_VECTOR_CLUSTERS:
-        partial = torch.empty(blocks, k, k, dtype=dtype, device=jacobian.device)
-        gram_kernels._gram_vector_kernel[blocks,](
-            jacobian,
-            partial,
-            size,
-            jacobian.stride(0),
-            K=k,
-            BLOCK=block,
-            ACCUMULATE=_TRITON_DTYPES[dtype],
-            num_warps=num_warps,
-        )
-    else:
-        run = settings.ceil_div(blocks, 4096)  # so that the partial Gramians stay small beside J
-        programs = settings.ceil_div(blocks, run)
-        partial = torch.empty(programs, k, k, dtype=dtype, device=jacobian.device)
-        gram_kernels._gram_tile_kernel[programs,](
-            jacobian,
-            partial,
-            size,
-            jacobian.stride(0),
-            run,
-            K=k,
-            TILE=max(16, settings.power_of_two(k)),
-            BLOCK=block,
-            PRECISION="ieee" if jacobian.dtype == torch.float32 else "tf32",
-            num_warps=num_warps,
-        )
-    gramian = partial.sum(0, dtype=torch.float64).to(dtype)
-    return (gramian + gramian.T) / 2
+def _gram_vectors(launch: Launch, k: int) -> Tensor:
+    block, num_warps = settings.gram_settings(k, launch.longest, launch.dtype.itemsize, launch.aligned)
+    dtype, programs = accumulation_dtype(launch.rows[0]), launch.programs(block)
+    partial = torch.empty(k, k, programs, dtype=dtype, device=launch.device)
+    gram_kernels._gram_vector_kernel[programs,](
+        **launch.arguments(block),
+        p_partial=partial,
+        K=k,
+        BLOCK=block,
+        ACCUMULATE=_SUM_DTYPES[dtype],
+        num_warps=num_warps,
+    )
+    return partial
+
+
+def _gram_tiles(launch: Launch, k: int) -> Tensor:
+    block, num_warps = settings.gram_settings(k, launch.longest, launch.dtype.itemsize, launch.aligned)
+    run = settings.ceil_div(launch.columns, settings.TILE_PROGRAMS * block)
+    programs = launch.programs(run * block)
+    partial = torch.empty(k, k, programs, dtype=torch.float32, device=launch.device)
+    gram_kernels._gram_tile_kernel[programs,](
+        **launch.arguments(run * block),
+        p_partial=partial,
+        run=run,
+        K=k,
+        TILE=max(16, settings.power_of_two(k)),
+        BLOCK=block,
+        PRECISION="ieee" if launch.dtype == torch.float32 else "tf32",
+        num_warps=num_warps,
+    )
+    return partial
 
 
 def combine(jacobian: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
     """Launch `combine`."""
-    k = jacobian[0].shape[0]
-    if k > settings.MAX_CLUSTERS:
-        return run_plain("combine", f"no kernel for K = {k}", jacobian, weights)
-    directions = [_combine(as_matrix(member), weights).view(member.shape[1:]) for member in jacobian]
-    return [empty_row(j).copy_(d) for j, d in zip(jacobian, directions, strict=True)]
-
-
-def _combine(jacobian: Tensor, weights: Tensor) -> Tensor:
-    k, size = jacobian.shape
-    jacobian = in_rows(jacobian)
-    out = torch.empty(size, dtype=jacobian.dtype, device=jacobian.device)
-    if size:
-        block, num_warps = settings.stream_settings(size)
-        combine_kernels._combine_kernel[settings.ceil_div(size, block),](
-            jacobian,
-            weights.contiguous(),
-            out,
-            size,
-            jacobian.stride(0),
-            K=k,
-            BLOCK=block,
-            ACCUMULATE=_TRITON_DTYPES[accumulation_dtype(jacobian)],
-            num_warps=num_warps,
-        )
+    if reason := _uncovered(jacobian, weights):
+        return run_plain("combine", reason, jacobian, weights)
+    out = [empty_row(member) for member in jacobian]
+    parts = [rows_like(member, written) for member, written in zip(jacobian, out, strict=True)]
+    for launch in plan(parts, out, [False] * len(out)):
+        _combine(launch, weights.contiguous())
     return out
+
+
+def combine_(
+    out: Sequence[Tensor], jacobian: Sequence[Tensor], weights: Tensor, accumulate: Sequence[bool]
+) -> Tensor:
+    """Launch `combine_`: blocks of columns, and the sum of their squared norms."""
+    if reason := _uncovered(jacobian, *out, weights):
+        return run_plain("combine_", reason, out, jacobian, weights, accumulate)
+    dense = [written if is_dense(written) else written.contiguous() for written in out]
+    parts = [rows_like(member, written) for member, written in zip(jacobian, dense, strict=True)]
+    squares = [_combine(launch, weights.contiguous()) for launch in plan(parts, dense, accumulate)]
+    for written, computed in zip(out, dense, strict=True):
+        if written is not computed:
+            written.copy_(computed)
+    return add_up(squares, 1, accumulation_dtype(*out, *jacobian), weights.device).view(())
+
+
+def _combine(launch: Launch, weights: Tensor) -> Tensor:
+    block, num_warps = settings.stream_settings(launch.longest)
+    dtype, programs = accumulation_dtype(launch.rows[0], launch.outputs[0]), launch.programs(block)
+    squares = torch.empty(1, 1, programs, dtype=dtype, device=launch.device)
+    combine_kernels._combine_kernel[programs,](
+        **launch.arguments(block),
+        p_weight=weights,
+        p_out=launch.outputs[0],
+        p_square=squares,
+        K=weights.shape[0],
+        BLOCK=block,
+        ACCUMULATE=_SUM_DTYPES[dtype],
+        OUT_DTYPE=TRITON_DTYPES[launch.out_dtype],
+        ADD=any(add for *_, add in launch.records),
+        num_warps=num_warps,
+    )
+    return squares
 
 
 def _add_shares(parts: Tensor, out: Tensor, accumulate: bool) -> None:
@@ -356,7 +391,7 @@ def cluster_sum_out(values: Tensor, offsets: Tensor, out: Tensor, accumulate: bo
             stride_cluster,
             stride_share,
             ADD=add,
-            ACCUMULATE=_TRITON_DTYPES[accumulation_dtype(values)],
+            ACCUMULATE=_SUM_DTYPES[accumulation_dtype(values)],
             ROWS=rows,
             BLOCK=block,
             num_warps=num_warps,
@@ -426,7 +461,7 @@ def cluster_wgrad_out(grad_out: Tensor, x: Tensor, offsets: Tensor, out: Tensor,
             stride_share,
             ADD=add,
             PRECISION="tf32" if tf32 else "ieee",
-            ACCUMULATE=_TRITON_DTYPES[accumulation_dtype(x)],
+            ACCUMULATE=_SUM_DTYPES[accumulation_dtype(x)],
             BLOCK_N=chosen.rows,
             BLOCK_O=chosen.outputs,
             BLOCK_I=chosen.inputs,
@@ -497,6 +532,7 @@ LAUNCHERS: dict[str, Any] = {
         cluster_wgrad,
         cluster_wgrad_out,
         combine,
+        combine_,
         gram,
         nash_weights,
         pcgrad_weights,

@@ -20,7 +20,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from diffmtl_fast.kernels import clusters, combine, gram, losses, settings, weights
+from diffmtl_fast.kernels import clusters, combine, gram, losses, parts, settings, weights
 from diffmtl_fast.kernels import noise as noises
 
 TARGETS = [
@@ -35,6 +35,7 @@ DTYPES = {
     "bf16": tl.float32,
     "fp16": tl.float32,
 }  # and what they add up in
+ELEMENTS = {"fp32": tl.float32, "fp64": tl.float64, "bf16": tl.bfloat16, "fp16": tl.float16}
 SUM = {"fp32": "fp32", "fp64": "fp64", "bf16": "fp32", "fp16": "fp32"}
 # Into registers, or into shared memory.
 SIXTEEN_BYTES = r"ld\.global\S*\.(v4\.b32|v2\.b64)|cp\.async\.c[ag]\.shared\.global .*, 0x10,"
@@ -43,6 +44,11 @@ SIXTEEN_BYTES = r"ld\.global\S*\.(v4\.b32|v2\.b64)|cp\.async\.c[ag]\.shared\.glo
 def cluster_sums() -> list[tuple[str, str, bool]]:
     """Dtypes of the rows and of the result, and whether the sums are added to what is there."""
     return [(d, out, add) for d in DTYPES for out in sorted({d, SUM[d]}) for add in (False, True)]
+
+
+# ptxas gives up a register of its own accord where that lets one more block run on a multiprocessor; its place in
+# local memory takes 8 bytes.
+ONE_REGISTER = 8
 
 
 class Case(NamedTuple):
@@ -54,6 +60,8 @@ class Case(NamedTuple):
     constants: dict[str, object]
     num_warps: int = 4
     streams: bool = False
+    counts: tuple[str, ...] = ()  # integers of any divisibility
+    writes: bool = False  # a stream too
 
 
 def streaming_cases() -> list[Case]:
@@ -75,7 +83,7 @@ def streaming_cases() -> list[Case]:
             integers = ("batch", "size", "chunks")
             cases.append(Case(losses._error_sum_kernel, sums, integers, loss, warps, True))
             one = {**loss, "p_by_first": None}
-            cases.append(Case(losses._error_backward_kernel, grads, integers, one, warps, True))
+            cases.append(Case(losses._error_backward_kernel, grads, integers, one, warps, True, (), True))
         plain = {**constants, "DELTA": None, "MIXED": False, "p_second": None, "p_mix": None}
         for first in (dtype, "i64"):
             pointers = {"p_scale": SUM[dtype], "p_pred": dtype, "p_first": first, "p_grad": dtype}
@@ -84,50 +92,87 @@ def streaming_cases() -> list[Case]:
                 compiled["p_by_first"] = None
             else:
                 pointers["p_by_first"] = dtype
-            cases.append(Case(losses._error_backward_kernel, pointers, integers, compiled, warps, True))
+            cases.append(
+                Case(losses._error_backward_kernel, pointers, integers, compiled, warps, True, (), True)
+            )
         for noise in (dtype, "i64"):
             pointers = {"p_x0": dtype, "p_noise": noise, "p_alpha": "fp32", "p_sigma": "fp32", "p_out": dtype}
             forward = {**constants, "SEEDED": noise == "i64"}
-            cases.append(Case(noises._add_noise_kernel, pointers, ("size", "chunks"), forward, warps, True))
-        cases += [
-            Case(
-                combine._combine_kernel,
-                {"p_rows": dtype, "p_weight": "fp32", "p_out": dtype},
-                ("size", "stride"),
-                {"K": 5, **constants},
-                warps,
-                True,
-            ),
-        ]
-        for k in (2, 5, 8):
             cases.append(
-                Case(
-                    gram._gram_vector_kernel,
-                    {"p_rows": dtype, "p_partial": SUM[dtype]},
-                    ("size", "stride"),
-                    {"K": k, **constants},
-                    warps,
-                    True,
-                )
+                Case(noises._add_noise_kernel, pointers, ("size", "chunks"), forward, warps, True, (), True)
             )
     return cases
 
 
-def tile_cases() -> list[Case]:
+class Rows(NamedTuple):
+    """How a kernel finds the rows of a Jacobian: in arguments, or in a table of several parts."""
+
+    pointers: dict[str, str]
+    integers: tuple[str, ...]
+    constants: dict[str, object]
+    aligned: bool
+
+
+def one_part(dtype: str) -> Rows:
+    constants = {"p_record": None, "p_part": None, "DTYPE": ELEMENTS[dtype], "ALIGNED": False}
+    return Rows({"p_rows": dtype}, ("size", "stride"), constants, True)
+
+
+def many_parts(dtype: str, aligned: bool) -> Rows:
+    constants = {"p_rows": None, "size": None, "stride": None, "DTYPE": ELEMENTS[dtype], "ALIGNED": aligned}
+    return Rows({"p_record": "i64", "p_part": "i32"}, (), constants, aligned)
+
+
+def combine_case(rows: Rows, dtype: str, out: str, add: bool) -> Case:
+    block, warps = settings.stream_settings(1 << 20)
+    pointers = {**rows.pointers, "p_weight": "fp32", "p_out": out, "p_square": SUM[dtype]}
+    constants = {"K": 5, "BLOCK": block, "ACCUMULATE": DTYPES[dtype], "OUT_DTYPE": ELEMENTS[out], "ADD": add}
+    constants |= rows.constants
+    return Case(
+        combine._combine_kernel, pointers, rows.integers, constants, warps, rows.aligned, (), rows.aligned
+    )
+
+
+def combine_cases() -> list[Case]:
     cases = []
+    for dtype in DTYPES:
+        cases.append(combine_case(one_part(dtype), dtype, dtype, False))
+        cases += [combine_case(many_parts(dtype, True), dtype, dtype, add) for add in (False, True)]
+        cases.append(combine_case(many_parts(dtype, False), dtype, dtype, True))
+    for dtype, out in (
+        ("bf16", "fp32"),
+        ("fp16", "fp32"),
+        ("fp32", "bf16"),
+        ("fp64", "fp32"),
+        ("fp64", "bf16"),
+    ):
+        cases.append(combine_case(many_parts(dtype, True), dtype, out, True))
+    return cases
+
+
+def gram_case(rows: Rows, dtype: str, k: int) -> Case:
+    block, warps = settings.gram_settings(k, 1 << 20, 8 if dtype == "fp64" else 4, rows.aligned)
+    pointers, constants = (
+        {**rows.pointers, "p_partial": SUM[dtype]},
+        {**rows.constants, "K": k, "BLOCK": block},
+    )
+    if k <= settings.MAX_VECTOR_CLUSTERS:
+        constants["ACCUMULATE"] = DTYPES[dtype]
+        return Case(gram._gram_vector_kernel, pointers, rows.integers, constants, warps, rows.aligned)
+    constants["TILE"] = max(16, settings.power_of_two(k))
+    constants["PRECISION"] = "ieee" if dtype == "fp32" else "tf32"
+    return Case(gram._gram_tile_kernel, pointers, (*rows.integers, "run"), constants, warps)
+
+
+def gram_cases() -> list[Case]:
+    cases = []
+    for dtype in DTYPES:
+        cases += [gram_case(one_part(dtype), dtype, k) for k in (2, 5, 8)]
+        cases += [gram_case(many_parts(dtype, True), dtype, k) for k in (2, 5, 8)]
+        cases.append(gram_case(many_parts(dtype, False), dtype, 8))
     for dtype in ("fp32", "bf16", "fp16"):
-        for k in (10, 20, 64):
-            block, warps = settings.gram_settings(k, 1 << 20)
-            constants = {
-                "K": k,
-                "TILE": max(16, settings.power_of_two(k)),
-                "BLOCK": block,
-                "PRECISION": "ieee" if dtype == "fp32" else "tf32",
-            }
-            pointers = {"p_rows": dtype, "p_partial": "fp32"}
-            cases.append(
-                Case(gram._gram_tile_kernel, pointers, ("size", "stride", "blocks"), constants, warps)
-            )
+        cases += [gram_case(one_part(dtype), dtype, k) for k in (10, 20, 64)]
+        cases += [gram_case(many_parts(dtype, aligned), dtype, 64) for aligned in (False, True)]
     return cases
 
 
@@ -179,6 +224,11 @@ def cluster_sum_cases() -> list[Case]:
 def small_cases() -> list[Case]:
     cases = []
     for dtype in ("fp32", "fp64"):
+        for k in (1, 5, 64):
+            pairs, block, warps = settings.sum_settings(k)
+            constants = {"K": k, "PAIRS": pairs, "BLOCK": block}
+            pointers = {"p_partial": dtype, "p_sum": dtype}
+            cases.append(Case(parts._sum_kernel, pointers, (), constants, warps, False, ("programs",)))
         pointers = {"p_partial": dtype, "p_weight": dtype, "p_loss": dtype}
         integers = ("batch", "chunks", "size")
         for weighted in (False, True):
@@ -218,9 +268,11 @@ def compile_case(case: Case, target: GPUTarget) -> triton.compiler.CompiledKerne
         elif name in case.integers:
             signature[name] = "i32"
             attributes[(position,)] = [["tt.divisibility", 16]]
+        elif name in case.counts:
+            signature[name] = "i32"
         else:
             signature[name] = "constexpr"
-    missing = [n for n in names if n not in {*case.pointers, *case.integers, *case.constants}]
+    missing = [n for n in names if n not in {*case.pointers, *case.integers, *case.counts, *case.constants}]
     assert not missing, (case.kernel.__name__, missing)
     source = ASTSource(case.kernel, signature, case.constants, attributes)
     return triton.compile(source, target=target, options={"num_warps": case.num_warps})
@@ -231,10 +283,12 @@ def faults(case: Case, target: GPUTarget) -> list[str]:
     if target.backend != "cuda":
         return [] if assembly.get("hsaco") else ["no code object"]
     found = [] if assembly.get("cubin") else ["no cubin"]
-    if local_bytes(assembly["cubin"]):
+    if local_bytes(assembly["cubin"]) > ONE_REGISTER:
         found.append("registers spilled to local memory")
     if case.streams and not re.search(SIXTEEN_BYTES, assembly["ptx"]):
         found.append("no 16-byte loads")
+    if case.writes and not re.search(r"st\.global\S*\.(v4\.b32|v2\.b64)", assembly["ptx"]):
+        found.append("no 16-byte stores")
     return found
 
 
@@ -252,7 +306,8 @@ def local_bytes(cubin: bytes) -> int:
 
 def main() -> int:
     failed = compiled = 0
-    for case in streaming_cases() + tile_cases() + wgrad_cases() + cluster_sum_cases() + small_cases():
+    cases = streaming_cases() + combine_cases() + gram_cases() + wgrad_cases() + cluster_sum_cases()
+    for case in cases + small_cases():
         for target in TARGETS:
             compiled += 1
             for fault in faults(case, target):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
-from diffmtl_fast.ops import PLAIN, _cuda, _library
+from diffmtl_fast.ops import PLAIN, _cuda, _launches, _library
 
 DEVICE = os.environ.get("DIFFMTL_TEST_DEVICE", "cpu")
 DTYPES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -204,6 +204,107 @@ def test_offsets_beyond_32_bits(device):
     assert torch.equal(_cuda.LAUNCHERS["gram"]([jacobian]), expected)
     (combined,) = _cuda.LAUNCHERS["combine"]([jacobian], torch.ones(3, device=device))
     assert (combined == 6).all()
+    parts = [jacobian, jacobian[:, :32]]
+    assert torch.equal(_cuda.LAUNCHERS["gram"](parts), expected * 1.125)
+    out = [torch.empty(256, device=device), torch.empty(32, device=device)]
+    assert _cuda.LAUNCHERS["combine_"](out, parts, torch.ones(3, device=device), [False, False]) == 36 * 288
+
+
+# Aligned and not, of several blocks and of none.
+PART_SHAPES = [(), (64,), (3, 7), (0,), (16, 272), (4097,), (4, 2, 3, 3)]
+
+
+def draw_parts(k, dtypes, generator):
+    return [draw((k, *shape), dtypes[i % len(dtypes)], generator) for i, shape in enumerate(PART_SHAPES)]
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [[dtype] for dtype in DTYPES] + [[torch.bfloat16, torch.float32], [torch.float64, torch.float16]],
+    ids=str,
+)
+@pytest.mark.parametrize("k", [1, 3, 9])
+def test_a_jacobian_in_parts(k, dtypes, generator, device):
+    parts, weights = draw_parts(k, dtypes, generator), torch.randn(k, generator=generator, device=device)
+    tolerance = max(DTYPES[dtype] for dtype in dtypes)
+    check("gram", (parts,), min(tolerance, 2e-6))
+    check("combine", (parts, weights), tolerance)
+    gramian = _cuda.LAUNCHERS["gram"](parts)
+    assert torch.equal(gramian, gramian.T)
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_writing_into_given_tensors(dtype, out_dtype, generator, device):
+    parts, weights = draw_parts(3, [dtype], generator), torch.randn(3, generator=generator, device=device)
+    out = [draw(part.shape[1:], out_dtype, generator) for part in parts]
+    expected = [written.double().clone() for written in out]
+    for accumulate in ([True] * len(out), [i % 2 == 0 for i in range(len(out))], [False] * len(out)):
+        square = _cuda.LAUNCHERS["combine_"](out, parts, weights, accumulate)
+        PLAIN["combine_"](expected, in_float64(parts), weights.double(), accumulate)
+        for found, exact in zip(out, expected, strict=True):
+            tolerance = max(DTYPES[out_dtype], 1e-13 if torch.float64 in (dtype, out_dtype) else 2e-6)
+            torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=10 * tolerance)
+            exact.copy_(found)
+        total = sum(found.double().square().sum() for found in out)
+        assert abs(square / total - 1) < (1e-13 if torch.float64 in (dtype, out_dtype) else 2e-6)
+        assert square.dtype == (torch.float64 if torch.float64 in (dtype, out_dtype) else torch.float32)
+
+
+def test_orders_of_memory(generator, device):
+    last = torch.channels_last
+    part = draw((3, 4, 5, 6, 2), torch.float32, generator).permute(0, 1, 4, 2, 3)  # channels last
+    weights = torch.randn(3, generator=generator, device=device)
+    check("gram", ([part, part.contiguous()],), 2e-6)
+    check("combine", ([part, part.contiguous()], weights), 2e-6)
+    gaps = draw((4, 2, 5, 12), torch.float32, generator)[..., ::2]
+    for out in (draw((4, 2, 5, 6), torch.float32, generator).contiguous(memory_format=last), gaps):
+        for rows in (part, part.contiguous()):
+            before = out.clone()
+            square = _cuda.LAUNCHERS["combine_"]([out], [rows], weights, [True])
+            exact = before.double() + torch.tensordot(weights.double(), part.double(), dims=1)
+            torch.testing.assert_close(out.double(), exact, rtol=2e-6, atol=2e-6)
+            torch.testing.assert_close(square, out.square().sum())
+
+
+def test_what_is_not_finite_shows(device):
+    parts = [torch.ones(3, 5, device=device), torch.ones(3, 300, device=device)]
+    parts[1][2, 123] = float("inf")
+    out = [torch.empty(5, device=device), torch.empty(300, device=device)]
+    weights = torch.zeros(3, device=device)
+    assert _cuda.LAUNCHERS["combine_"](out, parts, weights, [False, False]).isnan()  # 0 · ∞ is no number
+    assert out[1].isnan().nonzero().tolist() == [[123]]
+    assert _cuda.LAUNCHERS["gram"](parts).isinf().nonzero().tolist() == [
+        [0, 2],
+        [1, 2],
+        [2, 0],
+        [2, 1],
+        [2, 2],
+    ]
+    weights[0] = float("inf")
+    parts[1][2, 123] = 0
+    assert _cuda.LAUNCHERS["combine_"](out, parts, weights, [False, False]).isinf()
+
+
+def test_nothing_to_write(device):
+    empty, weights = [torch.empty(3, 0, device=device)] * 2, torch.ones(3, device=device)
+    assert (_cuda.LAUNCHERS["gram"](empty) == 0).all()
+    assert _cuda.LAUNCHERS["combine_"]([e[0] for e in empty], empty, weights, [True, False]) == 0
+
+
+def test_a_table_is_made_once(generator, device):
+    parts, weights = draw_parts(2, [torch.float32], generator), torch.ones(2, device=device)
+    _launches._cached_records.cache_clear()
+    for _ in range(3):
+        _cuda.LAUNCHERS["gram"](parts)
+    assert _launches._cached_records.cache_info()[:2] == (
+        4,
+        2,
+    )  # one table of aligned parts, one of the others
+    moved = [part.clone() for part in parts]
+    check("gram", (moved,), 2e-6)
+    assert _launches._cached_records.cache_info().misses == 4
+    check("combine", (parts, weights), 2e-6)
 
 
 def test_gram_of_strided_rows(generator):
@@ -252,7 +353,7 @@ def test_more_clusters_than_a_kernel_covers_are_logged_once(generator, caplog):
         check("gram", ([jacobian],), 2e-6)
         check("gram", ([jacobian],), 2e-6)
     assert [r.message for r in caplog.records] == [
-        "diffmtl::gram runs its plain definition: no kernel for K = 65 in torch.float32"
+        "diffmtl::gram runs its plain definition: no kernel for K = 65"
     ]
 
 
