@@ -415,7 +415,7 @@ def _path(text: str | None) -> Path | None:
 @contextmanager
 def _writing(name: str, path: Path) -> Iterator[Path]:
     """Write a file that the user named, all of it or nothing."""
-    from .train.files import replacing
+    from ._files import replacing
 
     try:
         with replacing(path) as aside:

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from .._extras import require
+from .._files import remove, replacing
 from .errors import UserError
-from .files import remove, replacing
 
 MANIFEST = "manifest.json"
 STATE = "state.pt"

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from .._files import TEMPORARY_PREFIX, remove, remove_leftovers, replacing
 from . import checkpoint
 from .config import Config, read, to_dict
 from .errors import UserError
-from .files import TEMPORARY_PREFIX, remove, remove_leftovers, replacing
 
 
 class RunFolder:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import ops
+from .._progress import Progress
 from ..clustering import IntervalClustering
 from ..curriculum import DifficultyCurriculum
 from ..diffusion import log_snr
@@ -33,7 +34,7 @@ from .data import EpochSampler
 from .ema import Ema
 from .errors import TrainingDiverged, UserError, blame
 from .history import History
-from .progress import Progress
+from .progress import describe
 
 
 class Trainer:
@@ -99,7 +100,7 @@ class Trainer:
             line = None
             if self.iteration % self.config.logging.every == 0 or self.iteration == total:
                 line = history.flush(self.iteration, **self._phase(), seconds=round(self.seconds, 3))
-            progress.update(self.iteration, line)
+            progress.update(self.iteration, None if line is None else describe(line))
             if self.iteration % self.config.checkpoints.every == 0 or self.iteration == total:
                 self.save(folder, history)
 

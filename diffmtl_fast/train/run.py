@@ -9,15 +9,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from .._files import replacing
+from .._progress import open_progress
 from ..diffusion import log_snr
 from . import checkpoint, evaluation, history, plots
 from .config import Config, differences
 from .errors import TrainingDiverged, UserError
-from .files import replacing
 from .folder import RunFolder
 from .history import History
 from .loop import Trainer
-from .progress import open_progress
 from .trained import Trained, clusters_title, method_title
 
 # What may differ when a run is resumed, because the iterations already done do not depend on it. A run may be

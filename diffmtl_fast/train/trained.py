@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._files import replacing
 from . import checkpoint, evaluation, plots, sampling
 from .components import build_data, build_model, build_scheduler, resolve_device
 from .config import NEIGHBOURS, Clusters, Config
 from .data import ImageData
 from .errors import UserError
-from .files import replacing
 from .folder import RunFolder
 
 PICTURES_PER_CLASS = 10

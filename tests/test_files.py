@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from diffmtl_fast.train.files import TEMPORARY_PREFIX, remove, remove_leftovers, replacing
+from diffmtl_fast._files import TEMPORARY_PREFIX, remove, remove_leftovers, replacing
 
 
 def test_a_file_is_replaced_whole(tmp_path):
