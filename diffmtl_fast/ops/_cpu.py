@@ -124,11 +124,15 @@ def _in_one_order(*tensors: Tensor | None) -> tuple[list[Any], torch.memory_form
 
     The first one decides; generated noise asks for the row-major order.
     """
+    order = torch.contiguous_format
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_contiguous():
+            break
+    else:  # the usual case, found without the generator that costs as much as a kernel's launch
+        return list(tensors), order
     present = [t for t in tensors if t is not None]
     given = [t for t in present if not is_seed(t)]
-    order, lead = torch.contiguous_format, given[0]
-    if all(t.is_contiguous() for t in given):
-        return list(tensors), order
+    lead = given[0]
     channels_last = CHANNELS_LAST.get(lead.dim()) if len(given) == len(present) else None
     if channels_last is not None and lead.is_contiguous(memory_format=channels_last):
         order = channels_last
@@ -199,7 +203,7 @@ def _loss_gradients(
         [grad.written.data_ptr() for grad in grads],
         torch.get_num_threads(),
     )
-    return tuple(grad.finish() for grad in grads)
+    return tuple([grad.finish() for grad in grads])
 
 
 def sample_loss_backward(
