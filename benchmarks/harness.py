@@ -9,6 +9,7 @@ a round; how much the two differ is the noise below which a ratio says nothing.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import random
@@ -19,7 +20,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -104,27 +105,71 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
+Clock: TypeAlias = Callable[[Callable[[], object], int], float]
+
+
+def wall_clock(run: Callable[[], object], repeats: int = 1) -> float:
+    """Return the seconds of one run, the mean of `repeats`, as the caller sees them."""
+    _synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    _synchronize()
+    return (time.perf_counter() - start) / repeats
+
+
+def device_clock(run: Callable[[], object], repeats: int = 1) -> float:
+    """Return the seconds of one run on the GPU's own clock: the host's work hides behind the run before."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(repeats):
+        run()
+    end.record()
+    end.synchronize()
+    return 1e-3 * start.elapsed_time(end) / repeats
+
+
 def compare(
-    case: str, baseline: Candidate, others: Sequence[Candidate], rounds: int, warmup: int = 2
+    case: str,
+    baseline: Candidate,
+    others: Sequence[Candidate],
+    rounds: int,
+    warmup: int = 2,
+    *,
+    clock: Clock = wall_clock,
+    least: float = 0.0,
 ) -> Comparison:
     """Gate all candidates, then time them in interleaved rounds.
+
+    Args:
+        case: title.
+        baseline: what the others are compared with.
+        others: the rest.
+        rounds: times that every candidate has its turn.
+        warmup: runs of every candidate before the first round.
+        clock: what takes the time.
+        least: seconds that a turn takes at least; short work is repeated and its mean taken.
 
     Raises:
         GateError: a candidate's error exceeds its tolerance.
     """
     candidates = [baseline, *others]
     errors = [_gate(candidate) for candidate in candidates]
-    contenders = [*candidates, baseline]
-    for candidate in contenders[:-1]:
+    repeats = []
+    for candidate in candidates:
         for _ in range(warmup):
             candidate.run()
+        repeats.append(max(1, math.ceil(least / clock(candidate.run, 1))) if least else 1)
+    contenders = [*candidates, baseline]
+    repeats.append(repeats[0])
     seconds = np.empty((rounds, len(contenders)))
     shuffle = random.Random(0).shuffle
     order = list(range(len(contenders)))
     for i in range(rounds):
         shuffle(order)
         for j in order:
-            seconds[i, j] = _time(contenders[j].run)
+            seconds[i, j] = clock(contenders[j].run, repeats[j])
     ratios = seconds / seconds[:, :1]
     rows = [
         Row(candidate.name, Spread.of(seconds[:, j]), Spread.of(ratios[:, j]), errors[j])
@@ -142,14 +187,6 @@ def _gate(candidate: Candidate) -> float | None:
             f"{candidate.name}: expected a relative error <= {candidate.tolerance}, found {error:.3g}"
         )
     return error
-
-
-def _time(run: Callable[[], object]) -> float:
-    _synchronize()
-    start = time.perf_counter()
-    run()
-    _synchronize()
-    return time.perf_counter() - start
 
 
 def _synchronize() -> None:
@@ -209,7 +246,7 @@ def write(name: str, comparisons: Sequence[Comparison], measured_in: dict[str, A
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     record = {
-        "environment": environment(),
+        "environment": measured_in,
         "settings": settings,
         "comparisons": [asdict(c) for c in comparisons],
     }

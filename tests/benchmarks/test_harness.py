@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,21 +36,34 @@ def test_nothing_is_timed_behind_a_red_gate(error: float) -> None:
     assert baseline.calls == other.calls == 0
 
 
-def test_ratios_are_those_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ratios_are_those_within_a_round() -> None:
     # The machine slows down tenfold half-way; the other always takes twice the baseline's time.
     base, other = Counter(), Counter()
 
-    def slow_clock(run: object) -> float:
+    def slow_clock(run: object, repeats: int) -> float:
         assert isinstance(run, Counter)
         run()
         load = 1.0 if other.calls + base.calls <= 15 else 10.0
         return load * (2.0 if run is other else 1.0)
 
-    monkeypatch.setattr(harness, "_time", slow_clock)
-    result = compare("case", Candidate("base", base), [Candidate("other", other)], rounds=10, warmup=0)
+    others = [Candidate("other", other)]
+    result = compare("case", Candidate("base", base), others, rounds=10, warmup=0, clock=slow_clock)
     assert result.rows[1].ratio == Spread(2.0, 2.0, 2.0)
     assert result.noise == Spread(1.0, 1.0, 1.0)
     assert result.rows[1].seconds.high == 20.0
+
+
+def test_short_work_is_repeated() -> None:
+    turns: list[tuple[str, int]] = []
+
+    def clock(run: Callable[[], object], repeats: int) -> float:
+        turns.append((str(run()), repeats))
+        return 0.4 if run() == "slow" else 0.03
+
+    slow, fast = Candidate("slow", lambda: "slow"), Candidate("fast", lambda: "fast")
+    compare("case", slow, [fast], rounds=1, clock=clock, least=0.1)
+    assert turns[:2] == [("slow", 1), ("fast", 1)]
+    assert sorted(turns[2:]) == [("fast", 4), ("slow", 1), ("slow", 1)]
 
 
 def test_relative_error() -> None:
@@ -59,7 +73,9 @@ def test_relative_error() -> None:
 def test_results_are_stored_with_what_they_depend_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
     result = compare("case", Candidate("base", Counter()), [], rounds=2)
-    record = json.loads(harness.write("name", [result], harness.environment(), batch=40).read_text())
+    before = harness.environment() | {"commit": "as it was before the run"}
+    record = json.loads(harness.write("name", [result], before, batch=40).read_text())
+    assert record["environment"]["commit"] == "as it was before the run"
     assert record["settings"] == {"batch": 40}
     assert record["environment"]["versions"]["torch"] == torch.__version__
     assert record["comparisons"][0]["rows"][0]["name"] == "base"
