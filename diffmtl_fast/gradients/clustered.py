@@ -15,6 +15,7 @@ from ..weighting import GramianWeighting, LossWeighting
 from .engine import Engine, EngineName
 from .jacobian import Jacobian
 from .layout import BatchLayout
+from .lean import LeanGramian
 from .parameters import grad_versions
 
 _logger = logging.getLogger("diffmtl_fast")
@@ -65,8 +66,10 @@ class ClusteredMTL(nn.Module):
             by the rules of `register_cluster_rule`, and modules without a rule in slices; "sliced" runs the whole
             model once per cluster slice. "auto" is grouped wherever a check finds it exact, and sliced for
             compiled models and where the check fails; it logs what it chose and why.
-        memory: "full" keeps the Jacobian, K times the parameters' memory; "lean" keeps the gradients of one layer
-            at a time, and pays a second backward.
+        memory: "full" keeps the Jacobian, K times the parameters' memory; "lean" keeps one operation's gradients
+            at a time, and forms those of the weighted loss afterwards. For that it keeps the operations' inputs
+            and output gradients, in place of the activations that the backward frees; under activation
+            checkpointing or offloading it takes a second backward instead.
         jacobian_dtype: dtype of the stored per-cluster gradients, such as `torch.bfloat16` to halve their memory;
             the Gramian is accumulated in float32 all the same. Default: each parameter's own.
         shared: names of keyword arguments, or positions of positional ones, that belong to the whole batch
@@ -225,11 +228,11 @@ class ClusteredMTL(nn.Module):
         number = present.sum()
         # Row k of J is the gradient of L_k / n: the form in which the losses enter the published methods.
         objective = _scaled(losses.sum() / number, scale)
-        lean = self.memory == "lean"
-        store = self._engine.lean_gramian() if lean else self._engine.jacobian
+        store = self._engine.lean_gramian() if self.memory == "lean" else self._engine.jacobian
+        twice = isinstance(store, LeanGramian) and not store.defers
         if isinstance(store, Jacobian):
             store.clear()
-        self._engine.collect(objective, store, again=lean)
+        self._engine.collect(objective, store, again=twice)
         gramian = store.gram().to(losses.device) * number**2
         if scale is not None:
             gramian = gramian / scale.to(gramian.dtype) ** 2
@@ -237,9 +240,11 @@ class ClusteredMTL(nn.Module):
         norm = None
         if isinstance(store, Jacobian):
             norm = store.combine_(self._engine.parameters, weights.to(gramian.dtype)).sqrt()
-        else:
+        elif twice:
             with self._engine.during_backward():
                 _scaled((weights.to(losses.dtype) * losses).sum() / number, scale).backward()
+        else:
+            store.combine_(self._engine.parameters, weights.to(gramian.dtype))
         self.last = StepRecord(losses.detach(), weights.detach(), present, gramian, norm)
 
     def _weigh(self, losses: Tensor, gramian: Tensor, present: Tensor, scale: Tensor | None) -> Tensor:

@@ -206,7 +206,8 @@ class Engine:
         """
         if self._grouped is None:
             raise ValueError(f"memory='lean': expected the grouped engine, found slices: {self._told}")
-        return LeanGramian(self.parameters, self._num_clusters, self._grouped.uses, self._dtype)
+        defers = not self._grouped.recomputes
+        return LeanGramian(self.parameters, self._num_clusters, self._grouped.uses, defers, self._dtype)
 
     @property
     def leaves(self) -> list[Tensor]:

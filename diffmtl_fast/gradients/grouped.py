@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import random
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from .agreement import agree, evaluating
 from .handle import Call, ClusterParameter, derive, find_handles, find_tensors, pull_back, substitute
-from .layout import BatchLayout, flatten
+from .layout import BatchLayout, Clusters, flatten
 from .parameters import Slot, forwards_replaced, installed, module_name, parent_of
 from .receiver import Receiver
 from .rules import PER_SAMPLE, RULES, NoClusterRule, Registered, RuleContext
@@ -114,6 +115,8 @@ class GroupedEngine:
     Attributes:
         sliced: the modules that run in slices, and why.
         uses: how many operations each parameter took part in since `begin`.
+        recomputes: whether activations of a forward since then are packed away, to be recomputed or fetched in
+            backward.
     """
 
     def __init__(
@@ -138,10 +141,12 @@ class GroupedEngine:
         self._probe: _Probe | None = None  # while a check is running
         self.sliced: dict[nn.Module, str] = {}
         self.uses: Counter[int] = Counter()
+        self.recomputes = False
 
     def begin(self) -> None:
         """Start a step."""
         self.uses.clear()
+        self.recomputes = False
         self._batches.clear()
 
     @property
@@ -223,6 +228,7 @@ class GroupedEngine:
                 return self._probe.disturb(out, key, self._owners(handles.values()))
             if self._layout.batch_size > 1 and key not in self._verified:
                 raise _Unverified(f"{registered.operation.__name__} {key}")
+            self.recomputes = self.recomputes or not torch.is_grad_enabled() or _packs_activations()
             self.uses.update(o for handle in handles.values() for o in handle.origins)
             result: Tensor = _Apply.apply(
                 _Use(registered, handles, self._layout, self, self._recomputing), *plain
@@ -461,22 +467,84 @@ class _Apply(torch.autograd.Function):
             block = store.vacant(handle.origins[0])
             return block if block is not None and block.is_contiguous() else None
 
-        context._buffers = buffer
         clusters = use.layout.whole if store is None else use.layout.clusters
         with _no_autocast(grad.device.type):
-            gradients = list(use.registered.rule.backward(context, grad, clusters))
-            context.saved_tensors, context._buffers = (), _no_buffer
-            receiver.bypassed = receiver.bypassed or store is None
+            gradients = list(_run_backward(use, context, grad, clusters, buffer))
+        receiver.bypassed = receiver.bypassed or store is None
+        for position, handle in use.handles.items():
+            found = gradients[position]
+            if found is None:
+                continue
+            if store is None:
+                gradients[position] = found[0]
+            else:
+                use.engine.deliver(handle, found)
+                gradients[position] = None
+        if store is not None and store.defers:
+            store.defer(_deferred_part(use, context, grad))
+        context.saved_tensors = ()
+        return None, *gradients
+
+
+def _deferred_part(use: _Use, context: RuleContext, grad: Tensor) -> Callable[[Tensor], None]:
+    """Return what forms the update of an operation's parameters from its saved tensors and its output gradient."""
+    kept = copy.copy(context)
+    kept.needs_input_grad = tuple(
+        needed and i in use.handles for i, needed in enumerate(context.needs_input_grad)
+    )
+    parameters = use.engine.parameters
+
+    def form(weights: Tensor) -> None:
+        fresh: dict[int, Tensor] = {}  # .grad made here, and not yet filled
+
+        def buffer(position: int) -> Tensor | None:
+            handle = use.handles.get(position)
+            if handle is None or handle.source is not None or parameters[handle.origins[0]].grad is not None:
+                return None
+            parameter = parameters[handle.origins[0]]
+            parameter.grad = torch.empty_like(parameter)
+            fresh[handle.origins[0]] = block = parameter.grad.unsqueeze(0)
+            return block if block.is_contiguous() else None
+
+        by_row = use.layout.clusters.by_row(weights, grad.shape[0]).to(grad.dtype)
+        weighted = grad * by_row.view(-1, *[1] * (grad.dim() - 1))
+        with torch.no_grad(), _no_autocast(grad.device.type):
+            gradients = _run_backward(use, kept, weighted, use.layout.whole, buffer)
             for position, handle in use.handles.items():
                 found = gradients[position]
                 if found is None:
                     continue
-                if store is None:
-                    gradients[position] = found[0]
-                else:
-                    use.engine.deliver(handle, found)
-                    gradients[position] = None
-        return None, *gradients
+                parts = [found] if handle.source is None else pull_back(handle, found, parameters)
+                for origin, part in zip(handle.origins, parts, strict=True):
+                    _accumulate(parameters[origin], part, fresh.pop(origin, None))
+
+    return form
+
+
+def _accumulate(parameter: nn.Parameter, part: Tensor, fresh: Tensor | None) -> None:
+    """Add a gradient [1, *shape] to a parameter's .grad; `fresh` is the view of it if it is not filled yet."""
+    if part is fresh:
+        return
+    if fresh is not None:
+        fresh.copy_(part)
+    elif parameter.grad is None:
+        parameter.grad = torch.empty_like(parameter).copy_(part[0])
+    else:
+        parameter.grad.add_(part[0])
+
+
+def _run_backward(
+    use: _Use,
+    context: RuleContext,
+    grad: Tensor,
+    clusters: Clusters,
+    buffer: Callable[[int], Tensor | None],
+) -> tuple[Tensor | None, ...]:
+    context._buffers = buffer
+    try:
+        return use.registered.rule.backward(context, grad, clusters)
+    finally:
+        context._buffers = _no_buffer
 
 
 def _run_forward(
@@ -494,6 +562,11 @@ def _shape_per_sample(batch: Tensor | int, batch_size: int) -> tuple[float, ...]
     if isinstance(batch, int):
         return (batch / batch_size,)
     return (batch.shape[0] / batch_size, *batch.shape[1:]) if batch.dim() else ()
+
+
+def _packs_activations() -> bool:
+    """Tell whether saved tensors are packed, as non-reentrant checkpoints and offloading do."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def _no_buffer(position: int) -> None:

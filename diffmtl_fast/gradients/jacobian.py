@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,15 @@ class Jacobian:
         else:
             row.copy_(gradient)
         self._written[position][k] = True
+
+    @property
+    def defers(self) -> bool:
+        """J itself forms the update."""
+        return False
+
+    def defer(self, part: Callable[[Tensor], None]) -> None:
+        """Not called: see `defers`."""
+        raise NotImplementedError
 
     @property
     def touched(self) -> list[bool]:

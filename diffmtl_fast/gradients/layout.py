@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -50,6 +51,12 @@ class Clusters:
         for k in range(self.num):
             if bounds[k] < bounds[k + 1]:
                 yield k, bounds[k], bounds[k + 1]
+
+    def by_row(self, values: Tensor, rows: int) -> Tensor:
+        """Give every row the value of its cluster: [K] → [rows]."""
+        bounds, _ = self._in_rows(rows)
+        sizes = torch.tensor([end - begin for begin, end in pairwise(bounds)])
+        return values.repeat_interleave(sizes.to(values.device), output_size=rows)
 
     def _in_rows(self, rows: int) -> tuple[list[int], Tensor]:
         if rows not in self._scaled:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -21,6 +21,13 @@ class Store(Protocol):
 
     def add_row(self, position: int, k: int, gradient: Tensor) -> None:
         """Take the gradient [*shape] of a parameter for one cluster."""
+
+    @property
+    def defers(self) -> bool:
+        """Whether it wants what forms each operation's part of the update."""
+
+    def defer(self, part: Callable[[Tensor], None]) -> None:
+        """Keep what adds an operation's part of Σ_k w_k g_k to the parameters' .grad, given w."""
 
 
 class Receiver:
