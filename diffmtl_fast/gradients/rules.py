@@ -391,7 +391,8 @@ class GroupNorm(ClusterRule):
     def backward(ctx: RuleContext, grad: Tensor, clusters: Clusters) -> tuple[Tensor | None, ...]:
         """See `ClusterRule`."""
         input, weight, bias, mean, rstd = ctx.saved_tensors
-        wanted = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
+        # PyTorch's CPU kernel for channels_last writes the input's gradient even where it was not asked for.
+        wanted = [True, *(ctx.needs_input_grad[i] for i in (2, 3))]
         grad = grad.contiguous(memory_format=_memory_format(input))
 
         def run(begin: int, end: int) -> tuple[Tensor | None, ...]:
@@ -408,7 +409,7 @@ class GroupNorm(ClusterRule):
             )
 
         by_input, by_weight, by_bias = _norm_gradients(run, ctx, clusters, input, weight, bias, wanted)
-        return by_input, None, by_weight, by_bias, None
+        return by_input if ctx.needs_input_grad[0] else None, None, by_weight, by_bias, None
 
 
 @register_cluster_rule(F.rms_norm)

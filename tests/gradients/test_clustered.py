@@ -465,3 +465,15 @@ def test_the_jacobian_is_one_buffer_for_all_steps(device):
         mtl.backward(dm.ops.sample_mse(mtl(x, t, cluster=cluster), target))
         seen.add(mtl._engine.jacobian.blocks[0].data_ptr())
     assert len(seen) == 1
+
+
+def test_group_norm_of_channels_last_input_without_gradient(device):
+    """PyTorch's CPU kernel crashes when asked for its parameters' gradients alone."""
+    net = nn.Sequential(nn.GroupNorm(2, 4), nn.Conv2d(4, 3, 1)).to(device, torch.float64)
+    x, target = (torch.randn(8, c, 5, 5, dtype=torch.float64, device=device) for c in (4, 3))
+    x = x.to(memory_format=torch.channels_last)
+    cluster = torch.tensor(UNSORTED, device=device)
+    expected = oracle(dm.ops.sample_mse(net(x), target), cluster, net.parameters())
+    mtl = dm.ClusteredMTL(net, K, dm.PCGrad())
+    mtl.backward(dm.ops.sample_mse(mtl(x, cluster=cluster), target))
+    torch.testing.assert_close(mtl.last.gramian, expected.jacobian @ expected.jacobian.T)
