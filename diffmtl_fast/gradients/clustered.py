@@ -66,10 +66,10 @@ class ClusteredMTL(nn.Module):
             by the rules of `register_cluster_rule`, and modules without a rule in slices; "sliced" runs the whole
             model once per cluster slice. "auto" is grouped wherever a check finds it exact, and sliced for
             compiled models and where the check fails; it logs what it chose and why.
-        memory: "full" keeps the Jacobian, K times the parameters' memory; "lean" keeps one operation's gradients
-            at a time, and forms those of the weighted loss afterwards. For that it keeps the operations' inputs
-            and output gradients, in place of the activations that the backward frees; under activation
-            checkpointing or offloading it takes a second backward instead.
+        memory: "full" keeps the Jacobian, K times the parameters' memory. "lean" keeps, for every operation, the
+            smaller of its block of it and of what forms its part of the update once the weights are known; that
+            takes the place of activations that the backward frees. Under activation checkpointing or offloading it
+            keeps neither, and takes a second backward.
         jacobian_dtype: dtype of the stored per-cluster gradients, such as `torch.bfloat16` to halve their memory;
             the Gramian is accumulated in float32 all the same. Default: each parameter's own.
         shared: names of keyword arguments, or positions of positional ones, that belong to the whole batch

@@ -18,7 +18,7 @@ from .agreement import agree, evaluating
 from .handle import Call, ClusterParameter, derive, find_handles, find_tensors, pull_back, substitute
 from .layout import BatchLayout, Clusters, flatten
 from .parameters import Slot, forwards_replaced, installed, module_name, parent_of
-from .receiver import Receiver
+from .receiver import Receiver, Store
 from .rules import PER_SAMPLE, RULES, NoClusterRule, Registered, RuleContext
 from .sliced import Aliases, run_slices
 
@@ -471,6 +471,7 @@ class _Apply(torch.autograd.Function):
         with _no_autocast(grad.device.type):
             gradients = list(_run_backward(use, context, grad, clusters, buffer))
         receiver.bypassed = receiver.bypassed or store is None
+        later = set() if store is None else _left_for_later(use, context, grad, store)
         for position, handle in use.handles.items():
             found = gradients[position]
             if found is None:
@@ -480,17 +481,31 @@ class _Apply(torch.autograd.Function):
             else:
                 use.engine.deliver(handle, found)
                 gradients[position] = None
-        if store is not None and store.defers:
-            store.defer(_deferred_part(use, context, grad))
+        if later and store is not None:
+            store.defer(_deferred_part(use, context, grad, later))
         context.saved_tensors = ()
         return None, *gradients
 
 
-def _deferred_part(use: _Use, context: RuleContext, grad: Tensor) -> Callable[[Tensor], None]:
-    """Return what forms the update of an operation's parameters from its saved tensors and its output gradient."""
+def _left_for_later(use: _Use, context: RuleContext, grad: Tensor, store: Store) -> set[int]:
+    """Return the parameters whose update is formed from the operation's tensors, once w is known."""
+    if not store.defers:
+        return set()
+    parameters = {p.data_ptr() for p in use.engine.parameters}
+    tensors = [t for t in (grad, *context.saved_tensors) if t is not None and t.data_ptr() not in parameters]
+    size = sum(t.numel() * t.element_size() for t in tensors)
+    wanted = [handle for i, handle in use.handles.items() if context.needs_input_grad[i]]
+    return {o for handle in wanted for o in handle.origins if not store.keeps(o, size)}
+
+
+def _deferred_part(
+    use: _Use, context: RuleContext, grad: Tensor, later: set[int]
+) -> Callable[[Tensor], None]:
+    """Return what forms the update of some parameters from the operation's saved tensors and output gradient."""
     kept = copy.copy(context)
     kept.needs_input_grad = tuple(
-        needed and i in use.handles for i, needed in enumerate(context.needs_input_grad)
+        i in use.handles and not later.isdisjoint(use.handles[i].origins)
+        for i in range(len(context.needs_input_grad))
     )
     parameters = use.engine.parameters
 
@@ -516,6 +531,8 @@ def _deferred_part(use: _Use, context: RuleContext, grad: Tensor) -> Callable[[T
                     continue
                 parts = [found] if handle.source is None else pull_back(handle, found, parameters)
                 for origin, part in zip(handle.origins, parts, strict=True):
+                    if origin not in later:
+                        continue
                     _accumulate(parameters[origin], part, fresh.pop(origin, None))
 
     return form

@@ -60,10 +60,12 @@ class Jacobian:
             row.copy_(gradient)
         self._written[position][k] = True
 
-    @property
-    def defers(self) -> bool:
-        """J itself forms the update."""
-        return False
+    # J itself forms the update, and operations keep nothing for it.
+    defers = False
+
+    def keeps(self, position: int, size: int) -> bool:
+        """Keep every block."""
+        return True
 
     def defer(self, part: Callable[[Tensor], None]) -> None:
         """Not called: see `defers`."""

@@ -1,4 +1,4 @@
-"""The Gramian and the update without the Jacobian: one operation's gradients at a time."""
+"""The Gramian and the update without a whole Jacobian."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from .jacobian import accumulate, dense_stride
 # Adds an operation's part of Σ_k w_k g_k to the parameters' .grad, given w.
 Deferred = Callable[[Tensor], None]
 
-
 _SHARED = (
     "memory='lean': expected no parameter to be shared by a module in slices and one that is not; "
     "use memory='full'"
@@ -22,21 +21,20 @@ _SHARED = (
 
 
 class LeanGramian:
-    """Adds up the Gramians of the parameters' blocks as they come, and keeps none of them.
+    """Adds up the Gramians of the parameters' blocks as they come, and keeps as little as it can for the update.
 
-    The update is formed afterwards. An output gradient of the weighted loss is one of the plain loss with every
-    sample's rows times the weight of its cluster, because samples do not interact; so an operation that keeps its
-    input and its output gradient can form its part of the update without another backward. What is kept so
-    takes the place of the activations that the backward frees.
-
-    A parameter that several operations use is kept until all of them have added their part; one whose gradients
-    come row by row, from a module in slices, is kept to the end.
+    The update is formed once the weights are known. An output gradient of the weighted loss is one of the plain
+    loss with every sample's rows times the weight of its cluster, because samples do not interact. So an
+    operation that keeps its input and its output gradient can form its part of the update without another
+    backward. A parameter's block is kept instead where it is smaller than these, or is not complete after one
+    operation: one of a parameter that several operations use, or of a module in slices. Either takes the place of
+    activations that the backward frees.
 
     Args:
         parameters: the trainable parameters.
         num_clusters: K.
         uses: how many operations of the forward each parameter took part in.
-        defers: whether operations keep what forms the update. Where activations are recomputed or fetched in
+        defers: whether operations may keep what forms the update. Where activations are recomputed or fetched in
             backward, to save memory, keeping them would undo that: the update takes a second backward instead.
         dtype: of the blocks while they are kept; default each parameter's own.
     """
@@ -55,27 +53,30 @@ class LeanGramian:
         self.defers = defers
         self._dtype = dtype
         self._kept: dict[int, Tensor] = {}
+        self._by_row: set[int] = set()
         self._done: set[int] = set()
         self._lent: dict[int, Tensor] = {}
-        self._free: list[Tensor] = []
+        self._free: list[Tensor] = []  # memory of finished blocks: mapping fresh memory each time is slow
         self._gramian: Tensor | None = None
-        self._by_row: set[int] = set()
         self._deferred: list[Deferred] = []
+
+    def keeps(self, position: int, size: int) -> bool:
+        """Decide whether a parameter's block is kept, rather than an operation's tensors of `size` bytes."""
+        if not self.defers:
+            return False
+        parameter = self._parameters[position]
+        dtype = self._dtype or parameter.dtype
+        if self._uses[position] > 1 or self._num_clusters * parameter.numel() * dtype.itemsize <= size:
+            self._kept.setdefault(position, torch.empty(0))  # filled by `add`
+        return position in self._kept
 
     def defer(self, part: Deferred) -> None:
         """Keep what forms an operation's part of the update."""
         self._deferred.append(part)
 
-    def combine_(self, parameters: Sequence[nn.Parameter], weights: Tensor) -> None:
-        """Add Σ_k w_k g_k to the parameters' ``.grad``."""
-        while self._deferred:
-            self._deferred.pop()(weights)
-        rows = sorted(self._by_row)
-        accumulate([parameters[i] for i in rows], [self._kept[i] for i in rows], weights)
-
     def vacant(self, position: int) -> Tensor | None:
-        """Lend memory until `add`; fresh memory for every layer would have to be mapped each time."""
-        if self._uses[position] > 1 or position in self._kept or position in self._lent:
+        """Lend memory for a block until `add`."""
+        if self._uses[position] > 1 or position in self._lent or position in self._by_row:
             return None
         parameter = self._parameters[position]
         self._lent[position] = memory = self._scratch(parameter)
@@ -90,36 +91,46 @@ class LeanGramian:
             )
         if position in self._by_row:
             raise RuntimeError(_SHARED)
-        if position in self._kept:
-            gradients = self._kept[position].add_(gradients)
+        memory = self._lent.pop(position, None)
+        kept = self._kept.get(position)
+        if kept is not None and kept.numel() == gradients.numel() > 0:
+            gradients = kept.add_(gradients)
         self._uses[position] -= 1
-        if self._uses[position] > 0:
-            self._kept[position] = gradients
-        else:
-            self._kept.pop(position, None)
+        unfinished = self._uses[position] > 0
+        if not unfinished:
             self._done.add(position)
             self._take(gradients)
-        if position in self._lent:
-            self._free.append(self._lent.pop(position))
+        if kept is not None or unfinished:
+            self._kept[position] = gradients if self._dtype is None else gradients.to(self._dtype)
+        elif memory is not None:
+            self._free.append(memory)
 
     def add_row(self, position: int, k: int, gradient: Tensor) -> None:
         """Take the gradient [*shape] of a parameter for one cluster; `gram` counts it in."""
         if position in self._done:
             raise RuntimeError(_SHARED)
-        if position not in self._kept:
+        if position not in self._by_row:
             parameter = self._parameters[position]
             self._kept[position] = self._block(self._scratch(parameter).zero_(), parameter)
-        self._by_row.add(position)
+            self._by_row.add(position)
         self._kept[position][k] += gradient
 
     def gram(self) -> Tensor:
-        """Return J Jᵀ, [K, K], float32 at least, after counting in whatever is kept."""
-        for gradients in self._kept.values():
-            self._take(gradients)
+        """Return J Jᵀ, [K, K], float32 at least, when all gradients have come."""
+        for position in sorted(self._by_row):
+            self._take(self._kept[position])
         self._free.clear()
         if self._gramian is None:
             return torch.zeros(self._num_clusters, self._num_clusters, device=self._parameters[0].device)
         return self._gramian
+
+    def combine_(self, parameters: Sequence[nn.Parameter], weights: Tensor) -> None:
+        """Add Σ_k w_k g_k to the parameters' ``.grad``."""
+        while self._deferred:
+            self._deferred.pop()(weights)
+        kept = sorted(self._kept)
+        accumulate([parameters[i] for i in kept], [self._kept[i] for i in kept], weights)
+        self._kept.clear()
 
     def _take(self, gradients: Tensor) -> None:
         if self._dtype is not None:
@@ -128,10 +139,10 @@ class LeanGramian:
         self._gramian = part if self._gramian is None else self._gramian + part
 
     def _scratch(self, parameter: nn.Parameter) -> Tensor:
-        """Return memory for a block, of a finished layer where there is some."""
+        """Return memory for a block, of a finished one where it fits."""
         size, dtype = self._num_clusters * parameter.numel(), self._dtype or parameter.dtype
         for i, memory in enumerate(self._free):
-            if memory.numel() >= size and memory.dtype == dtype:
+            if size <= memory.numel() <= 2 * size and memory.dtype == dtype:
                 return self._free.pop(i)
         return torch.empty(size, dtype=dtype, device=parameter.device)
 

@@ -22,9 +22,12 @@ class Store(Protocol):
     def add_row(self, position: int, k: int, gradient: Tensor) -> None:
         """Take the gradient [*shape] of a parameter for one cluster."""
 
+    def keeps(self, position: int, size: int) -> bool:
+        """Decide whether a parameter's block is kept, rather than an operation's tensors of `size` bytes."""
+
     @property
     def defers(self) -> bool:
-        """Whether it wants what forms each operation's part of the update."""
+        """Whether operations are to keep what forms their part of the update."""
 
     def defer(self, part: Callable[[Tensor], None]) -> None:
         """Keep what adds an operation's part of Σ_k w_k g_k to the parameters' .grad, given w."""

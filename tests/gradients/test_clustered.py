@@ -467,13 +467,18 @@ def test_the_jacobian_is_one_buffer_for_all_steps(device):
     assert len(seen) == 1
 
 
-def test_group_norm_of_channels_last_input_without_gradient(device):
-    """PyTorch's CPU kernel crashes when asked for its parameters' gradients alone."""
-    net = nn.Sequential(nn.GroupNorm(2, 4), nn.Conv2d(4, 3, 1)).to(device, torch.float64)
-    x, target = (torch.randn(8, c, 5, 5, dtype=torch.float64, device=device) for c in (4, 3))
-    x = x.to(memory_format=torch.channels_last)
-    cluster = torch.tensor(UNSORTED, device=device)
+def test_lean_memory_with_channels_last_group_norms(engine, device):
+    """PyTorch's CPU kernel crashes when asked for the parameters' gradients alone."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.Conv2d(4, 3, 1)).to(device, torch.float64)
+    x, target = torch.randn(2, 8, 3, 5, 5, dtype=torch.float64, device=device)
+    x, cluster = x.to(memory_format=torch.channels_last), torch.tensor(UNSORTED, device=device)
     expected = oracle(dm.ops.sample_mse(net(x), target), cluster, net.parameters())
-    mtl = dm.ClusteredMTL(net, K, dm.PCGrad())
+    if engine == "sliced":
+        with pytest.raises(ValueError, match="expected engine 'auto' or 'grouped'"):
+            dm.ClusteredMTL(net, K, dm.PCGrad(), memory="lean")
+        return
+    mtl = dm.ClusteredMTL(net, K, dm.PCGrad(), memory="lean")
     mtl.backward(dm.ops.sample_mse(mtl(x, cluster=cluster), target))
     torch.testing.assert_close(mtl.last.gramian, expected.jacobian @ expected.jacobian.T)
+    direction = update_direction(expected.jacobian, mtl.last.weights, expected.present)
+    torch.testing.assert_close(flat_grad(net.parameters()), direction)
