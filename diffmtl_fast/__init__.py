@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import clustering, curriculum, diffusion, ops
+from . import analysis, clustering, curriculum, diffusion, ops
 from .clustering import (
     ClusterPath,
     IntervalClustering,
@@ -53,6 +53,7 @@ __all__ = [
     "TimestepSampler",
     "UncertaintyWeighting",
     "UniformSampler",
+    "analysis",
     "cluster_affinity",
     "cluster_intervals",
     "cluster_noise",

@@ -7,6 +7,7 @@ uncertainty weighting (Kendall et al., 2018). Where released code deviates from 
 docstrings say which way was taken.
 """
 
+from .affinity import pairwise_cosines, timestep_gradients
 from .clustering import affinity_cost, optimal_intervals, snr_cost, timestep_cost
 from .gradients import ClusterGradients, cluster_gradients, cluster_means
 from .steps import Batch, LossFn, nash_step, pcgrad_step, plain_step, uw_step
@@ -32,12 +33,14 @@ __all__ = [
     "nash_step",
     "nash_weights",
     "optimal_intervals",
+    "pairwise_cosines",
     "pcgrad",
     "pcgrad_step",
     "plain_step",
     "random_orders",
     "snr_cost",
     "timestep_cost",
+    "timestep_gradients",
     "uncertainty_weighting",
     "update_direction",
     "uw_step",

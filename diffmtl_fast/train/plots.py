@@ -1,4 +1,4 @@
-"""The pictures of a run. Figures are made without pyplot, so that no window system or global state is needed."""
+"""The pictures of a run."""
 
 from __future__ import annotations
 
@@ -13,12 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .._extras import require
+from .._figures import colours, new_figure, save
 from ..clustering import ClusterPath, IntervalClustering
 from ..clustering.report import plot_path
-
-DPI = 150
-# matplotlib's ten-colour cycle is qualitative; noise levels are ordered, so clusters take a sequential map.
-COLOUR_MAP = "viridis"
 
 
 def samples(path: Path, pictures: Tensor, labels: Tensor | None, title: str) -> None:
@@ -35,7 +32,7 @@ def samples(path: Path, pictures: Tensor, labels: Tensor | None, title: str) -> 
     images = ((pictures.clamp(-1, 1) + 1) / 2).movedim(1, -1).numpy()
     height, width = images.shape[1:3]
     size = 0.55
-    figure = _figure(size * columns * width / height + 0.4, size * len(rows) + 0.45)
+    figure = new_figure(size * columns * width / height + 0.4, size * len(rows) + 0.45)
     grid = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw={"wspace": 0.06, "hspace": 0.06})
     for axes, (name, row) in zip(grid, rows, strict=True):
         for axis in axes:
@@ -46,7 +43,7 @@ def samples(path: Path, pictures: Tensor, labels: Tensor | None, title: str) -> 
             axes[0].text(-0.25, 0.5, name, transform=axes[0].transAxes, ha="right", va="center", fontsize=11)
     if columns >= 6:  # a narrower grid has no room for it
         figure.suptitle(title, fontsize=10)
-    _save(figure, path)
+    save(figure, path)
 
 
 def clusters(
@@ -65,16 +62,16 @@ def clusters(
         title: above the curve.
         costs: the optima for every k, drawn in a second panel.
     """
-    figure = _figure(6.4 if costs is None else 9.6, 3.2)
+    figure = new_figure(6.4 if costs is None else 9.6, 3.2)
     if costs is None:
         axis = figure.subplots()
     else:
         axis, beside = figure.subplots(1, 2, width_ratios=[2, 1])
         plot_path(costs, beside)
-    colours = _colours(clustering.k)
+    shades = colours(clustering.k)
     edges = clustering.boundaries
     for cluster, (left, right) in enumerate(itertools.pairwise(edges)):
-        axis.axvspan(left, right, color=colours[cluster], alpha=0.25, linewidth=0)
+        axis.axvspan(left, right, color=shades[cluster], alpha=0.25, linewidth=0)
         if cluster:
             axis.axvline(left, color="white", linewidth=1.0)
         share = (right - left) / clustering.num_timesteps
@@ -90,7 +87,7 @@ def clusters(
     axis.set_xlabel("timestep t")
     axis.set_ylabel("log-SNR")
     axis.set_title(title, fontsize=10)
-    _save(figure, path)
+    save(figure, path)
 
 
 def training(path: Path, lines: Sequence[dict[str, Any]], title: str) -> None:
@@ -107,7 +104,7 @@ def training(path: Path, lines: Sequence[dict[str, Any]], title: str) -> None:
     if any("cosines" in line for line in lines):
         panels.append(("cosines", "cosine of cluster gradients"))
     width = max(3.2 * len(panels), 4.8)
-    figure = _figure(width, 3.2)
+    figure = new_figure(width, 3.2)
     columns = min(5, int(width / 1.4))
     legends = {}
     for axis, (name, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -128,7 +125,7 @@ def training(path: Path, lines: Sequence[dict[str, Any]], title: str) -> None:
             *handles, loc=f"outside lower {side}", ncols=columns, fontsize=8, frameon=False, handlelength=1.5
         )
     figure.suptitle(textwrap.fill(title, int(14 * width)), fontsize=10)
-    _save(figure, path)
+    save(figure, path)
 
 
 def smooth(values: NDArray[np.float64], reach: int) -> NDArray[np.float64]:
@@ -150,7 +147,7 @@ def smooth(values: NDArray[np.float64], reach: int) -> NDArray[np.float64]:
 
 def _plot_clusters(axis: Any, steps: NDArray[np.int64], values: NDArray[np.float64]) -> None:
     lines = smooth(values, _reach(len(steps)))
-    for cluster, colour in enumerate(_colours(values.shape[1])):
+    for cluster, colour in enumerate(colours(values.shape[1])):
         axis.plot(steps, values[:, cluster], color=colour, alpha=0.2, linewidth=0.8)
         axis.plot(steps, lines[:, cluster], color=colour, label=_label(f"cluster {cluster}", cluster))
     if np.nanmin(values) > 0.0:
@@ -162,7 +159,7 @@ def _plot_cosines(axis: Any, steps: NDArray[np.int64], values: NDArray[np.float6
     number = values.shape[1]
     lines = smooth(values, _reach(len(steps)))
     axis.axhline(0.0, color="black", linewidth=0.8)
-    for distance, colour in enumerate(_colours(number - 1), start=1):
+    for distance, colour in enumerate(colours(number - 1), start=1):
         for i in range(number - distance):
             label = _label(_apart(distance) if i == 0 else "", distance)
             axis.plot(steps, lines[:, i, i + distance], color=colour, linewidth=1.0, label=label)
@@ -208,16 +205,3 @@ def _rows(pictures: Tensor, labels: Tensor | None) -> list[tuple[str | None, lis
             for start in range(0, len(pictures), side)
         ]
     return [(str(label), (labels == label).nonzero()[:, 0].tolist()) for label in labels.unique().tolist()]
-
-
-def _colours(count: int) -> list[Any]:
-    colour_map = require("matplotlib", "train").colormaps[COLOUR_MAP]
-    return [colour_map(value) for value in np.linspace(0.0, 0.9, count)]
-
-
-def _figure(width: float, height: float) -> Any:
-    return require("matplotlib.figure", "train").Figure(figsize=(width, height), layout="constrained")
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=DPI)
