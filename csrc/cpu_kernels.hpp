@@ -33,6 +33,19 @@ struct Rows {
   int count;
 };
 
+// A block of outputs x inputs of one cluster's weight gradient. Elements of a row lie next to each other.
+struct WgradBlock {
+  const void* grad;
+  Int grad_stride;  // in elements
+  const void* x;
+  Int x_stride;
+  Int rows, outputs, inputs;
+  bool add;          // to what is there
+  bool past_caches;  // write to memory at once; needs an output of the computing type, in cache lines
+  void* out;
+  Int out_stride;
+};
+
 struct Kernels {
   const char* name;
   // sums[i * count + j] += <row i, row j> for i <= j. scratch: gram_scratch(count) bytes, aligned to 64.
@@ -47,6 +60,10 @@ struct Kernels {
                                                 void* by_pred, void* by_target, Int n);
   // out = a_share * a + b_share * b in three roundings, computed in the type of out, but at least in that of a.
   void (*mix[kDTypes][kDTypes][kDTypes])(const void* a, double a_share, const void* b, double b_share, void* out, Int n);
+  // By the types of the rows and of the output. scratch: wgrad_scratch(block) bytes, aligned to 64.
+  void (*wgrad[kDTypes][kDTypes])(const WgradBlock& block, void* scratch);
+  // out = (add ? out : 0) + the sum of `count` rows, by the types of the rows and of the output.
+  void (*sum_rows[kDTypes][kDTypes])(const void* rows, Int stride, Int count, Int columns, bool add, void* out);
   // The noise of n elements of a sample from element `begin` on, a multiple of 4.
   void (*normals)(std::uint64_t seed, Int sample, Int begin, Int n, float* out);
   // Of given words, n a multiple of 16: for the tests, whose patience ends before the noise meets its extreme words.
@@ -54,6 +71,12 @@ struct Kernels {
 };
 
 constexpr std::size_t gram_scratch(int rows) { return sizeof(double) * kBlock * static_cast<std::size_t>(rows); }
+
+// In whole tiles.
+constexpr std::size_t wgrad_scratch(const WgradBlock& block) {
+  constexpr Int kTiles = 256;
+  return sizeof(double) * static_cast<std::size_t>((block.outputs + block.inputs + kTiles) * block.rows);
+}
 
 // Null where the table was not compiled for this architecture.
 const Kernels* plain_kernels();

@@ -1,13 +1,12 @@
 // The loops of the CPU ops, compiled for the instruction set of the including file.
 #pragma once
+#include "cpu_cluster_loops.hpp"
 #include "cpu_loss_loops.hpp"
 #include "cpu_noise.hpp"
 #include "cpu_vector.hpp"
 
 namespace diffmtl::cpu {
 namespace {
-
-DIFFMTL_INLINE_LOOP Int smaller(Int a, Int b) { return b < a ? b : a; }
 
 // Rows per tile of a Gramian: R x R products are accumulated in registers, next to R + 1 rows.
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -57,15 +56,6 @@ inline void multiply(const Compute* const* rows, int count, Int n, double* sums)
       multiply_group<Compute, kTile, false>(static_cast<int>(smaller(kTile, count - j)), rows + i, rows + j, n,
                                             tile + (j - i), count);
   }
-}
-
-// Copies n elements in the computing type and fills up the last register with zeros.
-template <class Compute, class T>
-inline void convert(const T* from, Int n, Compute* to) {
-  Int c = 0;
-  for (; c + kLanes<Compute> <= n; c += kLanes<Compute>) store<Compute>(to + c, load<Compute>(from + c));
-  if (c == n) return;
-  for (int i = 0; i < kLanes<Compute>; ++i) to[c + i] = c + i < n ? to_number(from[c + i]) : 0;
 }
 
 template <class T>
@@ -156,17 +146,21 @@ double combine(const Rows& rows, const double* weights, bool accumulate, void* o
 #define DIFFMTL_PER_LAST_TWO(kernel, ...)                                                    \
   {DIFFMTL_PER_LAST(kernel, __VA_ARGS__, float), DIFFMTL_PER_LAST(kernel, __VA_ARGS__, double), \
    DIFFMTL_PER_LAST(kernel, __VA_ARGS__, BFloat16), DIFFMTL_PER_LAST(kernel, __VA_ARGS__, Float16)}
+#define DIFFMTL_PER_PAIR(kernel)                                                                   \
+  {DIFFMTL_PER_LAST(kernel, float), DIFFMTL_PER_LAST(kernel, double), DIFFMTL_PER_LAST(kernel, BFloat16), \
+   DIFFMTL_PER_LAST(kernel, Float16)}
 #define DIFFMTL_PER_LOSS(kernel) {DIFFMTL_PER_LAST_TWO(kernel, Squared), DIFFMTL_PER_LAST_TWO(kernel, Huber)}
 
 constexpr Kernels make_kernels(const char* name) {
   return {name,
           DIFFMTL_PER_DTYPE(gram),
-          {DIFFMTL_PER_LAST(combine, float), DIFFMTL_PER_LAST(combine, double), DIFFMTL_PER_LAST(combine, BFloat16),
-           DIFFMTL_PER_LAST(combine, Float16)},
+          DIFFMTL_PER_PAIR(combine),
           DIFFMTL_PER_LOSS(loss_sum),
           DIFFMTL_PER_LOSS(loss_slope),
           {DIFFMTL_PER_LAST_TWO(mix, float), DIFFMTL_PER_LAST_TWO(mix, double), DIFFMTL_PER_LAST_TWO(mix, BFloat16),
            DIFFMTL_PER_LAST_TWO(mix, Float16)},
+          DIFFMTL_PER_PAIR(wgrad),
+          DIFFMTL_PER_PAIR(sum_rows),
           normals,
           box_muller_of_words};
 }

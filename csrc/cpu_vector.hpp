@@ -50,6 +50,8 @@ constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(Compute));
 template <class A, class B = A>
 using ComputeOf = std::conditional_t<std::is_same_v<A, double> || std::is_same_v<B, double>, double, float>;
 
+DIFFMTL_INLINE_LOOP Int smaller(Int a, Int b) { return b < a ? b : a; }
+
 template <class To, class From>
 DIFFMTL_INLINE_LOOP To bit_cast(const From& from) {
   static_assert(sizeof(To) == sizeof(From));
@@ -192,6 +194,42 @@ DIFFMTL_INLINE_LOOP void store(T* p, Vector<Compute> v) {
   } else {
     for (int i = 0; i < kLanes<Compute>; ++i) p[i] = from_number<T>(v[i]);
   }
+}
+
+// Stores whole registers at aligned addresses without a place in the caches, where the processor can.
+template <class Compute>
+DIFFMTL_INLINE_LOOP void store_past_caches(Compute* p, Vector<Compute> v) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<Compute, float>) {
+    _mm512_stream_ps(p, (__m512)v);
+  } else {
+    _mm512_stream_pd(p, (__m512d)v);
+  }
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<Compute, float>) {
+    _mm256_stream_ps(p, (__m256)v);
+  } else {
+    _mm256_stream_pd(p, (__m256d)v);
+  }
+#else
+  store<Compute>(p, v);
+#endif
+}
+
+// Makes such stores visible to other threads before anything that follows.
+DIFFMTL_INLINE_LOOP void finish_stores() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+// Copies n elements in the computing type and fills up the last register with zeros.
+template <class Compute, class T>
+inline void convert(const T* from, Int n, Compute* to) {
+  Int c = 0;
+  for (; c + kLanes<Compute> <= n; c += kLanes<Compute>) store<Compute>(to + c, load<Compute>(from + c));
+  if (c == n) return;
+  for (int i = 0; i < kLanes<Compute>; ++i) to[c + i] = c + i < n ? to_number(from[c + i]) : 0;
 }
 
 // The first n elements, zeros in the other lanes; any n > 0.

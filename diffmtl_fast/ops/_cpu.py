@@ -10,6 +10,7 @@ environment variable ``DIFFMTL_CPU_KERNELS`` (``plain``, ``avx2``, ``avx512``), 
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -21,7 +22,16 @@ from torch import Tensor
 
 from .._native import _C
 from ._checks import accumulation_dtype, host_offsets
-from ._layout import CHANNELS_LAST, Result, dense_rows, empty_row, is_dense, rows_like
+from ._layout import (
+    CHANNELS_LAST,
+    Result,
+    contiguous_clusters,
+    dense_rows,
+    empty_row,
+    in_rows,
+    is_dense,
+    rows_like,
+)
 from ._library import register_kernel, run_plain
 from .nash import CONVERGED, LINE_SEARCH_STEPS, NEWTON_STEPS
 from .philox import is_seed
@@ -379,9 +389,30 @@ def nash_weights(gramian: Tensor, present: Tensor) -> Tensor:
     return weights
 
 
+@functools.cache
+def _library_multiplies(dtype: torch.dtype) -> bool:
+    """Whether PyTorch has fast products of these numbers on this processor; others are widened to float32."""
+    check = {
+        torch.bfloat16: "_is_mkldnn_bf16_supported",
+        torch.float16: "_is_mkldnn_fp16_supported",
+    }.get(dtype)
+    return check is None or (torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, check)())
+
+
+def _longest_own(dtype: torch.dtype, out_dtype: torch.dtype) -> int:
+    """Return up to how many rows a cluster is multiplied faster by our kernel than by PyTorch's library.
+
+    Ours writes the result once and past the caches, which counts where there is little else to do; it multiplies
+    everything in float32 at least, where the library may have an instruction for shorter numbers.
+    """
+    if dtype.itemsize > 2 or not _library_multiplies(dtype):
+        return 512
+    return 8 if out_dtype == dtype else 32  # the library's product has yet to be converted
+
+
 def _multiply(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
-    """Put a @ b into `out`, or add it."""
-    if a.dtype == torch.float16:  # the BLAS library has no fast product of these
+    """Put a @ b into `out`, or add it, with PyTorch's library."""
+    if not _library_multiplies(a.dtype):
         a, b = a.float(), b.float()
     if a.dtype != out.dtype:
         product = a @ b
@@ -397,15 +428,45 @@ def cluster_wgrad_out(grad_out: Tensor, x: Tensor, offsets: Tensor, out: Tensor,
     if reason := _unsupported(grad_out, out):
         run_plain("cluster_wgrad_out", reason, grad_out, x, offsets, out, accumulate)
         return
-    bounds = host_offsets(offsets, x.shape[0])
-    for row, (begin, end) in zip(out, pairwise(bounds), strict=True):
-        _multiply(grad_out[begin:end].T, x[begin:end], row, accumulate)
+    longest = _longest_own(x.dtype, out.dtype)
+    own: list[tuple[int, int, int]] = []
+    others: list[tuple[int, int, int]] = []
+    for k, (begin, end) in enumerate(pairwise(host_offsets(offsets, x.shape[0]))):
+        (own if end - begin <= longest else others).append((k, begin, end))
+    with contiguous_clusters(out, accumulate) as (result, add):
+        if own:
+            rows = in_rows(grad_out), in_rows(x)
+            _C.cpu_cluster_wgrad(
+                *map(_handle, rows), own, *out.shape[1:], _handle(result), add, torch.get_num_threads()
+            )
+        for k, begin, end in others:
+            _multiply(grad_out[begin:end].T, x[begin:end], result[k], add)
 
 
 def cluster_wgrad(grad_out: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     """Run `cluster_wgrad`."""
     out = x.new_empty([offsets.shape[0] - 1, grad_out.shape[1], x.shape[1]])
     cluster_wgrad_out(grad_out, x, offsets, out, False)
+    return out
+
+
+def cluster_sum_out(values: Tensor, offsets: Tensor, out: Tensor, accumulate: bool) -> None:
+    """Run `cluster_sum_out`."""
+    if reason := _unsupported(values, out):
+        run_plain("cluster_sum_out", reason, values, offsets, out, accumulate)
+        return
+    bounds = host_offsets(offsets, values.shape[0])
+    values = in_rows(values)
+    with contiguous_clusters(out, accumulate) as (result, add):
+        _C.cpu_cluster_sum(
+            _handle(values), bounds, values.shape[1], _handle(result), add, torch.get_num_threads()
+        )
+
+
+def cluster_sum(values: Tensor, offsets: Tensor) -> Tensor:
+    """Run `cluster_sum`."""
+    out = values.new_empty([offsets.shape[0] - 1, values.shape[1]])
+    cluster_sum_out(values, offsets, out, False)
     return out
 
 
@@ -423,6 +484,8 @@ _KERNELS: tuple[Callable[..., Any], ...] = (
     cluster_mse,
     cluster_mean,
     cluster_mean_backward,
+    cluster_sum,
+    cluster_sum_out,
     cluster_wgrad,
     cluster_wgrad_out,
     uncertainty_loss,

@@ -426,11 +426,10 @@ def _batched_wgrad(grad_out: Tensor, x: Tensor, out: Tensor, accumulate: bool) -
     """Multiply clusters of one size, with the precision that PyTorch's settings give to any linear layer."""
     left, right = (rows.unflatten(0, (out.shape[0], -1)) for rows in (grad_out, x))
     dtype: dict[str, Any] = {} if out.dtype == x.dtype else {"out_dtype": out.dtype}
-    with torch.autocast(x.device.type, enabled=False):
-        if accumulate:
-            torch.baddbmm(out, left.transpose(1, 2), right, **dtype, out=out)
-        else:
-            torch.bmm(left.transpose(1, 2), right, **dtype, out=out)
+    if accumulate:
+        torch.baddbmm(out, left.transpose(1, 2), right, **dtype, out=out)
+    else:
+        torch.bmm(left.transpose(1, 2), right, **dtype, out=out)
 
 
 def cluster_wgrad_out(grad_out: Tensor, x: Tensor, offsets: Tensor, out: Tensor, accumulate: bool) -> None:

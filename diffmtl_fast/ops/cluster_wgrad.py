@@ -68,7 +68,9 @@ def cluster_wgrad(
 
     Returns:
         [K, O, I], zeros for an empty cluster; `out`, or a new tensor in the dtype of the inputs. Sums are formed
-        in float32 at least, and the same inputs give the same bits. Autocast does not change it.
+        in float32 at least, and the same inputs give the same bits. Autocast does not change it. On a CPU that
+        multiplies bfloat16 itself, sums over many rows are rounded to it on their way into a wider `out`, as those
+        of a linear layer are.
 
     Raises:
         TypeError: a dtype is not as stated.

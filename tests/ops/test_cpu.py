@@ -8,6 +8,7 @@ import math
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import pytest
 import torch
@@ -447,6 +448,85 @@ class TestInstructionSetsAgree:
             assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
+def weight_gradients(grad_out, x, bounds):
+    """The weight gradients in float64, and the sums of their terms' absolute values."""
+    rows = [(grad_out[begin:end].double(), x[begin:end].double()) for begin, end in pairwise(bounds)]
+    return torch.stack([g.T @ v for g, v in rows]), torch.stack([g.abs().T @ v.abs() for g, v in rows])
+
+
+class TestSumsOverClusters:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_every_end_of_a_tile(self, dtype, instruction_set, seeded):
+        bounds = [0, 5, 5, 8, 40]
+        for outputs, inputs in itertools.product((1, 5, 6, 7, 13, 49), (1, 3, 15, 16, 31, 33, 64, 65, 130)):
+            grad_out, x = (draw((40, w), dtype, seeded, offset=1) for w in (outputs, inputs))
+            found = ops.cluster_wgrad(grad_out, x, torch.tensor(bounds))
+            expected, absolute = weight_gradients(grad_out, x, bounds)
+            unit = EPSILON[dtype] + (0 if dtype == torch.float64 else 1e-6)
+            tiny = torch.finfo(dtype).smallest_normal
+            assert ((found.double() - expected).abs() <= 4 * unit * absolute + tiny).all()
+
+    @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("longest", [-1, 1 << 20], ids=["library", "own"])
+    @pytest.mark.parametrize("accumulate", [False, True])
+    def test_library_and_own_products(
+        self, accumulate, longest, dtype, out_dtype, instruction_set, seeded, monkeypatch
+    ):
+        monkeypatch.setattr(_cpu, "_longest_own", lambda *_: longest)
+        bounds = [0, 600, 600, 607]
+        grad_out, x = draw((607, 10), dtype, seeded), draw((607, 96), dtype, seeded)
+        jacobian = draw((3, 1000), out_dtype, seeded, offset=1)
+        out = jacobian[:, 2:962].view(3, 10, 96)
+        before = out.double().clone()
+        ops.cluster_wgrad(grad_out, x, torch.tensor(bounds), out=out, accumulate=accumulate)
+        expected, absolute = weight_gradients(grad_out, x, bounds)
+        unit = max(EPSILON[dtype], EPSILON[out_dtype]) + (0 if dtype == torch.float64 else 1e-6)
+        bound = 4 * unit * (absolute + accumulate * before.abs()) + torch.finfo(out_dtype).smallest_normal
+        assert ((out.double() - expected - accumulate * before).abs() <= bound).all()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    @pytest.mark.parametrize("start", [0, 16, 1], ids=["aligned", "in a cache line", "misaligned"])
+    def test_results_larger_than_the_caches(self, start, dtype, instruction_set, seeded):
+        grad_out, x = draw((9, 300), dtype, seeded), draw((9, 1024), dtype, seeded)
+        bounds = [0, 2, 9]
+        memory = torch.full((2 * 300 * 1024 + 64,), math.nan, dtype=dtype)
+        first = -memory.data_ptr() % 64 // memory.itemsize + start
+        out = memory[first : first + 2 * 300 * 1024].view(2, 300, 1024)
+        ops.cluster_wgrad(grad_out, x, torch.tensor(bounds), out=out)
+        assert relative_error(out, weight_gradients(grad_out, x, bounds)[0]) < 4 * EPSILON[dtype]
+        assert memory.isnan().sum() == 64
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("supported", [True, False])
+    def test_numbers_that_the_library_may_not_multiply(self, supported, dtype, seeded, monkeypatch):
+        monkeypatch.setattr(_cpu, "_library_multiplies", lambda _: supported)
+        monkeypatch.setattr(_cpu, "_longest_own", lambda *_: -1)
+        grad_out, x = draw((40, 5), dtype, seeded), draw((40, 6), dtype, seeded)
+        out = torch.empty(1, 5, 6)
+        ops.cluster_wgrad(grad_out, x, torch.tensor([0, 40]), out=out)
+        error = relative_error(out, weight_gradients(grad_out, x, [0, 40])[0])
+        assert error < (EPSILON[dtype] if supported else 1e-6)
+
+    @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_sums_of_every_length(self, dtype, out_dtype, instruction_set, seeded):
+        for rows in (0, 1, 7, 8, 9, 17, 1024, 1025, 2500):
+            for columns in (1, 15, 16, 63, 65, 130) if rows < 1000 else (33,):
+                values = draw((rows + 3, columns), dtype, seeded, offset=1)
+                out = draw((2, columns), out_dtype, seeded)
+                parts = [values[:3].double(), values[3:].double()]
+                expected = out.double() + torch.stack([part.sum(0) for part in parts])
+                terms = out.double().abs() + torch.stack([part.abs().sum(0) for part in parts])
+                ops.cluster_sum(values, torch.tensor([0, 3, rows + 3]), out=out, accumulate=True)
+                bound = EPSILON[out_dtype] * expected.abs() + 1e-6 * terms
+                assert ((out.double() - expected).abs() <= bound).all()
+
+    def test_long_sums_are_exact_where_float32_would_not_be(self, instruction_set):
+        ones = torch.ones(2**24 + 2**12, 1)  # in float32, 2²⁴ + 1 = 2²⁴
+        assert ops.cluster_sum(ones, torch.tensor([0, len(ones)])).item() == len(ones)
+
+
 class TestWeights:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
     @pytest.mark.parametrize("k", [1, 2, 3, 5, 8, 17, 64])
@@ -516,6 +596,8 @@ class TestThreads:
                     ops.add_noise(many, seed, weights.repeat(60), weights.repeat(60)),
                     ops.philox_normal(seed, one),
                     *torch.ops.diffmtl.uncertainty_loss(many, target, cluster, weights),
+                    ops.cluster_wgrad(many[:, :50], many[:, 50:650], torch.arange(0, 301, 6)),
+                    ops.cluster_sum(many, torch.tensor([0, 7, 300])),
                 ]
             )
         for result in results[1:]:

@@ -1,0 +1,123 @@
+// The CPU side of the ops over the rows of clusters: division into blocks of the result, Python boundary.
+//
+// Every element of a result is summed by one thread in an order of its own: how many threads there are, and where
+// they divide the result, changes no bit of it.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <memory>
+#include <tuple>
+#include <vector>
+
+#include "bindings.hpp"
+#include "cpu_numbers.hpp"
+#include "cpu_threads.hpp"
+
+namespace py = pybind11;
+
+namespace diffmtl {
+namespace cpu {
+namespace {
+
+// (index, first row, row behind the last one)
+using Cluster = std::tuple<Int, Int, Int>;
+
+// Blocks for every thread, so that they finish together.
+constexpr Int kBlocksPerThread = 4;
+
+// The least multiple of `unit` that divides `size` into at least `parts`, if that leaves `least` in a part.
+Int part_size(Int size, Int parts, Int unit, Int least) {
+  return std::max(least, ceil_div(ceil_div(size, std::max<Int>(1, parts)), unit) * unit);
+}
+
+// ---- Weight gradients ----------------------------------------------------------------------------------------------
+
+// Results of this size have left the caches before they are read again: they need not displace anything there.
+constexpr Int kBytesPastCaches = 1 << 20;
+
+struct Wgrad {
+  Numbers grad, x, out;
+  Int outputs, inputs;
+  bool add, past_caches;
+
+  Int bytes() const { return outputs * inputs * static_cast<Int>(kBytes[out.dtype]); }
+};
+
+// Whether every row of every cluster's result begins at a cache line.
+bool in_cache_lines(const Numbers& out, Int inputs) {
+  constexpr Int kLine = 64;
+  const Int size = static_cast<Int>(kBytes[out.dtype]), address = static_cast<Int>(reinterpret_cast<std::uintptr_t>(out.data));
+  return address % kLine == 0 && out.stride * size % kLine == 0 && inputs * size % kLine == 0;
+}
+
+void add_blocks(const Wgrad& wgrad, const Cluster& cluster, Int parts, std::vector<WgradBlock>& blocks) {
+  const auto [index, begin, end] = cluster;
+  const Int rows = end - begin;
+  // The inputs of a block stay in the second-level cache, and so few outputs are its least that packing them is cheap.
+  const Int inputs = std::clamp<Int>((1 << 16) / std::max<Int>(1, rows), 512, 4096);
+  const Int outputs = std::min<Int>(192, part_size(wgrad.outputs, ceil_div(parts, ceil_div(wgrad.inputs, inputs)), 48, 48));
+  for (Int o = 0; o < wgrad.outputs; o += outputs)
+    for (Int i = 0; i < wgrad.inputs; i += inputs)
+      blocks.push_back({advance(wgrad.grad.data, wgrad.grad.dtype, begin * wgrad.grad.stride + o), wgrad.grad.stride,
+                        advance(wgrad.x.data, wgrad.x.dtype, begin * wgrad.x.stride + i), wgrad.x.stride, rows,
+                        std::min(outputs, wgrad.outputs - o), std::min(inputs, wgrad.inputs - i), wgrad.add, wgrad.past_caches,
+                        advance(const_cast<void*>(wgrad.out.data), wgrad.out.dtype, index * wgrad.out.stride + o * wgrad.inputs + i),
+                        wgrad.inputs});
+}
+
+void cluster_wgrad(const Handle& grad, const Handle& x, const std::vector<Cluster>& clusters, Int outputs, Int inputs,
+                   const Handle& out, bool add, int threads) {
+  Wgrad wgrad{Numbers(grad), Numbers(x), Numbers(out), outputs, inputs, add, false};
+  const Int count = static_cast<Int>(clusters.size());
+  wgrad.past_caches = !add && count * wgrad.bytes() >= kBytesPastCaches && in_cache_lines(wgrad.out, inputs);
+  Int products = 0, longest = 0;
+  for (const auto& [index, begin, end] : clusters) {
+    products += (end - begin) * outputs * inputs;
+    longest = std::max(longest, end - begin);
+  }
+  // A product takes about the time of half a byte.
+  threads = useful_threads(threads, count * wgrad.bytes() + products / 2);
+  std::vector<WgradBlock> blocks;
+  for (const Cluster& cluster : clusters) add_blocks(wgrad, cluster, ceil_div(threads * kBlocksPerThread, count), blocks);
+
+  std::size_t scratch_bytes = 0;
+  for (const WgradBlock& block : blocks) scratch_bytes = std::max(scratch_bytes, wgrad_scratch(block));
+  struct alignas(64) Line {
+    char bytes[64];
+  };
+  const std::size_t lines = scratch_bytes / sizeof(Line) + 1;
+  const std::unique_ptr<Line[]> scratch(new Line[lines * threads]);
+  const auto kernel = kernels().wgrad[wgrad.x.dtype][wgrad.out.dtype];
+  parallel_for(static_cast<Int>(blocks.size()), threads,
+               [&](Int task, int thread) { kernel(blocks[task], scratch.get() + lines * thread); });
+}
+
+// ---- Sums ----------------------------------------------------------------------------------------------------------
+
+void cluster_sum(const Handle& values, const std::vector<Int>& offsets, Int columns, const Handle& out, bool add, int threads) {
+  const Numbers rows(values), sums(out);
+  const Int count = static_cast<Int>(offsets.size()) - 1;
+  threads = useful_threads(threads, offsets.back() * columns * static_cast<Int>(kBytes[rows.dtype]));
+  const Int width = threads == 1 ? columns : part_size(columns, ceil_div(threads * kBlocksPerThread, count), 64, 64);
+  const Int parts = width == 0 ? 0 : ceil_div(columns, width);
+  const auto kernel = kernels().sum_rows[rows.dtype][sums.dtype];
+  parallel_for(count * parts, threads, [&](Int task, int) {
+    const Int cluster = task / parts, column = task % parts * width, begin = offsets[cluster];
+    kernel(advance(rows.data, rows.dtype, begin * rows.stride + column), rows.stride, offsets[cluster + 1] - begin,
+           std::min(width, columns - column), add,
+           advance(const_cast<void*>(sums.data), sums.dtype, cluster * sums.stride + column));
+  });
+}
+
+}  // namespace
+}  // namespace cpu
+
+void register_cpu_clusters(py::module_& module) {
+  using namespace cpu;
+  const py::call_guard<py::gil_scoped_release> unlocked;
+  module.def("cpu_cluster_wgrad", &cluster_wgrad, unlocked);
+  module.def("cpu_cluster_sum", &cluster_sum, unlocked);
+}
+
+}  // namespace diffmtl
