@@ -1,6 +1,6 @@
-// The CPU side of the ops over a batch of samples: division into pieces, two-stage sums, Python boundary.
+// The CPU side of the ops over a batch of samples: division into blocks, two-stage sums, Python boundary.
 //
-// Where a sample is divided depends on its size alone, and what the pieces return is added in their order: the
+// Where a sample is divided depends on its size alone, and what the blocks return is added in their order: the
 // number of threads changes no bit of a result.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -221,7 +221,7 @@ void box_muller(std::uintptr_t radius, std::uintptr_t turn, Int n, std::uintptr_
 
 // ---- Cluster means -------------------------------------------------------------------------------------------------
 
-// The cluster of every sample. Indices are checked: under compilation nobody did before.
+// The cluster of every sample. Indices are checked here, where reading them costs nothing.
 struct Clusters {
   Clusters(std::uintptr_t address, Int entry_stride, Int batch_size, Int count)
       : data(reinterpret_cast<const Int*>(address)), stride(entry_stride), batch(batch_size), sizes(count) {

@@ -2,7 +2,8 @@
 
 Every function has the signature of its op's plain definition and takes what the op's public function has checked.
 Where a kernel does not cover an input, that definition is used and the reason is logged once. Kernels run on
-PyTorch's threads (`torch.set_num_threads`), and their number changes no bit of a result.
+PyTorch's threads (`torch.set_num_threads`), and their number changes no bit of a result. Nor does the instruction
+set where nothing is added up over elements: of noise, noisy images and the gradients of losses.
 
 The kernels are compiled for several instruction sets and the best one that the processor has is used; the
 environment variable ``DIFFMTL_CPU_KERNELS`` (``plain``, ``avx2``, ``avx512``), read at import, chooses another.

@@ -86,8 +86,8 @@ def philox_normal(seed: Tensor, like: Tensor) -> Tensor:
         like: [B, ...], whose shape and device the noise gets.
 
     Returns:
-        float32 [B, ...], contiguous. On one device the same seed gives the same bits; on another the last bits of
-        the logarithm and the cosine may differ.
+        float32 [B, ...], contiguous. The same seed gives the same bits on every CPU; on another kind of device the
+        last bits of the logarithm and the cosine may differ.
 
     Raises:
         TypeError: the seed is no int64 scalar.
