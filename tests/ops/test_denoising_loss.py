@@ -70,6 +70,25 @@ def test_epsilon_is_the_mean_squared_error(generator, device):
     torch.testing.assert_close(found, ops.sample_mse(pred, noise))
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "x0", "velocity"])
+@pytest.mark.parametrize("seeded", [False, True])
+def test_an_empty_batch_is_an_empty_loss(seeded, prediction, device):
+    pred = torch.empty(0, 3, device=device, requires_grad=True)
+    noise = torch.tensor(1, device=device) if seeded else torch.empty(0, 3, device=device)
+    loss = ops.denoising_loss(pred, pred.detach(), noise, prediction=prediction, huber_delta=1.0)
+    assert loss.shape == (0,)
+    loss.sum().backward()
+    assert pred.grad.shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"), [((), "found a 0-dimensional tensor"), ((2, 0), r"at least one .*, found \[2, 0\]")]
+)
+def test_refuses_samples_without_elements(shape, message):
+    with pytest.raises(ValueError, match=message):
+        ops.denoising_loss(torch.zeros(shape), torch.zeros(shape), torch.tensor(1), prediction="epsilon")
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

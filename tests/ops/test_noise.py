@@ -101,3 +101,13 @@ def test_a_seed_stands_for_its_noise(prediction, generator, device):
 def test_refuses(noise, alpha, error, message):
     with pytest.raises(error, match=message):
         ops.add_noise(torch.zeros(2, 3), noise, alpha, torch.ones(2))
+
+
+def test_refuses_what_has_no_samples():
+    seed, scalar, one = torch.tensor(1), torch.tensor(1.0), torch.ones(1)
+    with pytest.raises(ValueError, match=r"x0: expected .*, found a 0-dimensional tensor"):
+        ops.add_noise(scalar, seed, one, one)
+    with pytest.raises(ValueError, match=r"like: expected .*, found a 0-dimensional tensor"):
+        ops.philox_normal(seed, scalar)
+    with pytest.raises(TypeError, match=r"x0: expected a floating-point tensor, found torch\.int64"):
+        ops.add_noise(torch.zeros(1, 2, dtype=torch.int64), seed, one, one)
