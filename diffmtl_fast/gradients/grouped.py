@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from .agreement import agree, evaluating
-from .handle import Call, ClusterParameter, derive, find_handles, find_tensors, pull_back, substitute
+from .handle import (
+    Call,
+    ClusterParameter,
+    derive,
+    find_handles,
+    find_tensors,
+    pull_back,
+    repeatable,
+    substitute,
+)
 from .layout import BatchLayout, Clusters, flatten
 from .parameters import Slot, forwards_replaced, installed, module_name, parent_of
 from .receiver import Receiver, Store
@@ -25,23 +34,23 @@ from .sliced import Aliases, run_slices
 # Operations that broadcast: a parameter among their arguments may be given once per row of the batch instead.
 _BROADCASTING = frozenset(
     [
-        *(
-            "add",
-            "add_",
-            "sub",
-            "sub_",
-            "subtract",
-            "rsub",
-            "__rsub__",
-            "mul",
-            "mul_",
-            "multiply",
-            "div",
-            "div_",
-        ),
-        *("divide", "true_divide", "__rdiv__", "addcmul", "lerp", "where", "maximum", "minimum"),
+        *("add", "add_", "sub", "sub_", "subtract", "rsub", "__rsub__", "mul", "mul_", "multiply"),
+        *("div", "div_", "divide", "true_divide", "__rdiv__", "pow", "__rpow__", "addcmul", "lerp"),
+        *("where", "maximum", "minimum", "clamp", "clip"),
     ]
 )
+# So do these along any dimension but the samples'.
+_JOINING = frozenset(["cat", "concat", "concatenate", "stack"])
+# With these a parameter is given to every sample, as a class token is.
+_REPEATING = frozenset(["expand", "broadcast_to", "repeat", "tile"])
+# Operations that ask another tensor only for its shape or type: what they do, and what to ask for.
+_LIKE: dict[Any, tuple[Any, Callable[[Tensor], tuple[Any, ...]]]] = {
+    Tensor.expand_as: (Tensor.expand, lambda other: (other.shape,)),
+    Tensor.view_as: (Tensor.view, lambda other: (other.shape,)),
+    Tensor.reshape_as: (Tensor.reshape, lambda other: (other.shape,)),
+    Tensor.type_as: (Tensor.to, lambda other: (other.device, other.dtype)),
+    Tensor.to: (Tensor.to, lambda other: (other.device, other.dtype)),
+}
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
@@ -51,6 +60,19 @@ class CannotGroup(RuntimeError):
 
 class _Unverified(RuntimeError):
     """An operation came up that no check has seen."""
+
+
+class _Operation:
+    """One use of parameters, for checks.
+
+    Args:
+        key: names it, and the shape of a sample's part in it; what was checked holds for all uses of this name.
+        owners: the modules whose parameters they are.
+        constant: whether its other arguments do not depend on parameters.
+    """
+
+    def __init__(self, key: tuple[Any, ...], owners: list[nn.Module], constant: bool = False) -> None:
+        self.key, self.owners, self.constant = key, owners, constant
 
 
 class _Probe:
@@ -64,15 +86,17 @@ class _Probe:
     def __init__(self, disturbed: Tensor, operations: float = math.inf) -> None:
         self.disturbed = disturbed
         self.operations = operations
-        self.seen: list[tuple[Any, ...]] = []  # a key for every operation
-        self.owners: list[list[nn.Module]] = []
+        self.seen: list[_Operation] = []
 
-    def disturb(self, out: Tensor, key: tuple[Any, ...], owners: list[nn.Module]) -> Tensor:
-        self.seen.append(key)
-        self.owners.append(owners)
+    def disturb(self, out: Tensor, operation: _Operation) -> Tensor:
+        """Add the noise to an operation's output; like the real one, it requires a gradient."""
+        self.seen.append(operation)
         batch_size = self.disturbed.shape[0]
         if out.dim() == 0 or out.shape[0] == 0 or out.shape[0] % batch_size:
-            raise _NoRows(owners, f"found an output {list(out.shape)} for {batch_size} samples")
+            raise _NoRows(operation, f"found an output {list(out.shape)} for {batch_size} samples")
+        return self._disturb(out, batch_size).requires_grad_() * 1
+
+    def _disturb(self, out: Tensor, batch_size: int) -> Tensor:
         if len(self.seen) > self.operations:
             return out
         rows = self.disturbed.to(out.device).repeat_interleave(out.shape[0] // batch_size)
@@ -83,11 +107,11 @@ class _Probe:
 
 
 class _NoRows(NoClusterRule):
-    """An operation can't be grouped; knows the modules that it belongs to."""
+    """An operation can't be grouped."""
 
-    def __init__(self, owners: list[nn.Module], why: str) -> None:
+    def __init__(self, operation: _Operation, why: str) -> None:
         super().__init__(why)
-        self.owners = owners
+        self.operation = operation
 
 
 class GroupedEngine:
@@ -95,10 +119,10 @@ class GroupedEngine:
 
     In the parameters' places the modules find handles. An operation that meets one is run by its `ClusterRule`,
     whose backward forms the parameter's gradients of all clusters. A parameter that is combined element by
-    element with a batch is given once per row. Tensors computed from parameters alone (casts, chunks, weight
-    normalisation) are handles too, and gradients are pulled back through them. A module with an operation for
-    which there is no rule runs in slices, and so does one in which the samples do not keep to their own rows of
-    dimension 0.
+    element with a batch is given once per row. Tensors computed from parameters and constants alone (casts,
+    chunks, weight normalisation, embeddings of positions) are handles too, and gradients are pulled back through
+    them. A module with an operation for which there is no rule runs in slices, and so does one in which the
+    samples do not keep to their own rows of dimension 0.
 
     The gradients of a cluster are right if whatever an operation writes to a sample's rows has an effect on that
     sample's output alone. That is checked, not assumed: before operations of new shapes are first used, a few
@@ -134,6 +158,8 @@ class GroupedEngine:
         self._handles = [ClusterParameter.make(p, (i,), None, self) for i, p in enumerate(parameters)]
         self._aliases = [Aliases(parameters, k, receiver) for k in range(num_clusters)]
         self._verified: set[tuple[Any, ...]] = set()
+        self._constant: dict[tuple[Any, ...], str] = {}  # operations on no batch, and how that was found out
+        self._training: list[bool] = []
         self._layout: BatchLayout | None = None  # of the forward that is running
         self._last: BatchLayout | None = None  # of the last forward
         self._recomputing = False
@@ -148,6 +174,10 @@ class GroupedEngine:
         self.uses.clear()
         self.recomputes = False
         self._batches.clear()
+        training = [module.training for module in self._model.modules()]
+        if training != self._training:  # the same operations may now have other effects
+            self._training = training
+            self._verified.clear()
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -165,10 +195,10 @@ class GroupedEngine:
             state = _random_state(self.parameters[0].device)
             try:
                 with self.installed(layout):
-                    return self._model(*args, **kwargs)
+                    return self._refuse_handles(self._model(*args, **kwargs))
             except _NoRows as error:  # a batch of one sample needs no check, but may need slices
                 _set_random_state(state)
-                self._slice(error.owners, str(error))
+                self._give_way(error)
             except _Unverified:
                 _set_random_state(state)
                 self._verify(layout, args, kwargs, state)
@@ -201,17 +231,28 @@ class GroupedEngine:
 
     def operate(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation with handles among its arguments."""
-        active = self._layout is not None
-        if active and func in RULES:
-            values = RULES[func].bind(args, kwargs)
+        if self._layout is None:
+            return func(*substitute(args, _value), **substitute(kwargs, _value))
+        if func in RULES:
+            values = self._bind(RULES[func], args, kwargs)
             if isinstance(values[0], Tensor) and not isinstance(values[0], ClusterParameter):
-                return self._apply(RULES[func], values)
-        if active and any(True for _ in find_tensors((args, kwargs))):
+                key = self._key(RULES[func].rule, values[0], values)
+                if key in self._constant:
+                    return self._derive(func, args, kwargs)
+                return self._apply(RULES[func], values, key)
+        if func in _LIKE and len(args) > 1 and isinstance(args[1], Tensor):
+            return self._like(func, args, kwargs)
+        if any(True for _ in find_tensors((args, kwargs))):
             return self._broadcast(func, args, kwargs)
-        result = func(*substitute(args, _value), **substitute(kwargs, _value))
-        return derive(Call(func, args, kwargs), result, self) if active and _has_tensor(result) else result
+        return self._derive(func, args, kwargs)
 
-    def _apply(self, registered: Registered, values: list[Any]) -> Tensor:
+    def _bind(self, registered: Registered, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        try:
+            return registered.bind(args, kwargs)
+        except NoClusterRule as error:
+            raise self._no_rule(registered.operation, args, kwargs, str(error)) from error
+
+    def _apply(self, registered: Registered, values: list[Any], key: tuple[Any, ...]) -> Tensor:
         """Run an operation by its rule."""
         assert self._layout is not None
         handles = {i: v for i, v in enumerate(values) if isinstance(v, ClusterParameter)}
@@ -219,60 +260,113 @@ class GroupedEngine:
         for i, value in enumerate(values):
             if isinstance(value, Tensor) and i not in handles:
                 values[i] = precision(value)
-        key = self._key(registered, handles, values)
         plain = [handles[i].value if i in handles else v for i, v in enumerate(values)]
         try:
             if self._probe is not None:
+                self._check_derived(handles)
                 with torch.no_grad():
                     out = _run_forward(registered, RuleContext(), plain, handles)
-                return self._probe.disturb(out, key, self._owners(handles.values()))
-            if self._layout.batch_size > 1 and key not in self._verified:
-                raise _Unverified(f"{registered.operation.__name__} {key}")
+                return self._probe.disturb(out, self._operation(key, values))
+            if key not in self._verified:
+                if self._layout.batch_size > 1:
+                    raise _Unverified(f"{registered.operation.__name__} {key}")
+                self._check_derived(handles)
+                self._verified.add(key)
             self.recomputes = self.recomputes or not torch.is_grad_enabled() or _packs_activations()
             self.uses.update(o for handle in handles.values() for o in handle.origins)
             result: Tensor = _Apply.apply(
                 _Use(registered, handles, self._layout, self, self._recomputing), *plain
             )
             return result
+        except _NoRows:
+            raise
         except NoClusterRule as error:
-            raise (
-                error if isinstance(error, _NoRows) else self._no_rule(handles.values(), str(error))
-            ) from error
+            raise _NoRows(self._operation(key, values), str(error)) from error
 
-    def _key(
-        self, registered: Registered, handles: dict[int, ClusterParameter], values: list[Any]
-    ) -> tuple[Any, ...]:
+    def _key(self, what: Any, batch: Tensor | int, arguments: Any) -> tuple[Any, ...]:
         """Name an operation and the shape of a sample's part in it."""
         assert self._layout is not None
-        batch = values[0] if 0 not in handles else values[1]  # a tensor, or a number of rows
-        return (
-            registered.rule,
-            tuple(h.origins for h in handles.values()),
-            _shape_per_sample(batch, self._layout.batch_size),
-        )
+        used = (h.origins if h.source is None else (h.origins, h.shape) for h in find_handles(arguments))
+        return what, tuple(used), _shape_per_sample(batch, self._layout.batch_size)
+
+    def _operation(self, key: tuple[Any, ...], arguments: Any) -> _Operation:
+        constant = torch.is_grad_enabled() and not any(t.requires_grad for t in find_tensors(arguments))
+        return _Operation(key, self._owners(find_handles(arguments)), constant)
 
     def _broadcast(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an element-wise operation with every parameter given once per row of the batch."""
-        assert self._layout is not None
-        handles = list(find_handles((args, kwargs)))
+        widest = max(find_tensors((args, kwargs)), key=lambda t: (t.dim(), t.shape[0] if t.dim() else 0))
+        dims, rows = widest.dim(), widest.shape[0] if widest.dim() else 0
         name = getattr(func, "__name__", str(func))
-        if name not in _BROADCASTING:
-            raise self._no_rule(handles, f"no rule for {name}")
-        dims = max(t.dim() for t in find_tensors((args, kwargs)))
-        rows = max(t.shape[0] for t in find_tensors((args, kwargs)) if t.dim() == dims) if dims else 0
+        key = self._key(name, widest, (args, kwargs))
+        if key in self._constant:
+            return self._derive(func, args, kwargs)
+        if name in _JOINING:
+            dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+            allowed = isinstance(dim, int) and dim % (dims + (name == "stack")) != 0
+        else:
+            allowed = name in _BROADCASTING
+        if not allowed:
+            raise self._no_rule(func, args, kwargs, f"no rule for {name}", key)
 
         def per_row(handle: ClusterParameter) -> Tensor:
-            extra = dims - handle.value.dim()  # dimensions of the batch that the parameter does not have
-            if extra < 0 or (extra == 0 and handle.value.shape[0] != 1) or rows == 0:
-                raise self._no_rule(
-                    handles, f"{name} of {list(handle.value.shape)} with a batch of {dims} dims"
-                )
-            copies = self._apply(PER_SAMPLE, [handle, rows])
-            if extra == 0:
-                return copies.squeeze(1)
-            return copies.reshape(rows, *[1] * (extra - 1), *handle.value.shape)
+            if rows == 0 or not _lacks_rows(handle.value, dims):
+                why = f"{name} of {list(handle.value.shape)} with a batch of {dims} dims"
+                raise self._no_rule(func, args, kwargs, why, key)
+            return self._give_rows(handle, dims, rows, key)
 
         return func(*substitute(args, per_row), **substitute(kwargs, per_row))
+
+    def _give_rows(self, handle: ClusterParameter, dims: int, rows: int, key: tuple[Any, ...]) -> Tensor:
+        """Return a parameter once per row, with so many dimensions in all."""
+        copies = self._apply(PER_SAMPLE, [handle, rows], key)
+        extra = dims - handle.value.dim()  # dimensions of the batch that the parameter does not have
+        if extra == 0:
+            return copies.squeeze(1)
+        return copies.reshape(rows, *[1] * (extra - 1), *handle.value.shape)
+
+    def _derive(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation on parameters and constants alone: it gives a handle, or a batch of copies."""
+        result = func(*substitute(args, _value), **substitute(kwargs, _value))
+        if not _has_tensor(result):
+            return result
+        if getattr(func, "__name__", "") in _REPEATING and isinstance(args[0], ClusterParameter):
+            assert self._layout is not None
+            handle, shape = args[0], result.shape
+            key = self._key("repeat", shape[0], (handle,))
+            per_sample = shape[0] % self._layout.batch_size == 0 and _lacks_rows(handle.value, len(shape))
+            if per_sample and key not in self._constant:
+                copies = self._give_rows(handle, len(shape), shape[0], key)
+                return copies.repeat(1, *(n // m for n, m in zip(shape[1:], copies.shape[1:], strict=True)))
+        return derive(Call(func, args, kwargs), result, self)
+
+    def _like(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation that asks its second argument only for its shape or type."""
+        first, other, *rest = args
+        if not isinstance(first, ClusterParameter):
+            return func(first, other.value, *rest, **kwargs)
+        func, ask = _LIKE[func]
+        return self._derive(func, (first, *ask(_plain(other)), *rest), kwargs)
+
+    def _check_derived(self, handles: dict[int, ClusterParameter]) -> None:
+        """Look whether gradients can be pulled back through the tensors computed from parameters."""
+        values = [handle.value for handle in self._handles]
+        for handle in handles.values():
+            if handle.source is None:
+                continue
+            if not repeatable(handle, values):
+                raise NoClusterRule("computed from parameters at random, or written to in place")
+            try:
+                pull_back(handle, torch.ones_like(handle.value).unsqueeze(0), self.parameters)
+            except RuntimeError as error:
+                raise NoClusterRule(f"no gradient can be pulled back to its parameters: {error}") from error
+
+    def _refuse_handles(self, output: Any) -> Any:
+        """Refuse outputs that do not depend on the samples, as far as can be seen."""
+        if any(isinstance(leaf, ClusterParameter) for leaf in flatten(output)[0]):
+            why = "; ".join(dict.fromkeys(self._constant.values())) or "it is computed from parameters alone"
+            raise CannotGroup(f"an output is not one row per sample: {why}")
+        return output
 
     def refuse_ambiguity(self) -> None:
         """Refuse gradients of a graph made in backward where it is not known for which batch it was made."""
@@ -329,6 +423,7 @@ class GroupedEngine:
         assert probe is not None
         assert layout is not None
         values = [handle.value for handle in self._handles]
+        operation = _Operation(key, [module])
         with torch.no_grad(), installed(slots, values):
             output = forward(*args, **kwargs)
             if not probe.disturbed.any():
@@ -338,14 +433,12 @@ class GroupedEngine:
                     try:
                         parts = run_slices(forward, slots, same, layout, args, kwargs, folded=True)  # type: ignore[arg-type]
                     except (ValueError, RuntimeError) as error:
-                        raise _NoRows([module], f"slices of it fail: {error}") from error
+                        raise _NoRows(operation, f"slices of it fail: {error}") from error
                 if not agree(whole, parts):
-                    raise _NoRows([module], "slices of it compute something else than the whole")
+                    raise _NoRows(operation, "slices of it compute something else than the whole")
         leaves, rebuild, _ = flatten(output)
         noisy = [
-            probe.disturb(leaf, key, [module])
-            if isinstance(leaf, Tensor) and leaf.is_floating_point()
-            else leaf
+            probe.disturb(leaf, operation) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
             for leaf in leaves
         ]
         return rebuild(noisy)
@@ -366,8 +459,22 @@ class GroupedEngine:
         origins = {o for handle in handles for o in handle.origins}
         return list(dict.fromkeys(slot.module for slot in self._slots if slot.position in origins))
 
-    def _no_rule(self, handles: Any, why: str) -> NoClusterRule:
-        return _NoRows(self._owners(handles), why)
+    def _no_rule(
+        self, func: Any, args: Any, kwargs: Any, why: str, key: tuple[Any, ...] | None = None
+    ) -> _NoRows:
+        key = key or (func, tuple(h.origins for h in find_handles((args, kwargs))))
+        return _NoRows(self._operation(key, (args, kwargs)), why)
+
+    def _give_way(self, error: _NoRows) -> None:
+        """Find another way for an operation that can't be grouped."""
+        operation = error.operation
+        if operation.constant and operation.key not in self._constant:
+            self._constant[operation.key] = self._describe(operation, error)
+        else:
+            self._slice(operation.owners, str(error))
+
+    def _describe(self, operation: _Operation, error: _NoRows) -> str:
+        return f"{', '.join(module_name(self._model, m) for m in operation.owners)}: {error}"
 
     # The check.
 
@@ -383,7 +490,7 @@ class GroupedEngine:
                     self._check(layout, args, kwargs, state)
                     return
                 except _NoRows as error:
-                    self._slice(error.owners, str(error))
+                    self._give_way(error)
         finally:
             for handle, value in zip(self._handles, originals, strict=True):
                 handle.value = value
@@ -399,28 +506,30 @@ class GroupedEngine:
             self._probe = _Probe(disturbed, operations)
             try:
                 with self.installed(layout), torch.enable_grad():
-                    return self._probe, flatten(self._model(*args, **kwargs))[0]
+                    return self._probe, flatten(self._refuse_handles(self._model(*args, **kwargs)))[0]
             finally:
                 probe, self._probe = self._probe, None
                 del probe
 
         quiet = torch.zeros(layout.batch_size, dtype=torch.bool)
-        first, expected = run(quiet)
+        (first, expected), (_, repeated) = run(quiet), run(quiet)
+        tolerances = [_tolerance(a, b) for a, b in zip(expected, repeated, strict=True)]
+        keys = [operation.key for operation in first.seen]
         for disturbed in _codes(layout.batch_size):
             probe, found = run(disturbed)
-            if probe.seen != first.seen:
+            if [operation.key for operation in probe.seen] != keys:
                 raise CannotGroup("its operations differ from one call to the next with the same input")
-            if not _leaks(expected, found, disturbed):
+            if not _leaks(expected, found, tolerances, disturbed):
                 continue
             culprit = _first_leak(
-                len(first.seen),
-                lambda n, d=disturbed: _leaks(expected, run(d, n)[1], d),  # type: ignore[misc]
+                len(keys),
+                lambda n, d=disturbed: _leaks(expected, run(d, n)[1], tolerances, d),  # type: ignore[misc]
             )
             raise _NoRows(
-                first.owners[culprit],
+                first.seen[culprit],
                 "its rows of dimension 0 are not the samples' own, or samples are mixed after it",
             )
-        self._verified.update(first.seen)
+        self._verified.update(keys)
 
 
 class _Use:
@@ -463,6 +572,8 @@ class _Apply(torch.autograd.Function):
         def buffer(position: int) -> Tensor | None:
             handle = use.handles.get(position)
             if store is None or handle is None or handle.source is not None:
+                return None
+            if sum(other is handle for other in use.handles.values()) > 1:  # one block can't hold both
                 return None
             block = store.vacant(handle.origins[0])
             return block if block is not None and block.is_contiguous() else None
@@ -598,6 +709,15 @@ def _value(handle: ClusterParameter) -> Tensor:
     return handle.value
 
 
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.value if isinstance(tensor, ClusterParameter) else tensor
+
+
+def _lacks_rows(parameter: Tensor, dims: int) -> bool:
+    """Tell whether a parameter broadcasts over dimension 0 of a batch with so many dimensions."""
+    return parameter.dim() < dims or (parameter.dim() == dims > 0 and parameter.shape[0] == 1)
+
+
 def _has_tensor(result: Any) -> bool:
     if isinstance(result, Tensor):
         return result.requires_grad
@@ -632,26 +752,42 @@ def _codes(batch_size: int) -> Iterator[Tensor]:
     yield from members
 
 
-def _leaks(expected: list[Any], found: list[Any], disturbed: Tensor) -> bool:
+def _tolerance(first: Any, second: Any) -> Tensor | None:
+    """Return by how much an output may differ for no reason: what two equal forwards differ by, and rounding.
+
+    No sample's arithmetic depends on the others' values, so low precision alone is no reason.
+    """
+    if not _is_measured(first):
+        return None
+    a, b = (torch.nan_to_num(t.detach()).abs().double() for t in (first, second))
+    eps = min(torch.finfo(first.dtype).eps, torch.finfo(torch.float32).eps)
+    return 16 * eps * a.max() + 4 * (a - b).abs().max() if a.numel() else a.sum()
+
+
+def _is_measured(output: Any) -> bool:
+    return isinstance(output, Tensor) and (output.is_floating_point() or output.is_complex())
+
+
+def _leaks(expected: list[Any], found: list[Any], tolerances: list[Tensor | None], disturbed: Tensor) -> bool:
     """Tell whether outputs changed in samples that were not disturbed.
 
     Raises:
         ValueError: an output that is not one row per sample depends on the samples.
     """
     batch_size = disturbed.shape[0]
-    for before, after in zip(expected, found, strict=True):
-        if not isinstance(before, Tensor) or not before.is_floating_point():
+    for before, after, tolerance in zip(expected, found, tolerances, strict=True):
+        if tolerance is None:
             continue
-        scale = torch.nan_to_num(before.detach().abs()).max() if before.numel() else torch.zeros(())
-        changed = (after.detach() - before.detach()).abs() > 16 * torch.finfo(before.dtype).eps * scale
+        before, after = before.detach(), after.detach()
+        kept = (after == before) | ((after - before).abs() <= tolerance) | (after.isnan() & before.isnan())
         if before.dim() == 0 or before.shape[0] != batch_size:
-            if bool(changed.any()):
+            if not bool(kept.all()):
                 raise ValueError(
                     f"model: expected output tensors of one row per sample ([{batch_size}, ...]), "
                     f"found {list(before.shape)}"
                 )
             continue
-        rows = changed.reshape(batch_size, -1).any(1)
+        rows = ~kept.reshape(batch_size, -1).all(1)
         if bool((rows & ~disturbed.to(rows.device)).any()):
             return True
     return False

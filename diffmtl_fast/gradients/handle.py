@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -48,12 +48,25 @@ class ClusterParameter(Tensor):
             return handle.engine.operate(func, args, kwargs)
 
 
-class Call(NamedTuple):
-    """A call of a function on handles and values that are no tensors."""
+class Call:
+    """A call of a function on handles and constants, remembered to be repeated with other parameters.
 
-    func: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    Args:
+        func: the function.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+    """
+
+    def __init__(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.func, self.args, self.kwargs = func, args, kwargs
+        self._device = next(find_handles((args, kwargs))).device.type
+        self._enabled = torch.is_autocast_enabled(self._device)
+        self._dtype = torch.get_autocast_dtype(self._device)
+
+    def run(self, value: Callable[[ClusterParameter], Tensor]) -> Any:
+        """Call the function as it was called then, with values in the handles' places."""
+        with torch.autocast(self._device, self._dtype, self._enabled, cache_enabled=False):
+            return self.func(*substitute(self.args, value), **substitute(self.kwargs, value))
 
 
 def find_handles(tree: Any) -> Iterator[ClusterParameter]:
@@ -87,14 +100,21 @@ def substitute(tree: Any, replace: Callable[[ClusterParameter], Tensor]) -> Any:
         return replace(tree)
     if isinstance(tree, tuple | list):
         items = [substitute(item, replace) for item in tree]
-        return tree.__class__(items) if type(tree) in (tuple, list) else tree.__class__(*items)
+        make = getattr(tree, "_make", tree.__class__)  # named tuples; torch.Size is a tuple like any other
+        return make(items)
     if isinstance(tree, dict):
         return {name: substitute(item, replace) for name, item in tree.items()}
     return tree
 
 
 def derive(call: Call, result: Any, engine: GroupedEngine) -> Any:
-    """Wrap the tensors among a call's results that depend on parameters."""
+    """Wrap the tensors among a call's results that depend on parameters.
+
+    Args:
+        call: a call on handles and on tensors that do not require a gradient.
+        result: what it returned.
+        engine: see `ClusterParameter`.
+    """
     origins = tuple(dict.fromkeys(o for h in find_handles((call.args, call.kwargs)) for o in h.origins))
     leaves, spec = tree_flatten(result)
     wrapped = [
@@ -115,12 +135,18 @@ def evaluate(handle: ClusterParameter, parameters: Mapping[int, Tensor]) -> Tens
             return parameters[of.origins[0]]
         call, index = of.source
         if id(call) not in results:
-            outcome = call.func(*substitute(call.args, value), **substitute(call.kwargs, value))
-            results[id(call)] = tree_flatten(outcome)[0]
+            results[id(call)] = tree_flatten(call.run(value))[0]
         found: Tensor = results[id(call)][index]
         return found
 
     return value(handle)
+
+
+def repeatable(handle: ClusterParameter, parameters: Sequence[Tensor]) -> bool:
+    """Tell whether a derived tensor comes out the same again; not if it is random or was written to in place."""
+    with torch.no_grad():
+        again = evaluate(handle, {o: parameters[o] for o in handle.origins})
+    return torch.equal(again, handle.value.detach())
 
 
 def pull_back(handle: ClusterParameter, gradients: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -94,7 +94,7 @@ class LeanGramian:
         memory = self._lent.pop(position, None)
         kept = self._kept.get(position)
         if kept is not None and kept.numel() == gradients.numel() > 0:
-            gradients = kept.add_(gradients)
+            gradients = kept + gradients  # not in place: parameters may share one tensor
         self._uses[position] -= 1
         unfinished = self._uses[position] > 0
         if not unfinished:
