@@ -52,6 +52,7 @@ def _error_sum_kernel(
     p_first,
     p_second,
     p_mix,
+    p_weight,
     p_partial,
     batch,
     size,
@@ -59,10 +60,14 @@ def _error_sum_kernel(
     DELTA: tl.constexpr,
     MIXED: tl.constexpr,
     SEEDED: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
-    """partial[sample, chunk] = Σ of squared errors, or of Huber losses with DELTA, over one chunk of a sample."""
+    """partial[sample, chunk] = Σ of squared errors, or of Huber losses with DELTA, over one chunk of a sample.
+
+    WHOLE: the chunk is all of the sample, and what is stored is its loss, weight[sample] / size · Σ.
+    """
     sample = tl.program_id(0).to(tl.int64) // chunks
     chunk = tl.program_id(0).to(tl.int64) % chunks
     b_error, _, _ = _load_error(
@@ -72,7 +77,12 @@ def _error_sum_kernel(
     if DELTA is not None:
         b_size = tl.abs(b_error)
         b_loss = tl.where(b_size <= DELTA, 0.5 * b_loss, DELTA * (b_size - 0.5 * DELTA))
-    tl.store(p_partial + sample * chunks + chunk, tl.sum(b_loss, axis=0))
+    total = tl.sum(b_loss, axis=0)
+    if WHOLE:
+        total /= size
+        if p_weight is not None:
+            total *= tl.load(p_weight + sample).to(ACCUMULATE)
+    tl.store(p_partial + sample * chunks + chunk, total)
 
 
 @triton.jit

@@ -85,16 +85,21 @@ def sample_loss(
     weight: Tensor | None,
     delta: float | None,
 ) -> Tensor:
-    """Launch `sample_loss`: sums per chunk of a sample, then the mean of each sample."""
+    """Launch `sample_loss`: sums per chunk of a sample, then their mean; one chunk needs no second step."""
     batch, size, chunks, compiled = _loss_settings(pred, first, second, delta)
     partial = torch.empty(batch, chunks, dtype=accumulation_dtype(pred, first), device=pred.device)
-    losses = partial.new_empty(batch)
     if batch == 0:
-        return losses
+        return partial.view(0)
     tensors, _ = _in_one_order(pred, first, second)
     mix = None if mix is None else mix.contiguous()
     weight = None if weight is None else weight.contiguous()
-    loss_kernels._error_sum_kernel[batch * chunks,](*tensors, mix, partial, batch, size, chunks, **compiled)
+    whole = chunks == 1
+    loss_kernels._error_sum_kernel[batch * chunks,](
+        *tensors, mix, weight if whole else None, partial, batch, size, chunks, WHOLE=whole, **compiled
+    )
+    if whole:
+        return partial.view(batch)
+    losses = partial.new_empty(batch)
     loss_kernels._sample_mean_kernel[settings.ceil_div(batch, 128),](
         partial, weight, losses, batch, chunks, size, WEIGHTED=weight is not None, BLOCK=128
     )

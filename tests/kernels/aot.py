@@ -81,7 +81,10 @@ def streaming_cases() -> list[Case]:
                 {**pointers, "p_scale": SUM[dtype], "p_grad": dtype},
             )
             integers = ("batch", "size", "chunks")
-            cases.append(Case(losses._error_sum_kernel, sums, integers, loss, warps, True))
+            part, whole = {"WHOLE": False, "p_weight": None}, {"WHOLE": True}
+            cases.append(Case(losses._error_sum_kernel, sums, integers, loss | part, warps, True))
+            weighted = {**sums, "p_weight": "fp32"}
+            cases.append(Case(losses._error_sum_kernel, weighted, integers, loss | whole, warps, True))
             one = {**loss, "p_by_first": None}
             cases.append(Case(losses._error_backward_kernel, grads, integers, one, warps, True, (), True))
         plain = {**constants, "DELTA": None, "MIXED": False, "p_second": None, "p_mix": None}
