@@ -91,8 +91,11 @@ def gram(jacobian: Sequence[Tensor]) -> Tensor:
 
 def combine(jacobian: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
     """Run `combine`."""
+    if reason := _uncovered(jacobian, weights):
+        plain: list[Tensor] = run_plain("combine", reason, jacobian, weights)
+        return plain
     out = [empty_row(member) for member in jacobian]
-    combine_(out, jacobian, weights, [False] * len(out))
+    _write_combination(out, jacobian, weights, [False] * len(out))
     return out
 
 
@@ -103,8 +106,19 @@ def combine_(
     if reason := _uncovered(jacobian, *out, weights):
         return run_plain("combine_", reason, out, jacobian, weights, accumulate)
     dense = [written if is_dense(written) else written.contiguous() for written in out]
+    square = _write_combination(dense, jacobian, weights, accumulate)
+    for written, computed in zip(out, dense, strict=True):
+        if written is not computed:
+            written.copy_(computed)
+    return torch.tensor(square, dtype=accumulation_dtype(*out, *jacobian))
+
+
+def _write_combination(
+    dense: Sequence[Tensor], jacobian: Sequence[Tensor], weights: Tensor, accumulate: Sequence[bool]
+) -> float:
+    """Write the weighted sums into dense tensors; return their squared norm."""
     parts = [rows_like(member, written) for member, written in zip(jacobian, dense, strict=True)]
-    square = _C.cpu_combine(
+    square: float = _C.cpu_combine(
         [
             (written.data_ptr(), _DTYPES[written.dtype], add)
             for written, add in zip(dense, accumulate, strict=True)
@@ -114,10 +128,7 @@ def combine_(
         _handle(weights),
         torch.get_num_threads(),
     )
-    for written, computed in zip(out, dense, strict=True):
-        if written is not computed:
-            written.copy_(computed)
-    return torch.tensor(square, dtype=accumulation_dtype(*out, *jacobian))
+    return square
 
 
 def _sample_is_contiguous(tensor: Tensor) -> bool:
