@@ -49,6 +49,7 @@ class DifficultyCurriculum(TimestepSampler):
 
     Args:
         clusters: C_1 … C_N, for example ``cluster_snr(log_snr, k=20)``, or a clustering of continuous levels.
+            Steep ends of a schedule make clusters of single timesteps; ``min_size`` there prevents it.
         patience: iterations without improvement that end a phase; None for phases of fixed length.
         max_length: most iterations of a phase, one number or one for each of the N phases. With
             ``patience=None`` this is the length of the phases.
@@ -57,9 +58,9 @@ class DifficultyCurriculum(TimestepSampler):
         min_delta: the loss improves only if it falls by more than this below its best value.
         order: ``"hard_to_easy"`` is the anti-curriculum, phase n trains on C_1 ∪ … ∪ C_n.
         sampling: ``"union"``: as in ordinary training, restricted to the phase's levels. ``"clusters"``:
-            equally many levels from each cluster of the phase. ``"tasks"``: equally many from each task, as
-            far as it lies in the phase. After phase N, tasks are still drawn equally often, otherwise
-            training is ordinary.
+            equally many levels from each cluster of the phase, and after phase N as in ordinary training.
+            ``"tasks"``: equally many from each task, as far as it lies in the phase, and from all of them
+            after phase N, which is the ordinary training of multi-task methods.
         tasks: the clustering whose index `sample` returns, of the same levels; default `clusters`.
         noisiest: which of the clusters is the noisiest. ``"first"`` for timesteps in the order of decreasing
             noise.

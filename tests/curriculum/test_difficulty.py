@@ -270,22 +270,6 @@ def test_state_of_another_curriculum_is_refused():
         owner.load_state_dict(curriculum.state_dict())
 
 
-def test_nothing_waits_for_a_gpu(device):
-    if device.type != "cuda":
-        pytest.skip("only a GPU can be waited for")
-    for sampling in ("union", "clusters", "tasks"):
-        curriculum = DifficultyCurriculum(CLUSTERS, smoothing=0.5, tasks=TASKS, sampling=sampling)
-        curriculum.sample(7, device=device)  # the boundaries are copied to the device once
-        loss = torch.ones(7, device=device)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            t, _ = curriculum.sample(7, device=device)
-            curriculum.update(loss, t)
-            curriculum.weight(t)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [

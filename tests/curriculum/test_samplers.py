@@ -167,19 +167,6 @@ def test_an_own_generator_is_part_of_the_state(device):
     assert torch.equal(one.generator.get_state(), before)
 
 
-def test_nothing_waits_for_a_gpu(device):
-    if device.type != "cuda":
-        pytest.skip("only a GPU can be waited for")
-    for sampler in (*for_timesteps().values(), *for_levels().values()):
-        sampler.sample(7, device=device)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            level, _ = sampler.sample(7, device=device)
-            sampler.density(level)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.parametrize(
     ("clusters", "distribution", "log_snr", "message"),
     [

@@ -150,21 +150,6 @@ def test_state_resumes(device):
         LossSecondMomentSampler(THREE, history=3).load_state_dict(one.state_dict())
 
 
-def test_nothing_waits_for_a_gpu(device):
-    if device.type != "cuda":
-        pytest.skip("only a GPU can be waited for")
-    sampler = LossSecondMomentSampler(THREE)
-    sampler.sample(7, device=device)
-    loss = torch.ones(7, device=device)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        t, _ = sampler.sample(7, device=device)
-        loss = loss * sampler.weight(t)
-        sampler.update(loss, t)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
