@@ -415,11 +415,16 @@ def _longest_own(dtype: torch.dtype, out_dtype: torch.dtype) -> int:
     """Return up to how many rows a cluster is multiplied faster by our kernel than by PyTorch's library.
 
     Ours writes the result once and past the caches, which counts where there is little else to do; it multiplies
-    everything in float32 at least, where the library may have an instruction for shorter numbers.
+    everything in float32 at least, where the library may have an instruction for shorter numbers. With several
+    threads, the library's, which spin for a while after every product of a backward, stand in the way of ours.
     """
     if dtype.itemsize > 2 or not _library_multiplies(dtype):
-        return 512
+        return 512 if torch.get_num_threads() == 1 else 32
     return 8 if out_dtype == dtype else 32  # the library's product has yet to be converted
+
+
+# Up to this many numbers one thread adds them up.
+_SUM_ALONE = 1 << 23
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
@@ -470,9 +475,10 @@ def cluster_sum_out(values: Tensor, offsets: Tensor, out: Tensor, accumulate: bo
     bounds = host_offsets(offsets, values.shape[0])
     values = in_rows(values)
     with contiguous_clusters(out, accumulate) as (result, add):
-        _C.cpu_cluster_sum(
-            _handle(values), bounds, values.shape[1], _handle(result), add, torch.get_num_threads()
-        )
+        # In a backward the other cores are taken by threads of PyTorch's that spin after its products; waiting for
+        # them costs more than a second thread saves, unless there is a lot to add up.
+        threads = torch.get_num_threads() if values.numel() > _SUM_ALONE else 1
+        _C.cpu_cluster_sum(_handle(values), bounds, values.shape[1], _handle(result), add, threads)
 
 
 def cluster_sum(values: Tensor, offsets: Tensor) -> Tensor:
