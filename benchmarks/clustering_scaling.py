@@ -33,6 +33,7 @@ from diffmtl_fast.clustering import (
 )
 
 from .harness import Candidate, Comparison, GateError, compare, environment, write
+from .memory import resident
 from .reference.clustering import optimal_intervals, snr_cost
 
 Array = NDArray[np.float64]
@@ -166,20 +167,14 @@ def growth(quick: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def memory_gib(key: str) -> float:
-    """Memory of this process in GiB: VmRSS now, VmHWM at its peak; getrusage would inherit the parent's."""
-    status = Path("/proc/self/status").read_text()
-    return float(next(line for line in status.splitlines() if line.startswith(key)).split()[1]) / 2**20
-
-
 def large(n: int, k: int, kind: str) -> dict[str, Any]:
     """Time and memory of one large solve; run in a process of its own."""
     x = normal(n)
-    before = memory_gib("VmRSS")
+    before = resident("VmRSS") / 2**30
     start = time.perf_counter()
     found = cluster_intervals(KINDS[kind](x), n, k)
     took = time.perf_counter() - start
-    peak = memory_gib("VmHWM")
+    peak = resident("VmHWM") / 2**30
     error = abs(found.cost / total(kind, x, found.boundaries) - 1)
     if error > 1e-9:
         raise GateError(f"cost of T = {n}, k = {k}: relative error {error:.3g}")

@@ -4,6 +4,9 @@ A speed-up of a wrong result is no speed-up: every candidate first shows that it
 reference. Candidates then take turns, in a new random order each round, and are compared with the baseline
 of the same round, so that a drift of the machine's clock or load falls on all of them. The baseline runs twice
 a round; how much the two differ is the noise below which a ratio says nothing.
+
+Work by others may fail: a peer that is not installed, refuses the case or gives a wrong result is left out, and
+the reason stands where its figures would. What is ours must not.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import random
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -42,12 +45,14 @@ class Candidate:
         run: does the work once.
         error: relative error of the result against the reference; None for the definition itself.
         tolerance: largest error that passes the gate.
+        peer: work by others, left out with the reason where it fails or is wrong.
     """
 
     name: str
     run: Callable[[], object]
     error: Callable[[], float] | None = None
     tolerance: float = 0.0
+    peer: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,35 +71,60 @@ class Spread:
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one candidate: seconds, ratio to the baseline, error at the gate."""
+    """What was measured of one candidate.
+
+    Attributes:
+        name: the candidate's.
+        seconds: time of a run.
+        ratio: that time over the baseline's in the same round.
+        error: relative error at the gate.
+        runs: how many were timed.
+        memory: peak bytes above what was held before, where they were measured.
+    """
 
     name: str
     seconds: Spread
     ratio: Spread
     error: float | None
+    runs: int = 0
+    memory: int | None = None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All candidates of one case; ``noise`` is the ratio of the baseline to itself."""
+    """All candidates of one case, the baseline first.
+
+    Attributes:
+        case: heading.
+        rounds: how many there were; a slow candidate took part in fewer.
+        noise: the ratio of the baseline to itself.
+        rows: what was measured.
+        left_out: candidates without figures, and why.
+        parameters: what sets this case apart from the others of the run.
+    """
 
     case: str
     rounds: int
     noise: Spread
     rows: list[Row]
+    left_out: dict[str, str] = field(default_factory=dict)
+    parameters: dict[str, Any] = field(default_factory=dict)
 
     def table(self) -> str:
         """Format as a Markdown table of ratios, baseline first."""
         lines = [
             f"### {self.case}",
             "",
-            "| way | time / baseline | 20 to 80 % | ms | error |",
-            "|---|---|---|---|---|",
+            "| way | time / baseline | 20 to 80 % | ms | runs | peak MiB | error |",
+            "|---|---|---|---|---|---|---|",
         ]
         for row in self.rows:
             error = "" if row.error is None else f"{row.error:.1e}"
+            memory = "" if row.memory is None else f"{row.memory / 2**20:.0f}"
             ratio, spread = f"{row.ratio.median:.3f}", f"{row.ratio.low:.3f} to {row.ratio.high:.3f}"
-            lines.append(f"| {row.name} | {ratio} | {spread} | {row.seconds.median * 1e3:.2f} | {error} |")
+            time = f"{row.seconds.median * 1e3:.2f}"
+            lines.append(f"| {row.name} | {ratio} | {spread} | {time} | {row.runs} | {memory} | {error} |")
+        lines += [f"| {name} | {reason} | | | | | |" for name, reason in self.left_out.items()]
         noise = f"baseline / itself {self.noise.median:.3f} ({self.noise.low:.3f} to {self.noise.high:.3f})"
         return "\n".join([*lines, "", f"{self.rounds} rounds; {noise}", ""])
 
@@ -139,6 +169,8 @@ def compare(
     *,
     clock: Clock = wall_clock,
     least: float = 0.0,
+    allowance: float = math.inf,
+    **parameters: Any,
 ) -> Comparison:
     """Gate all candidates, then time them in interleaved rounds.
 
@@ -150,32 +182,57 @@ def compare(
         warmup: runs of every candidate before the first round.
         clock: what takes the time.
         least: seconds that a turn takes at least; short work is repeated and its mean taken.
+        allowance: a candidate sits a round out while it has taken more than this many times the baseline's
+            time, so that those many times slower do not take nearly all of it. All are in the first round.
+        **parameters: for `Comparison.parameters`.
 
     Raises:
-        GateError: a candidate's error exceeds its tolerance.
+        GateError: a candidate's error exceeds its tolerance, and it is no peer.
     """
-    candidates = [baseline, *others]
-    errors = [_gate(candidate) for candidate in candidates]
+    gated, left_out = _gate_all([baseline, *others])
     repeats = []
-    for candidate in candidates:
+    for candidate, _ in gated:
         for _ in range(warmup):
             candidate.run()
         repeats.append(max(1, math.ceil(least / clock(candidate.run, 1))) if least else 1)
-    contenders = [*candidates, baseline]
+    contenders = [*(candidate for candidate, _ in gated), baseline]
     repeats.append(repeats[0])
-    seconds = np.empty((rounds, len(contenders)))
+    again = len(gated)
+    seconds = np.full((rounds, len(contenders)), np.nan)
     shuffle = random.Random(0).shuffle
     order = list(range(len(contenders)))
     for i in range(rounds):
         shuffle(order)
+        spent = np.nansum(seconds, axis=0)
         for j in order:
-            seconds[i, j] = clock(contenders[j].run, repeats[j])
-    ratios = seconds / seconds[:, :1]
+            if i == 0 or j in (0, again) or spent[j] <= allowance * spent[0]:
+                seconds[i, j] = clock(contenders[j].run, repeats[j])
     rows = [
-        Row(candidate.name, Spread.of(seconds[:, j]), Spread.of(ratios[:, j]), errors[j])
-        for j, candidate in enumerate(candidates)
+        _row(candidate.name, seconds[:, j], seconds[:, 0], error)
+        for j, (candidate, error) in enumerate(gated)
     ]
-    return Comparison(case, rounds, Spread.of(ratios[:, -1]), rows)
+    return Comparison(case, rounds, Spread.of(seconds[:, again] / seconds[:, 0]), rows, left_out, parameters)
+
+
+def _row(name: str, seconds: np.ndarray, baseline: np.ndarray, error: float | None) -> Row:
+    took_part = ~np.isnan(seconds)
+    seconds, baseline = seconds[took_part], baseline[took_part]
+    return Row(name, Spread.of(seconds), Spread.of(seconds / baseline), error, len(seconds))
+
+
+def _gate_all(
+    candidates: Sequence[Candidate],
+) -> tuple[list[tuple[Candidate, float | None]], dict[str, str]]:
+    """Return the candidates with their errors, and the peers that fail with the reason."""
+    gated, left_out = [], {}
+    for candidate in candidates:
+        try:
+            gated.append((candidate, _gate(candidate)))
+        except Exception as failure:
+            if not candidate.peer:
+                raise
+            left_out[candidate.name] = _reason(failure)
+    return gated, left_out
 
 
 def _gate(candidate: Candidate) -> float | None:
@@ -187,6 +244,13 @@ def _gate(candidate: Candidate) -> float | None:
             f"{candidate.name}: expected a relative error <= {candidate.tolerance}, found {error:.3g}"
         )
     return error
+
+
+def _reason(failure: Exception) -> str:
+    """Return the first line of what went wrong, fit for a cell of a table."""
+    message = str(failure).strip().splitlines() or [""]
+    kind = "" if isinstance(failure, ImportError | GateError) else f"{type(failure).__name__}: "
+    return (kind + message[0]).replace("|", "\\|")
 
 
 def _synchronize() -> None:
@@ -208,7 +272,8 @@ def environment() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "versions": {
-            name: _version(name) for name in ("torch", "numpy", "triton", "diffusers", "cvxpy", "ecos")
+            name: _version(name)
+            for name in ("torch", "numpy", "triton", "diffusers", "cvxpy", "ecos", "torchjd")
         },
     }
 
@@ -238,13 +303,20 @@ def _version(package: str) -> str | None:
         return None
 
 
-def write(name: str, comparisons: Sequence[Comparison], measured_in: dict[str, Any], **settings: Any) -> Path:
-    """Write the comparisons to results/<name>.json and return the path.
+def write(
+    name: str,
+    comparisons: Sequence[Comparison],
+    measured_in: dict[str, Any],
+    folder: Path | None = None,
+    **settings: Any,
+) -> Path:
+    """Write the comparisons to <name>.json in a folder, by default results/, and return the path.
 
     ``measured_in`` is the `environment` as it was before the run: by its end the commit may be another.
     """
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    folder = RESULTS if folder is None else folder
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     record = {
         "environment": measured_in,
         "settings": settings,

@@ -1,9 +1,11 @@
-"""The models that training steps are timed on, each with a batch; small enough for two CPU cores."""
+"""The models that training steps are timed on, each with a batch: three for two CPU cores, two for a GPU."""
 
 from __future__ import annotations
 
+import copy
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,26 +20,59 @@ from diffmtl_fast._extras import require
 class Case:
     """A model and a batch.
 
-    ``options`` are the model's keyword arguments; a diffusers model returns a tuple with ``return_dict=False``.
+    Attributes:
+        name: the model's.
+        model: the model.
+        batch: sorted by cluster.
+        num_clusters: K.
+        options: the model's keyword arguments; a diffusers model returns a tuple with ``return_dict=False``.
+        autocast: run the model under bfloat16 autocast.
     """
 
     name: str
     model: nn.Module
     batch: Batch
+    num_clusters: int
     options: dict[str, Any]
+    autocast: bool = False
 
-    def predict(self, model: nn.Module, batch: Batch, **extra: Any) -> Tensor:
-        """Run the model, or a wrapper of it, on a batch."""
-        output = model(*batch.inputs, **self.options, **extra)
+    @property
+    def device(self) -> torch.device:
+        """Where model and batch are."""
+        return self.batch.target.device
+
+    @property
+    def sizes(self) -> list[int]:
+        """The number of samples of each cluster."""
+        return self.batch.cluster.bincount(minlength=self.num_clusters).tolist()
+
+    def to(self, device: torch.device) -> Case:
+        """Move the batch, and the model in place."""
+        return replace(self, model=self.model.to(device), batch=_map(self.batch, lambda x: x.to(device)))
+
+    def exact(self) -> Case:
+        """Return a copy in float64."""
+        batch = _map(self.batch, lambda x: x.double() if x.is_floating_point() else x)
+        return replace(self, model=copy.deepcopy(self.model).double(), batch=batch, autocast=False)
+
+    def predict(self, model: Callable[..., Any], batch: Batch, **extra: Any) -> Tensor:
+        """Run the model, or what stands for it, on a batch."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            output = model(*batch.inputs, **self.options, **extra)
         return output[0] if isinstance(output, tuple) else output
 
-    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+    def losses(self, model: Callable[..., Any], batch: Batch) -> Tensor:
         """Return the per-sample mean squared errors, [B]."""
         return _sample_mse(self.predict(model, batch), batch.target)
 
 
 def _sample_mse(pred: Tensor, target: Tensor) -> Tensor:
     return (pred - target).square().flatten(1).mean(1)
+
+
+def _map(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
+    inputs = tuple(function(x) for x in batch.inputs)
+    return Batch(inputs, function(batch.target), function(batch.cluster))
 
 
 def _batch(channels: int, size: int, batch_size: int, num_clusters: int, *labels: Tensor) -> Batch:
@@ -64,21 +99,32 @@ class DiT(nn.Module):
     ) -> None:
         super().__init__()
         self.patch = nn.Conv2d(channels, width, kernel_size=2, stride=2)
-        self.position = nn.Parameter(0.02 * torch.randn(1, (size // 2) ** 2, width))
+        self.position = Position((size // 2) ** 2, width)
         self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.blocks = nn.ModuleList(DiTBlock(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 4 * channels)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        tokens = self.patch(x).flatten(2).transpose(1, 2) + self.position
-        condition = F.silu(self.time(_sinusoidal(t, 256)))
+        tokens = self.position(self.patch(x).flatten(2).transpose(1, 2))
+        condition = F.silu(self.time(_sinusoidal(t, 256).to(self.head.weight.dtype)))
         for block in self.blocks:
             tokens = block(tokens, condition)
         patches = (
             self.head(self.norm(tokens)).transpose(1, 2).unflatten(2, [side // 2 for side in x.shape[2:]])
         )
         return F.pixel_shuffle(patches, 2)
+
+
+class Position(nn.Module):
+    """Add a learned vector to every token; a module of its own, as TorchJD's autogram is quicker that way."""
+
+    def __init__(self, tokens: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(0.02 * torch.randn(1, tokens, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.weight
 
 
 class DiTBlock(nn.Module):
@@ -108,7 +154,19 @@ def _sinusoidal(t: Tensor, width: int) -> Tensor:
 
 def dit(batch_size: int, num_clusters: int) -> Case:
     """Return the hand-written DiT: width 192, 6 layers, 64 tokens, 4.1M parameters."""
-    return Case("DiT", DiT(), _batch(3, 16, batch_size, num_clusters), {})
+    return Case("DiT", DiT(), _batch(3, 16, batch_size, num_clusters), num_clusters, {})
+
+
+def dit_s2(batch_size: int, num_clusters: int) -> Case:
+    """Return DiT-S/2 on latents of 32×32×4, without labels: width 384, 12 layers, 256 tokens, 33M parameters."""
+    model = DiT(width=384, depth=12, heads=6, channels=4, size=32)
+    return Case("DiT-S/2", model, _batch(4, 32, batch_size, num_clusters), num_clusters, {})
+
+
+def dit_b2(batch_size: int, num_clusters: int) -> Case:
+    """Return DiT-B/2 on latents of 32×32×4, without labels: width 768, 12 layers, 256 tokens, 129M parameters."""
+    model = DiT(width=768, depth=12, heads=12, channels=4, size=32)
+    return Case("DiT-B/2", model, _batch(4, 32, batch_size, num_clusters), num_clusters, {})
 
 
 def unet(batch_size: int, num_clusters: int) -> Case:
@@ -119,7 +177,8 @@ def unet(batch_size: int, num_clusters: int) -> Case:
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     )
-    return Case("UNet2DModel", model, _batch(3, 16, batch_size, num_clusters), {"return_dict": False})
+    batch = _batch(3, 16, batch_size, num_clusters)
+    return Case("UNet2DModel", model, batch, num_clusters, {"return_dict": False})
 
 
 def diffusers_dit(batch_size: int, num_clusters: int) -> Case:
@@ -131,4 +190,14 @@ def diffusers_dit(batch_size: int, num_clusters: int) -> Case:
         num_attention_heads=4, attention_head_dim=48, in_channels=4, num_layers=4, sample_size=16
     )
     batch = _batch(4, 16, batch_size, num_clusters, torch.randint(1000, (batch_size,)))
-    return Case("DiTTransformer2DModel", model.eval(), batch, {"return_dict": False})
+    return Case("DiTTransformer2DModel", model.eval(), batch, num_clusters, {"return_dict": False})
+
+
+#: by their names on the command line
+MODELS: dict[str, Callable[[int, int], Case]] = {
+    "dit": dit,
+    "unet": unet,
+    "diffusers-dit": diffusers_dit,
+    "dit-s2": dit_s2,
+    "dit-b2": dit_b2,
+}

@@ -66,6 +66,44 @@ def test_short_work_is_repeated() -> None:
     assert sorted(turns[2:]) == [("fast", 4), ("slow", 1), ("slow", 1)]
 
 
+def test_slow_ways_sit_rounds_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, slower, base = Counter(), Counter(), Counter()
+    price = {base: 1.0, slow: 4.0, slower: 24.0}
+
+    def clock(run: object, repeats: int) -> float:
+        assert isinstance(run, Counter)
+        run()
+        return price[run]
+
+    others = [Candidate("slow", slow), Candidate("slower", slower)]
+    result = compare("case", Candidate("base", base), others, 6, warmup=0, clock=clock, allowance=2.0)
+    # Taken part in: 0 (4 > 2), 2 (8 > 6), 4; and 0 alone.
+    assert [row.runs for row in result.rows] == [6, 3, 1]
+    assert [row.ratio.median for row in result.rows] == [1.0, 4.0, 24.0]
+    assert result.noise == Spread(1.0, 1.0, 1.0)
+
+
+def test_peers_that_fail_are_left_out_with_the_reason() -> None:
+    def broken() -> float:
+        raise RuntimeError("no a|b\nmore")
+
+    peers = [
+        Candidate("wrong", Counter(), lambda: 1.0, tolerance=0.5, peer=True),
+        Candidate("broken", Counter(), broken, peer=True),
+        Candidate("right", Counter(), lambda: 0.25, tolerance=0.5, peer=True),
+    ]
+    result = compare("case", Candidate("base", Counter()), peers, rounds=1, k=5)
+    assert [(row.name, row.error) for row in result.rows] == [("base", None), ("right", 0.25)]
+    assert result.left_out == {
+        "wrong": "wrong: expected a relative error <= 0.5, found 1",
+        "broken": r"RuntimeError: no a\|b",
+    }
+    assert result.parameters == {"k": 5}
+    assert r"| broken | RuntimeError: no a\|b |" in result.table()
+    with pytest.raises(RuntimeError, match="no a"):
+        compare("case", Candidate("base", Counter()), [Candidate("ours", Counter(), broken)], rounds=1)
+
+
 def test_relative_error() -> None:
     assert relative_error(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0])) == pytest.approx(0.1)
 
