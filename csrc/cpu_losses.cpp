@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "bindings.hpp"
+#include "cpu_memory.hpp"
 #include "cpu_numbers.hpp"
 #include "cpu_threads.hpp"
 
@@ -183,6 +184,8 @@ void sample_loss_backward(const Handle& scale, const Handle& pred, const Handle&
   void* const by_pred = reinterpret_cast<void*>(grads[0]);
   void* const by_target = both ? reinterpret_cast<void*>(grads[1]) : nullptr;
   const Int bytes = error.bytes() + bytes_of(pred_dtype) + (both ? bytes_of(target_dtype) : 0);
+  prefer_huge_pages(by_pred, samples * size * bytes_of(pred_dtype));
+  if (both) prefer_huge_pages(by_target, samples * size * bytes_of(target_dtype));
   for_blocks({samples, size}, bytes, threads, [&](Int, Int sample, Int begin, Int n) {
     Scratch scratch;
     const Int at = sample * size + begin;
@@ -200,6 +203,7 @@ void add_noise(const Handle& x0, const Handle& noise, const Handle& alpha, const
   const Elements drawn(noise);
   const auto mix = kernels().mix[image.dtype][drawn.dtype()][image.dtype];
   void* const noisy = reinterpret_cast<void*>(out);
+  prefer_huge_pages(noisy, samples * size * bytes_of(image.dtype));
   for_blocks({samples, size}, 2 * bytes_of(image.dtype) + drawn.bytes(), threads, [&](Int, Int sample, Int begin, Int n) {
     Scratch scratch;
     mix(element(image, sample, begin), alphas[sample], drawn.at(sample, begin, n, scratch.first), sigmas[sample],
@@ -209,6 +213,7 @@ void add_noise(const Handle& x0, const Handle& noise, const Handle& alpha, const
 
 void philox_normal(const Handle& seed, Int samples, Int size, std::uintptr_t out, int threads) {
   const Elements noise(seed);
+  prefer_huge_pages(reinterpret_cast<void*>(out), samples * size * bytes_of(kFloat32));
   for_blocks({samples, size}, noise.bytes(), threads, [&](Int, Int sample, Int begin, Int n) {
     noise.at(sample, begin, n, reinterpret_cast<float*>(out) + sample * size + begin);
   });

@@ -5,10 +5,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <atomic>
 #include <memory>
@@ -17,6 +13,7 @@
 #include <vector>
 
 #include "bindings.hpp"
+#include "cpu_memory.hpp"
 #include "cpu_numbers.hpp"
 #include "cpu_threads.hpp"
 
@@ -58,23 +55,6 @@ std::vector<std::string> kernel_names() {
   std::vector<std::string> names;
   for (const Kernels* table : supported_kernels()) names.emplace_back(table->name);
   return names;
-}
-
-// ---- Division of the work ------------------------------------------------------------------------------------------
-
-// Fresh memory is cleared by the system at the first write, page by page: with small pages that takes as long as
-// computing what is written. A hint only; it changes nothing where the pages are there already.
-void prefer_huge_pages(void* p, Int bytes) {
-#if defined(__linux__)
-  constexpr std::uintptr_t kHugePage = 1 << 21;
-  if (bytes < Int{16 * kHugePage}) return;
-  const std::uintptr_t address = reinterpret_cast<std::uintptr_t>(p);
-  const std::uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage;
-  const std::uintptr_t end = (address + static_cast<std::uintptr_t>(bytes)) / kHugePage * kHugePage;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)p, (void)bytes;
-#endif
 }
 
 // ---- gram and combine ----------------------------------------------------------------------------------------------
