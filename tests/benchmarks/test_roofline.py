@@ -121,19 +121,23 @@ def stopped(seconds: dict[str, float]) -> Callable[..., harness.Comparison]:
 
 
 @pytest.mark.compile
-def test_a_compiled_composition_is_gated_and_a_failure_gives_the_reason(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_compiled_composition_is_gated_or_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    found = roofline.compiled(case("add_noise"))
-    assert isinstance(found, Candidate)
-    assert found.error is not None
-    assert found.error() <= found.tolerance
 
     def broken(*inputs: object) -> object:
         raise RuntimeError("no such thing\nand more")
 
-    assert "no such thing" in str(roofline.compiled(replace(case("add_noise"), plain=broken)))
+    def doubled(x0: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        return (2 if x0.dtype == torch.float32 else 1) * op_cases.add_noise(x0, *rest)
+
+    run, work = roofline.Run(CPU, rounds=1, compiles=True, megabytes=1), case("add_noise")
+    run.measure("memory", [work, replace(work, plain=doubled)])
+    right, wrong = run.comparisons
+    assert [row.name for row in right.rows][-1] == "torch.compile"
+    assert "expected a relative error <= 0.0001, found 1" in wrong.left_out["torch.compile"]
+    assert "torch.compile" not in run.records[1]["times_ours"]
+    with pytest.raises(RuntimeError, match="no such thing"):
+        roofline.compiled(replace(work, plain=broken)).run()
 
 
 def test_quick_run_measures_everything_and_writes_nothing(
