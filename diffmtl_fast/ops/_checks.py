@@ -42,13 +42,17 @@ def check_jacobian(jacobian: Tensor | Sequence[Tensor]) -> list[Tensor]:
     members = list(jacobian)
     if not members:
         raise ValueError("jacobian: expected at least one tensor, found an empty sequence")
-    k, device = members[0].shape[:1], members[0].device
-    for i, member in enumerate(members):
+    if members[0].dim() == 0:
+        raise ValueError("jacobian[0]: expected shape [K, ...], found []")
+    k, device = members[0].shape[0], members[0].device
+    for i, member in enumerate(members):  # there may be hundreds: few calls for each
+        shape = member.shape
         if not member.is_floating_point():
             raise TypeError(f"jacobian[{i}]: expected a floating-point tensor, found {member.dtype}")
-        if member.dim() == 0 or member.shape[:1] != k:
-            expected = f"[{k[0]}, ...] as the first one" if k else "[K, ...]"
-            raise ValueError(f"jacobian[{i}]: expected shape {expected}, found {list(member.shape)}")
+        if not shape or shape[0] != k:
+            raise ValueError(
+                f"jacobian[{i}]: expected shape [{k}, ...] as the first one, found {list(shape)}"
+            )
         if member.device != device:
             raise ValueError(f"jacobian[{i}]: expected a tensor on {device}, found one on {member.device}")
     return members

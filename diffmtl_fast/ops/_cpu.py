@@ -68,13 +68,13 @@ def _uncovered(jacobian: Sequence[Tensor], *others: Tensor) -> str | None:
     """Say why no kernel covers these rows, if so."""
     if reason := _unsupported(*jacobian, *others):
         return reason
-    if jacobian[0].shape[0] > _C.CPU_MAX_ROWS:
-        return f"expected at most {_C.CPU_MAX_ROWS} rows, found {jacobian[0].shape[0]}"
-    return None
+    k = jacobian[0].shape[0]
+    return None if 1 <= k <= _C.CPU_MAX_ROWS else f"expected 1 to {_C.CPU_MAX_ROWS} rows, found {k}"
 
 
-def _member(rows: Tensor, columns: int) -> tuple[int, int, int, int]:
-    return *_handle(rows), columns
+def _members(parts: Sequence[Tensor], k: int) -> list[tuple[int, int, int, int]]:
+    """Return address, dtype, row stride and columns of every part."""
+    return [(rows.data_ptr(), _DTYPES[rows.dtype], rows.stride(0), rows.numel() // k) for rows in parts]
 
 
 def gram(jacobian: Sequence[Tensor]) -> Tensor:
@@ -84,8 +84,7 @@ def gram(jacobian: Sequence[Tensor]) -> Tensor:
     k = jacobian[0].shape[0]
     gramian = torch.empty(k, k, dtype=accumulation_dtype(*jacobian))
     parts = [dense_rows(member) for member in jacobian]  # kept while the kernel reads their memory
-    members = [_member(rows, rows.numel() // max(k, 1)) for rows in parts]
-    _C.cpu_gram(members, k, gramian.data_ptr(), _DTYPES[gramian.dtype], torch.get_num_threads())
+    _C.cpu_gram(_members(parts, k), k, gramian.data_ptr(), _DTYPES[gramian.dtype], torch.get_num_threads())
     return gramian
 
 
@@ -123,7 +122,7 @@ def _write_combination(
             (written.data_ptr(), _DTYPES[written.dtype], add)
             for written, add in zip(dense, accumulate, strict=True)
         ],
-        [_member(rows, written.numel()) for rows, written in zip(parts, dense, strict=True)],
+        _members(parts, weights.shape[0]),
         weights.shape[0],
         _handle(weights),
         torch.get_num_threads(),

@@ -137,13 +137,13 @@ def combine_(
             "expected as many tensors in out as in jacobian and as flags in accumulate, found "
             f"{len(out)}, {len(parts)} and {len(flags)}"
         )
+    device = weights.device
     for i, (written, member) in enumerate(zip(out, parts, strict=True)):
+        expected = member.shape[1:]
         if not written.is_floating_point():
             raise TypeError(f"out[{i}]: expected a floating-point tensor, found {written.dtype}")
-        if written.shape != member.shape[1:]:
-            raise ValueError(
-                f"out[{i}]: expected shape {list(member.shape[1:])}, found {list(written.shape)}"
-            )
-        if written.device != member.device:
-            raise ValueError(f"out[{i}]: expected a tensor on {member.device}, found one on {written.device}")
+        if written.shape != expected:
+            raise ValueError(f"out[{i}]: expected shape {list(expected)}, found {list(written.shape)}")
+        if written.device != device:
+            raise ValueError(f"out[{i}]: expected a tensor on {device}, found one on {written.device}")
     return _combine_in_place(out, parts, weights, flags)

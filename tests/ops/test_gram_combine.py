@@ -179,6 +179,15 @@ def test_parts_add_up_to_the_whole(sizes, k, seed):
     torch.testing.assert_close(torch.cat(ops.combine(parts, weights)), ops.combine(whole, weights))
 
 
+def test_no_rows(device):
+    none, weights = [torch.empty(0, 3, 2, device=device)], torch.empty(0, device=device)
+    assert ops.gram(none).shape == (0, 0)
+    assert (ops.combine(none, weights)[0] == 0).all()
+    out = [torch.full((3, 2), 2.0, device=device)]
+    assert ops.combine_(out, none, weights, accumulate=True) == 24
+    assert ops.combine_(out, none, weights) == 0
+
+
 def test_each_tensor_is_replaced_or_added_to(generator):
     parts, weights = draw_parts(3, generator, [torch.float32]), draw((3,), torch.float32, generator)
     flags = [i % 2 == 0 for i in range(len(parts))]
