@@ -25,6 +25,9 @@ constexpr Int kBlock = 1024;
 // Of an error e: e^2, with half its slope; or Huber's.
 enum Loss { kSquaredLoss, kHuberLoss, kLosses };
 
+// What becomes of an output's values: they are replaced, or, past the caches, or they are added to.
+enum Write { kReplace, kStream, kAdd };
+
 // K rows of a Jacobian or of a part of its columns; elements of a row lie next to each other.
 struct Rows {
   const void* data;
@@ -50,8 +53,8 @@ struct Kernels {
   const char* name;
   // sums[i * count + j] += <row i, row j> for i <= j. scratch: gram_scratch(count) bytes, aligned to 64.
   void (*gram[kDTypes])(const Rows& rows, double* sums, void* scratch);
-  // out = (accumulate ? out : 0) + weights * rows, by the types of the rows and of the output. Returns |out|^2.
-  double (*combine[kDTypes][kDTypes])(const Rows& rows, const double* weights, bool accumulate, void* out);
+  // out = (kAdd: out) + weights * rows, by the types of the rows and of the output. Returns |out|^2.
+  double (*combine[kDTypes][kDTypes])(const Rows& rows, const double* weights, Write write, void* out);
   // The sum of the losses of pred - target over n elements, at most kBlock. delta: of the Huber loss.
   double (*loss_sum[kLosses][kDTypes][kDTypes])(const void* pred, const void* target, double delta, Int n);
   // scale times its slope: in the type of pred to by_pred and, unless that is null, negated and in the type of target

@@ -86,56 +86,79 @@ void gram(const Rows& rows, double* sums, void* scratch) {
 // Rows that are read side by side: more streams than this, and the processor no longer fetches them ahead.
 constexpr int kStreams = 8;
 
-// out = (start ? start : 0) + weights * rows over n columns of `count` rows, n <= kBlock. Returns |out|^2.
-template <class Compute, class T, class Start, class Out>
+// out = (start ? start : 0) + weights * rows over kUnroll registers of columns; returns the squares of what is written.
+template <int kUnroll, bool kStreamed, class Compute, class T, class Start, class Out>
+DIFFMTL_INLINE_LOOP Vector<Compute> add_registers(const T* data, Int stride, int count, const Compute* weights,
+                                                  const Start* start, Out* out) {
+  constexpr Int kLane = kLanes<Compute>;
+  Vector<Compute> acc[kUnroll], squares = {};
+  for (int u = 0; u < kUnroll; ++u) acc[u] = start ? load<Compute>(start + u * kLane) : Vector<Compute>{};
+  for (int i = 0; i < count; ++i)
+    for (int u = 0; u < kUnroll; ++u) acc[u] += weights[i] * load<Compute>(data + i * stride + u * kLane);
+  for (int u = 0; u < kUnroll; ++u) {
+    const auto packed = pack<Out, Compute>(acc[u]);
+    if constexpr (kStreamed) {
+      stream(out + u * kLane, packed);
+    } else {
+      put(out + u * kLane, packed);
+    }
+    const Vector<Compute> written = unpack<Compute, Out>(packed);
+    squares += written * written;
+  }
+  return squares;
+}
+
+// The same over n columns, n <= kBlock. Returns |out|^2.
+template <bool kStreamed, class Compute, class T, class Start, class Out>
 inline double add_rows(const T* data, Int stride, int count, const Compute* weights, const Start* start, Int n, Out* out) {
   constexpr int kUnroll = 4;
-  constexpr Int kLane = kLanes<Compute>, kStep = kUnroll * kLane;
-  Vector<Compute> squares[kUnroll] = {};
+  constexpr Int kLane = kLanes<Compute>;
+  Vector<Compute> squares = {};
   Int c = 0;
-  for (; c + kStep <= n; c += kStep) {
-    Vector<Compute> acc[kUnroll];
-    for (int u = 0; u < kUnroll; ++u) acc[u] = start ? load<Compute>(start + c + u * kLane) : Vector<Compute>{};
-    for (int i = 0; i < count; ++i)
-      for (int u = 0; u < kUnroll; ++u) acc[u] += weights[i] * load<Compute>(data + i * stride + c + u * kLane);
-    for (int u = 0; u < kUnroll; ++u) {
-      store<Compute>(out + c + u * kLane, acc[u]);
-      if constexpr (!std::is_same_v<Out, Compute>) acc[u] = load<Compute>(out + c + u * kLane);  // as rounded
-      squares[u] += acc[u] * acc[u];
-    }
+  for (; c + kUnroll * kLane <= n; c += kUnroll * kLane)
+    squares += add_registers<kUnroll, kStreamed>(data + c, stride, count, weights, start ? start + c : nullptr, out + c);
+  for (; c < n; c += kLane) {
+    const Int rest = smaller(kLane, n - c);
+    Vector<Compute> acc = start ? load_first<Compute>(start + c, rest) : Vector<Compute>{};
+    for (int i = 0; i < count; ++i) acc += weights[i] * load_first<Compute>(data + i * stride + c, rest);
+    store_first<Compute>(out + c, acc, rest);
+    const Vector<Compute> written = load_first<Compute>(out + c, rest);  // in the other lanes is 0 times a weight
+    squares += written * written;
   }
-  double square = sum_lanes<Compute>((squares[0] + squares[1]) + (squares[2] + squares[3]));
-  for (; c < n; ++c) {
-    Compute acc = start ? static_cast<Compute>(to_number(start[c])) : 0;
-    for (int i = 0; i < count; ++i) acc += weights[i] * static_cast<Compute>(to_number(data[i * stride + c]));
-    out[c] = from_number<Out>(acc);
-    const double written = to_number(out[c]);
-    square += written * written;
-  }
-  return square;
+  return sum_lanes<Compute>(squares);
+}
+
+// A block of columns: where there are many rows, some of them at a time, to and from `total`.
+template <bool kStreamed, class Compute, class T, class Out>
+inline double combine_block(const T* data, Int stride, int count, const Compute* weights, bool add, Int n, Compute* total,
+                            Out* out) {
+  const Out* start = add ? out : nullptr;
+  if (count <= kStreams) return add_rows<kStreamed>(data, stride, count, weights, start, n, out);
+  add_rows<false>(data, stride, kStreams, weights, start, n, total);
+  int i = kStreams;
+  for (; i + kStreams < count; i += kStreams)
+    add_rows<false>(data + i * stride, stride, kStreams, weights + i, total, n, total);
+  return add_rows<kStreamed>(data + i * stride, stride, count - i, weights + i, total, n, out);
 }
 
 template <class T, class Out>
-double combine(const Rows& rows, const double* weights, bool accumulate, void* out_data) {
+double combine(const Rows& rows, const double* weights, Write write, void* out_data) {
   using Compute = ComputeOf<T, Out>;
   const T* data = static_cast<const T*>(rows.data);
   Out* out = static_cast<Out*>(out_data);
   Compute w[kMaxRows], total[kBlock];
   for (int i = 0; i < rows.count; ++i) w[i] = static_cast<Compute>(weights[i]);
-  double square = 0;
-  for (Int begin = 0; begin < rows.columns; begin += kBlock, data += kBlock, out += kBlock) {
-    const Int n = smaller(kBlock, rows.columns - begin);
-    const Out* start = accumulate ? out : nullptr;
-    if (rows.count <= kStreams) {
-      square += add_rows(data, rows.stride, rows.count, w, start, n, out);
-      continue;
-    }
-    add_rows(data, rows.stride, kStreams, w, start, n, total);
-    int i = kStreams;
-    for (; i + kStreams < rows.count; i += kStreams)
-      add_rows(data + i * rows.stride, rows.stride, kStreams, w + i, total, n, total);
-    square += add_rows(data + i * rows.stride, rows.stride, rows.count - i, w + i, total, n, out);
+  // Streaming begins where the registers that it writes are aligned.
+  const Int misplaced = static_cast<Int>(-reinterpret_cast<std::uintptr_t>(out) % kVectorBytes);
+  const Int head = write == kStream ? smaller(misplaced / static_cast<Int>(sizeof(Out)), rows.columns) : 0;
+  const bool streamed = write == kStream && reinterpret_cast<std::uintptr_t>(out + head) % kVectorBytes == 0;
+  double square = combine_block<false>(data, rows.stride, rows.count, w, false, head, total, out);
+  for (Int begin = head; begin < rows.columns; begin += kBlock) {
+    const auto block = streamed ? combine_block<true, Compute, T, Out> : combine_block<false, Compute, T, Out>;
+    square += block(data + begin, rows.stride, rows.count, w, write == kAdd, smaller(kBlock, rows.columns - begin), total,
+                    out + begin);
   }
+  if (streamed) end_stream();
   return square;
 }
 

@@ -75,12 +75,12 @@ struct Piece {
 class Tasks {
  public:
   Tasks(const std::vector<Member>& members, int count, int threads) {
-    Int columns = 0, bytes = 0;
+    Int columns = 0;
     for (const auto& [data, dtype, stride, n] : members) {
       columns += n;
-      bytes += count * n * static_cast<Int>(kBytes[dtype]);
+      bytes_ += count * n * static_cast<Int>(kBytes[dtype]);
     }
-    threads_ = useful_threads(threads, bytes);
+    threads_ = useful_threads(threads, bytes_);
     const Int step = task_columns(columns);
     Int room = 0;
     for (std::size_t member = 0; member < members.size(); ++member)
@@ -98,6 +98,7 @@ class Tasks {
 
   Int size() const { return static_cast<Int>(first_.size()) - 1; }
   int threads() const { return threads_; }
+  Int bytes() const { return bytes_; }
 
   // body(piece, task, thread) for the pieces of every task, those of one task in their order.
   template <class Body>
@@ -116,6 +117,7 @@ class Tasks {
 
   std::vector<Piece> pieces_;
   std::vector<std::size_t> first_;  // of each task, and the end
+  Int bytes_ = 0;
   int threads_;
 };
 
@@ -159,12 +161,16 @@ double combine(const std::vector<Target>& targets, const std::vector<Member>& me
       prefer_huge_pages(reinterpret_cast<void*>(data), std::get<3>(members[i]) * static_cast<Int>(kBytes[dtype]));
   }
   const Tasks tasks(members, count, threads);
+  // Beside this much that is read, what is written will have left the caches when it is needed.
+  constexpr Int kCaches = 1 << 25;
+  const Write replace = tasks.bytes() > kCaches ? kStream : kReplace;
   std::vector<double> partial(tasks.size());
   tasks.run([&](const Piece& piece, Int task, int) {
     const Member& member = members[piece.member];
     const auto& [data, dtype, accumulate] = targets[piece.member];
     void* const out = advance(reinterpret_cast<void*>(data), static_cast<DType>(dtype), piece.begin);
-    partial[task] += kernels().combine[std::get<1>(member)][dtype](rows_of(member, piece, count), w, accumulate, out);
+    partial[task] += kernels().combine[std::get<1>(member)][dtype](rows_of(member, piece, count), w,
+                                                                      accumulate ? kAdd : replace, out);
   });
   double square = 0;
   for (const double part : partial) square += part;

@@ -149,51 +149,97 @@ DIFFMTL_INLINE_LOOP Shorts narrow(Words x) {
 #endif
 }
 
-template <class Compute, class T>
-DIFFMTL_INLINE_LOOP Vector<Compute> load(const T* p) {
+// Numbers of a type that no register of the same number of lanes is for.
+template <class T, int kCount>
+struct Array {
+  T at[kCount];
+};
+
+// A register of numbers in the type of memory, rounded, and back.
+template <class T, class Compute>
+DIFFMTL_INLINE_LOOP auto pack(Vector<Compute> v) {
   if constexpr (std::is_same_v<T, Compute>) {
-    return load_bits<Vector<Compute>>(p);
+    return v;
   } else if constexpr (std::is_same_v<T, float>) {
-    return __builtin_convertvector(load_bits<HalfFloats>(p), Doubles);
+    return __builtin_convertvector(v, HalfFloats);
   } else if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<Compute, float>) {
-    return decode_bfloat16<Floats>(widen(load_bits<Shorts>(p)));
+    return narrow(encode_bfloat16<Words>(v));
   } else if constexpr (std::is_same_v<T, Float16> && std::is_same_v<Compute, float>) {
 #if defined(__AVX512F__)
-    return (Floats)_mm512_maskz_cvtph_ps(kAllLanes, load_bits<__m256i>(p));
+    return (Shorts)_mm512_maskz_cvtps_ph(kAllLanes, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
 #elif defined(__AVX2__)
-    return (Floats)_mm256_cvtph_ps(load_bits<__m128i>(p));
+    return (Shorts)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
 #else
-    return decode_float16<Floats>(widen(load_bits<Shorts>(p)));
+    return narrow(encode_float16<Words>(v));
+#endif
+  } else {
+    Array<T, kLanes<Compute>> packed;
+    for (int i = 0; i < kLanes<Compute>; ++i) packed.at[i] = from_number<T>(v[i]);
+    return packed;
+  }
+}
+
+template <class T, class Compute>
+using Packed = decltype(pack<T, Compute>(Vector<Compute>{}));
+
+template <class Compute, class T>
+DIFFMTL_INLINE_LOOP Vector<Compute> unpack(const Packed<T, Compute>& from) {
+  if constexpr (std::is_same_v<T, Compute>) {
+    return from;
+  } else if constexpr (std::is_same_v<T, float>) {
+    return __builtin_convertvector(from, Doubles);
+  } else if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<Compute, float>) {
+    return decode_bfloat16<Floats>(widen(from));
+  } else if constexpr (std::is_same_v<T, Float16> && std::is_same_v<Compute, float>) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_maskz_cvtph_ps(kAllLanes, (__m256i)from);
+#elif defined(__AVX2__)
+    return (Floats)_mm256_cvtph_ps((__m128i)from);
+#else
+    return decode_float16<Floats>(widen(from));
 #endif
   } else {
     Vector<Compute> v;
-    for (int i = 0; i < kLanes<Compute>; ++i) v[i] = to_number(p[i]);
+    for (int i = 0; i < kLanes<Compute>; ++i) v[i] = to_number(from.at[i]);
     return v;
   }
 }
 
 template <class Compute, class T>
+DIFFMTL_INLINE_LOOP Vector<Compute> load(const T* p) {
+  return unpack<Compute, T>(load_bits<Packed<T, Compute>>(p));
+}
+
+template <class V>
+DIFFMTL_INLINE_LOOP void put(void* p, const V& value) {
+  std::memcpy(p, &value, sizeof(value));
+}
+
+template <class Compute, class T>
 DIFFMTL_INLINE_LOOP void store(T* p, Vector<Compute> v) {
-  if constexpr (std::is_same_v<T, Compute>) {
-    std::memcpy(p, &v, sizeof(v));
-  } else if constexpr (std::is_same_v<T, float>) {
-    const HalfFloats rounded = __builtin_convertvector(v, HalfFloats);
-    std::memcpy(p, &rounded, sizeof(rounded));
-  } else if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<Compute, float>) {
-    const Shorts rounded = narrow(encode_bfloat16<Words>(v));
-    std::memcpy(p, &rounded, sizeof(rounded));
-  } else if constexpr (std::is_same_v<T, Float16> && std::is_same_v<Compute, float>) {
+  put(p, pack<T, Compute>(v));
+}
+
+// Writes past the caches to an address aligned to the size of the value, where the processor can.
+template <class V>
+DIFFMTL_INLINE_LOOP void stream(void* p, const V& value) {
 #if defined(__AVX512F__)
-    const __m256i rounded = _mm512_maskz_cvtps_ph(kAllLanes, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
-#elif defined(__AVX2__)
-    const __m128i rounded = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
-#else
-    const Shorts rounded = narrow(encode_float16<Words>(v));
+  if constexpr (sizeof(V) == 64) return _mm512_stream_si512(static_cast<__m512i*>(p), bit_cast<__m512i>(value));
 #endif
-    std::memcpy(p, &rounded, sizeof(rounded));
-  } else {
-    for (int i = 0; i < kLanes<Compute>; ++i) p[i] = from_number<T>(v[i]);
-  }
+#if defined(__AVX2__)
+  if constexpr (sizeof(V) == 32) return _mm256_stream_si256(static_cast<__m256i*>(p), bit_cast<__m256i>(value));
+#endif
+#if defined(__SSE2__)
+  if constexpr (sizeof(V) == 16) return _mm_stream_si128(static_cast<__m128i*>(p), bit_cast<__m128i>(value));
+#endif
+  put(p, value);
+}
+
+// Makes what was streamed visible to other threads before anything written later.
+DIFFMTL_INLINE_LOOP void end_stream() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 // Stores whole registers at aligned addresses without a place in the caches, where the processor can.

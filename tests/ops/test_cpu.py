@@ -127,6 +127,21 @@ class TestGramAndCombine:
                 assert ((written - expected).abs() <= bound).all()
                 assert relative_error(square, written.square().sum()) < (1e-14 if exact else 1e-6)
 
+    @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_output_past_the_caches(self, dtype, out_dtype, instruction_set, seeded):
+        columns = 600_011
+        row = draw((columns,), dtype, seeded)
+        for k, offset in ((16, 0), (17, 1), (31, 31)):  # more than 32 MiB, as far as the kernel can see
+            weights = torch.rand(k, generator=seeded, dtype=torch.float64)
+            out = draw((columns,), out_dtype, seeded, offset)
+            square = ops.combine_([out], [row.expand(k, columns)], weights)
+            expected = weights.sum() * row.double()
+            assert (
+                (out.double() - expected).abs() <= (EPSILON[out_dtype] + 4e-6) * expected.abs() + 1e-7
+            ).all()
+            assert relative_error(square, out.double().square().sum()) < 1e-6
+
     def test_the_plain_definition_serves_more_rows_than_the_kernels(self, seeded, caplog):
         _library._log_fallback.cache_clear()
         jacobian, weights = draw((65, 33), torch.float32, seeded), draw((65,), torch.float32, seeded)
