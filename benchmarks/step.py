@@ -95,19 +95,27 @@ def directions(case: Case, jacobian: Tensor) -> Expected:
     orders = projecting(case).draw_order(k, case.device)
     torchjd_orders = random_orders(k, torch.Generator().manual_seed(SEED))
     variances = uncertainty(case).log_var.detach().to(jacobian)
+    gramian = jacobian @ jacobian.T
     found: dict[Outcome, Tensor] = {
         "mean": torch.tensor(case.sizes).to(jacobian) @ jacobian / sum(case.sizes),
         "uncertainty": update_direction(jacobian, 0.5 * torch.exp(-variances), present),
-        "pcgrad": pcgrad(jacobian, orders) / k,
-        "pcgrad, torchjd's order": pcgrad(jacobian, torchjd_orders) / k,
-        "nash": update_direction(jacobian, _nash(jacobian @ jacobian.T), present),
+        "pcgrad": update_direction(jacobian, _projecting(gramian, orders), present),
+        "pcgrad, torchjd's order": update_direction(jacobian, _projecting(gramian, torchjd_orders), present),
+        "nash": update_direction(jacobian, _bargaining(gramian), present),
     }
     if min(relative_error(found[name], jacobian.mean(0)) for name in ("pcgrad", "nash")) < 0.01:
         raise GateError(f"{case.name}: expected gradients to balance, found all weights near 1")
     return {name: direction.unsqueeze(0) for name, direction in found.items()}
 
 
-def _nash(gramian: Tensor) -> Tensor:
+def _projecting(gramian: Tensor, orders: Tensor) -> Tensor:
+    """Return PCGrad's weights: its loop over vectors of K elements that have the gradients' inner products."""
+    factor = torch.linalg.cholesky(gramian)
+    projected = pcgrad(factor, orders).unsqueeze(0)
+    return torch.linalg.solve_triangular(factor, projected, upper=False, left=False).squeeze(0)
+
+
+def _bargaining(gramian: Tensor) -> Tensor:
     """Return the bargaining weights, certified by the equations that only they solve."""
     weights = dm.ops.nash_weights(gramian)
     residual = nash_residual(gramian.cpu().numpy(), weights.cpu().numpy())

@@ -15,9 +15,9 @@ import diffmtl_fast as dm
 from benchmarks import models, step
 from benchmarks.harness import Candidate, GateError, compare
 from benchmarks.models import Case
-from benchmarks.reference import cluster_gradients
+from benchmarks.reference import cluster_gradients, pcgrad
 from benchmarks.step import Setting
-from benchmarks.ways import COMPILED, Way, ours, ways
+from benchmarks.ways import COMPILED, Way, ours, projecting, ways
 
 
 def small_dit(batch_size: int, num_clusters: int) -> Case:
@@ -115,13 +115,23 @@ def test_exact_gradients_are_those_of_one_backward_per_cluster(
     assert next(case.model.parameters()).dtype == torch.float32
 
 
+def test_projection_is_that_of_the_vectors(case: Case) -> None:
+    jacobian = torch.randn(5, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) - 0.3
+    jacobian[::2] *= -1
+    found = step.directions(case, jacobian.to(case.device))["pcgrad"][0]
+    orders = projecting(case).draw_order(5, case.device)
+    expected = pcgrad(jacobian.to(case.device), orders) / 5
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(found, jacobian.mean(0).to(found))
+
+
 def test_nash_weights_that_solve_nothing_are_no_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     def ones(gramian: Tensor) -> Tensor:
         return torch.ones(len(gramian), dtype=gramian.dtype)
 
     monkeypatch.setattr(dm.ops, "nash_weights", ones)
     with pytest.raises(GateError, match="Nash weights: expected"):
-        step._nash(torch.diag(torch.tensor([1.0, 4.0], dtype=torch.float64)))
+        step._bargaining(torch.diag(torch.tensor([1.0, 4.0], dtype=torch.float64)))
 
 
 def test_a_step_that_skips_its_gradients_is_not_timed(case: Case) -> None:
