@@ -1,4 +1,4 @@
-"""The command line: ``diffmtl-fast train | sample | evaluate | cluster``.
+"""The command line: ``diffmtl-fast train | sample | evaluate | cluster | analyze``.
 
 Parsing needs jsonargparse alone; diffusers, scikit-learn and matplotlib load when a command needs them.
 What the user can put right is reported as one line on standard error, with exit status 2; training that diverges
@@ -136,9 +136,13 @@ def _parser(jsonargparse: Any, training: dict[str, Any] | None = None) -> Any:
         "sample": (_sample_parser, "draw pictures from a run"),
         "evaluate": (_evaluate_parser, "measure how close a run's pictures come to real ones"),
         "cluster": (_cluster_parser, "group the timesteps of a noise schedule"),
+        "analyze": (_analyze_parser, "measure how the denoising tasks of a run agree and differ"),
     }.items():
         more = (training,) if name == "train" else ()
-        commands.add_subcommand(name, make(jsonargparse, *more), help=text)
+        command = make(jsonargparse, *more)
+        commands.add_subcommand(name, command, help=text)
+        if name == "analyze":
+            _add_analyses(jsonargparse, command)  # jsonargparse wants the outer level added first
     return parser
 
 
@@ -237,6 +241,46 @@ def _cluster_parser(jsonargparse: Any) -> Any:
     return parser
 
 
+def _analyze_parser(jsonargparse: Any) -> Any:
+    about = "Measure how the denoising tasks of a run agree and differ; writes to RUN_DIR/analysis."
+    return _subparser(jsonargparse, "analyze", about)
+
+
+def _add_analyses(jsonargparse: Any, parser: Any) -> None:
+    analyses = parser.add_subcommands(dest="analysis", help="one of these; each has its own --help")
+    for name, (make, text) in {
+        "affinity": (_affinity_parser, "cosines between the gradients of all pairs of timesteps"),
+    }.items():
+        analyses.add_subcommand(name, make(jsonargparse), help=text)
+
+
+def _affinity_parser(jsonargparse: Any) -> Any:
+    parser = _subparser(
+        jsonargparse,
+        "analyze affinity",
+        "Measure the task affinity: the cosine of the gradients of two timesteps, of all pairs, averaged over the "
+        "run's checkpoints. The T x T matrix goes to affinity.npy, for --clusters.cost affinity, with a picture. "
+        "An interrupted call goes on where it was if it is repeated.",
+    )
+    _add_run_arguments(parser, "checkpoint to use, not all that the run keeps")
+    parser.add_argument(
+        "--tasks", type=int, help="groups of consecutive timesteps; a task per timestep if not given"
+    )
+    parser.add_argument(
+        "--strided", action="store_true", help="of every group, the middle timestep alone stands for it"
+    )
+    parser.add_argument("--samples", type=int, default=16, help="images per task")
+    parser.add_argument("--batch_size", type=int, default=128, help="most images per pass")
+    parser.add_argument(
+        "--projection",
+        type=int,
+        help="random combinations kept per gradient, a power of two such as 4096; exact if not given",
+    )
+    parser.add_argument("--memory", type=float, default=2.0, help="for gradients, in GiB")
+    parser.add_argument("--seed", type=int, default=0, help="of images, noise and projection")
+    return parser
+
+
 def _subparser(jsonargparse: Any, name: str, description: str) -> Any:
     class Formatter(jsonargparse.DefaultHelpFormatter):
         """The choices of an option stand beside its name already; here they would stand there twice."""
@@ -253,9 +297,9 @@ def _subparser(jsonargparse: Any, name: str, description: str) -> Any:
     )
 
 
-def _add_run_arguments(parser: Any) -> None:
-    parser.add_argument("--run_dir", required=True, help="folder of the run")
-    parser.add_argument("--checkpoint", metavar="NAME", help="checkpoint to use, not the newest")
+def _add_run_arguments(parser: Any, checkpoint: str = "checkpoint to use, not the newest") -> None:
+    parser.add_argument("--run_dir", "--run", required=True, help="folder of the run")
+    parser.add_argument("--checkpoint", metavar="NAME", help=checkpoint)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
 
 
@@ -340,6 +384,32 @@ def _cluster(options: Any) -> None:
         print(json.dumps(found))
     else:
         print(report.table(clusters, levels))
+
+
+def _analyze(options: Any) -> None:
+    analysis = options.analysis
+    _ANALYSES[analysis](options[analysis])
+
+
+def _affinity(options: Any) -> None:
+    from .train import analysis
+    from .train.folder import RunFolder
+
+    if not options.memory > 0:
+        raise UserError(f"memory: expected a number > 0, found {options.memory}")
+    for path in analysis.affinity(
+        RunFolder(Path(options.run_dir)),
+        options.device,
+        _path(options.checkpoint),
+        tasks=options.tasks,
+        strided=options.strided,
+        samples=options.samples,
+        batch_size=options.batch_size,
+        projection=options.projection,
+        memory=int(options.memory * 2**30),
+        seed=options.seed,
+    ):
+        print(f"wrote {path}")
 
 
 def _log_snr(options: Any) -> NDArray[np.float64]:
@@ -429,6 +499,10 @@ _COMMANDS: dict[str, Callable[[Any], None]] = {
     "sample": _sample,
     "evaluate": _evaluate,
     "cluster": _cluster,
+    "analyze": _analyze,
+}
+_ANALYSES: dict[str, Callable[[Any], None]] = {
+    "affinity": _affinity,
 }
 
 if __name__ == "__main__":

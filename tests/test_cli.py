@@ -209,13 +209,23 @@ def test_divergence_is_told_apart_from_bad_input(tiny, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["fly"], ["sample"], ["evaluate", "--run-dir", "none"], ["train", "--seed"]]
+    "arguments",
+    [
+        [],
+        ["fly"],
+        ["sample"],
+        ["evaluate", "--run-dir", "none"],
+        ["train", "--seed"],
+        ["analyze"],
+        ["analyze", "fly"],
+        ["analyze", "affinity"],
+    ],
 )
 def test_bad_commands(capsys, arguments):
     refused(capsys, *arguments)
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["sample"], ["evaluate"], ["cluster"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["sample"], ["evaluate"], ["cluster"], ["analyze"]])
 def test_help(capsys, command):
     with pytest.raises(SystemExit) as caught:
         main([*command, "--help"])
@@ -304,6 +314,24 @@ def test_bad_input_to_cluster(tmp_path, capsys, levels, arguments, message):
 )
 def test_bad_schedules(capsys, scheduler, message):
     assert refused(capsys, "cluster", "--scheduler", scheduler).startswith(message)
+
+
+def test_analyze_affinity(tiny, tmp_path, capsys):
+    assert main(["train", "--config", tiny, "--run-dir", "run"]) == 0
+    capsys.readouterr()
+    options = ["--run", "run", "--tasks", "4", "--samples", "2", "--projection", "64", "--strided"]
+    assert main(["analyze", "affinity", *options]) == 0
+    assert "wrote run/analysis/affinity.npy" in capsys.readouterr().out
+    assert np.load("run/analysis/affinity.npy").shape == (20, 20)
+    about = json.loads((tmp_path / "run" / "analysis" / "affinity.json").read_text())
+    assert (about["tasks"], about["strided"], about["projection"]) == (4, True, 64)
+    message = refused(capsys, "analyze", "affinity", "--run", "run", "--memory", "0")
+    assert message == "memory: expected a number > 0, found 0.0"
+    message = refused(capsys, "analyze", "affinity", "--run", "run", "--checkpoint", "iter-00000003")
+    assert message.startswith("--checkpoint: expected one of run/checkpoints")
+    assert "memory: expected at least" in refused(
+        capsys, "analyze", "affinity", "--run", "run", "--memory", "1e-4"
+    )
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch):

@@ -113,7 +113,7 @@ def task_affinity(
             elements, or n · D, of one checkpoint.
         memory: bytes for gradients. Without a folder those of all n tasks have to fit into half of it.
         engine: see `ClusteredMTL`.
-        seed: of the samples and the projection.
+        seed: of the samples and the projection, which are the same for all checkpoints.
         progress: show progress on standard output.
 
     Returns:
@@ -234,10 +234,10 @@ class _Measurement:
         if finished is not None and finished.exists():
             report.update(done + total, f"{name}: found")
             return np.load(finished)
-        rows, firsts, project = Rows(folder), range(0, total, self.plan.block), self._projection(index)
+        rows, firsts, project = Rows(folder), range(0, total, self.plan.block), self._projection()
         for first in firsts:
             if not rows.has(first):
-                rows.put(first, self._rows(index, first, project))
+                rows.put(first, self._rows(first, project))
             report.update(min(done + first + self.plan.block, done + total), name)
         found = cosines(gram(rows.blocks(firsts), self.device))
         if finished is not None:
@@ -246,17 +246,15 @@ class _Measurement:
         rows.clear()
         return found
 
-    def _projection(self, index: int) -> RandomProjection | None:
-        if self.plan.projection is None:
-            return None
-        seed = _seed(self.seed, index)
-        return RandomProjection(self.plan.width, self.plan.projection, seed, self.device)
+    def _projection(self) -> RandomProjection | None:
+        size = self.plan.projection
+        return None if size is None else RandomProjection(self.plan.width, size, self.seed, self.device)
 
-    def _rows(self, index: int, first: int, project: RandomProjection | None) -> Tensor:
+    def _rows(self, first: int, project: RandomProjection | None) -> Tensor:
         """What is kept of the gradients of the tasks first, first + 1, … of a block."""
         number = min(self.plan.block, self.tasks.k - first)
         for turn, each in enumerate(self.plan.passes):
-            generator = torch.Generator(self.device).manual_seed(_seed(self.seed, index, first, turn))
+            generator = torch.Generator(self.device).manual_seed(_seed(self.seed, first, turn))
             cluster = torch.arange(number, device=self.device).repeat_interleave(each)
             t = self._timesteps(cluster + first, generator)
             share = each / sum(self.plan.passes)

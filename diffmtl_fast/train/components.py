@@ -240,6 +240,24 @@ def condition(labels: Tensor | None) -> dict[str, Tensor]:
     return {} if labels is None else {"class_labels": labels}
 
 
+def denoising_target(scheduler: Any, images: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """What the model is to predict: noise, velocity or image, by the schedule's ``prediction_type``.
+
+    Raises:
+        UserError: it is something else.
+    """
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    if kind == "epsilon":
+        return noise
+    if kind == "v_prediction":
+        return scheduler.get_velocity(images, noise, t)
+    if kind == "sample":
+        return images
+    raise UserError(
+        f"scheduler.args.prediction_type: expected epsilon, v_prediction or sample, found {kind!r}"
+    )
+
+
 def prediction(output: Any) -> Tensor:
     """The tensor in what a model returned: itself, or the ``sample`` of a diffusers output."""
     return output if isinstance(output, Tensor) else output.sample

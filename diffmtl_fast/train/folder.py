@@ -32,6 +32,7 @@ class RunFolder:
         self.clusters = path / "clusters.png"
         self.training = path / "training.png"
         self.metrics = path / "metrics.json"
+        self.analysis = path / "analysis"
 
     def __str__(self) -> str:
         return str(self.path)

@@ -26,6 +26,7 @@ from .components import (
     build_timesteps,
     build_weighting,
     condition,
+    denoising_target,
     prediction,
     resolve_device,
 )
@@ -195,7 +196,7 @@ class Trainer:
         t, cluster = self.timesteps.sample(len(images), device=self.device, generator=self.generator)
         noise = torch.randn(images.shape, generator=self.generator, device=self.device)
         noisy = self.scheduler.add_noise(images, noise, t)
-        target = self._target(images, noise, t)
+        target = denoising_target(self.scheduler, images, noise, t)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             if self.mtl is None:
                 output = self.model(noisy, t, **condition(labels))
@@ -227,18 +228,6 @@ class Trainer:
     def _phase(self) -> dict[str, int]:
         """The phase of the next iteration, for the log; empty without a curriculum."""
         return {"phase": self.timesteps.phase} if isinstance(self.timesteps, DifficultyCurriculum) else {}
-
-    def _target(self, images: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        kind = self.scheduler.config.get("prediction_type", "epsilon")
-        if kind == "epsilon":
-            return noise
-        if kind == "v_prediction":
-            return self.scheduler.get_velocity(images, noise, t)
-        if kind == "sample":
-            return images
-        raise UserError(
-            f"scheduler.args.prediction_type: expected epsilon, v_prediction or sample, found {kind!r}"
-        )
 
     def _finish_gradients(self) -> Tensor | None:
         """Average over the accumulated batches, then clip; the norm before, if it was needed."""
