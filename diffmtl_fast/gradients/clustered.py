@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -133,8 +134,6 @@ class ClusteredMTL(nn.Module):
             tuple[nn.Parameter, tuple[int, int] | None]
         ] = []  # a parameter and its .grad then
 
-    # Not traced itself: the model inside may be compiled, and is traced then.
-    @torch.compiler.disable(recursive=False)
     def forward(self, *args: Any, cluster: Tensor | None = None, **kwargs: Any) -> Any:
         """Call the model.
 
@@ -153,6 +152,11 @@ class ClusteredMTL(nn.Module):
             RuntimeError: the last output was differentiated by something other than `backward`, or the model can't
                 be run by the engine that was asked for.
         """
+        if torch.compiler.is_compiling():
+            return _run_uncompiled()(self, cluster, args, kwargs)
+        return self._forward(cluster, args, kwargs)
+
+    def _forward(self, cluster: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if cluster is None or not torch.is_grad_enabled():
             return self.module(*args, **kwargs)
         check_cluster(cluster, self.num_clusters)
@@ -302,6 +306,35 @@ class ClusteredMTL(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Load the model's own state."""
         return self.module.load_state_dict(state_dict, *args, **kwargs)
+
+
+_uncompiled: Callable[..., Any] | None = None
+
+
+def _run_uncompiled() -> Callable[..., Any]:
+    """Return the forward as torch.compile of the wrapper runs it: not compiled, and the log says so.
+
+    Made here, where a compiler is there anyway: to import it with the package would take seconds.
+    """
+    global _uncompiled
+    if _uncompiled is None:
+        _uncompiled = torch.compiler.disable(_forward_with_a_warning)
+    return _uncompiled
+
+
+def _forward_with_a_warning(
+    mtl: ClusteredMTL, cluster: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    _warn_uncompiled()
+    return mtl._forward(cluster, args, kwargs)
+
+
+@functools.cache
+def _warn_uncompiled() -> None:
+    _logger.warning(
+        "ClusteredMTL is not compiled, nor is the model in it: compile the model instead, as in "
+        "ClusteredMTL(torch.compile(model), ...)"
+    )
 
 
 def _scaled(objective: Tensor, scale: Tensor | None) -> Tensor:

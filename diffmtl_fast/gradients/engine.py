@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -145,7 +146,8 @@ class Engine:
         device = self.parameters[0].device
         rng = torch.random.fork_rng([device] if device.type == "cuda" else [])
         buffers = [(b, b.clone()) for b in self._model.buffers()]
-        eager = torch.compiler.set_stance("force_eager")
+        # Of what may be compiled the code as written is run; without dynamo, slow to import, nothing is compiled.
+        eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
         with rng, eager, torch.no_grad(), evaluating(self._model), installed(self._slots, self.parameters):
             whole = self._model(*args, **kwargs)
             parts = self._run_slices(layout, args, kwargs, [self.parameters] * self._num_clusters)
@@ -239,7 +241,9 @@ class Engine:
 
 def _compiled_module(model: nn.Module) -> str | None:
     """Return the name of a compiled module, if there is one."""
+    dynamo = sys.modules.get("torch._dynamo")  # takes seconds to import, and nothing is compiled without it
     for name, module in model.named_modules():
-        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
+        wrapped = dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+        if wrapped or module._compiled_call_impl is not None:
             return name or type(module).__name__
     return None

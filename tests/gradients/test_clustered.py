@@ -482,3 +482,21 @@ def test_lean_memory_with_channels_last_group_norms(engine, device):
     torch.testing.assert_close(mtl.last.gramian, expected.jacobian @ expected.jacobian.T)
     direction = update_direction(expected.jacobian, mtl.last.weights, expected.present)
     torch.testing.assert_close(flat_grad(net.parameters()), direction)
+
+
+@pytest.mark.compile
+def test_compiled_models(engine, caplog, device):
+    """Compiled before wrapping, the model runs in slices; the wrapper itself is not compiled, and says so."""
+    net, (x, t, target, cluster) = make_net(device), make_batch(UNSORTED, device)
+    expected = oracle(dm.ops.sample_mse(net(x, t), target), cluster, net.parameters())
+    compiled = torch.compile(net, backend="aot_eager")
+    if engine == "grouped":
+        with pytest.raises(ValueError, match="expected a model that is not compiled, found 'OptimizedModule'"):
+            dm.ClusteredMTL(compiled, K, dm.PCGrad())(x, t, cluster=cluster)
+    for mtl, call in [
+        (wrapped := dm.ClusteredMTL(compiled, K, dm.PCGrad(), engine="auto"), wrapped),
+        (wrapped := dm.ClusteredMTL(net, K, dm.PCGrad()), torch.compile(wrapped, backend="aot_eager")),
+    ]:
+        for _ in range(2):
+            mtl.backward(dm.ops.sample_mse(call(x, t, cluster=cluster), target))
+        torch.testing.assert_close(mtl.last.gramian, expected.jacobian @ expected.jacobian.T)
