@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diffmtl_fast.train import checkpoint, history
-from diffmtl_fast.train.components import build_data, build_model, build_scheduler
+from diffmtl_fast.train.components import build_data, build_model, build_scheduler, denoising_target
 from diffmtl_fast.train.config import Component
 from diffmtl_fast.train.errors import TrainingDiverged, UserError
 from diffmtl_fast.train.history import History
@@ -243,7 +243,7 @@ def test_prediction_types(tiny, tmp_path, kind):
     trainer, lines = fit(tiny(scheduler={"args": {"prediction_type": kind}}, iterations=1), tmp_path / "run")
     assert lines[0]["loss"] > 0
     images, noise, t = torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8), torch.tensor([3, 17])
-    target = trainer._target(images, noise, t)
+    target = denoising_target(trainer.scheduler, images, noise, t)
     # Each target, turned into a denoised image the way its definition says, is the image itself.
     bar = trainer.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
     noisy = bar.sqrt() * images + (1 - bar).sqrt() * noise
