@@ -491,7 +491,9 @@ def test_compiled_models(engine, caplog, device):
     expected = oracle(dm.ops.sample_mse(net(x, t), target), cluster, net.parameters())
     compiled = torch.compile(net, backend="aot_eager")
     if engine == "grouped":
-        with pytest.raises(ValueError, match="expected a model that is not compiled, found 'OptimizedModule'"):
+        with pytest.raises(
+            ValueError, match="expected a model that is not compiled, found 'OptimizedModule'"
+        ):
             dm.ClusteredMTL(compiled, K, dm.PCGrad())(x, t, cluster=cluster)
     for mtl, call in [
         (wrapped := dm.ClusteredMTL(compiled, K, dm.PCGrad(), engine="auto"), wrapped),
