@@ -69,6 +69,7 @@ class ClusterJacobian:
             engine.begin()
             sample_losses = loss(lambda *args, **kwargs: engine.forward(layout, args, kwargs))
             check_loss(sample_losses, cluster)
+            engine.check_losses(sample_losses)
             losses = ops.cluster_mean(sample_losses, cluster.to(sample_losses.device), self.num_clusters)
             if not add:
                 engine.jacobian.clear()

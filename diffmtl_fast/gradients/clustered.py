@@ -198,6 +198,7 @@ class ClusteredMTL(nn.Module):
         """
         if self._cluster is None:
             raise RuntimeError("expected a forward with cluster=... before backward, found none")
+        own = cluster is None
         cluster = self._cluster if cluster is None else cluster
         check_cluster(cluster, self.num_clusters)
         check_loss(loss, cluster)
@@ -208,6 +209,8 @@ class ClusteredMTL(nn.Module):
         scale = None if scaler is None else scaler.scale(torch.ones((), device=loss.device))
         self._cluster = None  # first, so that a failure below does not block the next step
         if self._by_cluster:
+            if own:
+                self._engine.check_losses(loss)
             self._backward_by_cluster(losses, present, scale)
         else:
             self._backward_losses(losses, present, scale)

@@ -6,12 +6,12 @@ import logging
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from .agreement import agree, evaluating
+from .agreement import State, agree, evaluating, halves, interact, is_measured, revealing
 from .grouped import CannotGroup, GroupedEngine
 from .jacobian import Jacobian
 from .layout import BatchLayout, flatten
@@ -23,6 +23,7 @@ from .sliced import Aliases, run_slices
 _logger = logging.getLogger("diffmtl_fast")
 
 EngineName = Literal["auto", "grouped", "sliced"]
+_Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Engine:
@@ -65,6 +66,7 @@ class Engine:
         self._aliases: list[Aliases] = []
         self._jacobian: Jacobian | None = None
         self._checked: set[Any] = set()
+        self._outputs: list[Tensor] = []  # of the last forward
         self._told: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -88,6 +90,7 @@ class Engine:
         if key != self._key:
             self._key, self._jacobian, self.receiver = key, None, Receiver()
             self._aliases = [Aliases(self.parameters, k, self.receiver) for k in range(self._num_clusters)]
+            self._checked.clear()
             self._grouped = self._make_grouped()
         self.receiver.bypassed = False
         if self._grouped is not None:
@@ -116,48 +119,138 @@ class Engine:
                 batches.
             RuntimeError: engine="grouped", and the model can't be grouped.
         """
-        args, kwargs = layout.sort(args, kwargs, self._shared)
+        given, (args, kwargs) = (args, kwargs), layout.sort(args, kwargs, self._shared)
         if self._grouped is not None:
+            if layout.order is not None:
+                self._check_order(layout, given, (args, kwargs))
             try:
                 output = layout.unsort(self._grouped.forward(layout, args, kwargs))
                 self._tell("grouped", self._exceptions())
-                return output
+                return self._remember(output)
             except CannotGroup as error:
                 if self._name == "grouped":
                     raise RuntimeError(f"engine='grouped': {error}") from error
                 self._grouped = None
                 self._tell("sliced", str(error))
-        self._check_slices(layout, args, kwargs)
-        return layout.unsort(self._run_slices(layout, args, kwargs, self._aliases))
+        self._check_slices(layout, given, (args, kwargs))
+        return self._remember(layout.unsort(self._run_slices(layout, args, kwargs, self._aliases)))
 
     def _run_slices(self, layout: BatchLayout, args: Any, kwargs: Any, stand_ins: Any) -> Any:
         return run_slices(self._model, self._slots, stand_ins, layout, args, kwargs, shared=self._shared)
 
-    def _check_slices(self, layout: BatchLayout, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Refuse a model whose samples have an effect on each other, once for every shape of a sample."""
-        shapes = [
-            tuple(leaf.shape[1:] if leaf.dim() and leaf.shape[0] == layout.batch_size else leaf.shape)
-            for leaf in flatten((args, kwargs))[0]
-            if isinstance(leaf, Tensor)
-        ]
-        key = (layout.batch_size == 1, *shapes)
+    # Checks, once for every shape of a sample.
+
+    def _check_order(self, layout: BatchLayout, given: _Arguments, ordered: _Arguments) -> None:
+        """Refuse arguments that are not the samples' although they look it, where the samples are put in order."""
+        key = self._shapes("order", layout, given)
         if key in self._checked or layout.batch_size == 1:
             return
-        device = self.parameters[0].device
-        rng = torch.random.fork_rng([device] if device.type == "cuda" else [])
-        buffers = [(b, b.clone()) for b in self._model.buffers()]
-        # Of what may be compiled the code as written is run; without dynamo, slow to import, nothing is compiled.
-        eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-        with rng, eager, torch.no_grad(), evaluating(self._model), installed(self._slots, self.parameters):
-            whole = self._model(*args, **kwargs)
-            parts = self._run_slices(layout, args, kwargs, [self.parameters] * self._num_clusters)
-        for buffer, value in buffers:
-            buffer.copy_(value)
+        with self._checking(given) as state:
+            self._refuse_interaction(layout, given, state)
+            with evaluating(self._model):
+                whole, parts = self._call(*given), layout.unsort(self._call(*ordered))
+        if not agree(whole, parts):
+            raise ValueError(
+                "model: expected arguments with a row for every sample, found another output when the samples are "
+                "put in the order of their clusters; pass lists as tensors, or sort the batch by cluster"
+            )
+        self._checked.add(key)
+
+    def _check_slices(self, layout: BatchLayout, given: _Arguments, ordered: _Arguments) -> None:
+        """Refuse a model whose samples have an effect on each other, or that slices would change."""
+        key = self._shapes("slices", layout, given)
+        if key in self._checked or layout.batch_size == 1:
+            return
+        with self._checking(given) as state:
+            self._refuse_interaction(layout, given, state)
+            if changed := state.changed():
+                where = module_name(self._model, changed[0].module)
+                raise ValueError(
+                    f"model: expected buffers that a forward leaves as they are, found '{changed[0].name}' of "
+                    f"'{where}' updated; slices would update it once per cluster"
+                )
+            with evaluating(self._model):
+                whole = self._call(*given)
+                same: Any = [[revealing(p) for p in self.parameters]] * self._num_clusters
+                parts = layout.unsort(self._run_slices(layout, *ordered, same))
         if not agree(whole, parts):
             raise ValueError(
                 "model: expected each sample's output to depend on that sample alone, found that slices of the "
                 "batch give another output than the whole batch"
             )
+        self._checked.add(key)
+
+    def _shapes(self, what: str, layout: BatchLayout, given: _Arguments) -> tuple[Any, ...]:
+        """Name what a check holds for."""
+        shapes = [
+            tuple(leaf.shape[1:] if leaf.dim() and leaf.shape[0] == layout.batch_size else leaf.shape)
+            for leaf in flatten(given)[0]
+            if isinstance(leaf, Tensor)
+        ]
+        return (what, tuple(module.training for module in self._model.modules()), *shapes)
+
+    @contextmanager
+    def _checking(self, given: _Arguments) -> Iterator[State]:
+        """Run the model without consequences; yields its state after a first forward, which may fill buffers."""
+        before = State(self._model)
+        # Of what may be compiled the code as written is run; without dynamo, slow to import, nothing is compiled.
+        eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+        try:
+            values = [revealing(p) for p in self.parameters]
+            with eager, torch.no_grad(), installed(self._slots, values):
+                self._call(*given)
+                yield State(self._model)
+        finally:
+            before.restore()
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._model(*args, **kwargs)
+
+    def _refuse_interaction(self, layout: BatchLayout, given: _Arguments, state: State) -> None:
+        if interact(self._call, *given, layout.batch_size, state, shared=self._shared):
+            raise ValueError(
+                "model: expected each sample's output to depend on that sample's rows of the arguments alone, "
+                "found that others' rows change it; samples are mixed, or an argument that belongs to the whole "
+                "batch (name it in shared=) has as many rows as there are samples"
+            )
+
+    def _remember(self, output: Any) -> Any:
+        leaves = flatten(output)[0]
+        self._outputs = [leaf for leaf in leaves if is_measured(leaf) and leaf.requires_grad]
+        return output
+
+    def check_losses(self, losses: Tensor) -> None:
+        """Refuse losses that depend on other samples' outputs, once for every kind of them.
+
+        Args:
+            losses: [B], computed from the outputs of the last forward.
+
+        Raises:
+            ValueError: a loss depends on the output of another sample.
+        """
+        size, outputs, self._outputs = losses.shape[0], self._outputs, []
+        outputs = [output for output in outputs if output.dim() and output.shape[0] == size]
+        key = ("losses", losses.grad_fn and losses.grad_fn.name(), *(output.shape[1:] for output in outputs))
+        if key in self._checked or not outputs or size == 1:
+            return
+        for chosen in halves(size):
+            chosen = chosen.to(losses.device)
+            try:
+                slopes = torch.autograd.grad(
+                    losses, outputs, chosen.to(losses.dtype), retain_graph=True, allow_unused=True
+                )
+            except RuntimeError as error:  # losses that can be differentiated only once
+                _logger.warning(
+                    "ClusteredMTL: could not check that each loss depends on its own sample alone: %s", error
+                )
+                break
+            for slope in slopes:
+                # NaN is 0 times an overflow.
+                if slope is not None and bool(slope.reshape(size, -1)[~chosen].nan_to_num(0).any()):
+                    raise ValueError(
+                        "loss: expected the loss of each sample to depend on that sample's output alone, found "
+                        "that others' outputs change it (a mean over the batch? outputs with another dimension 0?)"
+                    )
         self._checked.add(key)
 
     def collect(self, objective: Tensor, store: Store, *, again: bool = False) -> None:
@@ -177,11 +270,17 @@ class Engine:
                 objective.backward(inputs=self.leaves, retain_graph=True)
             else:
                 objective.backward()
-        if grad_versions(self.parameters) != before:
+        after = grad_versions(self.parameters)
+        if after != before:
+            reached = {
+                id(p) for p, old, new in zip(self.parameters, before, after, strict=True) if old != new
+            }
+            names = [name for name, p in self._model.named_parameters() if id(p) in reached]
             raise RuntimeError(
-                "model: expected gradients cluster by cluster alone, found some in the parameters' .grad; in "
+                f"model: expected gradients cluster by cluster alone, found some in the .grad of {names}; in "
                 "slices a reentrant checkpoint recomputes outside its slice (pass use_reentrant=False to "
-                "checkpoint), and a call without cluster= does not take part in the weighting"
+                "checkpoint), a call without cluster= does not take part in the weighting, and parameters must be "
+                "used as attributes of their modules"
             )
 
     @contextmanager
@@ -208,8 +307,9 @@ class Engine:
         """
         if self._grouped is None:
             raise ValueError(f"memory='lean': expected the grouped engine, found slices: {self._told}")
-        defers = not self._grouped.recomputes
-        return LeanGramian(self.parameters, self._num_clusters, self._grouped.uses, defers, self._dtype)
+        grouped = self._grouped
+        by_row, defers = grouped.positions_in_slices(), not grouped.recomputes
+        return LeanGramian(self.parameters, self._num_clusters, grouped.uses, by_row, defers, self._dtype)
 
     @property
     def leaves(self) -> list[Tensor]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
-import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .agreement import agree, evaluating
+from .agreement import BufferSlot, State, agree, evaluating, halves, interact, leaks, revealing, tolerance
 from .handle import (
     Call,
     ClusterParameter,
@@ -29,7 +27,7 @@ from .layout import BatchLayout, Clusters, flatten
 from .parameters import Slot, forwards_replaced, installed, module_name, parent_of
 from .receiver import Receiver, Store
 from .rules import PER_SAMPLE, RULES, NoClusterRule, Registered, RuleContext
-from .sliced import Aliases, run_slices
+from .sliced import Aliases, Transposition, run_slices
 
 # Operations that broadcast: a parameter among their arguments may be given once per row of the batch instead.
 _BROADCASTING = frozenset(
@@ -160,6 +158,7 @@ class GroupedEngine:
         self._verified: set[tuple[Any, ...]] = set()
         self._constant: dict[tuple[Any, ...], str] = {}  # operations on no batch, and how that was found out
         self._training: list[bool] = []
+        self._volatile: list[BufferSlot] = []  # buffers that a forward writes to
         self._layout: BatchLayout | None = None  # of the forward that is running
         self._last: BatchLayout | None = None  # of the last forward
         self._recomputing = False
@@ -192,16 +191,16 @@ class GroupedEngine:
         """
         self._batches.add(layout.clusters.bounds)
         for _ in range(3 + len(self._slots)):
-            state = _random_state(self.parameters[0].device)
+            state = State(self._model, self._volatile if self._verified else None)
             try:
                 with self.installed(layout):
                     return self._refuse_handles(self._model(*args, **kwargs))
             except _NoRows as error:  # a batch of one sample needs no check, but may need slices
-                _set_random_state(state)
+                state.restore()
                 self._give_way(error)
             except _Unverified:
-                _set_random_state(state)
-                self._verify(layout, args, kwargs, state)
+                state.restore()
+                self._verify(layout, args, kwargs)
         raise CannotGroup("its operations differ from one call to the next with the same input")
 
     @contextmanager
@@ -388,12 +387,25 @@ class GroupedEngine:
 
     # Modules in slices.
 
+    def positions_in_slices(self) -> set[int]:
+        """Return the parameters of the modules that run in slices."""
+        within = {inner for module in self.sliced for inner in module.modules()}
+        return {slot.position for slot in self._slots if slot.module in within}
+
     def _in_slices(self, module: nn.Module) -> Callable[..., Any]:
-        forward = module.forward
+        own, transposition = module.forward, Transposition(module)
         within = set(module.modules())
         slots = [slot for slot in self._slots if slot.module in within]
 
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = transposition.arguments(args, kwargs)
+            return transposition.outputs(own(*args, **kwargs))
+
         def run(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = transposition.arguments(args, kwargs)
+            return transposition.outputs(run_rows(*args, **kwargs))
+
+        def run_rows(*args: Any, **kwargs: Any) -> Any:
             layout = self._layout
             assert layout is not None
             tensors = find_tensors((args, kwargs))
@@ -427,15 +439,11 @@ class GroupedEngine:
         with torch.no_grad(), installed(slots, values):
             output = forward(*args, **kwargs)
             if not probe.disturbed.any():
-                with evaluating(module):
-                    whole = forward(*args, **kwargs)
-                    same = [values] * layout.clusters.num
-                    try:
-                        parts = run_slices(forward, slots, same, layout, args, kwargs, folded=True)  # type: ignore[arg-type]
-                    except (ValueError, RuntimeError) as error:
-                        raise _NoRows(operation, f"slices of it fail: {error}") from error
-                if not agree(whole, parts):
-                    raise _NoRows(operation, "slices of it compute something else than the whole")
+                state = State(module)
+                try:
+                    self._check_slices(module, forward, slots, operation, args, kwargs)
+                finally:
+                    state.restore()
         leaves, rebuild, _ = flatten(output)
         noisy = [
             probe.disturb(leaf, operation) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
@@ -443,9 +451,39 @@ class GroupedEngine:
         ]
         return rebuild(noisy)
 
+    def _check_slices(
+        self,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        slots: list[Slot],
+        operation: _Operation,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Refuse to slice a module if that computes something else than the module does."""
+        layout = self._layout
+        assert layout is not None
+        same: Any = [[handle.value for handle in self._handles]] * layout.clusters.num
+        try:
+            with evaluating(module):
+                whole = forward(*args, **kwargs)
+                parts = run_slices(forward, slots, same, layout, args, kwargs, folded=True)
+            warm = State(module)  # buffers that are filled by the first forward are no reason to refuse
+            size = layout.batch_size
+            mixed = interact(lambda a, k: forward(*a, **k), args, kwargs, size, warm, folded=True)
+        except (ValueError, RuntimeError) as error:
+            raise _NoRows(operation, f"slices of it fail: {error}") from error
+        if mixed or not agree(whole, parts):
+            raise _NoRows(operation, "slices of it compute something else than the whole")
+        if changed := warm.changed():
+            raise _NoRows(operation, f"it updates its buffer '{changed[0].name}', slices would several times")
+
     def _slice(self, modules: list[nn.Module], why: str) -> None:
         """Run modules in slices from now on; where they are already, the modules around them."""
+        covered: set[nn.Module] = set()
         for module in modules:
+            if module in covered:
+                continue
             wanted: nn.Module | None = module
             while wanted is not None and (wanted in self.sliced or isinstance(wanted, _CONTAINERS)):
                 wanted = parent_of(self._model, wanted)
@@ -454,6 +492,7 @@ class GroupedEngine:
             within = set(wanted.modules())
             self.sliced = {m: reason for m, reason in self.sliced.items() if m not in within}
             self.sliced[wanted] = why
+            covered |= within
 
     def _owners(self, handles: Any) -> list[nn.Module]:
         origins = {o for handle in handles for o in handle.origins}
@@ -478,13 +517,13 @@ class GroupedEngine:
 
     # The check.
 
-    def _verify(self, layout: BatchLayout, args: tuple[Any, ...], kwargs: dict[str, Any], state: Any) -> None:
+    def _verify(self, layout: BatchLayout, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find a way to run the model on batches like this one that is exact, or raise `CannotGroup`."""
-        buffers = [(b, b.clone()) for b in self._model.buffers()]
+        state = State(self._model)
         originals = [handle.value for handle in self._handles]
         try:
             for handle in self._handles:
-                handle.value = _probe_value(handle.value)
+                handle.value = revealing(handle.value)
             while True:
                 try:
                     self._check(layout, args, kwargs, state)
@@ -494,15 +533,15 @@ class GroupedEngine:
         finally:
             for handle, value in zip(self._handles, originals, strict=True):
                 handle.value = value
-            for buffer, value in buffers:
-                buffer.copy_(value)
-            _set_random_state(state)
+            state.restore()
 
-    def _check(self, layout: BatchLayout, args: tuple[Any, ...], kwargs: dict[str, Any], state: Any) -> None:
+    def _check(
+        self, layout: BatchLayout, args: tuple[Any, ...], kwargs: dict[str, Any], state: State
+    ) -> None:
         """Look whether noise in some samples' rows stays in these samples."""
 
         def run(disturbed: Tensor, operations: float = math.inf) -> tuple[_Probe, list[Any]]:
-            _set_random_state(state)
+            state.restore()
             self._probe = _Probe(disturbed, operations)
             try:
                 with self.installed(layout), torch.enable_grad():
@@ -513,17 +552,18 @@ class GroupedEngine:
 
         quiet = torch.zeros(layout.batch_size, dtype=torch.bool)
         (first, expected), (_, repeated) = run(quiet), run(quiet)
-        tolerances = [_tolerance(a, b) for a, b in zip(expected, repeated, strict=True)]
+        self._volatile = state.changed()
+        tolerances = [tolerance(a, b) for a, b in zip(expected, repeated, strict=True)]
         keys = [operation.key for operation in first.seen]
-        for disturbed in _codes(layout.batch_size):
+        for disturbed in halves(layout.batch_size):
             probe, found = run(disturbed)
             if [operation.key for operation in probe.seen] != keys:
                 raise CannotGroup("its operations differ from one call to the next with the same input")
-            if not _leaks(expected, found, tolerances, disturbed):
+            if not leaks(expected, found, tolerances, disturbed):
                 continue
             culprit = _first_leak(
                 len(keys),
-                lambda n, d=disturbed: _leaks(expected, run(d, n)[1], tolerances, d),  # type: ignore[misc]
+                lambda n, d=disturbed: leaks(expected, run(d, n)[1], tolerances, d),  # type: ignore[misc]
             )
             raise _NoRows(
                 first.seen[culprit],
@@ -632,8 +672,8 @@ def _deferred_part(
             fresh[handle.origins[0]] = block = parameter.grad.unsqueeze(0)
             return block if block.is_contiguous() else None
 
-        by_row = use.layout.clusters.by_row(weights, grad.shape[0]).to(grad.dtype)
-        weighted = grad * by_row.view(-1, *[1] * (grad.dim() - 1))
+        by_row = use.layout.clusters.by_row(weights, grad.shape[0])
+        weighted = (grad * by_row.view(-1, *[1] * (grad.dim() - 1))).to(grad.dtype)
         with torch.no_grad(), _no_autocast(grad.device.type):
             gradients = _run_backward(use, kept, weighted, use.layout.whole, buffer)
             for position, handle in use.handles.items():
@@ -724,75 +764,6 @@ def _has_tensor(result: Any) -> bool:
     return isinstance(result, tuple | list) and any(_has_tensor(item) for item in result)
 
 
-def _probe_value(parameter: Tensor) -> Tensor:
-    """Return a parameter's value for a check: noise where it is zero, which would hide what comes before it."""
-    value = parameter.detach()
-    if not bool(value.any()):
-        size = torch.arange(value.numel(), device=value.device, dtype=torch.float32)
-        value = (0.05 * torch.cos(size * 1.3 + 0.4)).to(value.dtype).view(value.shape)
-    return value.clone().requires_grad_() if value is parameter else value.detach().requires_grad_()
-
-
-def _codes(batch_size: int) -> Iterator[Tensor]:
-    """Yield sets of samples, bool [B], such that no sample is in all the sets that another one is in.
-
-    So an effect on a wrong sample shows in at least one of them. About log2 B sets suffice: each sample is in
-    half of them, and no two are in the same half.
-    """
-    if batch_size == 1:
-        return
-    sets = 1
-    while math.comb(sets, sets // 2) < batch_size:
-        sets += 1
-    members = torch.zeros(sets, batch_size, dtype=torch.bool)
-    for sample, chosen in enumerate(
-        itertools.islice(itertools.combinations(range(sets), sets // 2), batch_size)
-    ):
-        members[list(chosen), sample] = True
-    yield from members
-
-
-def _tolerance(first: Any, second: Any) -> Tensor | None:
-    """Return by how much an output may differ for no reason: what two equal forwards differ by, and rounding.
-
-    No sample's arithmetic depends on the others' values, so low precision alone is no reason.
-    """
-    if not _is_measured(first):
-        return None
-    a, b = (torch.nan_to_num(t.detach()).abs().double() for t in (first, second))
-    eps = min(torch.finfo(first.dtype).eps, torch.finfo(torch.float32).eps)
-    return 16 * eps * a.max() + 4 * (a - b).abs().max() if a.numel() else a.sum()
-
-
-def _is_measured(output: Any) -> bool:
-    return isinstance(output, Tensor) and (output.is_floating_point() or output.is_complex())
-
-
-def _leaks(expected: list[Any], found: list[Any], tolerances: list[Tensor | None], disturbed: Tensor) -> bool:
-    """Tell whether outputs changed in samples that were not disturbed.
-
-    Raises:
-        ValueError: an output that is not one row per sample depends on the samples.
-    """
-    batch_size = disturbed.shape[0]
-    for before, after, tolerance in zip(expected, found, tolerances, strict=True):
-        if tolerance is None:
-            continue
-        before, after = before.detach(), after.detach()
-        kept = (after == before) | ((after - before).abs() <= tolerance) | (after.isnan() & before.isnan())
-        if before.dim() == 0 or before.shape[0] != batch_size:
-            if not bool(kept.all()):
-                raise ValueError(
-                    f"model: expected output tensors of one row per sample ([{batch_size}, ...]), "
-                    f"found {list(before.shape)}"
-                )
-            continue
-        rows = ~kept.reshape(batch_size, -1).all(1)
-        if bool((rows & ~disturbed.to(rows.device)).any()):
-            return True
-    return False
-
-
 def _first_leak(operations: int, leaks: Callable[[int], bool]) -> int:
     """Return the index of the operation whose noise is the first to leak, by bisection."""
     low, high = 0, operations
@@ -800,15 +771,3 @@ def _first_leak(operations: int, leaks: Callable[[int], bool]) -> int:
         middle = (low + high) // 2
         low, high = (low, middle) if leaks(middle) else (middle, high)
     return low
-
-
-def _random_state(device: torch.device) -> tuple[Any, ...]:
-    accelerator = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return random.getstate(), torch.get_rng_state(), accelerator, device
-
-
-def _set_random_state(state: tuple[Any, ...]) -> None:
-    random.setstate(state[0])
-    torch.set_rng_state(state[1])
-    if state[2] is not None:
-        torch.cuda.set_rng_state(state[2], state[3])

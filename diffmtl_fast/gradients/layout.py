@@ -99,11 +99,7 @@ class BatchLayout:
         """Sort the samples of a call's arguments by cluster; `shared` ones stay as they are."""
         if self.order is None:
             return args, kwargs
-        take = self._taker(self.order)
-        return (
-            tuple(a if i in shared else map_tensors(take, a) for i, a in enumerate(args)),
-            {name: a if name in shared else map_tensors(take, a) for name, a in kwargs.items()},
-        )
+        return replace_rows(args, kwargs, self.order, shared=shared)
 
     def unsort(self, output: Any) -> Any:
         """Put the samples of an output back into the order of the batch."""
@@ -184,6 +180,38 @@ def cut(tree: Any, batch_size: int, begin: int, end: int, *, folded: bool = Fals
         return tensor.narrow(0, begin * block, (end - begin) * block)
 
     return map_tensors(take, tree)
+
+
+def replace_rows(
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    source: Tensor,
+    *,
+    shared: Collection[str | int] = (),
+    folded: bool = False,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Give every sample of a call the arguments of another one.
+
+    Args:
+        args: positional arguments.
+        kwargs: keyword arguments.
+        source: int64 [B], whose.
+        shared: positions and names of arguments that stay as they are.
+        folded: also tensors that have several rows per sample, [B·m, ...].
+    """
+    batch_size = source.shape[0]
+
+    def take(tensor: Tensor) -> Tensor:
+        rows = tensor.shape[0] if tensor.dim() else 0
+        if rows == 0 or (rows % batch_size if folded else rows != batch_size):
+            return tensor
+        blocks = tensor.reshape(batch_size, -1).index_select(0, source.to(tensor.device))
+        return blocks.reshape(tensor.shape)
+
+    return (
+        tuple(a if i in shared else map_tensors(take, a) for i, a in enumerate(args)),
+        {name: a if name in shared else map_tensors(take, a) for name, a in kwargs.items()},
+    )
 
 
 def join(slices: list[Any], sizes: list[int], *, folded: bool = False) -> Any:

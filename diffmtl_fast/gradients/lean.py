@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,6 @@ from .jacobian import accumulate, dense_stride
 
 # Adds an operation's part of Σ_k w_k g_k to the parameters' .grad, given w.
 Deferred = Callable[[Tensor], None]
-
-_SHARED = (
-    "memory='lean': expected no parameter to be shared by a module in slices and one that is not; "
-    "use memory='full'"
-)
 
 
 class LeanGramian:
@@ -34,6 +29,7 @@ class LeanGramian:
         parameters: the trainable parameters.
         num_clusters: K.
         uses: how many operations of the forward each parameter took part in.
+        by_row: the parameters of modules in slices.
         defers: whether operations may keep what forms the update. Where activations are recomputed or fetched in
             backward, to save memory, keeping them would undo that: the update takes a second backward instead.
         dtype: of the blocks while they are kept; default each parameter's own.
@@ -44,6 +40,7 @@ class LeanGramian:
         parameters: Sequence[nn.Parameter],
         num_clusters: int,
         uses: Mapping[int, int],
+        by_row: Collection[int],
         defers: bool,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -53,7 +50,8 @@ class LeanGramian:
         self.defers = defers
         self._dtype = dtype
         self._kept: dict[int, Tensor] = {}
-        self._by_row: set[int] = set()
+        self._by_row = frozenset(by_row)
+        self._keeping: set[int] = set()
         self._done: set[int] = set()
         self._lent: dict[int, Tensor] = {}
         self._free: list[Tensor] = []  # memory of finished blocks: mapping fresh memory each time is slow
@@ -67,8 +65,8 @@ class LeanGramian:
         parameter = self._parameters[position]
         dtype = self._dtype or parameter.dtype
         if self._uses[position] > 1 or self._num_clusters * parameter.numel() * dtype.itemsize <= size:
-            self._kept.setdefault(position, torch.empty(0))  # filled by `add`
-        return position in self._kept
+            self._keeping.add(position)
+        return position in self._keeping or position in self._by_row
 
     def defer(self, part: Deferred) -> None:
         """Keep what forms an operation's part of the update."""
@@ -90,34 +88,33 @@ class LeanGramian:
                 "in the backward; checkpoint with use_reentrant=False, or use memory='full'"
             )
         if position in self._by_row:
-            raise RuntimeError(_SHARED)
+            self._rows(position).add_(gradients)
+            return
         memory = self._lent.pop(position, None)
-        kept = self._kept.get(position)
-        if kept is not None and kept.numel() == gradients.numel() > 0:
-            gradients = kept + gradients  # not in place: parameters may share one tensor
+        if position in self._kept:
+            gradients = self._kept[position] + gradients  # not in place: parameters may share one tensor
         self._uses[position] -= 1
         unfinished = self._uses[position] > 0
         if not unfinished:
             self._done.add(position)
             self._take(gradients)
-        if kept is not None or unfinished:
+        if unfinished or position in self._keeping:
             self._kept[position] = gradients if self._dtype is None else gradients.to(self._dtype)
-        elif memory is not None:
-            self._free.append(memory)
+        else:
+            self._kept.pop(position, None)
+            if memory is not None:
+                self._free.append(memory)
 
     def add_row(self, position: int, k: int, gradient: Tensor) -> None:
         """Take the gradient [*shape] of a parameter for one cluster; `gram` counts it in."""
-        if position in self._done:
-            raise RuntimeError(_SHARED)
-        if position not in self._by_row:
-            parameter = self._parameters[position]
-            self._kept[position] = self._block(self._scratch(parameter).zero_(), parameter)
-            self._by_row.add(position)
-        self._kept[position][k] += gradient
+        self._rows(position)[k].add_(gradient)
 
     def gram(self) -> Tensor:
         """Return J Jᵀ, [K, K], float32 at least, when all gradients have come."""
-        for position in sorted(self._by_row):
+        for position in sorted(
+            self._kept.keys() - self._done
+        ):  # in slices, or no gradient came to some of the uses
+            self._done.add(position)
             self._take(self._kept[position])
         self._free.clear()
         if self._gramian is None:
@@ -131,6 +128,12 @@ class LeanGramian:
         kept = sorted(self._kept)
         accumulate([parameters[i] for i in kept], [self._kept[i] for i in kept], weights)
         self._kept.clear()
+
+    def _rows(self, position: int) -> Tensor:
+        if position not in self._kept:
+            parameter = self._parameters[position]
+            self._kept[position] = self._block(self._scratch(parameter).zero_(), parameter)
+        return self._kept[position]
 
     def _take(self, gradients: Tensor) -> None:
         if self._dtype is not None:

@@ -67,13 +67,22 @@ def installed(slots: Iterable[Slot], stand_ins: Sequence[Tensor]) -> Iterator[No
     That function walks the whole module tree on each call, 2 ms for a small UNet; one step makes several calls.
     """
     changed = [(slot, slot.module._parameters[slot.name]) for slot in slots]
+    recurrent = {slot.module for slot, _ in changed if isinstance(slot.module, nn.RNNBase)}
     try:
         for slot, _ in changed:
             slot.module._parameters[slot.name] = stand_ins[slot.position]  # type: ignore[assignment]
+        _refresh(recurrent)
         yield
     finally:
         for slot, original in changed:
             slot.module._parameters[slot.name] = original
+        _refresh(recurrent)
+
+
+def _refresh(recurrent: Iterable[nn.RNNBase]) -> None:
+    """Let recurrent layers, which keep a list of their parameters, look them up again."""
+    for module in recurrent:
+        module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .layout import BatchLayout, cut, join
+from .layout import BatchLayout, cut, join, map_tensors
 from .parameters import Slot, installed
 from .receiver import Receiver
 
@@ -92,3 +92,47 @@ def run_slices(
             outputs.append(forward(*part_args, **part_kwargs))
         sizes.append(end - begin)
     return join(outputs, sizes, folded=folded)
+
+
+class Transposition:
+    """Brings the samples to dimension 0 for modules of PyTorch that have them in dimension 1, and back.
+
+    Recurrent layers have their states so, and, unless ``batch_first=True``, their sequences; so does
+    `torch.nn.MultiheadAttention`. Both directions are the same.
+
+    Args:
+        module: any module; nothing is done for others.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._states = isinstance(module, nn.RNNBase)
+        attention = isinstance(module, nn.MultiheadAttention)
+        self._sequences = (self._states or attention) and not module.batch_first
+        self._inputs = ("query", "key", "value") if attention else ("input",)
+        self._needed = self._states or self._sequences
+
+    def arguments(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Transpose the arguments of a call."""
+        if not self._needed:
+            return args, kwargs
+        names = [*self._inputs, "hx"]
+        named = dict(zip(names, args, strict=False))
+        moved = {name: self._move(name, value) for name, value in (named | kwargs).items()}
+        rest = args[len(named) :]
+        return (*(moved[n] for n in named), *rest), {n: moved[n] for n in kwargs}
+
+    def outputs(self, output: Any) -> Any:
+        """Transpose what a call returned: a sequence, and the last state or the weights of attention."""
+        if not self._needed or not isinstance(output, tuple):
+            return output
+        return self._move(self._inputs[0], output[0]), self._move("hx", output[1])
+
+    def _move(self, name: str, value: Any) -> Any:
+        wanted = self._states if name == "hx" else self._sequences and name in self._inputs
+        return map_tensors(_transpose, value) if wanted else value
+
+
+def _transpose(tensor: Tensor) -> Tensor:
+    return tensor.transpose(0, 1) if tensor.dim() == 3 else tensor

@@ -73,7 +73,7 @@ def test_lower_precision_storage(device):
 
 def test_lean_waits_for_the_last_use_of_a_parameter(device):
     parameters = make_parameters(device)
-    lean = LeanGramian(parameters, 2, {0: 2, 1: 1}, False)
+    lean = LeanGramian(parameters, 2, {0: 2, 1: 1}, [1], False)
     parts = torch.randn(2, 2, 2, 3, device=device)
     row = torch.randn(4, device=device)
     lean.add(0, parts[0].clone())
