@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ._extras import require
 
@@ -28,3 +29,20 @@ def new_figure(width: float, height: float) -> Any:
 def save(figure: Any, path: Path) -> None:
     """Write a figure to a picture file."""
     figure.savefig(path, dpi=DPI)
+
+
+def smooth(values: NDArray[np.float64], reach: int) -> NDArray[np.float64]:
+    """Mean over a row and its neighbours, NaN left out.
+
+    Args:
+        values: [N, ...].
+        reach: neighbours on either side, fewer at the ends.
+    """
+    rows = np.arange(len(values))
+    first, last = np.maximum(rows - reach, 0), np.minimum(rows + reach + 1, len(values))
+    valid = np.isfinite(values)
+    zeros = np.zeros((1, *values.shape[1:]))
+    total = np.cumsum(np.concatenate([zeros, np.where(valid, values, 0.0)]), axis=0)
+    count = np.cumsum(np.concatenate([zeros, valid]), axis=0)
+    total, count = total[last] - total[first], count[last] - count[first]
+    return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)

@@ -18,21 +18,41 @@ class UniformSampler(TimestepSampler):
     """Ordinary training: timesteps drawn uniformly, or continuous levels from the clustering's distribution.
 
     Probability of a timestep 1 / T; density of a continuous level that of ``clusters.distribution``.
-    Arguments as `TimestepSampler`.
+
+    Args:
+        clusters: the tasks; see `TimestepSampler`.
+        only: index of a cluster, to draw from that alone: what trains an expert of an interval.
+        generator: source of randomness; see `TimestepSampler`.
+
+    Raises:
+        TypeError: `clusters` is no clustering.
+        ValueError: there is no such cluster.
     """
 
+    def __init__(
+        self, clusters: Clustering, *, only: int | None = None, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__(clusters, generator=generator)
+        if only is not None and not 0 <= only < clusters.k:
+            raise ValueError(f"only: expected 0 <= only < k = {clusters.k}, found {only}")
+        self.only = only
+
     def density(self, level: Tensor) -> Tensor:
-        """1 / T, or the distribution's density; see `TimestepSampler.density`."""
-        return ordinary_density(self.tasks, level)
+        """1 / T, or the distribution's density, of the cluster's levels alone; see `TimestepSampler.density`."""
+        density = ordinary_density(self.tasks, level)
+        if self.only is None:
+            return density
+        share = float(np.diff(self.tasks.probabilities)[self.only])
+        return torch.where(self.tasks.assign(level) == self.only, density / share, 0.0)
 
     def _draw(
         self, batch_size: int, device: torch.device, generator: torch.Generator | None, dtype: torch.dtype
     ) -> Tensor:
-        if isinstance(self.tasks, IntervalClustering):
+        if isinstance(self.tasks, IntervalClustering) and self.only is None:
             # The very draws of the loop that everybody writes.
             return torch.randint(self.tasks.num_timesteps, (batch_size,), device=device, generator=generator)
-        first = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        return draw(self.tasks, first, first + self.tasks.k, generator, dtype)
+        first = torch.full((batch_size,), self.only or 0, dtype=torch.int64, device=device)
+        return draw(self.tasks, first, first + (self.tasks.k if self.only is None else 1), generator, dtype)
 
 
 class StratifiedSampler(TimestepSampler):

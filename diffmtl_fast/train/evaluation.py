@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .._extras import require
+from ..analysis.frechet import FrechetDistance
 from .config import NEIGHBOURS
 from .data import ImageData
 
@@ -47,26 +48,6 @@ class Classifier:
     def agreement(self, images: Tensor, labels: Tensor) -> float:
         """Fraction of images that it takes for their class."""
         return float((self._net.predict(_flat(images)) == labels.numpy()).mean())
-
-
-def frechet_distance(a: Array, b: Array) -> float:
-    """Squared Fréchet distance of Gaussians fitted to two sets of features.
-
-    |μ_a - μ_b|² + tr(Σ_a + Σ_b - 2 (Σ_a^½ Σ_b Σ_a^½)^½), where the trace of the root is the sum of the roots of
-    the eigenvalues of a symmetric matrix: no general matrix root, which singular covariances upset.
-
-    Source: Heusel et al., "GANs Trained by a Two Time-Scale Update Rule", NeurIPS 2017.
-
-    Args:
-        a: [N, D].
-        b: [M, D].
-    """
-    root = _root(np.cov(a, rowvar=False))
-    covariance = np.cov(b, rowvar=False)
-    crossed = np.linalg.eigvalsh(root @ covariance @ root).clip(min=0.0)
-    distance = np.square(a.mean(0) - b.mean(0)).sum()
-    distance += np.trace(root @ root) + np.trace(covariance) - 2.0 * np.sqrt(crossed).sum()
-    return float(max(distance, 0.0))
 
 
 def precision_recall(real: Array, drawn: Array, k: int = NEIGHBOURS) -> tuple[float, float]:
@@ -125,7 +106,7 @@ def _figures(classifier: Classifier, real: Array, images: Tensor, labels: Tensor
     features = classifier.features(images)
     precision, recall = precision_recall(real, features)
     figures = {
-        "frechet_distance": frechet_distance(real, features),
+        "frechet_distance": FrechetDistance(real)(features),
         "precision": precision,
         "recall": recall,
         "class_agreement": classifier.agreement(images, labels),
@@ -141,11 +122,6 @@ def _covered(support: Array, points: Array, k: int) -> float:
 
 def _distances(a: Array, b: Array) -> Array:
     return require("scipy.spatial.distance", "train").cdist(a, b)
-
-
-def _root(matrix: Array) -> Array:
-    values, vectors = np.linalg.eigh(matrix)
-    return (vectors * np.sqrt(values.clip(min=0.0))) @ vectors.T
 
 
 def _flat(images: Tensor) -> Array:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .._extras import require
-from .._figures import colours, new_figure, save
+from .._figures import colours, new_figure, save, smooth
 from ..clustering import ClusterPath, IntervalClustering
 from ..clustering.report import plot_path
 
@@ -126,23 +126,6 @@ def training(path: Path, lines: Sequence[dict[str, Any]], title: str) -> None:
         )
     figure.suptitle(textwrap.fill(title, int(14 * width)), fontsize=10)
     save(figure, path)
-
-
-def smooth(values: NDArray[np.float64], reach: int) -> NDArray[np.float64]:
-    """Mean over a row and its neighbours, NaN left out.
-
-    Args:
-        values: [N, ...].
-        reach: neighbours on either side, fewer at the ends.
-    """
-    rows = np.arange(len(values))
-    first, last = np.maximum(rows - reach, 0), np.minimum(rows + reach + 1, len(values))
-    valid = np.isfinite(values)
-    zeros = np.zeros((1, *values.shape[1:]))
-    total = np.cumsum(np.concatenate([zeros, np.where(valid, values, 0.0)]), axis=0)
-    count = np.cumsum(np.concatenate([zeros, valid]), axis=0)
-    total, count = total[last] - total[first], count[last] - count[first]
-    return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
 
 
 def _plot_clusters(axis: Any, steps: NDArray[np.int64], values: NDArray[np.float64]) -> None:

@@ -31,6 +31,7 @@ DRAWS = 20_000
 def for_timesteps():
     return {
         "uniform": UniformSampler(TIMESTEPS),
+        "expert": UniformSampler(TIMESTEPS, only=2),
         "stratified": StratifiedSampler(TIMESTEPS),
         "logit-normal": DistributionSampler(TIMESTEPS, LogitNormalTime(0.3, 1.2)),
         "beta": DistributionSampler(TIMESTEPS, BetaTime(1.5, 0.8)),
@@ -41,6 +42,7 @@ def for_timesteps():
 def for_levels():
     return {
         "uniform": UniformSampler(SIGMAS),
+        "expert": UniformSampler(SIGMAS, only=0),
         "stratified": StratifiedSampler(SIGMAS),
         "laplace-sigma": DistributionSampler(SIGMAS, LaplaceSigma()),
         "logit-normal": DistributionSampler(TIMES, LogitNormalTime()),
@@ -98,6 +100,7 @@ def test_exact_probabilities_of_timesteps():
     t = np.arange(21) / 20
     tables = {
         "uniform": np.full(20, 0.05),
+        "expert": np.repeat([0, 0, 1 / 11, 0], [3, 1, 11, 5]),
         "stratified": np.repeat([1 / 12, 1 / 4, 1 / 44, 1 / 20], [3, 1, 11, 5]),
         "logit-normal": np.diff(scipy.stats.norm(0.3, 1.2).cdf(scipy.special.logit(t))),
         "beta": np.diff(scipy.stats.beta(1.5, 0.8).cdf(t)),
@@ -186,6 +189,8 @@ def test_what_does_not_fit_together(clusters, distribution, log_snr, message):
 
 
 def test_wrong_types():
+    with pytest.raises(ValueError, match="only: expected 0 <= only < k = 4, found 4"):
+        UniformSampler(TIMESTEPS, only=4)
     with pytest.raises(TypeError, match=r"distribution: expected one of LogNormalSigma, .*, found 'edm'"):
         DistributionSampler(TIMESTEPS, "edm")
     with pytest.raises(TypeError, match="clusters: expected an IntervalClustering or a NoiseClustering"):
