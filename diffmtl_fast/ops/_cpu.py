@@ -12,9 +12,10 @@ environment variable ``DIFFMTL_CPU_KERNELS`` (``plain``, ``avx2``, ``avx512``), 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, TypeAlias
 
@@ -418,7 +419,7 @@ def _longest_own(dtype: torch.dtype, out_dtype: torch.dtype) -> int:
     threads, the library's, which spin for a while after every product of a backward, stand in the way of ours.
     """
     if dtype.itemsize > 2 or not _library_multiplies(dtype):
-        return 512 if torch.get_num_threads() == 1 else 32
+        return 256 if torch.get_num_threads() == 1 else 32
     return 8 if out_dtype == dtype else 32  # the library's product has yet to be converted
 
 
@@ -427,16 +428,25 @@ _SUM_ALONE = 1 << 23
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
-    """Put a @ b into `out`, or add it, with PyTorch's library."""
+    """Put a batch of products into `out`, or add it, with PyTorch's library."""
     if not _library_multiplies(a.dtype):
         a, b = a.float(), b.float()
     if a.dtype != out.dtype:
         product = a @ b
         out.add_(product) if accumulate else out.copy_(product)
     elif accumulate:
-        out.addmm_(a, b)
+        out.baddbmm_(a, b)
     else:
-        torch.mm(a, b, out=out)
+        torch.bmm(a, b, out=out)
+
+
+def _runs(sizes: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    """Give the runs of clusters of one size: the size and which clusters."""
+    first = 0
+    for size, run in itertools.groupby(sizes):
+        last = first + len(list(run))
+        yield size, slice(first, last)
+        first = last
 
 
 def cluster_wgrad_out(grad_out: Tensor, x: Tensor, offsets: Tensor, out: Tensor, accumulate: bool) -> None:
@@ -445,18 +455,19 @@ def cluster_wgrad_out(grad_out: Tensor, x: Tensor, offsets: Tensor, out: Tensor,
         run_plain("cluster_wgrad_out", reason, grad_out, x, offsets, out, accumulate)
         return
     longest = _longest_own(x.dtype, out.dtype)
-    own: list[tuple[int, int, int]] = []
-    others: list[tuple[int, int, int]] = []
-    for k, (begin, end) in enumerate(pairwise(host_offsets(offsets, x.shape[0]))):
-        (own if end - begin <= longest else others).append((k, begin, end))
+    bounds = host_offsets(offsets, x.shape[0])
+    sizes = [end - begin for begin, end in pairwise(bounds)]
     with contiguous_clusters(out, accumulate) as (result, add):
-        if own:
+        if own := [(k, bounds[k], bounds[k + 1]) for k, size in enumerate(sizes) if size <= longest]:
             rows = in_rows(grad_out), in_rows(x)
             _C.cpu_cluster_wgrad(
                 *map(_handle, rows), own, *out.shape[1:], _handle(result), add, torch.get_num_threads()
             )
-        for k, begin, end in others:
-            _multiply(grad_out[begin:end].T, x[begin:end], result[k], add)
+        for size, run in _runs(sizes):
+            if size > longest:
+                span = slice(bounds[run.start], bounds[run.stop])
+                a, b = (t[span].unflatten(0, (-1, size)) for t in (grad_out, x))
+                _multiply(a.transpose(1, 2), b, result[run], add)
 
 
 def cluster_wgrad(grad_out: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
