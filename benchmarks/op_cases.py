@@ -139,12 +139,18 @@ def _bytes(*values: Any) -> int:
 # ---- What one writes without the ops ------------------------------------------------------------------------
 
 
+def _wide(tensor: Tensor) -> Tensor:
+    """Return a tensor as training scripts give it to a loss: what bfloat16 counts ends at 256."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def sample_mse(pred: Tensor, target: Tensor) -> Tensor:
-    return (pred - target).square().flatten(1).mean(1)
+    return (_wide(pred) - _wide(target)).square().flatten(1).mean(1)
 
 
 def sample_huber(pred: Tensor, target: Tensor) -> Tensor:
-    return torch.nn.functional.huber_loss(pred, target, reduction="none").flatten(1).mean(1)
+    losses = torch.nn.functional.huber_loss(_wide(pred), _wide(target), reduction="none")
+    return losses.flatten(1).mean(1)
 
 
 def cluster_mse(pred: Tensor, target: Tensor, cluster: Tensor) -> Tensor:

@@ -173,7 +173,7 @@ def plot(records: list[dict[str, Any]], machine: str, path: Path) -> None:
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
     axes[-1].legend(frameon=False, fontsize=8, loc="best")
-    figure.suptitle(machine, fontsize=9)
+    figure.suptitle(f"{machine}; losses forward and backward unless said", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
