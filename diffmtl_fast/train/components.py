@@ -158,6 +158,8 @@ def build_timesteps(
     tasks = clusters if balanced else whole  # plain training averages over all timesteps
     if config.curriculum.order != "none":
         return _build_curriculum(config.curriculum, tasks, levels, "tasks" if balanced else "union")
+    if config.timesteps.interval is not None:
+        return _build_expert(config.timesteps.interval, clusters.num_timesteps)
     args, kind = config.timesteps.args, config.timesteps.sampler or ("stratified" if balanced else "uniform")
     with blame("timesteps.args", (ValueError, TypeError, ImportError)):
         if kind == "stratified":
@@ -171,6 +173,14 @@ def build_timesteps(
         if kind == "second_moment":
             return LossSecondMomentSampler(tasks, **args)
         return UniformSampler(tasks, **args)
+
+
+def _build_expert(interval: list[int], num_timesteps: int) -> UniformSampler:
+    first, end = interval
+    if end > num_timesteps:
+        raise UserError(f"timesteps.interval: expected an end of at most {num_timesteps}, found {end}")
+    bounds = np.unique([0, first, end, num_timesteps])
+    return UniformSampler(IntervalClustering(bounds), only=int(np.searchsorted(bounds, first)))
 
 
 def _build_curriculum(

@@ -60,12 +60,14 @@ class Timesteps:
         sampler: distribution; null for uniform with vanilla, stratified by cluster with the other methods
         args: its arguments: mean, std (logit_normal), a, b (beta), mean, scale of the log-SNR (laplace), cells,
             history, uniform_share (second_moment)
+        interval: first timestep and end of those to train on alone, an expert for them (vanilla); null for all
     """
 
     sampler: Literal["uniform", "stratified", "logit_normal", "beta", "laplace", "second_moment"] | None = (
         None
     )
     args: dict[str, Any] = field(default_factory=dict)
+    interval: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -325,6 +327,7 @@ def _check(config: Config) -> None:
         )
     _check_clusters("clusters", config.clusters)
     _check_curriculum(config)
+    _check_interval(config)
     _number("optimizer.lr", config.optimizer.lr, 0.0, math.inf, open_left=True)
     _number("optimizer.weight_decay", config.optimizer.weight_decay, 0.0, math.inf)
     _number("optimizer.clip", config.clip, 0.0, math.inf)
@@ -364,6 +367,24 @@ def _check_curriculum(config: Config) -> None:
         raise UserError(
             "timesteps.sampler: expected null with a curriculum, which draws the timesteps, found "
             f"{config.timesteps.sampler!r}"
+        )
+
+
+def _check_interval(config: Config) -> None:
+    interval = config.timesteps.interval
+    if interval is None:
+        return
+    pair = isinstance(interval, list) and [type(bound) for bound in interval] == [int, int]
+    if not pair or not 0 <= interval[0] < interval[1]:
+        raise UserError(
+            f"timesteps.interval: expected [first, end] with 0 <= first < end, found {interval!r}"
+        )
+    plain = config.method == "vanilla" and config.curriculum.order == "none"
+    if not plain or config.timesteps.sampler not in (None, "uniform"):
+        raise UserError(
+            "timesteps.interval: expected null, or method vanilla without curriculum or sampler, found "
+            f"{interval!r} with method {config.method}, curriculum {config.curriculum.order}, "
+            f"sampler {config.timesteps.sampler}"
         )
 
 

@@ -28,7 +28,14 @@ FREE_ON_RESUME = {"iterations", "device", "checkpoints.every", "checkpoints.keep
 LOG_SNR_DRAWN = (-25.0, 25.0)
 
 
-def train(config: Config, run: RunFolder, *, resume: bool = False, chosen: Path | None = None) -> None:
+def train(
+    config: Config,
+    run: RunFolder,
+    *,
+    resume: bool = False,
+    chosen: Path | None = None,
+    outputs: bool = True,
+) -> None:
     """Train, then write the weights, the pictures and the metrics.
 
     Args:
@@ -36,6 +43,8 @@ def train(config: Config, run: RunFolder, *, resume: bool = False, chosen: Path 
         run: where.
         resume: continue the run that is there, if there is one.
         chosen: checkpoint to continue from instead of the newest; newer ones are deleted.
+        outputs: without them the log and the checkpoints are all there is, which does for an expert that draws no
+            pictures of its own.
 
     Raises:
         UserError: the run cannot be started or continued as asked.
@@ -51,7 +60,7 @@ def train(config: Config, run: RunFolder, *, resume: bool = False, chosen: Path 
     if begun:
         _check_same(config, run)
         last = run.checkpoint(chosen)
-        if last is not None and _complete(config, run, last):
+        if last is not None and _complete(config, run, last, outputs):
             print(f"{run} is already complete")
             return
     trainer = Trainer(config)  # before the folder is made, so that a bad option leaves nothing behind
@@ -64,7 +73,8 @@ def train(config: Config, run: RunFolder, *, resume: bool = False, chosen: Path 
         except TrainingDiverged as error:
             good = run.checkpoint()
             raise TrainingDiverged(f"{error}; the last good checkpoint is {good or 'none'}") from error
-        _write_outputs(trainer, run)
+        if outputs:
+            _write_outputs(trainer, run)
     print(f"finished; see {run}")
 
 
@@ -86,13 +96,14 @@ def _check_same(config: Config, run: RunFolder) -> None:
             )
 
 
-def _complete(config: Config, run: RunFolder, last: Path) -> bool:
+def _complete(config: Config, run: RunFolder, last: Path, outputs: bool) -> bool:
     done = checkpoint.iteration(last)
     if done > config.iterations:
         raise UserError(
             f"iterations: expected at least {done}, which the run has done, found {config.iterations}"
         )
-    return done == config.iterations and all(path.exists() for path in run.outputs(config))
+    wanted = run.outputs(config) if outputs else []
+    return done == config.iterations and all(path.exists() for path in wanted)
 
 
 def _fit(trainer: Trainer, run: RunFolder, chosen: Path | None) -> None:

@@ -17,6 +17,7 @@ from diffmtl_fast.analysis.difficulty import (
     convergence,
     gaussian_relative_entropy,
 )
+from diffmtl_fast.analysis.plots import plot_convergence, plot_relative_entropy
 from diffmtl_fast.clustering import IntervalClustering, cluster_timesteps
 from diffmtl_fast.train.schedules import named_log_snr
 
@@ -152,3 +153,15 @@ def test_the_gaussian_fit_keeps_mean_and_variance():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_pictures(tmp_path):
+    steps = np.arange(1, 301, 3)
+    curves = np.stack([1 / np.sqrt(steps), 0.1 + 1 / steps, np.ones(100)])
+    found = convergence(cluster_timesteps(30, 3), steps, curves)
+    plot_convergence(tmp_path / "convergence.png", found, "title")
+    levels = named_log_snr("linear", 50)
+    entropies = {"conditional": conditional_relative_entropy(levels, 0.5)}
+    plot_relative_entropy(tmp_path / "entropy.png", entropies, levels, "title")
+    for path in tmp_path.iterdir():
+        assert path.read_bytes().startswith(b"\x89PNG")

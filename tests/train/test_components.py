@@ -137,6 +137,20 @@ def test_samplers(tiny, method, sampler, args, distribution):
         assert type(built).__name__.lower().startswith(sampler.split("_")[0].replace("second", "losssecond"))
 
 
+@pytest.mark.parametrize(("interval", "k"), [([0, 20], 1), ([0, 7], 2), ([7, 9], 3), ([19, 20], 2)])
+def test_an_expert_sees_its_interval_alone(tiny, interval, k):
+    built = build_timesteps(tiny(method="vanilla", timesteps={"interval": interval}), TASKS, lambda: LEVELS)
+    assert built.tasks.k == k
+    expected = torch.zeros(20, dtype=torch.float64)
+    expected[interval[0] : interval[1]] = 1 / (interval[1] - interval[0])
+    torch.testing.assert_close(built.density(torch.arange(20)), expected)
+
+
+def test_an_interval_beyond_the_schedule_is_refused(tiny):
+    with pytest.raises(UserError, match=r"timesteps\.interval: expected an end of at most 20, found 21"):
+        build_timesteps(tiny(method="vanilla", timesteps={"interval": [0, 21]}), TASKS, lambda: LEVELS)
+
+
 @pytest.mark.parametrize("method", ["vanilla", "pcgrad"])
 def test_samplers_of_the_methods(tiny, method):
     built = build_timesteps(tiny(method=method), TASKS, lambda: LEVELS)

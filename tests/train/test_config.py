@@ -33,6 +33,18 @@ def test_bundled_configuration_is_complete_and_survives_yaml():
             {"timesteps": {"sampler": "beta"}, "curriculum": {"order": "hard_to_easy"}},
             "timesteps.sampler: expected null with a curriculum, which draws the timesteps, found 'beta'",
         ),
+        *(
+            (
+                {"method": "vanilla", "timesteps": {"interval": value}},
+                "timesteps.interval: expected [first, end]",
+            )
+            for value in ([1], [2, 2], [-1, 3], [0, 2.0], [False, 3], 5)
+        ),
+        ({"timesteps": {"interval": [0, 9]}}, "timesteps.interval: expected null, or method vanilla"),
+        (
+            {"method": "vanilla", "timesteps": {"interval": [0, 9], "sampler": "beta"}},
+            "timesteps.interval: expected null, or method vanilla without curriculum or sampler, found [0, 9]",
+        ),
         ({"clusters": 5}, "clusters: expected a mapping of options, found 5"),
         ({"clusters": {"cost": "affinity"}}, "clusters.affinity: expected a .npy or .json file"),
         ({"clusters": {"affinity": "a.npy"}}, "clusters.affinity: expected a .npy or .json file"),
