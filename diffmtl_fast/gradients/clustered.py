@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..weighting import GramianWeighting, LossWeighting
+from . import diagnostics
 from .engine import Engine, EngineName
 from .jacobian import Jacobian
 from .layout import BatchLayout
@@ -43,6 +44,16 @@ class StepRecord:
     present: Tensor
     gramian: Tensor | None
     grad_norm: Tensor | None = None
+
+    @property
+    def cosines(self) -> Tensor | None:
+        """Cosines of the angles between the cluster gradients, [K, K]; NaN for clusters without a gradient."""
+        return None if self.gramian is None else diagnostics.cosines(self.gramian)
+
+    @property
+    def conflicts(self) -> Tensor | None:
+        """Share of the pairs of clusters whose gradients have a negative cosine, a scalar; NaN without a pair."""
+        return None if self.cosines is None else diagnostics.conflicts(self.cosines)
 
 
 class ClusteredMTL(nn.Module):

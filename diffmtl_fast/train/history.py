@@ -12,20 +12,8 @@ import torch
 from torch import Tensor
 
 from .._extras import require
+from ..gradients.diagnostics import conflicts, cosines
 from .errors import TrainingDiverged, UserError
-
-
-def cosines(gramian: Tensor) -> Tensor:
-    """Cosines of the angles between cluster gradients, from their Gramian.
-
-    Args:
-        gramian: [K, K] inner products.
-
-    Returns:
-        [K, K]; NaN in the rows of clusters without a gradient.
-    """
-    norms = gramian.diagonal().sqrt()
-    return (gramian / (norms[:, None] * norms)).clamp(-1.0, 1.0)
 
 
 class History:
@@ -101,7 +89,8 @@ class History:
 
         Returns:
             The line: ``losses`` [K] with None for a cluster never seen, their mean ``loss``, and what else
-            was measured of ``weights`` [K], ``cosines`` [K][K], ``gradient_norm``.
+            was measured of ``weights`` [K], ``cosines`` [K][K], ``conflicts`` (the share of pairs of clusters with
+            a negative cosine), ``gradient_norm``.
         """
         self.check(iteration)
         losses = _masked_mean(self._losses, self._present)
@@ -113,7 +102,9 @@ class History:
         if self._weights:
             line["weights"] = _plain(_masked_mean(self._weights, self._present))
         if self._cosines:
-            line["cosines"] = _plain(torch.stack(self._cosines).nanmean(0))
+            measured = torch.stack(self._cosines)
+            line["cosines"] = _plain(measured.nanmean(0))
+            line["conflicts"] = _plain(conflicts(measured).nanmean())
         if self._norms:
             line["gradient_norm"] = float(torch.stack(self._norms).mean())
         line |= scalars
@@ -169,8 +160,8 @@ class History:
         if self._writer is None:
             return
         step = line["iteration"]
-        for name in ("loss", "gradient_norm", "phase"):
-            if name in line:
+        for name in ("loss", "gradient_norm", "conflicts", "phase"):
+            if line.get(name) is not None:
                 self._writer.add_scalar(name, line[name], step)
         for name in ("losses", "weights"):
             for cluster, value in enumerate(line.get(name, ())):

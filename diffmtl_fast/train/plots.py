@@ -113,6 +113,8 @@ def training(path: Path, lines: Sequence[dict[str, Any]], title: str) -> None:
         values = np.array([line[name] for line in used], dtype=float)  # None becomes NaN
         draw = _plot_cosines if name == "cosines" else _plot_clusters
         draw(axis, steps, values)
+        if name == "cosines":
+            _shade_conflicts(axis, used)
         _mark_phases(axis, lines, None if name == "cosines" else "phase of the curriculum")
         # The clusters have the same colours in the first two panels.
         legends["right" if name == "cosines" else "left"] = axis.get_legend_handles_labels()
@@ -147,6 +149,21 @@ def _plot_cosines(axis: Any, steps: NDArray[np.int64], values: NDArray[np.float6
             label = _label(_apart(distance) if i == 0 else "", distance)
             axis.plot(steps, lines[:, i, i + distance], color=colour, linewidth=1.0, label=label)
     axis.set_ylim(-1.05, 1.05)
+
+
+def _shade_conflicts(axis: Any, lines: Sequence[dict[str, Any]]) -> None:
+    """The share of conflicting pairs behind the cosines, on an axis of its own."""
+    share = np.array([line.get("conflicts") for line in lines], dtype=float)  # None becomes NaN
+    steps = [line["iteration"] for line in lines]
+    behind = axis.twinx()
+    behind.fill_between(
+        steps, 0.0, 100 * smooth(share, _reach(len(lines))), color="black", alpha=0.12, linewidth=0
+    )
+    behind.set_ylim(0.0, 100.0)
+    behind.set_ylabel("conflicting pairs (%), shaded", fontsize=8)
+    behind.tick_params(labelsize=8)
+    axis.set_zorder(behind.get_zorder() + 1)
+    axis.patch.set_visible(False)
 
 
 def _mark_phases(axis: Any, lines: Sequence[dict[str, Any]], label: str | None) -> None:

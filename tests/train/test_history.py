@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffmtl_fast.train.errors import TrainingDiverged, UserError
-from diffmtl_fast.train.history import History, cosines, read
+from diffmtl_fast.train.history import History, read
 from diffmtl_fast.train.progress import describe
 
 
@@ -39,11 +39,15 @@ def test_a_cluster_never_seen_is_null(tmp_path):
     assert json.loads((tmp_path / "log.jsonl").read_text())["losses"] == [1.0, None]
 
 
-def test_cosines_of_a_gramian():
-    jacobian = torch.tensor([[3.0, 4.0], [-4.0, 3.0], [-3.0, -4.0], [0.0, 0.0]])
-    found = cosines(jacobian @ jacobian.T)
-    torch.testing.assert_close(found[:3, :3], torch.tensor([[1.0, 0, -1], [0, 1, 0], [-1, 0, 1]]))
-    assert found[3].isnan().all()
+def test_conflicts_are_the_mean_share_of_the_measured_steps(tmp_path):
+    history = History(tmp_path / "log.jsonl")
+    for inner in (-0.5, 0.25, None, -1.0):
+        gramian = None if inner is None else torch.tensor([[1.0, inner], [inner, 4.0]])
+        history.add(torch.ones(2), torch.ones(2, dtype=torch.bool), gramian=gramian)
+    line = history.flush(4)
+    history.close()
+    assert line["conflicts"] == pytest.approx(2 / 3)
+    assert line["cosines"][0][1] == pytest.approx((-0.25 + 0.125 - 0.5) / 3)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -106,5 +110,7 @@ def test_tensorboard_has_a_curve_per_cluster(tmp_path):
     history.flush(5)
     history.close()
     board = events.EventAccumulator(str(tmp_path / "board")).Reload()
-    assert {"loss", "losses/cluster_0", "weights/cluster_1", "cosines/0_1"} <= set(board.Tags()["scalars"])
+    assert {"loss", "losses/cluster_0", "weights/cluster_1", "cosines/0_1", "conflicts"} <= set(
+        board.Tags()["scalars"]
+    )
     assert board.Scalars("losses/cluster_1")[0].step == 5

@@ -22,9 +22,10 @@ def _line(iteration, **more):
     [
         [_line(1)],
         [
-            _line(1, weights=[1.0, 0.0, -1.0], cosines=[[1.0, None, 0.5]] * 3),
+            _line(1, weights=[1.0, 0.0, -1.0], cosines=[[1.0, None, 0.5]] * 3, conflicts=0.5),
             _line(2),
             _line(3, weights=[1.0, 1.0, 1.0]),
+            _line(4, cosines=[[1.0, None, -0.5]] * 3, conflicts=None),
         ],
         [_line(1, phase=1), _line(2, phase=1), _line(3, phase=2), _line(4, phase=4)],
     ],
