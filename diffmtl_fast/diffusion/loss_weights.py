@@ -1,4 +1,4 @@
-"""Loss weights as functions of the log-SNR, for ε-prediction."""
+"""Loss weights as functions of the log-SNR: for ε-prediction, and what they come to for other predictions."""
 
 from __future__ import annotations
 
@@ -41,3 +41,32 @@ def p2_weight(log_snr: Tensor, gamma: float = 1.0, k: float = 1.0) -> Tensor:
     if gamma < 0 or not k > 0:
         raise ValueError(f"expected gamma >= 0 and k > 0, found gamma={gamma}, k={k}")
     return (k + torch.exp(log_snr)) ** -gamma
+
+
+def predicted_weight(weight: Tensor, log_snr: Tensor, prediction_type: str) -> Tensor:
+    """The weight with which another prediction's squared error makes the same loss.
+
+    With x_t = α x_0 + σ ε, α² + σ² = 1, the errors of the same denoiser are ‖Δε‖² = SNR ‖Δx_0‖² = α² ‖Δv‖²
+    (Salimans and Ho, "Progressive Distillation", ICLR 2022), so that Min-SNR-γ becomes min(SNR, γ) for x_0 and
+    min(SNR, γ) / (SNR + 1) for v.
+
+    Args:
+        weight: of the squared error of ε, any shape.
+        log_snr: same shape; for "sample" finite or −∞.
+        prediction_type: "epsilon", "v_prediction" or "sample", as in diffusers.
+
+    Returns:
+        Weights, same shape.
+
+    Raises:
+        ValueError: the prediction type is none of these.
+    """
+    if prediction_type == "epsilon":
+        return weight
+    if prediction_type == "v_prediction":
+        return weight * torch.sigmoid(log_snr)
+    if prediction_type == "sample":
+        return weight * torch.exp(log_snr)
+    raise ValueError(
+        f"prediction_type: expected 'epsilon', 'v_prediction' or 'sample', found {prediction_type!r}"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from ..curriculum import (
     UniformSampler,
 )
 from ..curriculum.difficulty import Sampling
+from ..diffusion import log_snr, min_snr_weight, p2_weight, predicted_weight
 from ..weighting import GramianWeighting, LossWeighting, NashMTL, PCGrad, UncertaintyWeighting
 from .config import Clusters, Component, Config, Curriculum
 from .data import ImageData
@@ -199,6 +201,23 @@ def _build_curriculum(
             sampling=config.sampling or sampling,
             tasks=tasks,
         )
+
+
+def build_loss_weights(config: Config, scheduler: Any, device: torch.device) -> Tensor | None:
+    """The weight of the squared error at every timestep, float32 [T]; None for 1 everywhere.
+
+    Raises:
+        UserError: the weight does not take the arguments.
+    """
+    function = {"none": None, "min_snr": min_snr_weight, "p2": p2_weight}[config.loss.weight]
+    if function is None:
+        return None
+    levels = torch.from_numpy(log_snr(scheduler, clip=(-math.inf, math.inf)))
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    with blame("loss.args", (ValueError, TypeError)):
+        weights = function(levels, **config.loss.args)
+    with blame("scheduler.args"):
+        return predicted_weight(weights, levels, kind).float().to(device)
 
 
 def build_weighting(config: Config, k: int, device: torch.device) -> LossWeighting | GramianWeighting | None:

@@ -15,6 +15,7 @@ METHODS = ("vanilla", "uw", "pcgrad", "nash")
 COSTS = ("snr", "timestep", "affinity")
 PRECISIONS = ("fp32", "bf16")
 SAMPLERS = ("uniform", "stratified", "logit_normal", "beta", "laplace", "second_moment")
+LOSS_WEIGHTS = ("none", "min_snr", "p2")
 ORDERS = ("none", "easy_to_hard", "hard_to_easy")
 # Of the k-nearest-neighbour precision and recall.
 NEIGHBOURS = 3
@@ -92,6 +93,20 @@ class Curriculum:
     smoothing: float = 0.0
     min_delta: float = 0.0
     sampling: Literal["union", "clusters", "tasks"] | None = None
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss of a sample: mean squared error times a weight by noise level, before clusters are balanced.
+
+    Attributes:
+        weight: none, Min-SNR (min(SNR, gamma) / SNR) or P2 ((k + SNR)^-gamma); stated for noise prediction,
+            converted for the others
+        args: its arguments: gamma (min_snr, default 5), gamma and k (p2, default 1 and 1)
+    """
+
+    weight: Literal["none", "min_snr", "p2"] = "none"
+    args: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -180,6 +195,7 @@ class Config:
         clusters: Clusters of timesteps, the tasks
         timesteps: Timesteps of a batch
         curriculum: Curriculum, easy timesteps first
+        loss: Loss of a sample
         model: Model, called with (x, t, class_labels=y)
         scheduler: Noise schedule, a diffusers scheduler with discrete timesteps
         data: Data, a function that returns diffmtl_fast.train.data.ImageData
@@ -202,6 +218,7 @@ class Config:
     clusters: Clusters = field(default_factory=Clusters)
     timesteps: Timesteps = field(default_factory=Timesteps)
     curriculum: Curriculum = field(default_factory=Curriculum)
+    loss: Loss = field(default_factory=Loss)
     model: Component = field(default_factory=Component)
     scheduler: Component = field(default_factory=Component)
     data: Component = field(default_factory=Component)
@@ -305,6 +322,9 @@ def _check(config: Config) -> None:
     flat = _flatten(to_dict(config))
     _one_of("method", config.method, METHODS)
     _one_of("precision", config.precision, PRECISIONS)
+    _one_of("loss.weight", config.loss.weight, LOSS_WEIGHTS)
+    if config.loss.args and config.loss.weight == "none":
+        raise UserError(f"loss.args: expected none without a loss.weight, found {config.loss.args}")
     if config.timesteps.sampler is not None:
         _one_of("timesteps.sampler", config.timesteps.sampler, SAMPLERS)
     for key in (

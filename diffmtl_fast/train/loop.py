@@ -21,6 +21,7 @@ from . import checkpoint
 from .components import (
     build_clusters,
     build_data,
+    build_loss_weights,
     build_model,
     build_scheduler,
     build_timesteps,
@@ -62,6 +63,7 @@ class Trainer:
             config.clusters, self._log_snr, self.scheduler.config.num_train_timesteps
         )
         self.timesteps = build_timesteps(config, self.clusters, self._log_snr)
+        self.loss_weights = build_loss_weights(config, self.scheduler, self.device)
         self.model = build_model(config, self.data, self.device)
         self.ema = Ema(self.model, config.ema_decay)
         self.weighting = build_weighting(config, self.clusters.k, self.device)
@@ -204,6 +206,8 @@ class Trainer:
                 with blame("model"):  # it may be one that cannot be split by cluster
                     output = self.mtl(noisy, t, **condition(labels), cluster=cluster)
         loss = ops.sample_mse(prediction(output), target)
+        if self.loss_weights is not None:
+            loss = loss * self.loss_weights[t]
         weight = self.timesteps.weight(t)
         if self.mtl is None:
             (loss * weight).mean().backward()

@@ -26,6 +26,7 @@ METHOD_TITLES = {
     "nash": "NashMTL",
 }
 ORDER_TITLES = {"none": "", "easy_to_hard": ", curriculum", "hard_to_easy": ", anti-curriculum"}
+LOSS_TITLES = {"none": "", "min_snr": ", Min-SNR", "p2": ", P2"}
 COST_TITLES = {"snr": "log-SNR", "squared": "k-means log-SNR", "timestep": "timestep", "affinity": "affinity"}
 
 
@@ -36,9 +37,9 @@ def clusters_title(clusters: Clusters) -> str:
 
 
 def method_title(config: Config) -> str:
-    """The method, its clusters and the curriculum in words."""
-    order = ORDER_TITLES[config.curriculum.order]
-    return f"{METHOD_TITLES[config.method]}, {clusters_title(config.clusters)}{order}"
+    """The method, its clusters, the curriculum and the loss weights in words."""
+    more = ORDER_TITLES[config.curriculum.order] + LOSS_TITLES[config.loss.weight]
+    return f"{METHOD_TITLES[config.method]}, {clusters_title(config.clusters)}{more}"
 
 
 @dataclass(frozen=True)

@@ -43,9 +43,9 @@ def same_weights(a, b):
     )
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_vanilla_is_the_loop_that_everybody_writes(tiny, tmp_path, device, accumulate):
-    config = tiny(method="vanilla", iterations=3, accumulate=accumulate)
+@pytest.mark.parametrize(("accumulate", "weight"), [(1, "none"), (3, "none"), (1, "p2")])
+def test_vanilla_is_the_loop_that_everybody_writes(tiny, tmp_path, device, accumulate, weight):
+    config = tiny(method="vanilla", iterations=3, accumulate=accumulate, loss={"weight": weight})
     trainer, _ = fit(config, tmp_path / "run")
 
     data, scheduler = build_data(config), build_scheduler(config)
@@ -62,7 +62,10 @@ def test_vanilla_is_the_loop_that_everybody_writes(tiny, tmp_path, device, accum
             t = torch.randint(20, (12,), generator=generator, device=device)
             noise = torch.randn(images.shape, generator=generator, device=device)
             predicted = model(scheduler.add_noise(images, noise, t), t, class_labels=labels).sample
-            (torch.nn.functional.mse_loss(predicted, noise) / accumulate).backward()
+            errors = (predicted - noise).square().mean((1, 2, 3))
+            if weight == "p2":  # 1 / (1 + SNR) is the share of noise
+                errors = errors * (1 - scheduler.alphas_cumprod[t.cpu()]).to(device)
+            (errors.mean() / accumulate).backward()
         optimizer.step()
     for ours, theirs in zip(trainer.model.parameters(), model.parameters(), strict=True):
         # AdamW divides small gradients by their own size, and so magnifies the rounding of their sums.
@@ -202,6 +205,36 @@ def test_every_method_with_other_timesteps(tiny, tmp_path, method, timesteps):
         other = Trainer(trainer.config)
         other.load(sorted((tmp_path / "run").glob("iter-*"))[-1], History(tmp_path / "run" / "log.jsonl"))
         assert torch.equal(other.timesteps.losses, trainer.timesteps.losses)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("order", ["none", "easy_to_hard"])
+def test_loss_weights_with_every_method_and_the_curriculum(tiny, tmp_path, method, order):
+    curriculum = {"order": order, "clusters": {"k": 4}, "patience": 1}
+    options = {"method": method, "iterations": 3, "curriculum": curriculum}
+    plain, _ = fit(tiny(**options), tmp_path / "plain")
+    ones = {"weight": "min_snr", "args": {"gamma": 1e30}}
+    same, _ = fit(tiny(**options, loss=ones), tmp_path / "ones")
+    assert same_weights(plain.model, same.model)
+    weighted, lines = fit(tiny(**options, loss={"weight": "p2"}), tmp_path / "weighted")
+    assert not same_weights(plain.model, weighted.model)
+    assert all(np.isfinite(line["loss"]) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ({"weight": "min_snr", "args": {"gamma": 0}}, "loss.args: gamma: expected a positive number"),
+        ({"weight": "min_snr", "args": {"k": 1}}, "loss.args: "),
+        ({"weight": "p2", "args": {"gamma": -1}}, "loss.args: expected gamma >= 0 and k > 0"),
+        ({"args": {"gamma": 1}}, "loss.args: expected none without a loss.weight"),
+        ({"weight": "best"}, "loss.weight: expected one of none, min_snr, p2, found 'best'"),
+    ],
+)
+def test_bad_loss_weights(tiny, loss, message):
+    with pytest.raises(UserError) as caught:
+        Trainer(tiny(loss=loss))
+    assert str(caught.value).startswith(message)
 
 
 def test_the_number_of_clusters_can_be_chosen(tiny, tmp_path):
