@@ -250,6 +250,14 @@ def _add_analyses(jsonargparse: Any, parser: Any) -> None:
     analyses = parser.add_subcommands(dest="analysis", help="one of these; each has its own --help")
     for name, (make, text) in {
         "affinity": (_affinity_parser, "cosines between the gradients of all pairs of timesteps"),
+        "negative-transfer": (
+            _negative_transfer_parser,
+            "what experts of an interval do better than the run",
+        ),
+        "difficulty": (
+            _difficulty_parser,
+            "how fast each interval is learned, and how far apart its levels lie",
+        ),
     }.items():
         analyses.add_subcommand(name, make(jsonargparse), help=text)
 
@@ -281,6 +289,53 @@ def _affinity_parser(jsonargparse: Any) -> Any:
     return parser
 
 
+def _negative_transfer_parser(jsonargparse: Any) -> Any:
+    parser = _subparser(
+        jsonargparse,
+        "analyze negative-transfer",
+        "Measure the negative transfer gap of every interval of timesteps: the Fréchet distance of pictures that "
+        "an expert, trained on the interval alone, denoises inside it and the run elsewhere, minus the run's own. "
+        "Below 0 the other tasks' training does harm. Experts are trained where they are missing, and an "
+        "interrupted call goes on where it was if it is repeated.",
+    )
+    _add_run_arguments(parser)
+    _add_expert_arguments(parser)
+    parser.add_argument("--num", type=int, help="pictures drawn with every model; the run's own if not given")
+    parser.add_argument("--steps", type=int, help="denoising steps; the run's own if not given")
+    parser.add_argument(
+        "--resamples", type=int, default=1000, help="of the bootstrap, for the 95 % intervals"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the pictures' noise and of the bootstrap")
+    return parser
+
+
+def _difficulty_parser(jsonargparse: Any) -> Any:
+    parser = _subparser(
+        jsonargparse,
+        "analyze difficulty",
+        "Measure the difficulty of the run's tasks in two ways: the convergence of experts, each trained on an "
+        "interval of timesteps alone (the same as those of negative-transfer), and the relative entropy of "
+        "neighbouring noise levels. Experts are trained where they are missing.",
+    )
+    _add_run_arguments(parser, None)
+    _add_expert_arguments(parser)
+    parser.add_argument(
+        "--fraction", type=float, default=0.9, help="of the loss's fall, whose iterations are reported"
+    )
+    return parser
+
+
+def _add_expert_arguments(parser: Any) -> None:
+    parser.add_argument("--intervals", type=int, default=5, help="number of intervals, an expert for each")
+    parser.add_argument(
+        "--cost",
+        choices=("timestep", "snr"),
+        default="timestep",
+        help="what the intervals hold together; timestep: equal lengths",
+    )
+    parser.add_argument("--iterations", type=int, help="of every expert; as many as the run's if not given")
+
+
 def _subparser(jsonargparse: Any, name: str, description: str) -> Any:
     class Formatter(jsonargparse.DefaultHelpFormatter):
         """The choices of an option stand beside its name already; here they would stand there twice."""
@@ -297,9 +352,10 @@ def _subparser(jsonargparse: Any, name: str, description: str) -> Any:
     )
 
 
-def _add_run_arguments(parser: Any, checkpoint: str = "checkpoint to use, not the newest") -> None:
+def _add_run_arguments(parser: Any, checkpoint: str | None = "checkpoint to use, not the newest") -> None:
     parser.add_argument("--run_dir", "--run", required=True, help="folder of the run")
-    parser.add_argument("--checkpoint", metavar="NAME", help=checkpoint)
+    if checkpoint is not None:
+        parser.add_argument("--checkpoint", metavar="NAME", help=checkpoint)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
 
 
@@ -397,7 +453,7 @@ def _affinity(options: Any) -> None:
 
     if not options.memory > 0:
         raise UserError(f"memory: expected a number > 0, found {options.memory}")
-    for path in analysis.affinity(
+    written = analysis.affinity(
         RunFolder(Path(options.run_dir)),
         options.device,
         _path(options.checkpoint),
@@ -408,7 +464,46 @@ def _affinity(options: Any) -> None:
         projection=options.projection,
         memory=int(options.memory * 2**30),
         seed=options.seed,
-    ):
+    )
+    _tell(written)
+
+
+def _negative_transfer(options: Any) -> None:
+    from .train import analysis
+    from .train.config import Clusters
+    from .train.folder import RunFolder
+
+    written = analysis.negative_transfer(
+        RunFolder(Path(options.run_dir)),
+        options.device,
+        _path(options.checkpoint),
+        intervals=Clusters(options.cost, options.intervals),
+        iterations=options.iterations,
+        num=options.num,
+        steps=options.steps,
+        resamples=options.resamples,
+        seed=options.seed,
+    )
+    _tell(written)
+
+
+def _difficulty(options: Any) -> None:
+    from .train import analysis
+    from .train.config import Clusters
+    from .train.folder import RunFolder
+
+    written = analysis.difficulty(
+        RunFolder(Path(options.run_dir)),
+        options.device,
+        intervals=Clusters(options.cost, options.intervals),
+        iterations=options.iterations,
+        fraction=options.fraction,
+    )
+    _tell(written)
+
+
+def _tell(written: list[Path]) -> None:
+    for path in written:
         print(f"wrote {path}")
 
 
@@ -503,6 +598,8 @@ _COMMANDS: dict[str, Callable[[Any], None]] = {
 }
 _ANALYSES: dict[str, Callable[[Any], None]] = {
     "affinity": _affinity,
+    "negative-transfer": _negative_transfer,
+    "difficulty": _difficulty,
 }
 
 if __name__ == "__main__":

@@ -219,6 +219,9 @@ def test_divergence_is_told_apart_from_bad_input(tiny, capsys):
         ["analyze"],
         ["analyze", "fly"],
         ["analyze", "affinity"],
+        ["analyze", "negative-transfer"],
+        ["analyze", "difficulty", "--run", "none"],
+        ["analyze", "difficulty", "--run", "none", "--checkpoint", "iter-00000001"],
     ],
 )
 def test_bad_commands(capsys, arguments):
@@ -386,3 +389,22 @@ def test_a_binary_configuration_and_an_unknown_schedule_are_refused(tmp_path, ca
     options = ["--run-dir", str(tmp_path / "run"), "--scheduler.args.beta_schedule", "foo"]
     assert "foo is not implemented" in refused(capsys, "train", *options)
     assert not (tmp_path / "run").exists()
+
+
+def test_analyze_negative_transfer_and_difficulty(tiny, tmp_path, capsys):
+    assert main(["train", "--config", tiny, "--run-dir", "run"]) == 0
+    experts = ["--run", "run", "--intervals", "2", "--cost", "snr", "--iterations", "3"]
+    capsys.readouterr()
+    options = ["--num", "20", "--steps", "2", "--resamples", "3"]
+    assert main(["analyze", "negative-transfer", *experts, *options]) == 0
+    assert "wrote run/analysis/negative-transfer.json" in capsys.readouterr().out
+    assert main(["analyze", "difficulty", *experts, "--fraction", "0.5"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("already complete") == 2
+    assert "wrote run/analysis/convergence.png" in printed
+    found = [json.loads((tmp_path / f"run/analysis/{name}.json").read_text()) for name in
+             ("negative-transfer", "difficulty")]  # fmt: skip
+    assert found[0]["boundaries"] == found[1]["boundaries"]
+    assert (found[0]["sampling_steps"], found[1]["fraction"]) == (2, 0.5)
+    for name in ("negative-transfer", "convergence", "relative-entropy"):
+        assert (tmp_path / f"run/analysis/{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,11 +17,25 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._files import remove, replacing
-from ..analysis import TaskAffinity, plot_affinity, task_affinity
+from ..analysis import (
+    GaussianFit,
+    NegativeTransfer,
+    TaskAffinity,
+    conditional_relative_entropy,
+    convergence,
+    gaussian_relative_entropy,
+    plot_affinity,
+    plot_convergence,
+    plot_negative_transfer,
+    plot_relative_entropy,
+    task_affinity,
+)
+from ..analysis import negative_transfer as measure_negative_transfer
 from ..clustering import IntervalClustering, cluster_timesteps
 from ..diffusion import log_snr
-from . import checkpoint
+from . import checkpoint, history
 from .components import (
+    build_clusters,
     build_data,
     build_model,
     build_scheduler,
@@ -29,11 +44,15 @@ from .components import (
     prediction,
     resolve_device,
 )
+from .config import Clusters, Config
 from .data import ImageData
 from .errors import UserError, blame
+from .evaluation import Judge
+from .experts import load_expert, train_expert
 from .folder import RunFolder
 from .run import LOG_SNR_DRAWN
-from .trained import method_title
+from .sampling import draw
+from .trained import load, method_title
 
 
 def affinity(
@@ -106,6 +125,144 @@ def affinity(
     return written
 
 
+def negative_transfer(
+    run: RunFolder,
+    device: str = "auto",
+    chosen: Path | None = None,
+    *,
+    intervals: Clusters,
+    iterations: int | None = None,
+    num: int | None = None,
+    steps: int | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> list[Path]:
+    """Measure the negative transfer gaps of a run's averaged weights, with experts that are trained where missing.
+
+    Args:
+        run: the run.
+        device: auto, cpu, cuda or cuda:N.
+        chosen: checkpoint to use instead of the newest.
+        intervals: of the experts.
+        iterations: of every expert; the run's by default.
+        num: pictures drawn with every model; as in the run's evaluation by default.
+        steps: denoising steps; as in the run by default.
+        resamples: of the bootstrap.
+        seed: of the pictures' noise and of the bootstrap.
+
+    Returns:
+        The files: the figures and the picture.
+
+    Raises:
+        UserError: the run has no intact checkpoint or its data no labels, or an argument is out of range.
+        TrainingDiverged: an expert's loss or weight is not finite.
+    """
+    config = _with_steps(replace(run.read_config(), device=device), steps)
+    trained = load(run, config, chosen)
+    labels = trained.labels_to_judge(num)
+    with blame("resamples"):
+        if resamples < 1:
+            raise ValueError(f"expected at least 1, found {resamples}")
+    found = _intervals(intervals, trained.scheduler)
+    folders = _train_experts(run, config, found, iterations)
+    judge = Judge(trained.data)
+
+    def sample(model: nn.Module) -> Tensor:
+        shape = (len(labels), *trained.data.shape)
+        return draw(model, trained.scheduler, config.sampling, shape, labels, seed)
+
+    measured = measure_negative_transfer(
+        trained.model,
+        lambda j: load_expert(folders[j], device).model,
+        found,
+        sample,
+        judge.features,
+        judge.real,
+        resamples=resamples,
+        seed=seed,
+        progress=True,
+    )
+    about = {
+        "boundaries": found.boundaries.tolist(),
+        "iterations": trained.iteration,
+        "expert_iterations": _iterations_of(config, iterations),
+        "num_samples": len(labels), "sampling_steps": config.sampling.steps, "resamples": resamples, "seed": seed,
+        **_gap_facts(measured),
+    }  # fmt: skip
+    facts, picture = (run.analysis / f"negative-transfer.{suffix}" for suffix in ("json", "png"))
+    _write_json(facts, about)
+    with replacing(picture) as aside:
+        plot_negative_transfer(aside, measured, trained.title)
+    return [facts, picture]
+
+
+def difficulty(
+    run: RunFolder,
+    device: str = "auto",
+    *,
+    intervals: Clusters,
+    iterations: int | None = None,
+    fraction: float = 0.9,
+) -> list[Path]:
+    """Measure the difficulty of a run's tasks: convergence of experts, and relative entropies of its schedule.
+
+    Args:
+        run: the run, whose own weights are not used.
+        device: auto, cpu, cuda or cuda:N.
+        intervals: of the experts, which are those of `negative_transfer`; trained where missing.
+        iterations: of every expert; the run's by default.
+        fraction: of the loss's fall, whose iterations are reported.
+
+    Returns:
+        The files: the figures and the pictures.
+
+    Raises:
+        UserError: the schedule's log-SNR is not finite, or an argument is out of range.
+        TrainingDiverged: an expert's loss or weight is not finite.
+    """
+    config = replace(run.read_config(), device=device)
+    data, scheduler = build_data(config), build_scheduler(config)
+    with blame("fraction"):
+        if not 0.0 < fraction < 1.0:
+            raise ValueError(f"expected a number between 0 and 1, found {fraction}")
+    with blame("scheduler"):
+        levels = log_snr(scheduler)
+        curves = {
+            "of one image (conditional)": conditional_relative_entropy(
+                levels, float(data.train.double().square().mean())
+            ),
+            "of a Gaussian fit of the images": gaussian_relative_entropy(levels, GaussianFit.of(data.train)),
+        }
+    found = _intervals(intervals, scheduler)
+    folders = _train_experts(run, config, found, iterations)
+    logs = [history.read(folder.log) for folder in folders]
+    with blame("iterations"):
+        measured = convergence(
+            found,
+            np.array([line["iteration"] for line in logs[0]]),
+            np.array([[line["loss"] for line in log] for log in logs]),
+            fraction=fraction,
+        )
+    facts, convergences, entropies = (
+        run.analysis / name for name in ("difficulty.json", "convergence.png", "relative-entropy.png")
+    )
+    about = {
+        "boundaries": found.boundaries.tolist(),
+        "expert_iterations": _iterations_of(config, iterations),
+        "fraction": fraction,
+        "steps_to_fraction": [None if np.isnan(steps) else float(steps) for steps in measured.steps_to],
+        "relative_entropy": {name: values.tolist() for name, values in curves.items()},
+    }
+    _write_json(facts, about)
+    with replacing(convergences) as aside:
+        plot_convergence(
+            aside, measured, f"{_iterations_of(config, iterations):,} iterations on each interval"
+        )
+    with replacing(entropies) as aside:
+        plot_relative_entropy(aside, curves, levels, "Relative entropy of neighbouring noise levels")
+    return [facts, convergences, entropies]
+
+
 def denoising_loss(
     data: ImageData, scheduler: Any, device: torch.device
 ) -> Callable[[Callable[..., Any], Tensor, torch.Generator], Tensor]:
@@ -142,8 +299,50 @@ def _write(
 ) -> list[Path]:
     matrix, facts, picture = (folder / f"affinity.{suffix}" for suffix in ("npy", "json", "png"))
     measured.save(matrix)
-    with replacing(facts) as aside:
-        aside.write_text(json.dumps(about, indent=2) + "\n")
+    _write_json(facts, about)
     with replacing(picture) as aside:
         plot_affinity(aside, measured, levels, title)
     return [matrix, facts, picture]
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    with replacing(path) as aside:
+        aside.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _with_steps(config: Config, steps: int | None) -> Config:
+    if steps is None:
+        return config
+    if steps < 1:
+        raise UserError(f"steps: expected at least 1, found {steps}")
+    return replace(config, sampling=replace(config.sampling, steps=steps))
+
+
+def _intervals(clusters: Clusters, scheduler: Any) -> IntervalClustering:
+    number = scheduler.config.num_train_timesteps
+    return build_clusters(clusters, lambda: log_snr(scheduler), number, "intervals")
+
+
+def _train_experts(
+    run: RunFolder, config: Config, intervals: IntervalClustering, iterations: int | None
+) -> list[RunFolder]:
+    if iterations is not None and iterations < 1:
+        raise UserError(f"iterations: expected at least 1, found {iterations}")
+    run.analysis.mkdir(exist_ok=True)
+    bounds = itertools.pairwise(intervals.boundaries.tolist())
+    return [train_expert(run, config, first, end, iterations) for first, end in bounds]
+
+
+def _iterations_of(config: Config, iterations: int | None) -> int:
+    return config.iterations if iterations is None else iterations
+
+
+def _gap_facts(measured: NegativeTransfer) -> dict[str, Any]:
+    return {
+        "frechet_distance": measured.multitask,
+        "switched_frechet_distance": measured.switched.tolist(),
+        "gaps": measured.gaps.tolist(),
+        "low": measured.low.tolist(),
+        "high": measured.high.tolist(),
+        "confidence": measured.confidence,
+    }

@@ -66,6 +66,61 @@ def precision_recall(real: Array, drawn: Array, k: int = NEIGHBOURS) -> tuple[fl
     return _covered(real, drawn, k), _covered(drawn, real, k)
 
 
+class Judge:
+    """Compares pictures with the real training images, in the features of a classifier of them.
+
+    Its seed is fixed, so that runs of several seeds are judged by the same.
+
+    Args:
+        data: real images with labels.
+
+    Attributes:
+        real: float64 [N, 64], the features of the training images.
+    """
+
+    def __init__(self, data: ImageData) -> None:
+        assert data.train_labels is not None
+        self._data = data
+        self._classifier = Classifier(data.train, data.train_labels)
+        self.real = self.features(data.train)
+        self._distance = FrechetDistance(self.real)
+
+    def features(self, images: Tensor) -> Array:
+        """Features of pictures, float64 [N, 64]."""
+        return self._classifier.features(images)
+
+    def figures(self, images: Tensor, labels: Tensor) -> dict[str, float]:
+        """The metrics of pictures.
+
+        Args:
+            images: float32 [N, C, H, W] in [-1, 1], N > 3.
+            labels: int64 [N], the classes that they were drawn for.
+
+        Returns:
+            ``frechet_distance``, ``precision``, ``recall`` and ``class_agreement``.
+        """
+        features = self.features(images)
+        precision, recall = precision_recall(self.real, features)
+        figures = {
+            "frechet_distance": self._distance(features),
+            "precision": precision,
+            "recall": recall,
+            "class_agreement": self._classifier.agreement(images, labels),
+        }
+        return {name: round(value, 4) for name, value in figures.items()}
+
+    def floor(self) -> dict[str, float]:
+        """The metrics of the real test images."""
+        assert self._data.test_labels is not None
+        return self.figures(self._data.test, self._data.test_labels)
+
+    def ceiling(self, labels: Tensor, seed: int) -> dict[str, float]:
+        """The metrics of Gaussian noise."""
+        shape = (len(labels), *self._data.shape)
+        noise = np.random.default_rng(seed).standard_normal(shape).clip(-1.0, 1.0)
+        return self.figures(Tensor(noise), labels)
+
+
 def evaluate(data: ImageData, pictures: Tensor, labels: Tensor, seed: int) -> dict[str, Any]:
     """Compare pictures with the data.
 
@@ -76,20 +131,15 @@ def evaluate(data: ImageData, pictures: Tensor, labels: Tensor, seed: int) -> di
         seed: of the noise of the ceiling.
 
     Returns:
-        ``samples``, ``floor`` (real test images) and ``ceiling`` (Gaussian noise), each with
-        ``frechet_distance``, ``precision``, ``recall`` and ``class_agreement``.
+        ``samples``, ``floor`` (real test images) and ``ceiling`` (Gaussian noise), each with the figures of a
+        `Judge`.
     """
-    assert data.train_labels is not None
-    assert data.test_labels is not None
-    classifier = Classifier(data.train, data.train_labels)
-    real = classifier.features(data.train)
-    noise = np.random.default_rng(seed).standard_normal(tuple(pictures.shape)).clip(-1.0, 1.0)
-    sets = {
-        "samples": (pictures, labels),
-        "floor": (data.test, data.test_labels),
-        "ceiling": (Tensor(noise), labels),
+    judge = Judge(data)
+    return {
+        "samples": judge.figures(pictures, labels),
+        "floor": judge.floor(),
+        "ceiling": judge.ceiling(labels, seed),
     }
-    return {name: _figures(classifier, real, *drawn) for name, drawn in sets.items()}
 
 
 def table(metrics: Mapping[str, Any]) -> str:
@@ -100,18 +150,6 @@ def table(metrics: Mapping[str, Any]) -> str:
         values = "".join(f"{metrics[kind][name]:10.4f}" for kind in kinds)
         lines.append(f"{name.replace('_', ' '):18}{values}")
     return "\n".join(lines)
-
-
-def _figures(classifier: Classifier, real: Array, images: Tensor, labels: Tensor) -> dict[str, float]:
-    features = classifier.features(images)
-    precision, recall = precision_recall(real, features)
-    figures = {
-        "frechet_distance": FrechetDistance(real)(features),
-        "precision": precision,
-        "recall": recall,
-        "class_agreement": classifier.agreement(images, labels),
-    }
-    return {name: round(value, 4) for name, value in figures.items()}
 
 
 def _covered(support: Array, points: Array, k: int) -> float:

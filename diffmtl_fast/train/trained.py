@@ -79,6 +79,23 @@ class Trained:
         Raises:
             UserError: too few, or the data have no labels.
         """
+        labels = self.labels_to_judge(num_samples)
+        count = len(labels)
+        figures = evaluation.evaluate(
+            self.data, self.draw(labels, count, self.config.seed), labels, self.config.seed
+        )
+        about = {"method": self.config.method, "iterations": self.iteration, "num_samples": count}
+        return {**figures, **about, "sampling_steps": self.config.sampling.steps, "seed": self.config.seed}
+
+    def labels_to_judge(self, num_samples: int | None = None) -> Tensor:
+        """Classes of the pictures to evaluate, int64 [num_samples], in equal numbers.
+
+        Args:
+            num_samples: as configured by default.
+
+        Raises:
+            UserError: too few, or the data have no labels.
+        """
         count = self.config.evaluation.num_samples if num_samples is None else num_samples
         if count <= NEIGHBOURS:
             raise UserError(f"evaluation.num_samples: expected more than {NEIGHBOURS}, found {count}")
@@ -87,11 +104,7 @@ class Trained:
             raise UserError(
                 "evaluation: expected data with labels (the metrics need a classifier), found none"
             )
-        figures = evaluation.evaluate(
-            self.data, self.draw(labels, count, self.config.seed), labels, self.config.seed
-        )
-        about = {"method": self.config.method, "iterations": self.iteration, "num_samples": count}
-        return {**figures, **about, "sampling_steps": self.config.sampling.steps, "seed": self.config.seed}
+        return labels
 
     def write_metrics(self, path: Path) -> dict[str, Any]:
         """Evaluate and write the metrics as JSON."""
