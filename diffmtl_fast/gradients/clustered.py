@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
-from collections.abc import Callable, Collection, Mapping
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -33,8 +35,9 @@ class StepRecord:
         weights: w, [K], in the convention d = (1/n) Σ_k w_k g_k over the n present clusters; 0 for an absent one.
         present: bool [K], the clusters with samples in the batch.
         gramian: G = J Jᵀ, [K, K], float32 at least; None where the step formed no per-cluster gradients.
-        grad_norm: the norm of ``.grad`` over the model's parameters that got a gradient, measured while it was
-            written: pass it to `torch.nn.utils.clip_grads_with_norm_` to clip without another pass. Scaled as
+        grad_norm: the norm of all ``.grad`` of the model's trainable parameters, those included that earlier
+            backwards left there, measured while it was written: the norm that `torch.nn.utils.clip_grad_norm_`
+            would find. Pass it to `torch.nn.utils.clip_grads_with_norm_` to clip without another pass. Scaled as
             ``.grad`` is where there is a GradScaler. None where the step formed no per-cluster gradients, and with
             memory="lean".
     """
@@ -200,8 +203,8 @@ class ClusteredMTL(nn.Module):
             cluster: int64 [B], if the losses are not those of the last forward's samples in their order.
             scaler: the GradScaler of float16 training. Give it here and do not scale the loss: ``.grad`` comes
                 out scaled, for ``scaler.step(optimizer)``, while the weights are those of the unscaled gradients.
-                Where gradients overflowed, which the scaler answers by skipping the step, the weighting is not
-                called, its state stays as it was, and the weights are 1.
+                Where this backward's gradients overflowed, which the scaler answers by skipping the step, the
+                weighting's state stays as it was; where they were formed by cluster, the weights are 1.
 
         Raises:
             TypeError, ValueError: the loss is not as stated.
@@ -233,12 +236,15 @@ class ClusteredMTL(nn.Module):
 
     def _backward_losses(self, losses: Tensor, present: Tensor, scale: Tensor | None) -> None:
         """One plain backward of the weighted loss."""
+        before = None if scale is None else copy.deepcopy(self.weighting.state_dict())
         if isinstance(self.weighting, GramianWeighting):
             weights = self.weighting(None, present)
             objective = (weights * losses).sum() / present.sum()
         else:
             objective, weights = self._weigh_losses(losses, present)
         _scaled(objective, scale).backward()
+        if before and not _are_finite(self.module.parameters()):
+            self.weighting.load_state_dict(before)
         self.last = StepRecord(losses.detach(), weights.detach(), present, None)
 
     def _backward_by_cluster(self, losses: Tensor, present: Tensor, scale: Tensor | None) -> None:
@@ -313,6 +319,10 @@ class ClusteredMTL(nn.Module):
             )
             self._warned_of_processes = True
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Start anew when copied or pickled: a graph that waits for its backward is not the copy's."""
+        return self.__dict__ | {"_cluster": None, "_by_cluster": False, "_witness": []}
+
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the model's own state, under the model's own names."""
         return self.module.state_dict(*args, **kwargs)
@@ -349,6 +359,13 @@ def _warn_uncompiled() -> None:
         "ClusteredMTL is not compiled, nor is the model in it: compile the model instead, as in "
         "ClusteredMTL(torch.compile(model), ...)"
     )
+
+
+def _are_finite(parameters: Iterable[nn.Parameter]) -> bool:
+    """Tell whether all of the parameters' .grad is finite; it waits for the device, as a scaler's step will."""
+    grads = [p.grad._values() if p.grad.is_sparse else p.grad for p in parameters if p.grad is not None]
+    # The largest element, unlike a sum of squares, overflows in no dtype.
+    return bool(torch.nn.utils.get_total_norm(grads, math.inf).isfinite())
 
 
 def _scaled(objective: Tensor, scale: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .agreement import State, agree, evaluating, halves, interact, is_measured, revealing
 from .grouped import CannotGroup, GroupedEngine
 from .jacobian import Jacobian
-from .layout import BatchLayout, flatten
+from .layout import BatchLayout, flags, flatten
 from .lean import LeanGramian
 from .parameters import Slot, find_slots, fingerprint, grad_versions, installed, module_name
 from .receiver import Receiver, Store
@@ -187,7 +187,7 @@ class Engine:
             for leaf in flatten(given)[0]
             if isinstance(leaf, Tensor)
         ]
-        return (what, tuple(module.training for module in self._model.modules()), *shapes)
+        return (what, tuple(module.training for module in self._model.modules()), flags(*given), *shapes)
 
     @contextmanager
     def _checking(self, given: _Arguments) -> Iterator[State]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -19,11 +20,12 @@ from .handle import (
     derive,
     find_handles,
     find_tensors,
+    find_unseen,
     pull_back,
     repeatable,
     substitute,
 )
-from .layout import BatchLayout, Clusters, flatten
+from .layout import BatchLayout, Clusters, flags, flatten
 from .parameters import Slot, forwards_replaced, installed, module_name, parent_of
 from .receiver import Receiver, Store
 from .rules import PER_SAMPLE, RULES, NoClusterRule, Registered, RuleContext
@@ -57,7 +59,13 @@ class CannotGroup(RuntimeError):
 
 
 class _Unverified(RuntimeError):
-    """An operation came up that no check has seen."""
+    """An operation came up that no check has seen; in a forward it is checked now."""
+
+    def __init__(self, operation: str, owners: Iterable[str]) -> None:
+        super().__init__(
+            f"model: expected checkpoints to repeat operations of the forward, found {operation} of "
+            f"{sorted(owners)} in the backward alone"
+        )
 
 
 class _Operation:
@@ -85,6 +93,7 @@ class _Probe:
         self.disturbed = disturbed
         self.operations = operations
         self.seen: list[_Operation] = []
+        self.visited: set[Any] = set()  # nodes of the graph
 
     def disturb(self, out: Tensor, operation: _Operation) -> Tensor:
         """Add the noise to an operation's output; like the real one, it requires a gradient."""
@@ -120,12 +129,13 @@ class GroupedEngine:
     element with a batch is given once per row. Tensors computed from parameters and constants alone (casts,
     chunks, weight normalisation, embeddings of positions) are handles too, and gradients are pulled back through
     them. A module with an operation for which there is no rule runs in slices, and so does one in which the
-    samples do not keep to their own rows of dimension 0.
+    samples do not keep to their own rows of dimension 0, and one that uses a parameter in a way that no tensor
+    subclass sees.
 
     The gradients of a cluster are right if whatever an operation writes to a sample's rows has an effect on that
     sample's output alone. That is checked, not assumed: before operations of new shapes are first used, a few
     forwards without gradient add noise to the rows of varying halves of the samples and look where the output
-    changes.
+    changes; and again before a call with other flags (see `flags`), which may do other things with them.
 
     Args:
         model: the model.
@@ -156,6 +166,7 @@ class GroupedEngine:
         self._handles = [ClusterParameter.make(p, (i,), None, self) for i, p in enumerate(parameters)]
         self._aliases = [Aliases(parameters, k, receiver) for k in range(num_clusters)]
         self._verified: set[tuple[Any, ...]] = set()
+        self._verified_flags: set[tuple[Any, ...]] = set()
         self._constant: dict[tuple[Any, ...], str] = {}  # operations on no batch, and how that was found out
         self._training: list[bool] = []
         self._volatile: list[BufferSlot] = []  # buffers that a forward writes to
@@ -177,6 +188,7 @@ class GroupedEngine:
         if training != self._training:  # the same operations may now have other effects
             self._training = training
             self._verified.clear()
+            self._verified_flags.clear()
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -190,12 +202,16 @@ class GroupedEngine:
             CannotGroup: only slices of the whole model would be exact.
         """
         self._batches.add(layout.clusters.bounds)
+        given = (layout.batch_size == 1, *flags(args, kwargs))
+        if given not in self._verified_flags:
+            self._verify(layout, args, kwargs)
+            self._verified_flags.add(given)
         for _ in range(3 + len(self._slots)):
             state = State(self._model, self._volatile if self._verified else None)
             try:
                 with self.installed(layout):
                     return self._refuse_handles(self._model(*args, **kwargs))
-            except _NoRows as error:  # a batch of one sample needs no check, but may need slices
+            except _NoRows as error:  # before the first operation that no check has seen
                 state.restore()
                 self._give_way(error)
             except _Unverified:
@@ -232,6 +248,8 @@ class GroupedEngine:
         """Run an operation with handles among its arguments."""
         if self._layout is None:
             return func(*substitute(args, _value), **substitute(kwargs, _value))
+        if self._probe is not None:
+            self._check_seen((args, kwargs))
         if func in RULES:
             values = self._bind(RULES[func], args, kwargs)
             if isinstance(values[0], Tensor) and not isinstance(values[0], ClusterParameter):
@@ -266,11 +284,9 @@ class GroupedEngine:
                 with torch.no_grad():
                     out = _run_forward(registered, RuleContext(), plain, handles)
                 return self._probe.disturb(out, self._operation(key, values))
-            if key not in self._verified:
-                if self._layout.batch_size > 1:
-                    raise _Unverified(f"{registered.operation.__name__} {key}")
-                self._check_derived(handles)
-                self._verified.add(key)
+            if self._is_new(key):
+                names = {module_name(self._model, m) for m in self._owners(handles.values())}
+                raise _Unverified(registered.operation.__name__, names)
             self.recomputes = self.recomputes or not torch.is_grad_enabled() or _packs_activations()
             self.uses.update(o for handle in handles.values() for o in handle.origins)
             result: Tensor = _Apply.apply(
@@ -282,11 +298,20 @@ class GroupedEngine:
         except NoClusterRule as error:
             raise _NoRows(self._operation(key, values), str(error)) from error
 
+    def _is_new(self, key: tuple[Any, ...]) -> bool:
+        """Tell whether an operation has to be checked; reentrant checkpoints run it again, with gradients."""
+        return torch.is_grad_enabled() and key not in self._verified
+
     def _key(self, what: Any, batch: Tensor | int, arguments: Any) -> tuple[Any, ...]:
         """Name an operation and the shape of a sample's part in it."""
         assert self._layout is not None
         used = (h.origins if h.source is None else (h.origins, h.shape) for h in find_handles(arguments))
-        return what, tuple(used), _shape_per_sample(batch, self._layout.batch_size)
+        return (
+            what,
+            tuple(used),
+            _shape_per_sample(batch, self._layout.batch_size),
+            self._layout.batch_size == 1,
+        )
 
     def _operation(self, key: tuple[Any, ...], arguments: Any) -> _Operation:
         constant = torch.is_grad_enabled() and not any(t.requires_grad for t in find_tensors(arguments))
@@ -326,7 +351,9 @@ class GroupedEngine:
 
     def _derive(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation on parameters and constants alone: it gives a handle, or a batch of copies."""
-        result = func(*substitute(args, _value), **substitute(kwargs, _value))
+        # A check looks at what a reentrant checkpoint will do in backward, where gradients are enabled.
+        with nullcontext() if self._probe is None else torch.enable_grad():
+            result = func(*substitute(args, _value), **substitute(kwargs, _value))
         if not _has_tensor(result):
             return result
         if getattr(func, "__name__", "") in _REPEATING and isinstance(args[0], ClusterParameter):
@@ -359,6 +386,31 @@ class GroupedEngine:
                 pull_back(handle, torch.ones_like(handle.value).unsqueeze(0), self.parameters)
             except RuntimeError as error:
                 raise NoClusterRule(f"no gradient can be pulled back to its parameters: {error}") from error
+
+    def _check_seen(self, arguments: Any) -> None:
+        """Look whether a handle was used unseen on the way to an operation's arguments, or to the outputs."""
+        assert self._probe is not None
+        tensors = itertools.chain(find_tensors(arguments), find_handles(arguments))
+        handle = find_unseen(tensors, self._probe.visited)
+        if handle is not None:
+            key = self._key("unseen", 1, handle)
+            raise _NoRows(
+                _Operation(key, self._owners([handle])),
+                "a torch.autograd.Function or C++ takes a parameter itself, unseen by tensor subclasses",
+            )
+
+    def refuse_unseen(self, handle: ClusterParameter) -> None:
+        """Refuse a gradient that came to a handle, where no check saw that it would."""
+        names = [
+            f"{module_name(self._model, s.module)}.{s.name}"
+            for s in self._slots
+            if s.position in handle.origins
+        ]
+        raise RuntimeError(
+            f"model: expected operations that tensor subclasses see, found a gradient of {names} from one that "
+            "they do not see (a torch.autograd.Function or C++ that takes the parameter itself); use "
+            "engine='sliced'"
+        )
 
     def _refuse_handles(self, output: Any) -> Any:
         """Refuse outputs that do not depend on the samples, as far as can be seen."""
@@ -409,11 +461,16 @@ class GroupedEngine:
             layout = self._layout
             assert layout is not None
             tensors = find_tensors((args, kwargs))
-            key = (id(module), *(_shape_per_sample(t, layout.batch_size) for t in tensors))
+            key = (
+                id(module),
+                *(_shape_per_sample(t, layout.batch_size) for t in tensors),
+                layout.batch_size == 1,
+            )
             if self._probe is not None:
+                self._check_seen((args, kwargs))
                 return self._probe_slices(module, forward, slots, key, args, kwargs)
-            if layout.batch_size > 1 and key not in self._verified:
-                raise _Unverified(str(key))
+            if self._is_new(key):
+                raise _Unverified("slices", [module_name(self._model, module)])
             aliases: Any = self._aliases
             if not torch.is_grad_enabled():
                 aliases = [self.parameters] * layout.clusters.num
@@ -545,7 +602,9 @@ class GroupedEngine:
             self._probe = _Probe(disturbed, operations)
             try:
                 with self.installed(layout), torch.enable_grad():
-                    return self._probe, flatten(self._refuse_handles(self._model(*args, **kwargs)))[0]
+                    outputs = flatten(self._refuse_handles(self._model(*args, **kwargs)))[0]
+                    self._check_seen(outputs)
+                return self._probe, outputs
             finally:
                 probe, self._probe = self._probe, None
                 del probe

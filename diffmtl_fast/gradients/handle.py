@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,6 +35,8 @@ class ClusterParameter(Tensor):
         """Wrap a tensor; the handle shares its memory."""
         handle: ClusterParameter = torch.Tensor._make_subclass(ClusterParameter, value.detach(), True)
         handle.value, handle.origins, handle.source, handle.engine = value, origins, source, engine
+        with torch._C.DisableTorchFunctionSubclass():
+            handle.register_post_accumulate_grad_hook(_refuse_gradient)
         return handle
 
     @classmethod
@@ -46,6 +48,37 @@ class ClusterParameter(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             handle = next(find_handles((args, kwargs)))
             return handle.engine.operate(func, args, kwargs)
+
+
+def _refuse_gradient(handle: Tensor) -> None:
+    """Stop a backward that hands a handle a gradient: it is one of all clusters, and the parameter's is lost."""
+    assert isinstance(handle, ClusterParameter)
+    with torch._C.DisableTorchFunctionSubclass():
+        handle.grad = None
+    handle.engine.refuse_unseen(handle)
+
+
+def find_unseen(tensors: Iterable[Tensor], visited: set[Any]) -> ClusterParameter | None:
+    """Return a handle at which the tensors' graphs end, if there is one.
+
+    Its use was not seen by the engine: `torch.autograd.Function.apply` and functions bound from C++ take a handle
+    for the tensor that it shares memory with.
+
+    Args:
+        tensors: the tensors.
+        visited: the nodes that were looked at before; these are added.
+    """
+    nodes = [tensor.grad_fn for tensor in tensors]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, ClusterParameter):
+            return leaf
+        nodes.extend(following for following, _ in node.next_functions)
+    return None
 
 
 class Call:
@@ -152,7 +185,8 @@ def repeatable(handle: ClusterParameter, parameters: Sequence[Tensor]) -> bool:
 def pull_back(handle: ClusterParameter, gradients: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     """Turn gradients [K, ...] of a derived tensor into those of its parameters, in the order of its origins."""
     num = gradients.shape[0]
-    with torch.enable_grad():
+    # This small graph is no part of the model's: a checkpoint around the model must not pack its tensors.
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
         leaves = [
             parameters[o].detach().expand(num, *parameters[o].shape).requires_grad_() for o in handle.origins
         ]
@@ -163,3 +197,7 @@ def pull_back(handle: ClusterParameter, gradients: Tensor, parameters: Sequence[
         out = torch.vmap(compute)(*leaves)
         found = torch.autograd.grad(out, leaves, gradients.to(out.dtype), allow_unused=True)
     return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor

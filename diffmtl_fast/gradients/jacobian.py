@@ -101,10 +101,17 @@ class Jacobian:
         """Add Σ_k w_k g_k to the parameters' ``.grad`` as autograd would, None where no gradient came.
 
         Returns:
-            The squared norm of what is in ``.grad`` afterwards.
+            The squared norm of what is in ``.grad`` of all parameters afterwards.
         """
         touched = [i for i, reached in enumerate(self.touched) if reached]
-        return accumulate([parameters[i] for i in touched], [self.blocks[i] for i in touched], weights)
+        squared = accumulate([parameters[i] for i in touched], [self.blocks[i] for i in touched], weights)
+        for parameter, reached in zip(parameters, self.touched, strict=True):
+            if parameter.grad is not None and not reached:  # left there by an earlier backward
+                wide = torch.promote_types(parameter.grad.dtype, torch.float32)
+                squared = squared + torch.linalg.vector_norm(parameter.grad, dtype=wide).square().to(
+                    squared.dtype
+                )
+        return squared
 
     def _fill(self, position: int) -> None:
         """Set the rows that got no gradient to zero."""

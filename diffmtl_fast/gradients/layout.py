@@ -114,6 +114,12 @@ class BatchLayout:
         return take
 
 
+def flags(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Return the arguments of a call that choose what the model does: strings, booleans, None."""
+    named = [*enumerate(args), *kwargs.items()]
+    return tuple((name, value) for name, value in named if value is None or isinstance(value, bool | str))
+
+
 def flatten(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any], Any]:
     """Flatten nested containers, dataclasses included.
 

@@ -1,4 +1,4 @@
-"""Makes the helper beside these tests importable: the suite runs without packages (import-mode importlib)."""
+"""Makes the helpers beside these tests importable: the suite runs without packages (import-mode importlib)."""
 
 import sys
 from pathlib import Path
@@ -13,3 +13,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 def full_precision(monkeypatch):
     """Let float32 be float32 in convolutions, too: on GPUs it is TF32 by default."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(params=["grouped", "lean", "sliced"])
+def options(request):
+    """Run a test with every way to form the gradients: arguments of ClusteredMTL."""
+    from exactness import WAYS
+
+    return WAYS[request.param]

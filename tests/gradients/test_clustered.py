@@ -8,7 +8,6 @@ import logging
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import diffmtl_fast as dm
 from benchmarks.reference import cluster_gradients, update_direction
@@ -160,42 +159,6 @@ def test_a_scaled_loss_scales_the_direction(device):
     torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=0)
 
 
-def test_several_forwards_share_one_backward(device):
-    net, (x, t, target, cluster) = make_net(device), make_batch(UNSORTED, device)
-
-    def loss_of(call):
-        return dm.ops.sample_mse(call(x, t), target) + 0.5 * dm.ops.sample_mse(call(-x, t), target)
-
-    expected = oracle(loss_of(net), cluster, net.parameters())
-    mtl = dm.ClusteredMTL(net, K, dm.PCGrad())
-    mtl.backward(loss_of(lambda *args: mtl(*args, cluster=cluster)))
-    torch.testing.assert_close(mtl.last.gramian, expected.jacobian @ expected.jacobian.T)
-
-
-def test_frozen_and_unused_parameters(device):
-    class Partial(Net):
-        def __init__(self):
-            super().__init__()
-            self.unused = nn.Linear(2, 2)
-
-    net, (x, t, target, cluster) = make_net(device, cls=Partial), make_batch(SORTED, device)
-    net.first.requires_grad_(False)
-    mtl = dm.ClusteredMTL(net, K, dm.PCGrad())
-    mtl.backward(dm.ops.sample_mse(mtl(x, t, cluster=cluster), target))
-    assert net.first.weight.grad is None
-    assert net.unused.weight.grad is None
-    trained = [*net.embed.parameters(), *net.norm.parameters(), *net.last.parameters()]
-    expected = oracle(dm.ops.sample_mse(net(x, t), target), cluster, trained)
-    direction = update_direction(expected.jacobian, mtl.last.weights, expected.present)
-    torch.testing.assert_close(flat_grad(trained), direction)
-    # Freezing more, later, is seen by the next step.
-    net.zero_grad()
-    net.embed.requires_grad_(False)
-    mtl.backward(dm.ops.sample_mse(mtl(x, t, cluster=cluster), target))
-    assert net.embed.weight.grad is None
-    assert net.last.weight.grad is not None
-
-
 def test_tied_weights_and_reused_modules(device):
     class Tied(nn.Module):
         def __init__(self):
@@ -242,26 +205,6 @@ def test_parameters_of_several_dtypes_and_layouts(device):
     )
     assert [p.grad.stride() for p in model.parameters()] == [p.stride() for p in model.parameters()]
     assert model.shift.grad.dtype == torch.float32
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing(use_reentrant, engine, device):
-    class Checkpointed(Net):
-        def forward(self, x, t):
-            x = x.detach().requires_grad_()
-            return checkpoint(super().forward, x, t, use_reentrant=use_reentrant)
-
-    net, (x, t, target, cluster) = make_net(device, cls=Checkpointed), make_batch(UNSORTED, device)
-    plain = make_net(device)
-    expected = oracle(dm.ops.sample_mse(plain(x, t), target), cluster, plain.parameters())
-    mtl = dm.ClusteredMTL(net, K, dm.NashMTL())
-    if use_reentrant and engine == "sliced":
-        # Reentrant checkpoints recompute after the slice's own parameters are gone: refused, not wrong.
-        with pytest.raises(RuntimeError, match="a reentrant checkpoint recomputes outside its slice"):
-            mtl.backward(dm.ops.sample_mse(mtl(x, t, cluster=cluster), target))
-        return
-    mtl.backward(dm.ops.sample_mse(mtl(x, t, cluster=cluster), target))
-    torch.testing.assert_close(mtl.last.gramian, expected.jacobian @ expected.jacobian.T)
 
 
 def test_nested_outputs_and_arguments(device):
@@ -482,23 +425,3 @@ def test_lean_memory_with_channels_last_group_norms(engine, device):
     torch.testing.assert_close(mtl.last.gramian, expected.jacobian @ expected.jacobian.T)
     direction = update_direction(expected.jacobian, mtl.last.weights, expected.present)
     torch.testing.assert_close(flat_grad(net.parameters()), direction)
-
-
-@pytest.mark.compile
-def test_compiled_models(engine, caplog, device):
-    """Compiled before wrapping, the model runs in slices; the wrapper itself is not compiled, and says so."""
-    net, (x, t, target, cluster) = make_net(device), make_batch(UNSORTED, device)
-    expected = oracle(dm.ops.sample_mse(net(x, t), target), cluster, net.parameters())
-    compiled = torch.compile(net, backend="aot_eager")
-    if engine == "grouped":
-        with pytest.raises(
-            ValueError, match="expected a model that is not compiled, found 'OptimizedModule'"
-        ):
-            dm.ClusteredMTL(compiled, K, dm.PCGrad())(x, t, cluster=cluster)
-    for mtl, call in [
-        (wrapped := dm.ClusteredMTL(compiled, K, dm.PCGrad(), engine="auto"), wrapped),
-        (wrapped := dm.ClusteredMTL(net, K, dm.PCGrad()), torch.compile(wrapped, backend="aot_eager")),
-    ]:
-        for _ in range(2):
-            mtl.backward(dm.ops.sample_mse(call(x, t, cluster=cluster), target))
-        torch.testing.assert_close(mtl.last.gramian, expected.jacobian @ expected.jacobian.T)

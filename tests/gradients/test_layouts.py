@@ -277,6 +277,33 @@ def test_a_change_of_mode_is_checked(engine, device):
         mtl(x, cluster=torch.tensor([0, 0, 1, 2, 2, 2], device=device))
 
 
+@pytest.mark.parametrize("engine", ["auto", "sliced"])
+def test_a_batch_of_one_sample_does_not_stand_for_larger_ones(engine, device):
+    model, x = make_mixing("neighbours", device, torch.float64)
+    mtl = assert_exact(model, x[:1], cluster=[1], options={"engine": engine})
+    with pytest.raises(ValueError, match="others' rows change it"):
+        mtl(x, cluster=torch.tensor([0, 0, 1, 2, 2, 2], device=device))
+
+
+class Flagged(Model):
+    """Mixes samples if it is told to."""
+
+    def forward(self, x, mix=False):
+        x = self.before(x)
+        return self.after(x - x.mean(0) if mix else x)
+
+
+@pytest.mark.parametrize("engine", ["auto", "sliced"])
+def test_a_change_of_flags_is_checked(engine, device):
+    model, x = build(Flagged(None), (B, 3), device)
+    mtl = assert_exact(model, x, mix=False, options={"engine": engine})
+    cluster = torch.tensor([0, 0, 1, 2, 2, 2], device=device)
+    mtl(x[:1], mix=True, cluster=cluster[:1])  # a single sample can't tell
+    with pytest.raises(ValueError, match="others' rows change it"):
+        mtl(x, mix=True, cluster=cluster)
+    assert_exact(model, x, mix=False, options={"engine": engine})
+
+
 def test_mixing_of_what_no_parameter_has_touched_is_exact(device):
     model = Model(lambda m, x: x, prepare=lambda x, _: x - x.mean(0))
     mtl = assert_exact(

@@ -1,0 +1,76 @@
+"""Compiled models and CUDA graphs, against one torch.autograd.grad per cluster of the model as written."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from exactness import assert_exact, in_slices
+from torch import nn
+
+import diffmtl_fast as dm
+
+CLUSTER = [2, 0, 2, 1, 0, 1]  # slices of one shape: one compilation
+
+
+def make(device, dtype=torch.float64):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Sequential(nn.SiLU(), nn.Linear(8, 4)))
+    return model.to(device, dtype), torch.randn(len(CLUSTER), 4, device=device, dtype=dtype)
+
+
+def _in_place(module):
+    module.compile(backend="aot_eager")
+    return module
+
+
+def _a_submodule(model):
+    model[2] = torch.compile(model[2], backend="aot_eager")
+    return model
+
+
+BEFORE = {
+    "compiled": lambda model: torch.compile(model, backend="aot_eager"),
+    "in place": _in_place,
+    "a submodule": _a_submodule,
+}
+AFTER = {
+    "compiled": lambda mtl: torch.compile(mtl, backend="aot_eager"),
+    "in place": _in_place,
+    "its module": lambda mtl: (_in_place(mtl.module), mtl)[1],
+}
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("how", BEFORE)
+def test_models_compiled_before_wrapping_run_in_slices(how, device):
+    (model, x), (plain, _) = make(device), make(device)
+    assert in_slices(assert_exact(BEFORE[how](model), x, cluster=CLUSTER, plain=plain)) is None
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("how", AFTER)
+def test_compilation_after_wrapping(how, device):
+    """The wrapper itself is never compiled, so that the grouped engine sees the operations."""
+    (model, x), (plain, _) = make(device), make(device)
+    mtl = assert_exact(model, x, cluster=CLUSTER, plain=plain, wrap=AFTER[how])
+    assert in_slices(mtl) == (None if how == "its module" else [])
+
+
+@pytest.mark.compile
+def test_grouping_a_compiled_model_is_refused(device):
+    model, x = make(device)
+    mtl = dm.ClusteredMTL(_a_submodule(model), 3, dm.PCGrad(), engine="grouped")
+    with pytest.raises(ValueError, match="expected a model that is not compiled, found '2' compiled"):
+        mtl(x, cluster=torch.tensor(CLUSTER, device=device))
+
+
+@pytest.mark.compile
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_cuda_graphs():
+    (model, x), (plain, _) = (
+        make(torch.device("cuda"), torch.float32),
+        make(torch.device("cuda"), torch.float32),
+    )
+    compiled = torch.compile(model, mode="reduce-overhead")
+    mtl = assert_exact(compiled, x, cluster=CLUSTER, rtol=1e-5, steps=4, plain=plain)
+    assert in_slices(mtl) is None
