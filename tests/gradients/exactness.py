@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -43,7 +43,7 @@ def sample_losses(out: Tensor) -> Tensor:
 def assert_exact(
     model: nn.Module,
     *args: object,
-    cluster: list[int] | Tensor = (2, 0, 2, 1, 0, 2),
+    cluster: Sequence[int] | Sequence[Sequence[int]] = (2, 0, 2, 1, 0, 2),
     rtol: float = 1e-9,
     loss_of: Callable[..., Tensor] = sample_losses,
     context: Callable[[], object] = nullcontext,
@@ -58,22 +58,23 @@ def assert_exact(
     Args:
         model: the model; left with the gradients of the last step.
         *args: its arguments.
-        cluster: of every sample.
+        cluster: of every sample; or of every sample in every step, one step after the other.
         rtol: of the norm of the difference to the norm of the whole.
         loss_of: output to losses [B].
         context: entered for the forwards, ours and the reference's, such as autocast.
         wrap: what to do to the ClusteredMTL before it is called, such as compiling it.
-        steps: how many times; the later ones find everything prepared by the first.
+        steps: how many, with the same clusters; the later ones find everything prepared by the first.
         options: of ClusteredMTL.
         plain: the reference's model, where it is not a copy of the model.
         **kwargs: the model's arguments.
     """
     device = next(model.parameters()).device
-    cluster = torch.as_tensor(cluster, device=device)
+    clusters = torch.as_tensor(cluster, device=device)
+    clusters = clusters.expand(steps, -1) if clusters.dim() == 1 else clusters
     plain = copy.deepcopy(model) if plain is None else plain
     mtl = dm.ClusteredMTL(model, K, Given(), **(options or {}))
     called = wrap(mtl)
-    for step in range(steps):
+    for step, cluster in enumerate(clusters):
         torch.manual_seed(step)
         with context():
             output = plain(*args, **kwargs)
