@@ -769,9 +769,14 @@ def _run_backward(
 ) -> tuple[Tensor | None, ...]:
     context._buffers = buffer
     try:
-        return use.registered.rule.backward(context, grad, clusters)
+        gradients = use.registered.rule.backward(context, grad, clusters)
     finally:
         context._buffers = _no_buffer
+    wanted = {i: handle for i, handle in use.handles.items() if context.needs_input_grad[i]}
+    use.registered.check_gradients(
+        gradients, {i: (clusters.num, *handle.value.shape) for i, handle in wanted.items()}
+    )
+    return gradients
 
 
 def _run_forward(
