@@ -55,7 +55,8 @@ void add_blocks(const Wgrad& wgrad, const Cluster& cluster, Int parts, std::vect
   const auto [index, begin, end] = cluster;
   const Int rows = end - begin;
   // The inputs of a block stay in the second-level cache, and so few outputs are its least that packing them is cheap.
-  const Int inputs = std::clamp<Int>((1 << 16) / std::max<Int>(1, rows), 512, 4096);
+  // Blocks begin at cache lines where the result does.
+  const Int inputs = std::clamp<Int>((1 << 16) / std::max<Int>(1, rows), 512, 4096) / 64 * 64;
   const Int outputs = std::min<Int>(192, part_size(wgrad.outputs, ceil_div(parts, ceil_div(wgrad.inputs, inputs)), 48, 48));
   for (Int o = 0; o < wgrad.outputs; o += outputs)
     for (Int i = 0; i < wgrad.inputs; i += inputs)

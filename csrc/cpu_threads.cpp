@@ -1,6 +1,8 @@
-// Threads of our own instead of OpenMP's, for one property: a loop never waits for a thread that has not begun to
-// work on it. At the end of an OpenMP region every thread must have been there, and where the cores are shared with
-// data loaders or other processes that means a wait for the scheduler, many times longer than the loop.
+// Loops run on the threads that PyTorch's operations run on, if it was built with OpenMP: after an operation these
+// spin for a while, and threads beside them would wait for the cores.
+//
+// Otherwise on threads of our own, with one property: a loop never waits for a thread that has not begun to work on
+// it. Where the cores are shared with other processes that would be a wait for the scheduler.
 #include "cpu_threads.hpp"
 
 #include <algorithm>
@@ -11,6 +13,7 @@
 #include <thread>
 
 #if !defined(_WIN32)
+#include <dlfcn.h>
 #include <pthread.h>
 #endif
 
@@ -98,23 +101,47 @@ class Pool {
 // Never destroyed: its threads sleep until the process ends. A forked child has none of them and starts anew.
 std::atomic<Pool*> pool{nullptr};
 
-Pool& the_pool() {
-  static const bool prepared = [] {
-    pool = new Pool;
+// An OpenMP runtime waits in a forked child for the threads that it had before.
+std::atomic<bool> forked{false};
+
+[[maybe_unused]] const bool prepared = [] {
+  pool = new Pool;
 #if !defined(_WIN32)
-    pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+  pthread_atfork(nullptr, nullptr, [] {
+    pool = new Pool;
+    forked = true;
+  });
 #endif
-    return true;
-  }();
-  (void)prepared;
-  return *pool;
+  return true;
+}();
+
+// What a compiler makes of "#pragma omp parallel": every thread of the team calls the function, then they meet. GCC's
+// and LLVM's runtimes both export it.
+using Parallel = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
+
+// The entry to the OpenMP runtime that PyTorch has loaded, or null. Not linked: PyTorch's wheels bring a copy of their
+// own, and a second one would be a second set of threads.
+Parallel openmp() {
+#if defined(_WIN32)
+  return nullptr;
+#else
+  static const auto entry = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return entry;
+#endif
+}
+
+bool run_with_openmp(Int tasks, int threads, const Body& body) {
+  if (forked || !openmp()) return false;
+  Loop loop(body, tasks, threads);
+  openmp()([](void* data) { static_cast<Loop*>(data)->drain(); }, &loop, static_cast<unsigned>(threads), 0);
+  return true;
 }
 
 }  // namespace
 
 void parallel_for(Int tasks, int threads, const Body& body) {
   threads = static_cast<int>(std::min<Int>(threads, tasks));
-  if (threads > 1 && the_pool().run(tasks, threads, body)) return;
+  if (threads > 1 && (run_with_openmp(tasks, threads, body) || pool.load()->run(tasks, threads, body))) return;
   for (Int task = 0; task < tasks; ++task) body(task, 0);
 }
 

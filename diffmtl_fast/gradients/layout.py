@@ -41,6 +41,15 @@ class Clusters:
         """
         return self._in_rows(rows)[1]
 
+    def sizes(self, rows: int) -> list[int]:
+        """Return how many rows each cluster has.
+
+        Args:
+            rows: size of dimension 0, a multiple of the batch size.
+        """
+        bounds, _ = self._in_rows(rows)
+        return [end - begin for begin, end in pairwise(bounds)]
+
     def spans(self, rows: int) -> Iterator[tuple[int, int, int]]:
         """Yield (cluster, begin, end) of every present cluster, in rows.
 
@@ -54,8 +63,7 @@ class Clusters:
 
     def by_row(self, values: Tensor, rows: int) -> Tensor:
         """Give every row the value of its cluster: [K] → [rows]."""
-        bounds, _ = self._in_rows(rows)
-        sizes = torch.tensor([end - begin for begin, end in pairwise(bounds)])
+        sizes = torch.tensor(self.sizes(rows))
         return values.repeat_interleave(sizes.to(values.device), output_size=rows)
 
     def _in_rows(self, rows: int) -> tuple[list[int], Tensor]:

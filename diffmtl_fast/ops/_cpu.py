@@ -415,16 +415,12 @@ def _longest_own(dtype: torch.dtype, out_dtype: torch.dtype) -> int:
     """Return up to how many rows a cluster is multiplied faster by our kernel than by PyTorch's library.
 
     Ours writes the result once and past the caches, which counts where there is little else to do; it multiplies
-    everything in float32 at least, where the library may have an instruction for shorter numbers. With several
-    threads, the library's, which spin for a while after every product of a backward, stand in the way of ours.
+    everything in float32 at least, where the library may have an instruction for shorter numbers, and does not
+    divide the rows into blocks.
     """
     if dtype.itemsize > 2 or not _library_multiplies(dtype):
-        return 256 if torch.get_num_threads() == 1 else 32
+        return 1024
     return 8 if out_dtype == dtype else 32  # the library's product has yet to be converted
-
-
-# Up to this many numbers one thread adds them up.
-_SUM_ALONE = 1 << 23
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
@@ -485,10 +481,9 @@ def cluster_sum_out(values: Tensor, offsets: Tensor, out: Tensor, accumulate: bo
     bounds = host_offsets(offsets, values.shape[0])
     values = in_rows(values)
     with contiguous_clusters(out, accumulate) as (result, add):
-        # In a backward the other cores are taken by threads of PyTorch's that spin after its products; waiting for
-        # them costs more than a second thread saves, unless there is a lot to add up.
-        threads = torch.get_num_threads() if values.numel() > _SUM_ALONE else 1
-        _C.cpu_cluster_sum(_handle(values), bounds, values.shape[1], _handle(result), add, threads)
+        _C.cpu_cluster_sum(
+            _handle(values), bounds, values.shape[1], _handle(result), add, torch.get_num_threads()
+        )
 
 
 def cluster_sum(values: Tensor, offsets: Tensor) -> Tensor:

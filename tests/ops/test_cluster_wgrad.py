@@ -57,6 +57,17 @@ def test_weight_gradients(width, sizes, dtype, generator, device):
         assert_close(found, expected, weight_gradients(grad_out.abs(), x.abs(), offsets), dtype)
 
 
+@pytest.mark.parametrize("rows", [1, 90, 127])
+def test_results_that_leave_the_caches(rows, generator, device):
+    """Large ones are written past them, from blocks of inputs that a cluster's number of rows decides."""
+    sizes = (rows, rows)
+    grad_out, x = (draw((2 * rows, w), torch.float32, generator) for w in (192, 800))
+    offsets = offsets_of(sizes)
+    expected = weight_gradients(grad_out, x, offsets)
+    found = ops.cluster_wgrad(grad_out, x, offsets)
+    assert_close(found, expected, weight_gradients(grad_out.abs(), x.abs(), offsets), torch.float32)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("width", [0, 1, 17, 1100])
