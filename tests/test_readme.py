@@ -1,29 +1,53 @@
-"""README's code runs as it is written."""
+"""The code of README and of the guide runs as it is written."""
 
 from __future__ import annotations
 
 import doctest
+import logging
 import re
 from pathlib import Path
 
 import diffmtl_fast as dm
+from diffmtl_fast.gradients.rules import RULES
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "docs" / "gradients.md").read_text(encoding="utf-8")
 
 
-def test_python_blocks_run_in_order():
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+def run_blocks(text: str, name: str) -> dict[str, object]:
+    """Run the Python blocks of a document in order; returns their names."""
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert len(blocks) >= 3
     namespace: dict[str, object] = {}
     for block in blocks:
         if block.startswith(">>>"):
-            examples = doctest.DocTestParser().get_doctest(block, namespace, "README", "README.md", 0)
+            examples = doctest.DocTestParser().get_doctest(block, namespace, name, name, 0)
             assert doctest.DocTestRunner().run(examples).failed == 0
         else:
-            exec(compile(block, "README.md", "exec"), namespace)
+            exec(compile(block, name, "exec"), namespace)
+    return namespace
+
+
+def test_python_blocks_run_in_order():
+    namespace = run_blocks(README, "README.md")
     assert isinstance(namespace["mtl"].module, namespace["UNet2DModel"])
     assert namespace["model"].conv_in.weight.grad is not None
+
+
+def test_blocks_of_the_guide_run_in_order(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "diffmtl_fast")
+    rules = dict(RULES)
+    for module in ("rules", "grouped"):  # the guide's rules end with it
+        monkeypatch.setattr(f"diffmtl_fast.gradients.{module}.RULES", rules)
+    namespace = run_blocks(GUIDE, "docs/gradients.md")
+    chosen = [message for message in caplog.messages if message.startswith("ClusteredMTL: ")]
+    assert len(chosen) == 5  # of mtl, lean, half, saving and ruled
+    assert all("grouped engine for K = 5" in message for message in chosen)
+    assert all("every parameter has a rule" in message for message in chosen)
+    for name in ("mtl", "lean", "half", "saving", "ruled"):
+        assert namespace[name].last.gramian.shape == (5, 5)
+    assert namespace["squared_gain"] in rules
 
 
 def test_names_and_links_exist():
