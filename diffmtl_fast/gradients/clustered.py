@@ -6,7 +6,8 @@ import copy
 import functools
 import logging
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -20,7 +21,7 @@ from .engine import Engine, EngineName
 from .jacobian import Jacobian
 from .layout import BatchLayout
 from .lean import LeanGramian
-from .parameters import grad_versions
+from .parameters import grad_versions, refuse_hooks
 
 _logger = logging.getLogger("diffmtl_fast")
 _DATA_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -179,14 +180,17 @@ class ClusteredMTL(nn.Module):
             self._by_cluster = self._needs_gradients_by_cluster()
             if self._by_cluster:
                 self._engine.begin()
-        self._cluster = cluster
         if not self._by_cluster:
             # One parameter tells whether some backward came by; walking over all of them would cost a small step.
             first = next((p for p in self.module.parameters() if p.requires_grad), None)
             self._witness = [] if first is None else [(first, grad_versions([first])[0])]
-            return self.module(*args, **kwargs)
-        self._warn_of_processes()
-        return self._engine.forward(BatchLayout(cluster, self.num_clusters), args, kwargs)
+            output = self.module(*args, **kwargs)
+        else:
+            refuse_hooks(self.module, self._engine.parameters)
+            self._warn_of_processes()
+            output = self._engine.forward(BatchLayout(cluster, self.num_clusters), args, kwargs)
+        self._cluster = cluster  # last: a forward that fails leaves no step to finish
+        return output
 
     def backward(
         self, loss: Tensor, cluster: Tensor | None = None, *, scaler: torch.amp.GradScaler | None = None
@@ -203,8 +207,8 @@ class ClusteredMTL(nn.Module):
             cluster: int64 [B], if the losses are not those of the last forward's samples in their order.
             scaler: the GradScaler of float16 training. Give it here and do not scale the loss: ``.grad`` comes
                 out scaled, for ``scaler.step(optimizer)``, while the weights are those of the unscaled gradients.
-                Where this backward's gradients overflowed, which the scaler answers by skipping the step, the
-                weighting's state stays as it was; where they were formed by cluster, the weights are 1.
+                Where ``.grad`` overflowed, which the scaler answers by skipping the step, the weighting's state
+                stays as it was; where cluster gradients did, the weighting is not called, and the weights are 1.
 
         Raises:
             TypeError, ValueError: the loss is not as stated.
@@ -222,12 +226,13 @@ class ClusteredMTL(nn.Module):
         losses = ops.cluster_mean(loss, cluster, self.num_clusters)
         scale = None if scaler is None else scaler.scale(torch.ones((), device=loss.device))
         self._cluster = None  # first, so that a failure below does not block the next step
-        if self._by_cluster:
-            if own:
-                self._engine.check_losses(loss)
-            self._backward_by_cluster(losses, present, scale)
-        else:
-            self._backward_losses(losses, present, scale)
+        with nullcontext() if scale is None else self._undone_where_skipped():
+            if self._by_cluster:
+                if own:
+                    self._engine.check_losses(loss)
+                self._backward_by_cluster(losses, present, scale)
+            else:
+                self._backward_losses(losses, present, scale)
         self._engine.receiver.bypassed = False
 
     def _needs_gradients_by_cluster(self) -> bool:
@@ -236,15 +241,12 @@ class ClusteredMTL(nn.Module):
 
     def _backward_losses(self, losses: Tensor, present: Tensor, scale: Tensor | None) -> None:
         """One plain backward of the weighted loss."""
-        before = None if scale is None else copy.deepcopy(self.weighting.state_dict())
         if isinstance(self.weighting, GramianWeighting):
             weights = self.weighting(None, present)
             objective = (weights * losses).sum() / present.sum()
         else:
             objective, weights = self._weigh_losses(losses, present)
         _scaled(objective, scale).backward()
-        if before and not _are_finite(self.module.parameters()):
-            self.weighting.load_state_dict(before)
         self.last = StepRecord(losses.detach(), weights.detach(), present, None)
 
     def _backward_by_cluster(self, losses: Tensor, present: Tensor, scale: Tensor | None) -> None:
@@ -291,6 +293,22 @@ class ClusteredMTL(nn.Module):
         objective = self.weighting(losses, present)
         (slopes,) = torch.autograd.grad(objective, losses, retain_graph=True)
         return objective, slopes * present.sum()
+
+    @contextmanager
+    def _undone_where_skipped(self) -> Iterator[None]:
+        """Put the weighting's state back where .grad has overflowed, so that a scaler will skip the step."""
+        before = copy.deepcopy(self.weighting.state_dict())
+        yield
+        if not before or self.last is None:
+            return
+        norm = self.last.grad_norm
+        if norm is None:
+            grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+            # The largest element, unlike a sum of squares, overflows in no dtype.
+            norm = torch.nn.utils.get_total_norm([g._values() if g.is_sparse else g for g in grads], math.inf)
+        # Reading it costs no more than the scaler's own step, which reads such a flag right after.
+        if not bool(norm.isfinite()):
+            self.weighting.load_state_dict(before)
 
     def _refuse_lost_gradients(self) -> None:
         """Notice that the last output was differentiated by something other than `backward`."""
@@ -359,13 +377,6 @@ def _warn_uncompiled() -> None:
         "ClusteredMTL is not compiled, nor is the model in it: compile the model instead, as in "
         "ClusteredMTL(torch.compile(model), ...)"
     )
-
-
-def _are_finite(parameters: Iterable[nn.Parameter]) -> bool:
-    """Tell whether all of the parameters' .grad is finite; it waits for the device, as a scaler's step will."""
-    grads = [p.grad._values() if p.grad.is_sparse else p.grad for p in parameters if p.grad is not None]
-    # The largest element, unlike a sum of squares, overflows in no dtype.
-    return bool(torch.nn.utils.get_total_norm(grads, math.inf).isfinite())
 
 
 def _scaled(objective: Tensor, scale: Tensor | None) -> Tensor:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .agreement import State, agree, evaluating, halves, interact, is_measured, revealing
 from .grouped import CannotGroup, GroupedEngine
@@ -117,8 +119,13 @@ class Engine:
         Raises:
             ValueError: slices of the batch do not give what the whole batch gives, or the model's outputs are not
                 batches.
-            RuntimeError: engine="grouped", and the model can't be grouped.
+            RuntimeError: engine="grouped", and the model can't be grouped; or in `parametrize.cached`.
         """
+        if parametrize._cache_enabled:
+            raise RuntimeError(
+                "expected a forward outside of torch.nn.utils.parametrize.cached(), found it inside, where "
+                "clusters would share the tensors that gradients are told apart by"
+            )
         given, (args, kwargs) = (args, kwargs), layout.sort(args, kwargs, self._shared)
         if self._grouped is not None:
             if layout.order is not None:
@@ -197,7 +204,8 @@ class Engine:
         eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
         try:
             values = [revealing(p) for p in self.parameters]
-            with eager, torch.no_grad(), installed(self._slots, values):
+            with warnings.catch_warnings(), eager, torch.no_grad(), installed(self._slots, values):
+                warnings.simplefilter("ignore")  # the real forward will warn, and not of missing gradients
                 self._call(*given)
                 yield State(self._model)
         finally:

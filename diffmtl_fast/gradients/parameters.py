@@ -50,6 +50,21 @@ def find_slots(model: nn.Module) -> tuple[list[Slot], list[nn.Parameter]]:
     return slots, parameters
 
 
+def refuse_hooks(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Refuse gradient hooks of parameters: no gradient that is formed cluster by cluster comes by them.
+
+    Raises:
+        ValueError: a parameter has one.
+    """
+    hooked = {id(p) for p in parameters if p._backward_hooks or p._post_accumulate_grad_hooks}
+    if hooked:
+        names = [name for name, p in model.named_parameters() if id(p) in hooked]
+        raise ValueError(
+            f"model: expected parameters without gradient hooks, found some at {names}; cluster gradients do not "
+            "pass through them, change or read .grad after backward instead"
+        )
+
+
 def fingerprint(parameters: Iterable[nn.Parameter]) -> list[tuple[Any, ...]]:
     """Tell whether stand-ins made for the parameters still fit them."""
     return [(id(p), p.data_ptr(), p.dtype, p.device, p.stride()) for p in parameters]

@@ -280,6 +280,19 @@ def test_it_follows_the_optimizer_and_moved_parameters(device):
         optimizer.step()
 
 
+@pytest.mark.parametrize("name", ["equal", "nash"])
+def test_a_forward_that_fails_leaves_no_step_to_finish(name, device):
+    net, (x, t, target, cluster) = make_net(device), make_batch(UNSORTED, device)
+    mtl = dm.ClusteredMTL(net, K, weightings()[name])
+    with pytest.raises(RuntimeError):
+        mtl(x[:, :2], t, cluster=cluster)
+    with pytest.raises(RuntimeError, match="expected a forward with cluster"):
+        mtl.backward(dm.ops.sample_mse(net(x, t), target))
+    net.first.requires_grad_(False)  # seen, as by any first forward of a step
+    mtl.backward(dm.ops.sample_mse(mtl(x, t, cluster=cluster), target))
+    assert net.first.weight.grad is None
+
+
 def test_same_inputs_same_bits(device):
     x, t, target, cluster = make_batch(UNSORTED, device, torch.float32)
     found = []

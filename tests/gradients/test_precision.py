@@ -119,6 +119,18 @@ def test_a_skipped_step_changes_nothing(name, options, device):
         assert not all(same[number:])
 
 
+@pytest.mark.parametrize("update_every", [1, 3])
+def test_an_overflow_of_an_earlier_micro_batch_counts(update_every, options, device):
+    model, *inputs = make(device, torch.float32)
+    weighting, cluster = dm.NashMTL(update_every), torch.tensor(UNSORTED, device=device)
+    mtl = dm.ClusteredMTL(model, K, weighting, **options)
+    scaler = torch.amp.GradScaler(device.type, init_scale=64.0)
+    for steps in (1, 1):  # the second finds the first one's .grad
+        mtl.backward(sample_losses(mtl(*inputs, cluster=cluster)), scaler=scaler)
+        assert weighting.steps == steps
+        model.time.bias.grad[0] = torch.inf
+
+
 def test_accumulation_over_micro_batches_with_a_scaler(options, device):
     model, *_ = make(device, torch.float32)
     mtl = dm.ClusteredMTL(model, K, Given(), **options)

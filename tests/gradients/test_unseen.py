@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from exactness import WAYS, Given, K, assert_exact, in_slices, sample_losses
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import diffmtl_fast as dm
@@ -128,6 +129,31 @@ def test_unseen_uses_that_no_check_finds_are_refused_by_name(use, way, device):
         output = mtl(x, cluster=cluster)
     with pytest.raises(RuntimeError, match=r"found a gradient of \['1.p'\] from one that they do not see"):
         mtl.backward(sample_losses(output))
+
+
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_gradient_hooks_are_refused_by_name(register, options, device):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).to(device)
+    called = []
+    handle = getattr(model[1].weight, register)(called.append)
+    mtl, plain = dm.ClusteredMTL(model, K, Given(), **options), dm.ClusteredMTL(model, K, dm.Equal())
+    x, cluster = torch.randn(6, 4, device=device), torch.tensor([2, 0, 2, 1, 0, 2])
+    with pytest.raises(ValueError, match=r"without gradient hooks, found some at \['1.weight'\]"):
+        mtl(x, cluster=cluster)
+    plain.backward(sample_losses(plain(x, cluster=cluster)))
+    assert called
+    handle.remove()
+    mtl.backward(sample_losses(mtl(x, cluster=cluster)))
+
+
+def test_cached_parametrizations_are_refused(options, device):
+    model = nn.utils.parametrizations.weight_norm(nn.Linear(4, 2)).to(device)
+    mtl = dm.ClusteredMTL(nn.Sequential(nn.Linear(4, 4), model).to(device), K, Given(), **options)
+    with (
+        parametrize.cached(),
+        pytest.raises(RuntimeError, match=r"outside of torch.nn.utils.parametrize.cached"),
+    ):
+        mtl(torch.randn(6, 4, device=device), cluster=torch.tensor([2, 0, 2, 1, 0, 2]))
 
 
 class Stashing(nn.Module):
