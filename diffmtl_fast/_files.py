@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 TEMPORARY_PREFIX = ".tmp-"
 
@@ -38,6 +40,12 @@ def replacing(target: Path) -> Iterator[Path]:
         _sync(target.parent)
     finally:
         _remove(aside)
+
+
+def write_json(target: Path, values: Any) -> None:
+    """Write values of JSON's types to a file, whole or not at all."""
+    with replacing(target) as aside:
+        aside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def remove(target: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``diffmtl-fast train | sample | evaluate | cluster | analyze``.
+"""The command line: ``diffmtl-fast train | sample | evaluate | cluster | analyze | study``.
 
 Parsing needs jsonargparse alone; diffusers, scikit-learn and matplotlib load when a command needs them.
 What the user can put right is reported as one line on standard error, with exit status 2; training that diverges
@@ -137,6 +137,7 @@ def _parser(jsonargparse: Any, training: dict[str, Any] | None = None) -> Any:
         "evaluate": (_evaluate_parser, "measure how close a run's pictures come to real ones"),
         "cluster": (_cluster_parser, "group the timesteps of a noise schedule"),
         "analyze": (_analyze_parser, "measure how the denoising tasks of a run agree and differ"),
+        "study": (_study_parser, "train every method and clustering, and report what they gain"),
     }.items():
         more = (training,) if name == "train" else ()
         command = make(jsonargparse, *more)
@@ -325,6 +326,39 @@ def _difficulty_parser(jsonargparse: Any) -> Any:
     return parser
 
 
+def _study_parser(jsonargparse: Any) -> Any:
+    parser = _subparser(
+        jsonargparse,
+        "study",
+        "Train plain diffusion, UW, PCGrad and NashMTL on timestep, log-SNR and affinity clusters, the curriculum "
+        "and its reverse, with several seeds; measure negative transfer and the cost of every method's step; "
+        "write a report with tables, convergence curves and verdicts. Runs are independent: repeated, the command "
+        "does what is missing.",
+    )
+    parser.add_argument("--study_dir", default="runs/study", help="folder of the study")
+    parser.add_argument(
+        "--config",
+        help="YAML file with the options of `train` that all runs share (see `train --print_config`); the bundled "
+        "study's if not given",
+    )
+    parser.add_argument("--iterations", type=int, help="of every run; the configuration's if not given")
+    parser.add_argument("--seeds", type=int, help="number of seeds; 3 if not given")
+    parser.add_argument("--evaluations", type=int, help="of every run, evenly spaced; 8 if not given")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each")
+    parser.add_argument(
+        "--only", default="*", help="do the work of matching names alone, such as uw-* or *-seed-0"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a tiny study of a minute or two, to see that it works"
+    )
+    parser.add_argument(
+        "--report_only", action="store_true", help="write the report of what is there, no more"
+    )
+    parser.add_argument("--out", help="folder of the report; STUDY_DIR/report if not given")
+    return parser
+
+
 def _add_expert_arguments(parser: Any) -> None:
     parser.add_argument("--intervals", type=int, default=5, help="number of intervals, an expert for each")
     parser.add_argument(
@@ -507,6 +541,31 @@ def _tell(written: list[Path]) -> None:
         print(f"wrote {path}")
 
 
+def _study(options: Any) -> None:
+    from .study.folder import StudyFolder
+    from .study.plan import Plan, make_plan
+    from .study.report import write_report
+    from .study.runner import study
+    from .train.config import read_values
+
+    folder, out = StudyFolder(Path(options.study_dir)), _path(options.out)
+    if options.report_only:
+        print(f"wrote {write_report(folder, folder.report if out is None else out)}")
+        return
+    given = (options.config, options.iterations, options.seeds, options.evaluations)
+    if folder.plan.exists() and given == (None,) * 4 and not options.quick:
+        plan = Plan.read(folder.plan)
+    else:
+        plan = make_plan(
+            None if options.config is None else read_values(Path(options.config)),
+            quick=options.quick,
+            iterations=options.iterations,
+            seeds=options.seeds,
+            evaluations=options.evaluations,
+        )
+    study(plan, folder, jobs=options.jobs, threads=options.threads, only=options.only, report=out)
+
+
 def _log_snr(options: Any) -> NDArray[np.float64]:
     """The log-SNR of the schedule that was named, or that the file holds."""
     import numpy as np
@@ -595,6 +654,7 @@ _COMMANDS: dict[str, Callable[[Any], None]] = {
     "evaluate": _evaluate,
     "cluster": _cluster,
     "analyze": _analyze,
+    "study": _study,
 }
 _ANALYSES: dict[str, Callable[[Any], None]] = {
     "affinity": _affinity,

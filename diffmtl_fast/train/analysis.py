@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .._files import remove, replacing
+from .._files import remove, replacing, write_json
 from ..analysis import (
     GaussianFit,
     NegativeTransfer,
@@ -190,7 +190,7 @@ def negative_transfer(
         **_gap_facts(measured),
     }  # fmt: skip
     facts, picture = (run.analysis / f"negative-transfer.{suffix}" for suffix in ("json", "png"))
-    _write_json(facts, about)
+    write_json(facts, about)
     with replacing(picture) as aside:
         plot_negative_transfer(aside, measured, trained.title)
     return [facts, picture]
@@ -253,7 +253,7 @@ def difficulty(
         "steps_to_fraction": [None if np.isnan(steps) else float(steps) for steps in measured.steps_to],
         "relative_entropy": {name: values.tolist() for name, values in curves.items()},
     }
-    _write_json(facts, about)
+    write_json(facts, about)
     with replacing(convergences) as aside:
         plot_convergence(
             aside, measured, f"{_iterations_of(config, iterations):,} iterations on each interval"
@@ -299,15 +299,10 @@ def _write(
 ) -> list[Path]:
     matrix, facts, picture = (folder / f"affinity.{suffix}" for suffix in ("npy", "json", "png"))
     measured.save(matrix)
-    _write_json(facts, about)
+    write_json(facts, about)
     with replacing(picture) as aside:
         plot_affinity(aside, measured, levels, title)
     return [matrix, facts, picture]
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    with replacing(path) as aside:
-        aside.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _with_steps(config: Config, steps: int | None) -> Config:

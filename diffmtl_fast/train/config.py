@@ -266,15 +266,26 @@ def read(path: Path) -> Config:
     Raises:
         UserError: the file is not YAML or holds no configuration.
     """
+    return from_dict(read_values(path))
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """The options in a YAML file, unchecked.
+
+    Raises:
+        UserError: the file cannot be read or is not a mapping in YAML.
+    """
     import yaml
 
     try:
         values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: expected YAML ({error})") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of options, found {type(values).__name__}")
-    return from_dict(values)
+    return values
 
 
 def digits() -> dict[str, Any]:

@@ -1,0 +1,114 @@
+"""What a step of each method costs, in plain steps: measured in turns, on a machine whose speed varies."""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..train.components import resolve_device
+from ..train.history import History
+from ..train.loop import Trainer
+from .plan import VARIANTS, Plan, Variant
+
+#: A second trainer of plain training, whose ratio would be 1 if nothing varied.
+CONTROL = "vanilla again"
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The price of a step.
+
+    Attributes:
+        ratio: to the plain step of the same round, median over the rounds.
+        low: first quartile of the ratios.
+        high: third quartile.
+        seconds: of a step, median.
+    """
+
+    ratio: float
+    low: float
+    high: float
+    seconds: float
+
+
+def calibrate(plan: Plan, rounds: int) -> dict[str, Any]:
+    """Time a step of every kind of variant, in random order within every round.
+
+    Args:
+        plan: the study.
+        rounds: how often each is timed.
+
+    Returns:
+        ``seconds`` [rounds] by kind, for `costs`, and the ``machine`` that they were measured on; JSON.
+    """
+    kinds = {variant.kind: variant for variant in VARIANTS if variant.cost in (None, "snr")}
+    with tempfile.TemporaryDirectory() as folder, _steppers(plan, kinds, Path(folder)) as steppers:
+        seconds: dict[str, list[float]] = {name: [] for name in steppers}
+        order, shuffle = list(steppers), random.Random(0)
+        for _ in range(rounds):
+            shuffle.shuffle(order)
+            for name in order:
+                seconds[name].append(steppers[name].time())
+    machine = {
+        "device": str(resolve_device(plan.base.device)),
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    return {"seconds": seconds, "machine": machine}
+
+
+def costs(calibration: dict[str, Any]) -> dict[str, Cost]:
+    """The cost by kind of variant, from what `calibrate` returned."""
+    seconds = {name: np.array(values) for name, values in calibration["seconds"].items()}
+    found = {}
+    for name, values in seconds.items():
+        low, ratio, high = np.quantile(values / seconds["vanilla"], (0.25, 0.5, 0.75))
+        found[name] = Cost(float(ratio), float(low), float(high), float(np.median(values)))
+    return found
+
+
+class _Stepper:
+    """A trainer that is timed step by step, its log on the side."""
+
+    def __init__(self, trainer: Trainer, log: History) -> None:
+        self._trainer, self.log = trainer, log
+        for _ in range(WARM_UP):
+            self.time()
+
+    def time(self) -> float:
+        begun = time.perf_counter()
+        self._trainer.step(self.log)
+        self.log.check(self._trainer.iteration)  # waits for the device
+        seconds = time.perf_counter() - begun
+        self.log.flush(self._trainer.iteration)
+        return seconds
+
+
+@contextmanager
+def _steppers(plan: Plan, kinds: dict[str, Variant], folder: Path) -> Iterator[dict[str, _Stepper]]:
+    variants = {**kinds, CONTROL: kinds["vanilla"]}
+    quiet = replace(plan.base.logging, tensorboard=False)
+    made: dict[str, _Stepper] = {}
+    try:
+        for index, (name, variant) in enumerate(variants.items()):
+            trainer = Trainer(replace(plan.config(variant, 0), logging=quiet))
+            trainer.model.train()
+            made[name] = _Stepper(trainer, History(folder / f"{index}.jsonl"))
+        yield made
+    finally:
+        for stepper in made.values():
+            stepper.log.close()

@@ -1,0 +1,209 @@
+"""What a study runs: the variants, and the configuration of every run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from .._files import write_json
+from ..train.config import Checkpoints, Config, differences, from_dict, to_dict
+from ..train.errors import UserError
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way of training.
+
+    Attributes:
+        name: in folders and tables.
+        title: in words.
+        method: balancing of the clusters.
+        cost: that the clusters minimise; None where there is nothing to balance.
+        order: of a curriculum.
+    """
+
+    name: str
+    title: str
+    method: Literal["vanilla", "uw", "pcgrad", "nash"]
+    cost: Literal["timestep", "snr", "affinity"] | None = None
+    order: Literal["none", "easy_to_hard", "hard_to_easy"] = "none"
+
+    @property
+    def kind(self) -> str:
+        """What its steps cost depends on: not on which timesteps a cluster holds, all clusters getting as many."""
+        return self.method if self.order == "none" else self.order
+
+    @property
+    def family(self) -> Literal["baseline", "clusters", "curriculum"]:
+        """The claims that it is a case of."""
+        if self.order != "none":
+            return "curriculum"
+        return "baseline" if self.method == "vanilla" else "clusters"
+
+
+_METHODS: tuple[tuple[Literal["uw", "pcgrad", "nash"], str], ...] = (
+    ("uw", "UW"), ("pcgrad", "PCGrad"), ("nash", "NashMTL"),
+)  # fmt: skip
+_COSTS: tuple[tuple[Literal["timestep", "snr", "affinity"], str], ...] = (
+    ("timestep", "timestep"), ("snr", "log-SNR"), ("affinity", "affinity"),
+)  # fmt: skip
+
+VANILLA = Variant("vanilla", "plain training", "vanilla")
+CURRICULUM = Variant("curriculum", "curriculum", "vanilla", order="easy_to_hard")
+ANTI_CURRICULUM = Variant("anti-curriculum", "anti-curriculum", "vanilla", order="hard_to_easy")
+VARIANTS = (
+    VANILLA,
+    *(
+        Variant(f"{method}-{cost}", f"{name}, {kind} clusters", method, cost)
+        for method, name in _METHODS
+        for cost, kind in _COSTS
+    ),
+    CURRICULUM,
+    ANTI_CURRICULUM,
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study.
+
+    Attributes:
+        base: configuration that all runs share; method, cost of the clusters and order of the curriculum vary.
+        seeds: number of seeds, 0, 1, …
+        evaluations: how often each run is evaluated, at equal distances, the last time at its end.
+        intervals: of equal length, whose experts show negative transfer.
+        tasks: groups of timesteps whose affinities are measured.
+        samples: images per task for that.
+    """
+
+    base: Config
+    seeds: int
+    evaluations: int
+    intervals: int
+    tasks: int
+    samples: int
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "evaluations", "intervals", "tasks", "samples"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if self.base.iterations % self.evaluations:
+            raise UserError(
+                f"evaluations: expected a divisor of the {self.base.iterations} iterations, "
+                f"found {self.evaluations}"
+            )
+        if self.base.evaluation.num_samples == 0:
+            raise UserError("evaluation.num_samples: expected pictures to evaluate, found 0")
+
+    @property
+    def iterations(self) -> int:
+        """Of every run."""
+        return self.base.iterations
+
+    def config(self, variant: Variant, seed: int, affinity: Path | None = None) -> Config:
+        """The configuration of a run.
+
+        Args:
+            variant: how it is trained.
+            seed: of everything in it.
+            affinity: the file of task affinities, for variants that cluster by them.
+        """
+        clusters = replace(self.base.clusters, cost="snr", affinity=None)
+        if variant.cost is not None:
+            by_affinity = str(affinity) if variant.cost == "affinity" else None
+            clusters = replace(clusters, cost=variant.cost, affinity=by_affinity)
+        return replace(
+            self.base,
+            method=variant.method,
+            seed=seed,
+            clusters=clusters,
+            curriculum=replace(self.base.curriculum, order=variant.order),
+            checkpoints=Checkpoints(self.iterations // self.evaluations, keep=self.evaluations),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As nested dictionaries of JSON's types, for :meth:`from_dict`."""
+        return {**asdict(self), "base": to_dict(self.base)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
+        """What :meth:`to_dict` was made from."""
+        return cls(**{**values, "base": from_dict(values["base"])})
+
+    def save(self, path: Path) -> None:
+        """Write the plan as JSON."""
+        write_json(path, self.to_dict())
+
+    @classmethod
+    def read(cls, path: Path) -> Plan:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            UserError: there is none.
+        """
+        try:
+            return cls.from_dict(json.loads(path.read_text()))
+        except FileNotFoundError as error:
+            raise UserError(f"{path.parent}: expected a study, found no {path.name}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: expected the plan of a study ({error})") from error
+
+    def check_same(self, stored: Plan) -> None:
+        """Refuse to go on with a study that was begun with another plan.
+
+        Raises:
+            UserError: with the first option that differs.
+        """
+        for key in ("seeds", "evaluations", "intervals", "tasks", "samples"):
+            if getattr(self, key) != getattr(stored, key):
+                raise UserError(
+                    f"{key}: expected {getattr(stored, key)}, as in the study that is there, "
+                    f"found {getattr(self, key)}"
+                )
+        for key, (now, then) in differences(self.base, stored.base).items():
+            raise UserError(f"{key}: expected {then!r}, as in the study that is there, found {now!r}")
+
+
+def bundled(*, quick: bool = False) -> dict[str, Any]:
+    """The bundled plan as nested dictionaries: on digits, or a few steps of a tiny model."""
+    import yaml
+
+    name = "quick.yaml" if quick else "digits.yaml"
+    return yaml.safe_load(files("diffmtl_fast.study").joinpath(name).read_text())
+
+
+def make_plan(
+    base: Mapping[str, Any] | None = None,
+    *,
+    quick: bool = False,
+    iterations: int | None = None,
+    seeds: int | None = None,
+    evaluations: int | None = None,
+) -> Plan:
+    """A plan from the bundled one.
+
+    Args:
+        base: configuration of the runs as nested dictionaries, instead of the bundled one.
+        quick: start from the tiny plan.
+        iterations: of every run.
+        seeds: number of seeds.
+        evaluations: of every run.
+
+    Raises:
+        UserError: an option is unknown or out of range.
+    """
+    values = bundled(quick=quick)
+    config = dict(values["base"] if base is None else base)
+    if iterations is not None:
+        config["iterations"] = iterations
+    return Plan(
+        base=from_dict(config),
+        seeds=values["seeds"] if seeds is None else seeds,
+        evaluations=values["evaluations"] if evaluations is None else evaluations,
+        intervals=values["intervals"],
+        **values["affinity"],
+    )

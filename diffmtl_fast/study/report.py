@@ -1,0 +1,354 @@
+"""The report of a study: Markdown and pictures, from what is stored alone."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from .._files import replacing, write_json
+from ..clustering import IntervalClustering
+from ..diffusion import log_snr
+from ..train.components import build_clusters, build_scheduler
+from ..train.errors import UserError, blame
+from ..train.trained import COST_TITLES
+from . import plots
+from .calibration import CONTROL
+from .claims import claims, ratio
+from .folder import StudyFolder
+from .plan import VANILLA, VARIANTS, Plan, Variant
+from .results import METRICS, Axis, Results, load_results
+from .statistics import Differences
+
+COMMAND = "diffmtl-fast study"
+
+
+def write_report(study: StudyFolder, out: Path) -> Path:
+    """Write report.md and its pictures.
+
+    Args:
+        study: with at least one complete run of plain training.
+        out: folder of the report; made where it is missing.
+
+    Returns:
+        The Markdown file.
+
+    Raises:
+        UserError: there is no study, or nothing to report yet.
+    """
+    results = load_results(study)
+    if not results.seeds(VANILLA):
+        raise UserError(
+            f"{study.path}: expected a complete run of plain training to compare with, found none yet"
+        )
+    scheduler = build_scheduler(results.plan.base)
+    with blame("scheduler"):
+        levels = log_snr(scheduler)
+    out.mkdir(parents=True, exist_ok=True)
+    others = [variant for variant in results.cases() if variant != VANILLA]
+    text = "\n\n".join(
+        [
+            _introduction(results),
+            _claims(results, levels),
+            _quality(results, others, out),
+            _convergence(results, others, out),
+            _clusters(results, study, levels, out),
+            _transfer(results, out),
+            _phases(results),
+            _costs(results),
+            _method(results),
+        ]
+    )
+    write_json(out / "results.json", results.to_dict())
+    path = out / "report.md"
+    with replacing(path) as aside:
+        aside.write_text(text + "\n", encoding="utf-8")
+    return path
+
+
+def _introduction(results: Results) -> str:
+    plan, base = results.plan, results.plan.base
+    done, planned = len(results.curves), plan.seeds * len(VARIANTS)
+    missing = "" if done == planned else f" **{planned - done} of {planned} runs are missing.**"
+    return (
+        f"# Study: multi-task diffusion training on {base.data.path.rpartition('.')[2]}\n\n"
+        f"{len(results.cases())} ways of training, {plan.seeds} seeds, {plan.iterations:,} iterations of "
+        f"{base.batch_size} images each, evaluated {plan.evaluations} times with {base.evaluation.num_samples} "
+        f"pictures of {base.sampling.steps} denoising steps (averaged weights).{missing} Made by `{COMMAND}`; all "
+        "figures and pictures here are computed from its stored results (those of the runs are in "
+        "[results.json](results.json)) by "
+        f"`{COMMAND} --report-only --study-dir DIR`."
+    )
+
+
+def _claims(results: Results, levels: np.ndarray) -> str:
+    found = claims(results, levels)
+    rows = [[claim.source, claim.statement, f"**{claim.verdict}**", claim.evidence] for claim in found]
+    criteria = dict.fromkeys(f"- {_subject(claim.statement)}: {claim.criterion}." for claim in found)
+    return (
+        "## What reproduces\n\n"
+        + _table(["paper", "observation", "here", "figures"], rows)
+        + "\n\nANT: Go et al., NeurIPS 2023, arXiv 2306.00354. Curriculum: Kim et al., ICLR 2025, arXiv "
+        "2403.10348. A verdict is computed by its criterion; *not shown* says that the differences do not exceed "
+        "the noise, not that there are none.\n\nCriteria:\n\n" + "\n".join(criteria)
+    )
+
+
+def _subject(statement: str) -> str:
+    return statement.partition(":")[0] if ":" in statement else statement
+
+
+def _quality(results: Results, others: list[Variant], out: Path) -> str:
+    rows = []
+    for variant in results.cases():
+        figures = [_mean_sd(results.figures(variant, metric)) for metric in METRICS]
+        rows.append([variant.title, str(len(results.seeds(variant))), *figures])
+    parts = [
+        "## Quality at the end of training",
+        _table(
+            ["", "seeds", "Fréchet distance", "precision", "recall", "class agreement"], rows, numbers=True
+        ),
+        "Mean ± standard deviation over the seeds.",
+    ]
+    if others:
+        parts += [_paired(results, others, out)]
+    return "\n\n".join(parts)
+
+
+def _paired(results: Results, others: list[Variant], out: Path) -> str:
+    pairs = [(variant, VANILLA) for variant in others]
+    names = [variant.title for variant in others]
+    axes: tuple[Axis, ...] = ("steps", "calibrated", "measured")
+    quality = {axis: results.quality(axis, pairs) for axis in axes}
+    times = {axis: results.time_to_quality(axis, pairs) for axis in axes}
+    plots.comparisons(
+        out / "comparisons.png",
+        {
+            "Fréchet distance at equal steps": (names, quality["steps"]),
+            "Fréchet distance at equal time": (names, quality["calibrated"]),
+            "steps to plain quality": (names, times["steps"]),
+            "time to plain quality": (names, times["calibrated"]),
+        },
+    )
+    headers = ["", "equal steps", "equal time (calibrated)", "equal time (measured)"]
+    return "\n\n".join(
+        [
+            "### Fréchet distance relative to plain training of the same seed",
+            _ratio_table(headers, names, [quality[axis] for axis in axes]),
+            _noise(quality["steps"]),
+            "### Training to the last Fréchet distance of plain training, relative to plain training",
+            _ratio_table(
+                ["", "steps", "time (calibrated)", "time (measured)"], names, [times[axis] for axis in axes]
+            ),
+            "A run that does not get there counts as if it did at its end. " + _noise(times["steps"]),
+            "![Ratios to plain training with their confidence intervals](comparisons.png)",
+        ]
+    )
+
+
+def _ratio_table(headers: list[str], names: list[str], columns: Sequence[Differences]) -> str:
+    rows = [[name, *(ratio(found, j) for found in columns)] for j, name in enumerate(names)]
+    return _table(headers, rows, numbers=True)
+
+
+def _noise(found: Differences) -> str:
+    if found.freedom == 0:
+        return "With one seed nothing can be said of the noise."
+    return (
+        "Geometric mean over the seeds, in brackets the interval that holds for all rows of a column together "
+        "with 95 % confidence (Student's t, Bonferroni). Noise: between seeds a single ratio varies by a factor "
+        f"of {np.exp(found.sd):.2f} (one standard deviation, equal steps, pooled, {found.freedom} degrees of "
+        "freedom)."
+    )
+
+
+def _convergence(results: Results, others: list[Variant], out: Path) -> str:
+    plots.curves(out / "curves.png", results)
+    headers = ["", "½ of plain training: steps", "plain steps", "s", "all of it: steps", "plain steps", "s"]
+    axes: tuple[Axis, ...] = ("steps", "calibrated", "measured")
+    rows = [
+        [
+            variant.title,
+            *(_median(results.reached(variant, axis, share)) for share in (0.5, 1.0) for axis in axes),
+        ]
+        for variant in [VANILLA, *others]
+    ]
+    return "\n\n".join(
+        [
+            "## Convergence",
+            "![Fréchet distance against iterations and against calibrated training time](curves.png)",
+            "Mean over the seeds and their range.",
+            "### Time to quality",
+            _table(headers, rows, numbers=True),
+            "Where the Fréchet distance first falls to that of plain training of the same seed at half and at the "
+            "end of its iterations: median over the seeds, – where most of them do not get there.",
+        ]
+    )
+
+
+def _clusters(results: Results, study: StudyFolder, levels: np.ndarray, out: Path) -> str:
+    found = _boundaries(results.plan, study, levels)
+    plots.clusters(out / "clusters.png", {name: each.boundaries for name, each in found.items()})
+    parts = [
+        "## Clusters",
+        "![The intervals of timesteps of every clustering](clusters.png)",
+        "\n".join(f"- {name}: {_intervals(each)}" for name, each in found.items() if each.k <= 10),
+    ]
+    picture = study.affinity.with_suffix(".png")
+    if picture.exists():
+        shutil.copyfile(picture, out / "affinity.png")
+        parts += ["![Task affinities of plain training](affinity.png)"]
+    rows = []
+    for variant in results.cases():
+        shares = [results.curves[variant.name, seed].conflicts for seed in results.seeds(variant)]
+        measured = [share for share in shares if share is not None]
+        if measured:
+            rows.append([variant.title, _mean_sd(100 * np.array(measured), digits=1)])
+    if rows:
+        parts += [
+            _table(["", "conflicting pairs of clusters (%)"], rows, numbers=True),
+            "Pairs of clusters whose gradients have a negative cosine, mean over training, where the method forms "
+            "the Gramian anyway.",
+        ]
+    return "\n\n".join(parts)
+
+
+def _boundaries(plan: Plan, study: StudyFolder, levels: np.ndarray) -> dict[str, IntervalClustering]:
+    number = len(levels)
+    found = {}
+    for variant in VARIANTS:
+        if variant.method == "uw" and (variant.cost != "affinity" or study.affinity.exists()):
+            config = plan.config(variant, 0, study.affinity)
+            found[COST_TITLES[config.clusters.cost]] = build_clusters(config.clusters, lambda: levels, number)
+    found["curriculum"] = build_clusters(plan.base.curriculum.clusters, lambda: levels, number)
+    return found
+
+
+def _intervals(clusters: IntervalClustering) -> str:
+    edges = clusters.boundaries.tolist()
+    return ", ".join(f"{first}–{end - 1}" for first, end in pairwise(edges))
+
+
+def _transfer(results: Results, out: Path) -> str:
+    found = results.transfer()
+    if found is None:
+        return "## Negative transfer\n\nNot measured yet."
+    plots.gaps(out / "negative-transfer.png", results)
+    first = next(iter(results.gaps.values()))
+    values = np.array([gap["gaps"] for gap in results.gaps.values()])
+    steps = np.array(
+        [
+            [np.nan if each is None else each for each in entry["steps_to_fraction"]]
+            for entry in results.difficulty.values()
+        ]
+    )
+    names = [f"{low}–{end - 1}" for low, end in pairwise(first["boundaries"])]
+    rows = [
+        [name, _mean_sd(values[:, j]), ratio(found, j), _mean_sd(steps[:, j], digits=0)]
+        for j, name in enumerate(names)
+    ]
+    headers = [
+        "timesteps", "gap (Fréchet distance)", "ratio with the expert", "expert's steps to 90 % of the fall",
+    ]  # fmt: skip
+    return "\n\n".join(
+        [
+            "## Negative transfer and difficulty",
+            "Experts of equal intervals, trained for as many iterations as the whole. An expert denoises inside "
+            "its interval, plain training elsewhere.",
+            "![Negative transfer gap of every interval](negative-transfer.png)",
+            _table(headers, rows, numbers=True),
+        ]
+    )
+
+
+def _phases(results: Results) -> str:
+    rows = []
+    for variant in results.cases():
+        if variant.family != "curriculum":
+            continue
+        runs = [results.curves[variant.name, seed] for seed in results.seeds(variant)]
+        starts = [next(reversed(run.phases.values())) for run in runs if run.phases]
+        last = max((max(run.phases) for run in runs if run.phases), default=0)
+        rows.append([variant.title, str(last), ", ".join(str(start) for start in starts)])
+    if not rows:
+        return "## Curricula\n\nNot measured yet."
+    settings = results.plan.base.curriculum
+    return (
+        "## Curricula\n\n"
+        + _table(["", "last phase", "which began at iteration, by seed"], rows)
+        + f"\n\nPatience {settings.patience}, at most {settings.max_length} iterations a phase, "
+        f"{settings.clusters.k} clusters."
+    )
+
+
+def _costs(results: Results) -> str:
+    if not results.costs:
+        return "## Cost of a step\n\nNot calibrated: the calibrated time is that of equally fast steps."
+    rows = []
+    for kind, cost in results.costs.items():
+        rows.append([kind, f"{cost.ratio:.3f}", f"{cost.low:.3f} to {cost.high:.3f}", f"{cost.seconds:.3f}"])
+    control = results.costs.get(CONTROL)
+    noise = (
+        "" if control is None else f" The control, plain training a second time, came to {control.ratio:.3f}."
+    )
+    return (
+        "## Cost of a step\n\n"
+        + _table(["", "ratio to the plain step", "quartiles", "s"], rows, numbers=True)
+        + "\n\nAll kinds of steps in turn, in random order, by one process alone; the ratio is the median over "
+        "the rounds of ratios within a round, so that a machine whose speed varies disturbs all alike."
+        + noise
+        + " Machine: "
+        + ", ".join(f"{name} {value}" for name, value in results.machine.items())
+        + "."
+    )
+
+
+def _method(results: Results) -> str:
+    seconds = [curve.position["measured"][-1] for curve in results.curves.values()]
+    ratio_of = {variant: results.costs[variant.kind].ratio for variant in results.cases() if results.costs}
+    paces = [
+        results.curves[variant.name, seed].position["measured"][-1] / (results.plan.iterations * cost)
+        for variant, cost in ratio_of.items()
+        for seed in results.seeds(variant)
+    ]
+    spread = (
+        f" A plain step took {min(paces):.3f} to {max(paces):.3f} s by run, once the method's cost is divided "
+        "out: that much the machine's speed varied."
+        if paces
+        else ""
+    )
+    return (
+        "## How it was measured\n\n"
+        "Runs of a seed share initial weights, order of the images, and the noise of the evaluation. Plain "
+        "training draws timesteps uniformly, the clustered methods equally often from every cluster, as in the "
+        "paper; what that alone does is not told apart here. Calibrated time is steps × the cost of a step in "
+        "plain steps, and is the figure to go by, since machines are noisy; measured time is that of training "
+        "alone, without evaluation, several runs at a time on a shared machine "
+        f"({sum(seconds) / 3600:.1f} h in all).{spread} At equal time all runs of a seed are read at the time "
+        "that the shortest of them took, interpolated between evaluations.\n\n"
+        f"Affinity clusters come from plain training with seed 0 ({results.plan.tasks} groups of timesteps, "
+        f"{results.plan.samples} images each, mean over its {results.plan.evaluations} checkpoints)."
+    )
+
+
+def _mean_sd(values: np.ndarray, digits: int = 3) -> str:
+    known = values[np.isfinite(values)]
+    if not known.size:
+        return "–"
+    if len(known) == 1:
+        return f"{known[0]:.{digits}f}"
+    return f"{known.mean():.{digits}f} ± {known.std(ddof=1):.{digits}f}"
+
+
+def _median(values: list[float]) -> str:
+    middle = float(np.median(values)) if values else float("inf")
+    return f"{middle:.0f}" if np.isfinite(middle) else "–"
+
+
+def _table(headers: list[str], rows: list[list[str]], *, numbers: bool = False) -> str:
+    """A Markdown table; the columns after the first are aligned right if they are numbers."""
+    rule = ["---", *(["---:" if numbers else "---"] * (len(headers) - 1))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [headers, rule, *rows])

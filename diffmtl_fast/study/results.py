@@ -1,0 +1,221 @@
+"""What a study has measured so far, and what follows from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..train import history
+from .calibration import Cost, costs
+from .folder import StudyFolder
+from .plan import VANILLA, VARIANTS, Plan, Variant
+from .statistics import Differences, paired_differences
+
+Array: TypeAlias = "NDArray[np.float64]"
+#: What training is counted in: its steps, its steps times their cost in plain steps, its seconds.
+Axis: TypeAlias = Literal["steps", "calibrated", "measured"]
+AXES: tuple[Axis, ...] = ("steps", "calibrated", "measured")
+METRICS = ("frechet_distance", "precision", "recall", "class_agreement")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The metrics of a run at its checkpoints.
+
+    Attributes:
+        position: float64 [E] by axis.
+        figures: float64 [E] by metric.
+        conflicts: mean share of conflicting pairs of clusters, where it was measured.
+        phases: the first iteration in the log of each phase of a curriculum.
+    """
+
+    position: dict[Axis, Array]
+    figures: dict[str, Array]
+    conflicts: float | None
+    phases: dict[int, int]
+
+    def at(self, axis: Axis, place: float) -> float:
+        """The Fréchet distance at a place, its logarithm interpolated in that of the position."""
+        position, distance = np.log(self.position[axis]), np.log(self.figures["frechet_distance"])
+        return float(np.exp(np.interp(np.log(place), position, distance)))
+
+    def reaches(self, axis: Axis, level: float) -> float:
+        """Where the Fréchet distance first comes down to a level, interpolated likewise; infinity if nowhere."""
+        position, distance = np.log(self.position[axis]), np.log(self.figures["frechet_distance"])
+        below = np.flatnonzero(distance <= np.log(level))
+        if not below.size:
+            return float("inf")
+        j = int(below[0])
+        if j == 0:
+            return float(self.position[axis][0])
+        part = (distance[j - 1] - np.log(level)) / (distance[j - 1] - distance[j])
+        return float(np.exp(position[j - 1] + part * (position[j] - position[j - 1])))
+
+
+@dataclass(frozen=True)
+class Results:
+    """The results of a study.
+
+    Attributes:
+        plan: what was to be done.
+        costs: of a step, by kind of variant.
+        curves: of the runs that are complete, by name of the variant and seed.
+        gaps: of negative transfer, by seed: the content of negative-transfer.json.
+        difficulty: by seed: the content of difficulty.json.
+        affinity: task affinities [T, T], or None.
+        machine: that of the calibration.
+    """
+
+    plan: Plan
+    costs: dict[str, Cost]
+    curves: dict[tuple[str, int], Curve]
+    gaps: dict[int, dict[str, Any]]
+    difficulty: dict[int, dict[str, Any]]
+    affinity: Array | None
+    machine: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as nested dictionaries of JSON's types; of the affinities there is a file of their own."""
+        runs = {
+            f"{name}-seed-{seed}": {
+                **{axis: curve.position[axis].tolist() for axis in AXES},
+                **{metric: values.tolist() for metric, values in curve.figures.items()},
+                "conflicts": curve.conflicts,
+                "phases": curve.phases,
+            }
+            for (name, seed), curve in self.curves.items()
+        }
+        return {
+            "plan": self.plan.to_dict(),
+            "costs": {kind: asdict(cost) for kind, cost in self.costs.items()},
+            "machine": self.machine,
+            "runs": runs,
+            "gaps": self.gaps,
+            "steps_to_fraction": {
+                seed: found["steps_to_fraction"] for seed, found in self.difficulty.items()
+            },
+        }
+
+    def cases(self) -> list[Variant]:
+        """The variants with at least one complete run, plain training first."""
+        return [variant for variant in VARIANTS if self.seeds(variant)]
+
+    def seeds(self, variant: Variant) -> list[int]:
+        """The seeds with which a variant is complete."""
+        return [seed for seed in range(self.plan.seeds) if (variant.name, seed) in self.curves]
+
+    def figures(self, variant: Variant, metric: str) -> Array:
+        """The metric at the end of training, float64 [seeds]."""
+        return np.array([self.curves[variant.name, seed].figures[metric][-1] for seed in self.seeds(variant)])
+
+    def budget(self, axis: Axis, seed: int) -> float:
+        """The place that all complete runs of a seed have come to: where they can be compared."""
+        ends = [curve.position[axis][-1] for (_, of_seed), curve in self.curves.items() if of_seed == seed]
+        return float(min(ends))
+
+    def quality(self, axis: Axis, pairs: list[tuple[Variant, Variant]]) -> Differences:
+        """Differences of the logarithm of the Fréchet distance at an equal budget, for pairs of variants."""
+        return self._compare(
+            pairs,
+            lambda variant, seed: self.curves[variant.name, seed].at(axis, self.budget(axis, seed)),
+        )
+
+    def time_to_quality(self, axis: Axis, pairs: list[tuple[Variant, Variant]]) -> Differences:
+        """Differences of the logarithm of the time to plain training's last Fréchet distance of the same seed.
+
+        A run that does not get there counts as if it did at its end, which makes slow ones look less slow.
+        """
+
+        def reach(variant: Variant, seed: int) -> float:
+            level = self.curves[VANILLA.name, seed].figures["frechet_distance"][-1]
+            curve = self.curves[variant.name, seed]
+            return min(curve.reaches(axis, level), float(curve.position[axis][-1]))
+
+        return self._compare(pairs, reach)
+
+    def reached(self, variant: Variant, axis: Axis, share: float) -> list[float]:
+        """By seed, where plain training's Fréchet distance at a share of its iterations is reached."""
+        found = []
+        for seed in self.seeds(variant):
+            if (VANILLA.name, seed) in self.curves:
+                plain = self.curves[VANILLA.name, seed]
+                level = plain.at("steps", share * self.plan.iterations)
+                found.append(self.curves[variant.name, seed].reaches(axis, level))
+        return found
+
+    def transfer(self) -> Differences | None:
+        """Logarithms of the Fréchet distance with an expert over that without, for every interval."""
+        if not self.gaps:
+            return None
+        ratios = [
+            np.log(np.array(gap["switched_frechet_distance"]) / gap["frechet_distance"])
+            for gap in self.gaps.values()
+        ]
+        return paired_differences(np.stack(ratios, axis=1))
+
+    def _compare(
+        self, pairs: list[tuple[Variant, Variant]], value: Callable[[Variant, int], float]
+    ) -> Differences:
+        seeds = range(self.plan.seeds)
+        differences = np.full((len(pairs), self.plan.seeds), np.nan)
+        for row, (one, other) in zip(differences, pairs, strict=True):
+            for seed in seeds:
+                needed = {(name, seed) for name in (one.name, other.name, VANILLA.name)}
+                if needed <= self.curves.keys():
+                    row[seed] = np.log(value(one, seed) / value(other, seed))
+        return paired_differences(differences)
+
+
+def load_results(study: StudyFolder) -> Results:
+    """Read what is complete of a study.
+
+    Raises:
+        UserError: there is no study.
+    """
+    plan = Plan.read(study.plan)
+    calibration = _json(study.calibration) if study.calibration.exists() else {"seconds": {}, "machine": {}}
+    found = costs(calibration)
+    curves = {
+        (variant.name, seed): _curve(study, variant, seed, found)
+        for variant in VARIANTS
+        for seed in range(plan.seeds)
+        if study.evaluations(variant, seed).exists()
+    }
+    seeds = [seed for seed in range(plan.seeds) if study.gaps(seed).exists()]
+    gaps = {seed: _json(study.gaps(seed)) for seed in seeds}
+    difficulty = {seed: _json(study.gaps(seed).with_name("difficulty.json")) for seed in seeds}
+    affinity = np.load(study.affinity) if study.affinity.exists() else None
+    return Results(plan, found, curves, gaps, difficulty, affinity, calibration["machine"])
+
+
+def _curve(study: StudyFolder, variant: Variant, seed: int, found: dict[str, Cost]) -> Curve:
+    rows = _json(study.evaluations(variant, seed))
+    steps = np.array([row["iteration"] for row in rows], dtype=np.float64)
+    ratio = found[variant.kind].ratio if found else 1.0
+    position: dict[Axis, Array] = {
+        "steps": steps,
+        "calibrated": steps * ratio,
+        "measured": np.array([row["seconds"] for row in rows]),
+    }
+    lines = history.read(study.run(variant, seed).log)
+    shares = [line["conflicts"] for line in lines if line.get("conflicts") is not None]
+    phases: dict[int, int] = {}
+    for line in lines:
+        if "phase" in line:
+            phases.setdefault(line["phase"], line["iteration"])
+    return Curve(
+        position,
+        {metric: np.array([row[metric] for row in rows]) for metric in METRICS},
+        float(np.mean(shares)) if shares else None,
+        phases,
+    )
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text())

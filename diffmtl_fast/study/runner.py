@@ -1,0 +1,175 @@
+"""Runs what a study is missing, several runs at a time, each in the same few threads."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ..train.errors import TrainingDiverged, UserError
+from . import tasks
+from .folder import StudyFolder, all_runs, run_name
+from .plan import Plan
+from .report import write_report
+
+
+@dataclass(frozen=True)
+class Task:
+    """A piece of work.
+
+    Attributes:
+        name: for messages and the file of its output.
+        work: does it.
+        done: what exists once it is done.
+    """
+
+    name: str
+    work: Callable[[], None]
+    done: Path
+
+
+def study(
+    plan: Plan,
+    folder: StudyFolder,
+    *,
+    jobs: int = 2,
+    threads: int = 1,
+    only: str = "*",
+    report: Path | None = None,
+) -> None:
+    """Do what is missing of a study, then write its report.
+
+    Runs are independent of each other and of the order. One that was interrupted goes on from its last
+    checkpoint, one that is complete is skipped; one that diverges is left out of the report.
+
+    Args:
+        plan: what to do. The plan of a study that was begun has to be the same.
+        folder: where.
+        jobs: runs at a time.
+        threads: of each.
+        only: do the work whose name matches this pattern alone, for example ``uw-*``.
+        report: folder of the report; by default the study's own.
+
+    Raises:
+        UserError: the study was begun with another plan, or some of the work failed.
+    """
+    for name, value in (("jobs", jobs), ("threads", threads)):
+        if value < 1:
+            raise UserError(f"{name}: expected at least 1, found {value}")
+    if folder.plan.exists():
+        plan.check_same(Plan.read(folder.plan))
+    else:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        plan.save(folder.plan)
+    folder.output.mkdir(exist_ok=True)
+    failed: dict[str, str] = {}
+    stages = _stages(folder, plan)
+    total = sum(_selected(task, only) for stage in stages for task in stage)
+    if total:
+        progress = _Progress(total)
+        with _pool(jobs, threads) as pool:
+            for stage in stages:
+                todo = [task for task in stage if _selected(task, only)]
+                failed |= _run(pool, todo, folder, progress)
+    print(f"wrote {write_report(folder, folder.report if report is None else report)}")
+    if failed:
+        raise UserError("; ".join(f"{name} failed: {message}" for name, message in failed.items()))
+
+
+def _stages(folder: StudyFolder, plan: Plan) -> list[list[Task]]:
+    """The work in the order of its needs: nothing needs anything of its own stage."""
+    runs = all_runs(plan)
+
+    def run_tasks(by_affinity: bool) -> list[Task]:
+        return [
+            Task(
+                run_name(variant, seed),
+                partial(tasks.train_and_evaluate, folder, plan, variant, seed),
+                folder.evaluations(variant, seed),
+            )
+            for variant, seed in runs
+            if (variant.cost == "affinity") == by_affinity
+        ]
+
+    seeds = range(plan.seeds)
+    affinity = Task("affinity", partial(tasks.measure_affinity, folder, plan), folder.affinity)
+    experts = [
+        Task(
+            f"expert-{index}-seed-{seed}",
+            partial(tasks.train_one_expert, folder, plan, seed, index),
+            folder.gaps(seed),
+        )
+        for seed in seeds
+        for index in range(plan.intervals)
+    ]
+    gaps = [
+        Task(f"gaps-seed-{seed}", partial(tasks.measure_gaps, folder, plan, seed), folder.gaps(seed))
+        for seed in seeds
+    ]
+    calibration = Task("calibration", partial(tasks.measure_costs, folder, plan), folder.calibration)
+    return [[calibration], run_tasks(False), [affinity, *experts], [*run_tasks(True), *gaps]]
+
+
+def _selected(task: Task, only: str) -> bool:
+    return fnmatch.fnmatchcase(task.name, only) and not task.done.exists()
+
+
+def _run(pool: Executor, todo: list[Task], folder: StudyFolder, progress: _Progress) -> dict[str, str]:
+    """Do some work; the messages of what failed for a reason that the user can put right, by name."""
+    failed: dict[str, str] = {}
+    begun = {pool.submit(_work, task, folder.output / f"{task.name}.txt"): task for task in todo}
+    try:
+        for future in as_completed(begun):
+            task = begun[future]
+            try:
+                progress.tell(task.name, future.result())
+            except (UserError, TrainingDiverged) as error:
+                failed[task.name] = str(error)
+                progress.tell(task.name, None)
+    finally:
+        for future in begun:  # after a defect or Ctrl-C nothing more is begun
+            future.cancel()
+    return failed
+
+
+def _pool(jobs: int, threads: int) -> Executor:
+    # A forked process would inherit torch's thread pool without its threads.
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(jobs, mp_context=context, initializer=_set_threads, initargs=(threads,))
+
+
+def _set_threads(threads: int) -> None:
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+def _work(task: Task, output: Path) -> float:
+    """Do it in a process of the pool, what it prints into a file; the seconds that it took."""
+    begun = time.perf_counter()
+    with output.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+        task.work()
+    return time.perf_counter() - begun
+
+
+class _Progress:
+    """A line for every piece of work that is done."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._done, self._begun = total, 0, time.monotonic()
+
+    def tell(self, name: str, seconds: float | None) -> None:
+        self._done += 1
+        took = "failed" if seconds is None else f"{seconds:.0f} s"
+        elapsed = time.monotonic() - self._begun
+        left = elapsed / self._done * (self._total - self._done) / 60
+        count = f"{self._done:>{len(str(self._total))}}/{self._total}"
+        print(f"{count}  {name}: {took}, {elapsed / 60:.1f} min so far, about {left:.0f} to go", flush=True)

@@ -1,0 +1,63 @@
+"""The plan of a study: its variants, configurations, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from diffmtl_fast.study.plan import VARIANTS, Plan, bundled, make_plan
+from diffmtl_fast.train.errors import UserError
+
+
+def test_the_variants_are_those_of_the_papers():
+    assert len({variant.name for variant in VARIANTS}) == len(VARIANTS) == 12
+    clustered = {(v.method, v.cost) for v in VARIANTS if v.family == "clusters"}
+    assert clustered == {
+        (method, cost)
+        for method in ("uw", "pcgrad", "nash")
+        for cost in ("timestep", "snr", "affinity")
+    }  # fmt: skip
+    assert {v.order for v in VARIANTS if v.family == "curriculum"} == {"easy_to_hard", "hard_to_easy"}
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_runs_differ_in_nothing_but_the_variant_and_the_seed(quick):
+    plan = make_plan(quick=quick)
+    for variant in VARIANTS:
+        config = plan.config(variant, 1, Path("tas.npy"))
+        assert (config.method, config.seed, config.curriculum.order) == (variant.method, 1, variant.order)
+        assert (config.clusters.affinity == "tas.npy") == (variant.cost == "affinity")
+        assert (config.model, config.optimizer, config.iterations) == (
+            plan.base.model, plan.base.optimizer, plan.iterations,
+        )  # fmt: skip
+        assert config.checkpoints.every * plan.evaluations == config.iterations
+        assert config.checkpoints.keep == plan.evaluations
+
+
+def test_a_plan_survives_its_file(tmp_path):
+    plan = make_plan(quick=True, seeds=1)
+    plan.save(tmp_path / "plan.json")
+    read = Plan.read(tmp_path / "plan.json")
+    assert read == plan
+    read.check_same(plan)
+    with pytest.raises(UserError, match="seeds: expected 1, as in the study that is there, found 2"):
+        make_plan(quick=True, seeds=2).check_same(plan)
+    with pytest.raises(UserError, match="iterations: expected 8, as in the study that is there, found 4"):
+        make_plan(quick=True, seeds=1, iterations=4).check_same(plan)
+
+
+def test_a_configuration_of_the_user(tmp_path):
+    base = {**bundled(quick=True)["base"], "batch_size": 7}
+    assert make_plan(base, quick=True).base.batch_size == 7
+    with pytest.raises(UserError, match="evaluations: expected a divisor of the 8 iterations, found 3"):
+        make_plan(base, quick=True, evaluations=3)
+    with pytest.raises(UserError, match="seeds: expected at least 1, found 0"):
+        make_plan(base, quick=True, seeds=0)
+    with pytest.raises(UserError, match="expected pictures to evaluate"):
+        make_plan({**base, "evaluation": {"num_samples": 0}}, quick=True)
+    with pytest.raises(UserError, match="expected a study, found no plan"):
+        Plan.read(tmp_path / "plan.json")
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(UserError, match="expected the plan of a study"):
+        Plan.read(tmp_path / "plan.json")

@@ -1,0 +1,143 @@
+"""A whole study of tiny runs: everything is made, nothing twice, and an interrupted one goes on."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from diffmtl_fast.cli import main
+from diffmtl_fast.study import tasks
+from diffmtl_fast.study.calibration import CONTROL, costs
+from diffmtl_fast.study.folder import StudyFolder
+from diffmtl_fast.study.plan import VANILLA, VARIANTS, bundled, make_plan
+from diffmtl_fast.train.checkpoint import checkpoints
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def plan(device):
+    return make_plan(
+        {**bundled(quick=True)["base"], "device": str(device)}, quick=True, seeds=1, iterations=2
+    )
+
+
+def test_a_run_is_evaluated_once_and_can_be_used_with_the_trainer(plan, tmp_path, device, capsys):
+    study, variant = StudyFolder(tmp_path / "study"), VARIANTS[2]
+    tasks.train_and_evaluate(study, plan, variant, 0)
+    rows = json.loads(study.evaluations(variant, 0).read_text())
+    assert [row["iteration"] for row in rows] == [1, 2]
+    assert 0 < rows[0]["seconds"] < rows[1]["seconds"]
+    run = study.run(variant, 0)
+    assert [path.name for path in checkpoints(run.checkpoints)] == ["iter-00000002"]
+
+    assert main(["evaluate", "--run", str(run), "--device", str(device)]) == 0
+    metrics = json.loads(run.metrics.read_text())["samples"]
+    assert metrics == {name: rows[-1][name] for name in metrics}
+
+    capsys.readouterr()
+    tasks.train_and_evaluate(study, plan, variant, 0)
+    assert capsys.readouterr().out == ""
+
+
+def test_an_interrupted_evaluation_does_not_train_again(plan, tmp_path, monkeypatch, capsys):
+    study = StudyFolder(tmp_path / "study")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks, "evaluate_checkpoints", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            tasks.train_and_evaluate(study, plan, VANILLA, 0)
+    assert not study.evaluations(VANILLA, 0).exists()
+    tasks.train_and_evaluate(study, plan, VANILLA, 0)
+    assert "is already complete" in capsys.readouterr().out
+    assert len(json.loads(study.evaluations(VANILLA, 0).read_text())) == 2
+    assert len(checkpoints(study.run(VANILLA, 0).checkpoints)) == 2  # the affinities need them all
+
+
+def test_costs_are_measured_of_every_kind(plan, tmp_path):
+    study = StudyFolder(tmp_path)
+    tasks.measure_costs(study, plan, rounds=2)
+    stored = json.loads(study.calibration.read_text())
+    assert set(stored["seconds"]) == {variant.kind for variant in VARIANTS} | {CONTROL}
+    assert {len(seconds) for seconds in stored["seconds"].values()} == {2}
+    assert all(seconds > 0 for values in stored["seconds"].values() for seconds in values)
+    assert costs(stored)["vanilla"].ratio == 1.0
+    tasks.measure_costs(study, plan, rounds=3)
+    assert json.loads(study.calibration.read_text()) == stored
+
+
+def test_affinity_experts_and_gaps(plan, tmp_path):
+    study = StudyFolder(tmp_path / "study")
+    tasks.train_and_evaluate(study, plan, VANILLA, 0)
+    tasks.measure_affinity(study, plan)
+    by_affinity = next(variant for variant in VARIANTS if variant.cost == "affinity")
+    tasks.train_and_evaluate(study, plan, by_affinity, 0)
+    assert study.run(by_affinity, 0).read_config().clusters.affinity == str(study.affinity)
+    for index in range(plan.intervals):
+        tasks.train_one_expert(study, plan, 0, index)
+    tasks.measure_gaps(study, plan, 0)
+    assert json.loads(study.gaps(0).read_text())["boundaries"] == [0, 50, 100]
+
+
+def test_command(tmp_path, monkeypatch, capsys, device):
+    monkeypatch.chdir(tmp_path)
+    base = make_plan(quick=True).to_dict()["base"]
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump({**base, "device": str(device), "iterations": 2}))
+    begin = [
+        "study",
+        "--config",
+        "base.yaml",
+        "--quick",
+        "--seeds",
+        "1",
+        "--evaluations",
+        "1",
+        "--study-dir",
+        "s",
+    ]
+    assert main([*begin, "--jobs", "1", "--only", "vanilla-*"]) == 0
+    out = capsys.readouterr().out
+    assert "1/1  vanilla-seed-0: " in out
+    assert "wrote s/report/report.md" in out
+    assert "11 of 12 runs are missing" in (tmp_path / "s/report/report.md").read_text()
+
+    (tmp_path / "s/report/report.md").unlink()
+    assert main(["study", "--study-dir", "s", "--only", "vanilla-*", "--out", "elsewhere"]) == 0
+    assert capsys.readouterr().out == "wrote elsewhere/report.md\n"
+    assert main(["study", "--study-dir", "s", "--report-only"]) == 0
+
+    for arguments, message in (
+        (["--study-dir", "none", "--report-only"], "none: expected a study, found no plan.json"),
+        (["--study-dir", "s", "--seeds", "2", "--quick"], "seeds: expected 1, as in the study that is there"),
+        (["--study-dir", "s", "--jobs", "0"], "jobs: expected at least 1, found 0"),
+        (["--study-dir", "s", "--config", "none.yaml"], "none.yaml: cannot be read"),
+    ):
+        assert main(["study", *arguments]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_what_fails_is_reported_after_the_rest(tmp_path, monkeypatch, capsys, device):
+    monkeypatch.chdir(tmp_path)
+    base = make_plan(quick=True).to_dict()["base"]
+    base |= {"device": str(device), "iterations": 2, "method": "vanilla"}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    options = ["--config", "base.yaml", "--quick", "--seeds", "1", "--evaluations", "1", "--study-dir", "s"]
+    assert main(["study", *options, "--only", "*vanilla-seed-0"]) == 0
+    checkpoint = next((tmp_path / "s/runs/vanilla-seed-0/checkpoints").iterdir())
+    (checkpoint / "model.safetensors").write_bytes(b"damaged")
+    assert main(["study", "--study-dir", "s", "--only", "affinity"]) == 2
+    captured = capsys.readouterr()
+    assert "affinity: failed" in captured.out
+    assert "error: affinity failed: checkpoint" in captured.err
