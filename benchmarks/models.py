@@ -1,4 +1,4 @@
-"""The models that training steps are timed on, each with a batch: three for two CPU cores, two for a GPU."""
+"""The models that training steps are timed on, each with a batch: for two CPU cores, and two for a GPU."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _map(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
     return Batch(inputs, function(batch.target), function(batch.cluster))
 
 
-def _batch(channels: int, size: int, batch_size: int, num_clusters: int, *labels: Tensor) -> Batch:
+def _batch(channels: int, size: int, batch_size: int, num_clusters: int, *conditions: Tensor) -> Batch:
     """Draw a batch sorted by cluster, as a stratified sampler does.
 
     The targets of neighbouring clusters lean to opposite sides. In an untrained model the gradients of all
@@ -85,7 +85,7 @@ def _batch(channels: int, size: int, batch_size: int, num_clusters: int, *labels
     cluster = torch.arange(batch_size) * num_clusters // batch_size
     t = cluster * 1000 // num_clusters + torch.randint(1000 // num_clusters, (batch_size,))
     lean = 0.7 - 1.4 * (cluster % 2).view(-1, 1, 1, 1)
-    return Batch((x, t, *labels), noise + lean, cluster)
+    return Batch((x, t, *conditions), noise + lean, cluster)
 
 
 class DiT(nn.Module):
@@ -193,11 +193,72 @@ def diffusers_dit(batch_size: int, num_clusters: int) -> Case:
     return Case("DiTTransformer2DModel", model.eval(), batch, num_clusters, {"return_dict": False})
 
 
+def conditional_unet(batch_size: int, num_clusters: int) -> Case:
+    """Return a diffusers UNet2DConditionModel: like `unet`, with attention to 16 tokens of text in both levels."""
+    model = require("diffusers", "train").UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(64, 128),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=64,
+    )
+    batch = _batch(4, 16, batch_size, num_clusters, torch.randn(batch_size, 16, 64))
+    return Case("UNet2DConditionModel", model, batch, num_clusters, {"return_dict": False})
+
+
+def pixart(batch_size: int, num_clusters: int) -> Case:
+    """Return a diffusers PixArtTransformer2DModel: width 192, 4 layers, 64 tokens, 16 tokens of text."""
+    model = require("diffusers", "train").PixArtTransformer2DModel(
+        num_attention_heads=4,
+        attention_head_dim=48,
+        in_channels=4,
+        out_channels=4,
+        num_layers=4,
+        sample_size=16,
+        cross_attention_dim=192,
+        caption_channels=64,
+        use_additional_conditions=False,
+    )
+    batch = _batch(4, 16, batch_size, num_clusters, torch.randn(batch_size, 16, 64))
+    batch = _reordered(batch, 0, 2, 1)
+    options = {"added_cond_kwargs": {}, "return_dict": False}
+    return Case("PixArtTransformer2DModel", model, batch, num_clusters, options)
+
+
+def sd3(batch_size: int, num_clusters: int) -> Case:
+    """Return a diffusers SD3Transformer2DModel: width 192, 4 layers, 64 tokens, 16 tokens of text."""
+    model = require("diffusers", "train").SD3Transformer2DModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=4,
+        attention_head_dim=48,
+        num_attention_heads=4,
+        joint_attention_dim=64,
+        caption_projection_dim=192,
+        pooled_projection_dim=64,
+        pos_embed_max_size=8,
+    )
+    text = torch.randn(batch_size, 16, 64)
+    batch = _batch(4, 16, batch_size, num_clusters, text, text.mean(1))
+    return Case(
+        "SD3Transformer2DModel", model, _reordered(batch, 0, 2, 3, 1), num_clusters, {"return_dict": False}
+    )
+
+
+def _reordered(batch: Batch, *order: int) -> Batch:
+    """Put the inputs into the order of a model's arguments."""
+    return replace(batch, inputs=tuple(batch.inputs[i] for i in order))
+
+
 #: by their names on the command line
 MODELS: dict[str, Callable[[int, int], Case]] = {
     "dit": dit,
     "unet": unet,
     "diffusers-dit": diffusers_dit,
+    "conditional-unet": conditional_unet,
+    "pixart": pixart,
+    "sd3": sd3,
     "dit-s2": dit_s2,
     "dit-b2": dit_b2,
 }
