@@ -343,7 +343,7 @@ def _study_parser(jsonargparse: Any) -> Any:
     )
     parser.add_argument("--iterations", type=int, help="of every run; the configuration's if not given")
     parser.add_argument("--seeds", type=int, help="number of seeds; 3 if not given")
-    parser.add_argument("--evaluations", type=int, help="of every run, evenly spaced; 8 if not given")
+    parser.add_argument("--evaluations", type=int, help="of every run, evenly spaced; 7 if not given")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each")
     parser.add_argument(

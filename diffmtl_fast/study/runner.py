@@ -18,7 +18,7 @@ import torch
 from ..train.errors import TrainingDiverged, UserError
 from . import tasks
 from .folder import StudyFolder, all_runs, run_name
-from .plan import Plan
+from .plan import VANILLA, Plan
 from .report import write_report
 
 
@@ -80,7 +80,10 @@ def study(
             for stage in stages:
                 todo = [task for task in stage if _selected(task, only)]
                 failed |= _run(pool, todo, folder, progress)
-    print(f"wrote {write_report(folder, folder.report if report is None else report)}")
+    if any(folder.evaluations(VANILLA, seed).exists() for seed in range(plan.seeds)):
+        print(f"wrote {write_report(folder, folder.report if report is None else report)}")
+    else:
+        print("no report yet: it compares with plain training, which is not complete")
     if failed:
         raise UserError("; ".join(f"{name} failed: {message}" for name, message in failed.items()))
 

@@ -13,6 +13,7 @@ from ..clustering import cluster_timesteps
 from ..train import analysis, checkpoint
 from ..train.components import build, build_scheduler
 from ..train.config import Clusters, Component
+from ..train.errors import UserError
 from ..train.evaluation import Judge
 from ..train.experts import train_expert
 from ..train.folder import RunFolder
@@ -39,7 +40,7 @@ def train_and_evaluate(study: StudyFolder, plan: Plan, variant: Variant, seed: i
     if study.evaluations(variant, seed).exists():
         return
     run = study.run(variant, seed)
-    train(plan.config(variant, seed, study.affinity), run, resume=True, outputs=False)
+    train(plan.config(variant, seed, study.affinity.absolute()), run, resume=True, outputs=False)
     paths = checkpoint.checkpoints(run.checkpoints)
     found = evaluate_checkpoints(run, paths)
     study.evaluations(variant, seed).parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +53,7 @@ def train_and_evaluate(study: StudyFolder, plan: Plan, variant: Variant, seed: i
 def measure_affinity(study: StudyFolder, plan: Plan) -> None:
     """Measure the task affinities of plain training."""
     if not study.affinity.exists():
-        run = study.run(VANILLA, 0)
+        run = _plain_run(study, 0)
         analysis.affinity(run, plan.base.device, tasks=plan.tasks, samples=plan.samples)
 
 
@@ -60,7 +61,7 @@ def train_one_expert(study: StudyFolder, plan: Plan, seed: int, index: int) -> N
     """Train the expert of an interval, beside plain training with the same seed."""
     if study.gaps(seed).exists():
         return
-    run = study.run(VANILLA, seed)
+    run = _plain_run(study, seed)
     config = run.read_config()
     clusters = cluster_timesteps(build_scheduler(config).config.num_train_timesteps, plan.intervals)
     first, end = clusters.boundaries[index : index + 2].tolist()
@@ -72,9 +73,16 @@ def measure_gaps(study: StudyFolder, plan: Plan, seed: int) -> None:
     """Measure negative transfer, and the difficulty of the intervals by the same experts."""
     if study.gaps(seed).exists():
         return
-    run, intervals = study.run(VANILLA, seed), Clusters("timestep", plan.intervals)
+    run, intervals = _plain_run(study, seed), Clusters("timestep", plan.intervals)
     analysis.difficulty(run, plan.base.device, intervals=intervals)
     analysis.negative_transfer(run, plan.base.device, intervals=intervals, seed=seed)
+
+
+def _plain_run(study: StudyFolder, seed: int) -> RunFolder:
+    run = study.run(VANILLA, seed)
+    if not study.evaluations(VANILLA, seed).exists():
+        raise UserError(f"{run}: expected complete plain training to analyse, found none yet")
+    return run
 
 
 def evaluate_checkpoints(run: RunFolder, paths: list[Path]) -> list[dict[str, Any]]:

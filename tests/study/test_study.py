@@ -14,6 +14,7 @@ from diffmtl_fast.study.calibration import CONTROL, costs
 from diffmtl_fast.study.folder import StudyFolder
 from diffmtl_fast.study.plan import VANILLA, VARIANTS, bundled, make_plan
 from diffmtl_fast.train.checkpoint import checkpoints
+from diffmtl_fast.train.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -128,16 +129,18 @@ def test_command(tmp_path, monkeypatch, capsys, device):
         assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
-def test_what_fails_is_reported_after_the_rest(tmp_path, monkeypatch, capsys, device):
-    monkeypatch.chdir(tmp_path)
-    base = make_plan(quick=True).to_dict()["base"]
-    base |= {"device": str(device), "iterations": 2, "method": "vanilla"}
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
-    options = ["--config", "base.yaml", "--quick", "--seeds", "1", "--evaluations", "1", "--study-dir", "s"]
-    assert main(["study", *options, "--only", "*vanilla-seed-0"]) == 0
-    checkpoint = next((tmp_path / "s/runs/vanilla-seed-0/checkpoints").iterdir())
-    (checkpoint / "model.safetensors").write_bytes(b"damaged")
-    assert main(["study", "--study-dir", "s", "--only", "affinity"]) == 2
+def test_what_fails_is_reported_after_the_rest(tmp_path, capsys):
+    options = ["--quick", "--jobs", "1", "--only", "affinity"]
+    assert main(["study", "--study-dir", str(tmp_path / "s"), *options]) == 2
     captured = capsys.readouterr()
-    assert "affinity: failed" in captured.out
-    assert "error: affinity failed: checkpoint" in captured.err
+    assert "1/1  affinity: failed" in captured.out
+    assert "no report yet" in captured.out
+    assert captured.err.startswith("error: affinity failed: ")
+    assert "expected complete plain training to analyse" in captured.err
+
+
+def test_analyses_wait_for_plain_training(plan, tmp_path):
+    study = StudyFolder(tmp_path / "study")
+    for work in (tasks.measure_affinity, lambda *it: tasks.measure_gaps(*it, 0)):
+        with pytest.raises(UserError, match="expected complete plain training to analyse, found none yet"):
+            work(study, plan)
