@@ -49,6 +49,18 @@ struct WgradBlock {
   Int out_stride;
 };
 
+// A group of channels of one sample in the backward of a normalisation: [channels, size] without gaps.
+struct NormGroup {
+  const void* grad;
+  const void* x;
+  double mean, rstd;
+  const double* weight;  // of every channel, as are the results for weight and bias
+  Int channels, size;
+  void* by_x;
+  double* by_weight;
+  double* by_bias;
+};
+
 struct Kernels {
   const char* name;
   // sums[i * count + j] += <row i, row j> for i <= j. scratch: gram_scratch(count) bytes, aligned to 64.
@@ -67,6 +79,7 @@ struct Kernels {
   void (*wgrad[kDTypes][kDTypes])(const WgradBlock& block, void* scratch);
   // out = (add ? out : 0) + the sum of `count` rows, by the types of the rows and of the output.
   void (*sum_rows[kDTypes][kDTypes])(const void* rows, Int stride, Int count, Int columns, bool add, void* out);
+  void (*group_norm[kDTypes])(const NormGroup& group);
   // The noise of n elements of a sample from element `begin` on, a multiple of 4.
   void (*normals)(std::uint64_t seed, Int sample, Int begin, Int n, float* out);
   // Of given words, n a multiple of 16: for the tests, whose patience ends before the noise meets its extreme words.

@@ -3,6 +3,7 @@
 #include "cpu_cluster_loops.hpp"
 #include "cpu_loss_loops.hpp"
 #include "cpu_noise.hpp"
+#include "cpu_norm_loops.hpp"
 #include "cpu_vector.hpp"
 
 namespace diffmtl::cpu {
@@ -184,6 +185,7 @@ constexpr Kernels make_kernels(const char* name) {
            DIFFMTL_PER_LAST_TWO(mix, Float16)},
           DIFFMTL_PER_PAIR(wgrad),
           DIFFMTL_PER_PAIR(sum_rows),
+          DIFFMTL_PER_DTYPE(group_norm),
           normals,
           box_muller_of_words};
 }

@@ -512,6 +512,15 @@ class GroupNorm(ClusterRule):
     def backward(ctx: RuleContext, grad: Tensor, clusters: Clusters) -> tuple[Tensor | None, ...]:
         """See `ClusterRule`."""
         input, weight, bias, mean, rstd = ctx.saved_tensors
+        if input.device.type == "cpu" and input.is_contiguous():
+            mean, rstd = (t.view(input.shape[0], -1) for t in (mean, rstd))
+            by_samples, *affine = ops.group_norm_backward(grad, input, mean, rstd, weight)
+            offsets = clusters.offsets(input.shape[0])
+            by_cluster = [
+                ops.cluster_sum(values, offsets, out=ctx.buffer(i)) if ctx.needs_input_grad[i] else None
+                for i, values in zip((2, 3), affine, strict=True)
+            ]
+            return by_samples if ctx.needs_input_grad[0] else None, None, *by_cluster, None
         # PyTorch's CPU kernel for channels_last writes the input's gradient even where it was not asked for.
         wanted = [True, *(ctx.needs_input_grad[i] for i in (2, 3))]
         grad = grad.contiguous(memory_format=_memory_format(input))

@@ -17,6 +17,7 @@ from .cluster_wgrad import cluster_wgrad
 from .combine import combine, combine_
 from .denoising_loss import denoising_loss, sample_huber
 from .gram import gram
+from .group_norm import group_norm_backward
 from .nash import nash_weights
 from .pcgrad import pcgrad_weights
 from .philox import philox_normal
@@ -45,6 +46,7 @@ __all__ = [
     "combine_",
     "denoising_loss",
     "gram",
+    "group_norm_backward",
     "nash_weights",
     "pcgrad_weights",
     "philox_normal",

@@ -493,6 +493,34 @@ def cluster_sum(values: Tensor, offsets: Tensor) -> Tensor:
     return out
 
 
+def group_norm_backward(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run `group_norm_backward`."""
+    if reason := _unsupported(x, mean, rstd, weight):
+        return run_plain("group_norm_backward", reason, grad, x, mean, rstd, weight)
+    grad, x, mean, rstd = grad.contiguous(), x.contiguous(), mean.contiguous(), rstd.contiguous()
+    samples, channels = x.shape[:2]
+    by_x = torch.empty_like(x)
+    by_weight, by_bias = (torch.empty(samples, channels, dtype=torch.float64) for _ in range(2))
+    if by_weight.numel():
+        _C.cpu_group_norm_backward(
+            *map(_handle, (grad, x)),
+            *((t.data_ptr(), _DTYPES[t.dtype], 1) for t in (mean, rstd)),
+            None if weight is None else _handle(weight),
+            samples,
+            channels,
+            math.prod(x.shape[2:]),
+            mean.shape[1],
+            _handle(by_x),
+            by_weight.data_ptr(),
+            by_bias.data_ptr(),
+            torch.get_num_threads(),
+        )
+    dtype = accumulation_dtype(x)
+    return by_x, by_weight.to(dtype), by_bias.to(dtype)
+
+
 _KERNELS: tuple[Callable[..., Any], ...] = (
     gram,
     combine,
@@ -511,6 +539,7 @@ _KERNELS: tuple[Callable[..., Any], ...] = (
     cluster_sum_out,
     cluster_wgrad,
     cluster_wgrad_out,
+    group_norm_backward,
     uncertainty_loss,
     uncertainty_loss_backward,
     pcgrad_weights,

@@ -86,6 +86,11 @@ SAMPLES = {
         torch.randn(K, 4, P, device=d),
         False,
     ),
+    "group_norm_backward": lambda d, t, g: (
+        *torch.randn(2, B, 4, 3, device=d).to(t),
+        *torch.rand(2, B, 2, device=d),
+        torch.randn(4, device=d),
+    ),
     "uncertainty_loss": lambda d, t, g: (
         *mse_inputs(d, t, g),
         cluster(d),

@@ -1,0 +1,92 @@
+"""The backward of group normalisation, with the gradients of weight and bias of every sample by itself."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from ._checks import accumulation_dtype, check_floating, check_same_device
+from ._library import define_op, refuse_autograd
+
+
+def group_norm_backward_plain(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute `group_norm_backward` by its definition."""
+    dtype = accumulation_dtype(grad, x)
+    samples, channels = x.shape[:2]
+    groups = mean.shape[1]
+    size = math.prod(x.shape[2:])
+    slope = grad.to(dtype).reshape(samples, channels, size)
+    by_group = x.to(dtype).reshape(samples, groups, channels // groups * size)
+    normal = ((by_group - mean.to(dtype).unsqueeze(2)) * rstd.to(dtype).unsqueeze(2)).view_as(slope)
+    by_weight, by_bias = (slope * normal).sum(2), slope.sum(2)
+    if weight is not None:
+        slope = slope * weight.to(dtype).unsqueeze(1)
+    slope, normal = slope.view_as(by_group), normal.view_as(by_group)
+    along = normal * (slope * normal).mean(2, keepdim=True)
+    by_x = (slope - slope.mean(2, keepdim=True) - along) * rstd.to(dtype).unsqueeze(2)
+    return by_x.view(x.shape).to(x.dtype), by_weight, by_bias
+
+
+def _fake(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    by_weight, by_bias = (x.new_empty(x.shape[:2], dtype=accumulation_dtype(grad, x)) for _ in range(2))
+    return x.new_empty(x.shape), by_weight, by_bias
+
+
+_group_norm_backward = define_op(
+    "group_norm_backward(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor? weight)"
+    " -> (Tensor, Tensor, Tensor)",
+    plain=group_norm_backward_plain,
+    fake=_fake,
+)
+refuse_autograd("group_norm_backward", "it is itself part of a backward pass; detach its inputs")
+
+
+def group_norm_backward(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward of group normalisation y = w (x − μ) r + b, with weight and bias gradients for every sample.
+
+    With z = (x − μ) r and g the gradient by y: ∂/∂w_nc = Σ g z and ∂/∂b_nc = Σ g over the positions of channel c
+    of sample n, and ∂/∂x = r (w g − ⟨w g⟩ − z ⟨w g z⟩), ⟨·⟩ the mean over a group.
+
+    Source: Wu & He, "Group Normalization", ECCV 2018, differentiated.
+
+    Args:
+        grad: g, [N, C, ...], floating point.
+        x: [N, C, ...], in the same dtype.
+        mean: μ, [N, G], floating point; channels are divided into G groups of neighbours.
+        rstd: r = 1 / √(variance + ε), [N, G], floating point.
+        weight: w, [C], floating point. Default: ones.
+
+    Returns:
+        The gradients by x, [N, C, ...] in its dtype and contiguous, by the weight and by the bias, [N, C] each, in
+        float32 at least, which is what sums are formed in. Autocast changes nothing.
+
+    Raises:
+        TypeError: a dtype is not as stated.
+        ValueError: shapes or devices do not fit.
+        RuntimeError: the result is differentiated.
+    """
+    given = {"grad": grad, "x": x, "mean": mean, "rstd": rstd}
+    if weight is not None:
+        given["weight"] = weight
+    check_floating(**given)
+    check_same_device(**given)
+    if grad.dtype != x.dtype:
+        raise TypeError(f"expected grad and x of one dtype, found {grad.dtype} and {x.dtype}")
+    if grad.shape != x.shape or x.dim() < 2:
+        raise ValueError(f"expected grad and x [N, C, ...], found {list(grad.shape)} and {list(x.shape)}")
+    groups = mean.shape[-1] if mean.dim() == 2 else 0
+    if not groups or x.shape[1] % groups or mean.shape != (x.shape[0], groups) or rstd.shape != mean.shape:
+        raise ValueError(
+            f"expected mean and rstd [N, G] = [{x.shape[0]}, a divisor of {x.shape[1]}], found "
+            f"{list(mean.shape)} and {list(rstd.shape)}"
+        )
+    if weight is not None and weight.shape != x.shape[1:2]:
+        raise ValueError(f"weight: expected shape [{x.shape[1]}], found {list(weight.shape)}")
+    return _group_norm_backward(grad, x, mean, rstd, weight)
