@@ -6,7 +6,7 @@ import copy
 import functools
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -22,6 +22,7 @@ from .jacobian import Jacobian
 from .layout import BatchLayout
 from .lean import LeanGramian
 from .parameters import grad_versions, refuse_hooks
+from .uncompiled import uncompiled
 
 _logger = logging.getLogger("diffmtl_fast")
 _DATA_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -168,7 +169,8 @@ class ClusteredMTL(nn.Module):
                 be run by the engine that was asked for.
         """
         if torch.compiler.is_compiling():
-            return _run_uncompiled()(self, cluster, args, kwargs)
+            reason = "ClusteredMTL is not compiled; compile the model instead"
+            return uncompiled(_forward_with_a_warning, reason)(self, cluster, args, kwargs)
         return self._forward(cluster, args, kwargs)
 
     def _forward(self, cluster: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -348,20 +350,6 @@ class ClusteredMTL(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Load the model's own state."""
         return self.module.load_state_dict(state_dict, *args, **kwargs)
-
-
-_uncompiled: Callable[..., Any] | None = None
-
-
-def _run_uncompiled() -> Callable[..., Any]:
-    """Return the forward as torch.compile of the wrapper runs it: not compiled, and the log says so.
-
-    Made here, where a compiler is there anyway: to import it with the package would take seconds.
-    """
-    global _uncompiled
-    if _uncompiled is None:
-        _uncompiled = torch.compiler.disable(_forward_with_a_warning)
-    return _uncompiled
 
 
 def _forward_with_a_warning(

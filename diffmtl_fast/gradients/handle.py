@@ -9,8 +9,17 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .uncompiled import uncompiled
+
 if TYPE_CHECKING:
     from .grouped import GroupedEngine
+
+
+# Of a graph, the engine would see nothing in backward.
+_REASON = (
+    "ClusteredMTL's grouped engine runs compiled functions of parameters operation by operation; with "
+    "fullgraph=True they need engine='sliced'"
+)
 
 
 class ClusterParameter(Tensor):
@@ -44,10 +53,15 @@ class ClusterParameter(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Hand the operation to the engine."""
-        kwargs = dict(kwargs or {})
-        with torch._C.DisableTorchFunctionSubclass():
-            handle = next(find_handles((args, kwargs)))
-            return handle.engine.operate(func, args, kwargs)
+        if torch.compiler.is_compiling():
+            return uncompiled(_operate, _REASON)(func, args, kwargs or {})
+        return _operate(func, args, kwargs or {})
+
+
+def _operate(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        handle = next(find_handles((args, kwargs)))
+        return handle.engine.operate(func, args, dict(kwargs))
 
 
 def _refuse_gradient(handle: Tensor) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
-from exactness import assert_exact, in_slices
+import torch.nn.functional as F
+from exactness import WAYS, assert_exact, in_slices
 from torch import nn
 
 import diffmtl_fast as dm
@@ -54,6 +57,30 @@ def test_compilation_after_wrapping(how, device):
     (model, x), (plain, _) = make(device), make(device)
     mtl = assert_exact(model, x, cluster=CLUSTER, plain=plain, wrap=AFTER[how])
     assert in_slices(mtl) == (None if how == "its module" else [])
+
+
+class Functions(nn.Module):
+    """Functions of activations alone, and of a parameter, compiled or not."""
+
+    def __init__(self, compile):
+        super().__init__()
+        self.linear, self.gain = nn.Linear(4, 4), nn.Parameter(torch.rand(4) + 0.5)
+        self.gated, self.scaled = compile(lambda x: F.silu(x) * x), compile(lambda x, gain: x * gain**2)
+
+    def forward(self, x):
+        return self.scaled(self.gated(self.linear(x)), self.gain)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("way", WAYS)
+def test_compiled_functions_in_a_model(way, device):
+    compiles = [functools.partial(torch.compile, backend="aot_eager"), lambda function: function]
+    torch.manual_seed(0)
+    model, plain = (Functions(compile).to(device).double() for compile in compiles)
+    plain.load_state_dict(model.state_dict())
+    x = torch.randn(len(CLUSTER), 4, dtype=torch.float64, device=device)
+    mtl = assert_exact(model, x, cluster=CLUSTER, plain=plain, options=WAYS[way])
+    assert in_slices(mtl) == (None if way == "sliced" else [])
 
 
 @pytest.mark.compile
