@@ -8,10 +8,13 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # What an installation depends on: Python sources are read in place, the C++ ones are compiled.
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: help train test check check-native clean
+.PHONY: help train test bench bench-full figures check check-native clean
 help:
 	@echo "make train   train on the embedded digits and write pictures and metrics to $(RUN)"
 	@echo "make test    run the test suite (DIFFMTL_TEST_DEVICE=cuda runs it on a GPU)"
+	@echo "make bench   time everything beside the reference, the peers and the limit, a quarter of an hour on 2 cores;"
+	@echo "             bench-full takes hours; both use a GPU where there is one and write benchmarks/results"
+	@echo "make figures   put what they found into README and docs/figures"
 	@echo "make check   lint, type check, compile the GPU kernels ahead of time (needs no GPU)"
 	@echo "make check-native   fuzz the C++ code under the address and undefined behaviour sanitizers"
 	@echo "make clean   remove the virtual environment and build outputs (runs/ is kept)"
@@ -32,6 +35,11 @@ $(VENV)/dev.stamp: $(BUILD_INPUTS) | $(VENV)/torch.stamp
 	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/train.stamp
 
+# The baselines and pytest-benchmark; torch.compile and the models need what the trainer does.
+$(VENV)/bench.stamp: $(BUILD_INPUTS) | $(VENV)/torch.stamp
+	$(PIP) install --quiet -c constraints.txt -e '.[train,bench]'
+	@touch $@ $(VENV)/train.stamp
+
 # An interrupted run continues from its last checkpoint; a finished one is left alone.
 train: $(VENV)/train.stamp
 	$(BIN)/diffmtl-fast train --resume --run-dir $(RUN)
@@ -39,6 +47,18 @@ train: $(VENV)/train.stamp
 # One thread per worker: two workers that each used every core would fight for them.
 test: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The tables come last, and are in the JSON file that it names. BENCH passes options on, such as
+# BENCH='-k clustering' or BENCH='--reference-repo PATH'.
+bench: $(VENV)/bench.stamp
+	$(BIN)/python -m pytest benchmarks/bench_suite.py -q --scale $(or $(SCALE),default) $(BENCH)
+
+bench-full: SCALE := full
+bench-full: bench
+
+# README's figures and pictures, from the files in benchmarks/results and nothing else.
+figures: $(VENV)/bench.stamp
+	$(BIN)/diffmtl-fast bench report benchmarks/results/*.json --out docs/figures --readme README.md docs/benchmarks.md
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class Case:
         num_clusters: K.
         options: the model's keyword arguments; a diffusers model returns a tuple with ``return_dict=False``.
         autocast: run the model under bfloat16 autocast.
+        wrapped: what ways of the same step share: the library's wrappers, and with them the Jacobian's memory.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Case:
     num_clusters: int
     options: dict[str, Any]
     autocast: bool = False
+    wrapped: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -53,7 +55,9 @@ class Case:
     def exact(self) -> Case:
         """Return a copy in float64."""
         batch = _map(self.batch, lambda x: x.double() if x.is_floating_point() else x)
-        return replace(self, model=copy.deepcopy(self.model).double(), batch=batch, autocast=False)
+        return replace(
+            self, model=copy.deepcopy(self.model).double(), batch=batch, autocast=False, wrapped={}
+        )
 
     def predict(self, model: Callable[..., Any], batch: Batch, **extra: Any) -> Tensor:
         """Run the model, or what stands for it, on a batch."""
@@ -157,6 +161,12 @@ def dit(batch_size: int, num_clusters: int) -> Case:
     return Case("DiT", DiT(), _batch(3, 16, batch_size, num_clusters), num_clusters, {})
 
 
+def tiny_dit(batch_size: int, num_clusters: int) -> Case:
+    """Return a DiT that only shows that everything runs: width 24, one layer."""
+    model = DiT(width=24, depth=1)
+    return Case("DiT, tiny", model, _batch(3, 16, batch_size, num_clusters), num_clusters, {})
+
+
 def dit_s2(batch_size: int, num_clusters: int) -> Case:
     """Return DiT-S/2 on latents of 32×32×4, without labels: width 384, 12 layers, 256 tokens, 33M parameters."""
     model = DiT(width=384, depth=12, heads=6, channels=4, size=32)
@@ -253,6 +263,7 @@ def _reordered(batch: Batch, *order: int) -> Batch:
 
 #: by their names on the command line
 MODELS: dict[str, Callable[[int, int], Case]] = {
+    "tiny": tiny_dit,
     "dit": dit,
     "unet": unet,
     "diffusers-dit": diffusers_dit,
@@ -261,4 +272,13 @@ MODELS: dict[str, Callable[[int, int], Case]] = {
     "sd3": sd3,
     "dit-s2": dit_s2,
     "dit-b2": dit_b2,
+}
+#: as tables call them
+TITLES = {
+    "tiny": "DiT, tiny",
+    "dit": "DiT",
+    "unet": "UNet2DModel",
+    "diffusers-dit": "DiTTransformer2DModel",
+    "dit-s2": "DiT-S/2",
+    "dit-b2": "DiT-B/2",
 }

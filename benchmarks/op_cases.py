@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from benchmarks.harness import Candidate, relative_error
-from benchmarks.reference import nash_weights, pcgrad, random_orders
 from diffmtl_fast import ops
 
 K = 5
@@ -57,7 +56,6 @@ class Case:
         bound: which speed of the memory limits it; None where that is not the limit.
         exact: the definition, where `plain` is something else; it is given the inputs in float64.
         compiles: whether `plain` is something for torch.compile.
-        others: further ways to do it, as they are.
         tolerance: largest relative error of the op; that of its dtype by default.
     """
 
@@ -69,7 +67,6 @@ class Case:
     bound: Bound | None = None
     exact: Function | None = None
     compiles: bool = True
-    others: dict[str, Callable[[], Any]] = field(default_factory=dict)
     tolerance: float | None = None
 
     @property
@@ -248,31 +245,12 @@ def loss_cases(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
 def jacobian_cases(parameters: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     """From the Jacobian to the direction, whole and in parts."""
     jacobian = torch.randn(K, parameters, device=device).to(dtype)
-    jacobian[1:] -= jacobian[:1] / 2  # so that PCGrad has something to do
-    weights, order = torch.rand(K, device=device), random_orders(K).to(device)
+    weights = torch.rand(K, device=device)
     once = _bytes(jacobian)
     row = once // K
 
-    def pcgrad_direction(jacobian: Tensor, order: Tensor) -> Tensor:
-        return ops.combine(jacobian, ops.pcgrad_weights(ops.gram(jacobian), order))
-
-    def two_products(jacobian: Tensor) -> tuple[Tensor, Tensor]:
-        return gram(jacobian), combine(jacobian, weights)
-
     yield Case("gram", (jacobian,), ops.gram, gram, once, "read")
     yield Case("combine", (jacobian, weights), ops.combine, combine, once + row, "copy")
-    yield Case(
-        "gram + pcgrad_weights + combine",
-        (jacobian, order),
-        pcgrad_direction,
-        pcgrad,
-        2 * once + row,
-        "copy",
-        compiles=False,
-        others={"J @ J.T and w @ J": lambda: two_products(jacobian)},
-        # A dot product of millions of random float32 numbers is known to its own rounding only.
-        tolerance=max(TOLERANCE[dtype], 1e-4),
-    )
     parts = list(jacobian.split(_split(parameters), dim=1))
     parts = [part.contiguous() for part in parts]
     grads = [torch.empty_like(part[0]) for part in parts]
@@ -315,31 +293,3 @@ def layer_cases(rows: int, columns: int, dtype: torch.dtype, device: torch.devic
     for kind, offsets in (("equal", equal // 4), ("unequal", unequal // 4)):
         inputs = (grad_out[quarter], x[quarter], offsets)
         yield Case(f"cluster_wgrad, {kind}", inputs, ops.cluster_wgrad, cluster_wgrad, compiles=False)
-
-
-def weight_cases(device: torch.device) -> Iterator[Case]:
-    """The weights of K clusters, where only the latency counts."""
-    jacobian = torch.randn(K, 64, device=device)
-    gramian, order, present = (
-        jacobian @ jacobian.T,
-        random_orders(K).to(device),
-        torch.ones(K, dtype=torch.bool),
-    )
-    present = present.to(device)
-    plain = ops.PLAIN["pcgrad_weights"]
-    inputs: tuple[Any, ...] = (gramian, order, present)
-    yield Case("pcgrad_weights", inputs, ops.pcgrad_weights, plain, compiles=False)
-    published = {
-        "cvxpy + ECOS, as published": lambda: nash_weights(gramian, recompile=True),
-        "cvxpy + ECOS, compiled once": lambda: nash_weights(gramian),
-    }
-    try:
-        nash_weights(gramian)
-    except ImportError:  # the bench extra is not installed
-        published = {}
-    plain = ops.PLAIN["nash_weights"]
-    inputs = (gramian, present)
-    # The definition in float64 regularises by float64's rounding.
-    yield Case(
-        "nash_weights", inputs, ops.nash_weights, plain, compiles=False, others=published, tolerance=1e-4
-    )

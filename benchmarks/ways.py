@@ -7,9 +7,8 @@ nobody's choice of how to balance them counts against them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal, cast
 
 import torch
@@ -19,14 +18,15 @@ from torch.func import functional_call, grad, vmap
 import diffmtl_fast as dm
 from benchmarks.harness import GateError
 from benchmarks.models import Case
-from benchmarks.reference import Batch, pcgrad_step, plain_step
+from benchmarks.reference import Batch, cluster_gradients, nash_step, pcgrad_step, plain_step
 from diffmtl_fast._extras import require
+from diffmtl_fast.bench.results import Role
+from diffmtl_fast.gradients.cluster_jacobian import ClusterJacobian
 
 SEED = 0
-COMPILED = "plain, torch.compile"
-Rows = Sequence[
-    Sequence[Tensor | None]
-]  # of gradients, one tensor per parameter; a row is an update or a cluster
+OURS = "diffmtl_fast"
+# of gradients, one tensor per parameter; a row is an update or a cluster
+Rows = Iterable[Sequence[Tensor | None]]
 Run = Callable[[], Rows]
 Weighting = dm.LossWeighting | dm.GramianWeighting
 EngineName = Literal["grouped", "sliced"]
@@ -41,72 +41,103 @@ class Way:
     Attributes:
         name: row label.
         outcome: what it computes: an update direction by that method, or every cluster's gradient and no update.
+        role: what it stands for.
         prepare: set up what lasts from step to step, and return the step.
         tolerance: largest relative error in float32; a step that adds up its inner products in float32 needs more.
-        peer: the work of others, which may be absent or refuse a model.
+        peer: may be absent or refuse a model: the work of others, and what a compiler makes.
         detail: of interest at the typical K and batch size alone.
     """
 
     name: str
     outcome: Outcome
-    prepare: Callable[[], Run]
+    role: Role
+    prepare: Callable[[Case], Run]
     tolerance: float = 1e-5
     peer: bool = False
     detail: bool = False
 
 
-def ways(case: Case) -> list[Way]:
-    """Return the ways, the plain step first."""
-    return [*_of_others(case), *_of_the_library(case)]
+PLAIN = "plain step"
+ROUNDED = 1e-3
+PROJECTED: Outcome = "pcgrad, torchjd's order"
 
 
-def _of_others(case: Case) -> list[Way]:
-    projected: Outcome = "pcgrad, torchjd's order"
-    rounded = 1e-3
+def step_ways() -> list[Way]:
+    """Return the ways of a whole step, the plain one first."""
     return [
-        Way("plain", "mean", lambda: plain(case)),
-        Way(COMPILED, "mean", lambda: plain(case, compiled=True), peer=True, detail=True),
-        Way("K backwards, PCGrad", "pcgrad", lambda: k_backwards(case), rounded),
-        Way("TorchJD autojac, PCGrad", projected, lambda: autojac(case), rounded, peer=True),
-        Way("TorchJD autogram, PCGrad", projected, lambda: autogram(case), rounded, peer=True),
-        Way("slices by hand, gradients only", "jacobian", lambda: slices(case)),
-        Way("vmap(grad), gradients only", "jacobian", lambda: vmap_of_grad(case), peer=True),
-    ]
-
-
-def _of_the_library(case: Case) -> list[Way]:
-    @cache
-    def wrapped(engine: EngineName, memory: Memory) -> dm.ClusteredMTL:
-        # Shared by the weightings, and with it the memory of the Jacobian.
-        return dm.ClusteredMTL(case.model, case.num_clusters, dm.Equal(), engine=engine, memory=memory)
-
-    def step(engine: EngineName, memory: Memory, weighting: Callable[[Case], Weighting]) -> Callable[[], Run]:
-        return lambda: ours(case, wrapped(engine, memory), weighting(case))
-
-    found = [
+        Way(PLAIN, "mean", "limit", lambda case: plain(case)),
+        Way("K backwards, PCGrad", "pcgrad", "reference", k_backwards, ROUNDED),
+        Way("K backwards, NashMTL", "nash", "reference", k_backwards_nash, 1e-2, peer=True, detail=True),
+        Way("slices by hand, PCGrad", "pcgrad", "baseline", slices_pcgrad, ROUNDED),
+        Way("TorchJD autojac, PCGrad", PROJECTED, "peer", autojac, ROUNDED, peer=True),
+        Way("TorchJD autogram, PCGrad", PROJECTED, "peer", autogram, ROUNDED, peer=True),
         Way(
-            "diffmtl_fast, UncertaintyWeighting",
+            f"{OURS}, UncertaintyWeighting",
             "uncertainty",
-            step("grouped", "full", uncertainty),
+            "ours",
+            _step("grouped", "full", uncertainty),
             detail=True,
-        )
+        ),
+        Way(f"{OURS}, DifficultyCurriculum", "mean", "ours", curriculum, detail=True),
+        Way(f"{OURS} grouped, PCGrad", "pcgrad", "ours", _step("grouped", "full", projecting)),
+        Way(f"{OURS} grouped, NashMTL", "nash", "ours", _step("grouped", "full", bargaining)),
+        Way(f"{OURS} sliced, PCGrad", "pcgrad", "ours", _step("sliced", "full", projecting)),
+        Way(f"{OURS} sliced, NashMTL", "nash", "ours", _step("sliced", "full", bargaining), detail=True),
+        Way(f"{OURS} lean, PCGrad", "pcgrad", "ours", _step("grouped", "lean", projecting)),
+        Way(f"{OURS} lean, NashMTL", "nash", "ours", _step("grouped", "lean", bargaining), detail=True),
     ]
-    modes: list[tuple[str, EngineName, Memory]] = [
-        ("grouped", "grouped", "full"),
-        ("sliced", "sliced", "full"),
-        ("lean", "grouped", "lean"),
+
+
+def compiled_ways() -> list[Way]:
+    """Return what becomes of the step where torch.compile takes the model, beside the plain one without it."""
+    return [
+        Way(PLAIN, "mean", "limit", lambda case: plain(case)),
+        Way(
+            "plain step, torch.compile",
+            "mean",
+            "baseline",
+            lambda case: plain(case, compiled=True),
+            1e-4,
+            True,
+        ),
+        Way(f"{OURS} grouped, PCGrad", "pcgrad", "ours", _step("grouped", "full", projecting)),
+        Way(f"{OURS} sliced, PCGrad, torch.compile", "pcgrad", "ours", _compiled_step, ROUNDED, peer=True),
     ]
-    for name, engine, memory in modes:
-        found += [
-            Way(f"diffmtl_fast {name}, PCGrad", "pcgrad", step(engine, memory, projecting)),
-            Way(
-                f"diffmtl_fast {name}, NashMTL",
-                "nash",
-                step(engine, memory, bargaining),
-                detail=name != "grouped",
-            ),
-        ]
-    return found
+
+
+def gradient_ways() -> list[Way]:
+    """Return the ways of forming the gradients of all clusters and nothing else, beside the plain step."""
+    return [
+        Way(PLAIN, "mean", "limit", lambda case: plain(case)),
+        Way(f"{OURS} grouped", "jacobian", "ours", lambda case: cluster_jacobian(case, "grouped")),
+        Way(f"{OURS} sliced", "jacobian", "ours", lambda case: cluster_jacobian(case, "sliced")),
+        Way("K backwards", "jacobian", "reference", k_gradients),
+        Way("slices by hand", "jacobian", "baseline", slices),
+        Way("vmap(grad)", "jacobian", "baseline", vmap_of_grad, peer=True),
+        Way("is_grads_batched", "jacobian", "baseline", batched_gradients, peer=True),
+        Way("TorchJD autojac", "jacobian", "peer", autojac_gradients, peer=True),
+    ]
+
+
+def _step(
+    engine: EngineName, memory: Memory, weighting: Callable[[Case], Weighting]
+) -> Callable[[Case], Run]:
+    def prepare(case: Case) -> Run:
+        if (engine, memory) not in case.wrapped:
+            # Shared by the weightings, and with it the memory of the Jacobian.
+            case.wrapped[engine, memory] = dm.ClusteredMTL(
+                case.model, case.num_clusters, dm.Equal(), engine=engine, memory=memory
+            )
+        return ours(case, case.wrapped[engine, memory], weighting(case))
+
+    return prepare
+
+
+def _compiled_step(case: Case) -> Run:
+    model = cast(nn.Module, torch.compile(case.model, dynamic=False))
+    return ours(
+        case, dm.ClusteredMTL(model, case.num_clusters, dm.Equal(), engine="sliced"), projecting(case)
+    )
 
 
 def plain(case: Case, *, compiled: bool = False) -> Run:
@@ -129,6 +160,86 @@ def k_backwards(case: Case) -> Run:
         case.model.zero_grad(set_to_none=True)
         pcgrad_step(case.model, case.losses, case.batch, orders)
         return update(case.model)
+
+    return run
+
+
+def k_backwards_nash(case: Case) -> Run:
+    """Do as published: one backward per cluster, the weights from cvxpy and ECOS."""
+
+    def run() -> Rows:
+        case.model.zero_grad(set_to_none=True)
+        nash_step(case.model, case.losses, case.batch, case.num_clusters)
+        return update(case.model)
+
+    return run
+
+
+def k_gradients(case: Case) -> Run:
+    """Differentiate one cluster's loss after the other through one graph."""
+    parameters = list(case.model.parameters())
+
+    def run() -> Rows:
+        losses = case.losses(case.model, case.batch)
+        found = cluster_gradients(losses, case.batch.cluster, parameters, case.num_clusters)
+        return MatrixRows(lambda: found.jacobian, parameters)
+
+    return run
+
+
+def batched_gradients(case: Case) -> Run:
+    """Differentiate all clusters' losses at once, under vmap."""
+    parameters = list(case.model.parameters())
+    directions = torch.eye(case.num_clusters, device=case.device)
+
+    def run() -> Rows:
+        means = shares(case) @ case.losses(case.model, case.batch) * case.num_clusters
+        found = torch.autograd.grad(means, parameters, directions, is_grads_batched=True)
+        return list(zip(*found, strict=True))
+
+    return run
+
+
+def cluster_jacobian(case: Case, engine: EngineName) -> Run:
+    """Form the gradients with the library."""
+    former = ClusterJacobian(case.model, case.num_clusters, engine=engine)
+    parameters, cluster = list(case.model.parameters()), case.batch.cluster.cpu()
+
+    def loss(model: Callable[..., object]) -> Tensor:
+        return dm.ops.sample_mse(case.predict(model, case.batch), case.batch.target)
+
+    def run() -> Rows:
+        former(loss, cluster)
+        return MatrixRows(former.matrix, parameters)
+
+    return run
+
+
+class MatrixRows:
+    """The rows of a Jacobian [K, P], each as one tensor per parameter; copied when they are looked at."""
+
+    def __init__(self, matrix: Callable[[], Tensor], parameters: Sequence[Tensor]) -> None:
+        self._matrix, self._parameters = matrix, parameters
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        for row in self._matrix():
+            parts = row.split([p.numel() for p in self._parameters])
+            yield [part.view_as(p) for part, p in zip(parts, self._parameters, strict=True)]
+
+
+def autojac_gradients(case: Case) -> Run:
+    """Let TorchJD form the Jacobian of the cluster losses, one after the other, and keep it in ``.jac``."""
+    torchjd = require("torchjd.autojac", "bench")
+    parameters = list(case.model.parameters())
+    share = shares(case) * case.num_clusters
+
+    def run() -> Rows:
+        for parameter in parameters:
+            parameter.jac = None  # type: ignore[attr-defined]
+        torchjd.backward(
+            share @ case.losses(case.model, case.batch), inputs=parameters, parallel_chunk_size=1
+        )
+        return list(zip(*(p.jac for p in parameters), strict=True))  # type: ignore[attr-defined]
 
     return run
 
@@ -186,6 +297,41 @@ def slices(case: Case) -> Run:
 
     def run() -> Rows:
         return [torch.autograd.grad(case.losses(case.model, part).mean(), parameters) for part in batches]
+
+    return run
+
+
+def slices_pcgrad(case: Case) -> Run:
+    """Do by hand what the library does: slices, J @ J.T, the projections on vectors of K elements, w @ J."""
+    gradients, parameters = slices(case), list(case.model.parameters())
+    orders = projecting(case).draw_order(case.num_clusters, case.device)
+    present = torch.ones(case.num_clusters, dtype=torch.bool, device=case.device)
+
+    def run() -> Rows:
+        case.model.zero_grad(set_to_none=True)
+        jacobian = torch.stack(
+            [torch.cat([g.flatten() for g in row if g is not None]) for row in gradients()]
+        )
+        weights = dm.ops.PLAIN["pcgrad_weights"](jacobian @ jacobian.T, orders, present)
+        direction = weights @ jacobian / case.num_clusters
+        for parameter, part in zip(parameters, direction.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = part.view_as(parameter)
+        return update(case.model)
+
+    return run
+
+
+def curriculum(case: Case) -> Run:
+    """Draw timesteps by the curriculum and report losses to it; the batch stays the one that the gate knows."""
+    sampler = dm.DifficultyCurriculum(dm.cluster_timesteps(1000, 20)).to(case.device)
+    size = len(case.batch.target)
+
+    def run() -> Rows:
+        t, _ = sampler.sample(size, device=case.device)
+        case.model.zero_grad(set_to_none=True)
+        losses = plain_step(case.model, case.losses, case.batch)
+        sampler.update(losses, t)
+        return update(case.model)
 
     return run
 

@@ -4,6 +4,7 @@ import torch
 from benchmarks import affinity
 from benchmarks.harness import GateError
 from benchmarks.reference import pairwise_cosines, timestep_gradients
+from benchmarks.suite import Options, measure
 
 
 def test_pairwise_cosines_and_gradients_by_hand():
@@ -21,12 +22,13 @@ def test_pairwise_cosines_and_gradients_by_hand():
     torch.testing.assert_close(pairwise_cosines(gradients[:1], gradients[1:]), expected[:1, 1:])
 
 
-def test_both_ways_agree_before_they_are_timed(monkeypatch):
+def test_all_ways_agree_before_they_are_timed(monkeypatch, device):
     pytest.importorskip("diffusers")
-    result = affinity.compare((8, 8), 12, 2, 3)
-    assert result.error <= affinity.TOLERANCE
-    assert all(ratio > 0 for ratio in result.ratios)
-    assert result.row().count("|") == 8
-    monkeypatch.setattr(affinity, "pairwise_cosines", lambda gradients: torch.zeros(3, 3))
-    with pytest.raises(GateError, match="expected cosines equal"):
-        affinity.compare((8, 8), 12, 2, 3)
+    options = Options(device.type, "quick", memory=False)
+    work = affinity._benchmark(options, (8, 8), 5, 2)
+    found = measure(work, options)
+    assert [way.name for way in found.ways] == list(work.ways)
+    assert all(way.error <= affinity.TOLERANCE for way in found.ways[1:])
+    monkeypatch.setattr(affinity.Problem, "ours", lambda problem: 1 - problem.exact)
+    with pytest.raises(GateError, match=r"diffmtl_fast: expected a relative error <= 0\.0001"):
+        measure(work, options)

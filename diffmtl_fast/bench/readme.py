@@ -1,0 +1,127 @@
+"""The figures of a README: sections between markers, which only this rewrites.
+
+A section begins with ``<!-- figures: NAME -->`` and ends with ``<!-- end of figures -->``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+
+from .goals import GOALS, Goal, reached
+from .plots import STEP, TYPICAL_K
+from .results import Comparison, Results
+from .tables import duration, figure, told
+
+_SECTION = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
+
+
+def rewrite(text: str, results: Sequence[Results], pictures: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Return the text with every section's figures as the results have them.
+
+    Args:
+        text: Markdown with marked sections.
+        results: of any number of machines.
+        pictures: path, relative to the text, to caption; for the section "pictures".
+
+    Raises:
+        ValueError: there is no section, or one of an unknown name.
+    """
+    if not _SECTION.search(text):
+        raise ValueError(
+            "expected a section `<!-- figures: NAME -->` … `<!-- end of figures -->`, found none"
+        )
+
+    def replaced(match: re.Match[str]) -> str:
+        name = match[2]
+        if name not in (*SECTIONS, PICTURES):
+            raise ValueError(f"figures: expected one of {', '.join((*SECTIONS, PICTURES))}, found {name}")
+        found = _pictures(pictures) if name == PICTURES else SECTIONS[name](results)
+        return f"{match[1]}{found}\n{match[3]}"
+
+    return _SECTION.sub(replaced, text)
+
+
+def steps(results: Sequence[Results]) -> str:
+    """Format the time of a training step over the plain step's: a table per machine, a column per model."""
+    return "\n\n".join(_steps(found) for found in results if _typical(found)) or _NOTHING
+
+
+def _typical(results: Results) -> list[Comparison]:
+    steps = [c for c in results.comparisons if c.group == STEP and c.parameters["k"] == TYPICAL_K]
+    batch = steps[0].parameters["batch"] if steps else None
+    return [c for c in steps if c.parameters["batch"] == batch]
+
+
+def _steps(results: Results) -> str:
+    chosen = _typical(results)
+    titles = [c.parameters["title"] for c in chosen]
+    names = list(dict.fromkeys(way.name for c in chosen for way in c.ways[1:]))
+    lines = [f"| {_headline(results)} | " + " | ".join(titles) + " |", "|---" * (1 + len(titles)) + "|"]
+    for name in names:
+        cells = [told(c, c.ratio(c[name])) + _memory(c, name) if name in c else "–" for c in chosen]
+        lines.append(f"| {_code(name)} | " + " | ".join(cells) + " |")
+    noises = ", ".join(f"{c.noise:.0%}" for c in chosen)
+    seconds = ", ".join(duration(c.yardstick.time.median) for c in chosen)
+    lines += [
+        "",
+        f"A plain step takes {seconds}; noise {noises}. In brackets: peak memory over the plain step's.",
+    ]
+    return "\n".join(lines)
+
+
+def _memory(comparison: Comparison, name: str) -> str:
+    plain, ours = comparison.yardstick.memory, comparison[name].memory
+    return f" ({ours / plain:.2f})" if plain and ours is not None else ""
+
+
+def _code(name: str) -> str:
+    return name.replace("diffmtl_fast", "`diffmtl_fast`")
+
+
+def _headline(results: Results) -> str:
+    return f"{results.machine}, time / plain step"
+
+
+def goals(results: Sequence[Results]) -> str:
+    """Format what was to be reached and what was, on all machines."""
+    lines = ["| | case | bar | stretch | reached |", "|---|---|---|---|---|"]
+    for found in results:
+        for goal in GOALS:
+            lines += _goal(goal, found)
+    return "\n".join(lines) if len(lines) > 2 else _NOTHING
+
+
+def _goal(goal: Goal, results: Results) -> list[str]:
+    lines = []
+    for case, found in reached(goal, results):
+        short = "" if goal.met(found.median) else " (short of the bar)"
+        value = duration(found.median) if goal.measure == "seconds" else figure(found.median)
+        lines.append(f"| {goal.title} | {case} | {goal.bar_text} | {goal.stretch_text} | {value}{short} |")
+    return lines
+
+
+def machines(results: Sequence[Results]) -> str:
+    """Format where the figures come from."""
+    found = []
+    for result in results:
+        environment = result.environment
+        torch = environment["versions"]["torch"]
+        found.append(
+            f"{result.machine} (torch {torch}, {environment['date'][:10]}, commit {(result.commit or '?')[:10]})"
+        )
+    return "Measured on " + "; ".join(found) + "." if found else _NOTHING
+
+
+def _pictures(pictures: Mapping[str, str]) -> str:
+    return "\n\n".join(f"![{caption}]({path})" for path, caption in pictures.items()) or _NOTHING
+
+
+PICTURES = "pictures"
+_NOTHING = "Nothing has been measured yet."
+SECTIONS: dict[str, Callable[[Sequence[Results]], str]] = {
+    "steps": steps,
+    "goals": goals,
+    "machines": machines,
+}

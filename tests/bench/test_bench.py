@@ -1,0 +1,360 @@
+"""Reading, tabulating, drawing and comparing results that are made up here, so that every figure is known."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffmtl_fast.bench import Comparison, Results, Spread, Way, changes
+from diffmtl_fast.bench.compare import FLOOR
+from diffmtl_fast.bench.compare import table as changes_table
+from diffmtl_fast.bench.goals import GOALS, Goal, reached, share
+from diffmtl_fast.bench.plots import CAPTIONS, PLOTS, captions, draw
+from diffmtl_fast.bench.readme import rewrite
+from diffmtl_fast.bench.results import FORMAT, entry
+from diffmtl_fast.bench.tables import duration, figure, report, table, told
+from diffmtl_fast.cli import main
+
+STEP = "full training step"
+OURS, SLOW = "diffmtl_fast grouped, PCGrad", "K backwards, PCGrad"
+
+
+def comparison(
+    ratio: float = 1.1,
+    jitter: Sequence[float] = (1.0, 1.02, 0.98, 1.01, 0.99),
+    group: str = STEP,
+    case: str = "DiT, K = 5",
+    parameters: Mapping[str, Any] | None = None,
+) -> Comparison:
+    """A step that takes `ratio` of the plain one, which takes 10 ms, 20 ms … in rounds of growing load."""
+    load = [0.01 * (1 + i) for i in range(len(jitter))]
+    turns = tuple(range(len(jitter)))
+    return Comparison(
+        group,
+        case,
+        (
+            Way("plain step", "limit", tuple(load), turns, memory=2**20),
+            Way(OURS, "ours", tuple(ratio * s for s in load), turns, 1e-6, 2**21),
+            Way(SLOW, "reference", (4 * load[1],), (1,), 2e-6),
+        ),
+        tuple(s * j for s, j in zip(load, jitter, strict=True)),
+        {"TorchJD": "expected it to be installed"},
+        {"title": "DiT", "k": 5, "batch": 40} if parameters is None else parameters,
+    )
+
+
+def results(*comparisons: Comparison, gpu: str | None = None, device: str = "cpu") -> Results:
+    environment = {
+        "date": "2026-01-02T00:00:00+00:00",
+        "cpu": "Some CPU",
+        "threads": 2,
+        "load": [0.1, 0.1, 0.1],
+        "gpu": gpu,
+        "python": "3.12.1",
+        "versions": {"torch": "2.13.0", "torchjd": None},
+    }
+    return Results(environment, "0123456789abcdef", {"device": device}, comparisons, "a")
+
+
+def write(path: Path, found: Results, **changed: Any) -> Path:
+    """Write a file as the suite's session does, through `entry`."""
+    record = {
+        "machine_info": dict(found.environment),
+        "commit_info": {"id": found.commit},
+        "settings": dict(found.settings),
+        "format": FORMAT,
+        "left_out": [
+            {"group": c.group, "case": c.case, "way": way, "reason": reason}
+            for c in found.comparisons
+            for way, reason in c.left_out.items()
+        ],
+        "benchmarks": [
+            {"group": c.group, "extra_info": entry(c, way), "stats": {"data": list(way.seconds)}}
+            for c in found.comparisons
+            for way in (*c.ways[1:], c.ways[0])
+        ],
+        **changed,
+    }
+    path.write_text(json.dumps(record))
+    return path
+
+
+def test_spread_has_the_quantiles() -> None:
+    assert Spread.of([5.0, 1.0, 2.0, 4.0, 3.0]) == Spread(3.0, pytest.approx(1.8), pytest.approx(4.2))
+    assert Spread(2.0, 1.0, 4.0).over(8.0) == Spread(4.0, 2.0, 8.0)
+
+
+def test_ratios_are_formed_within_rounds() -> None:
+    found = comparison(1.5)
+    assert found.ratio(found[OURS]) == Spread(pytest.approx(1.5), pytest.approx(1.5), pytest.approx(1.5))
+    # The slow way took part in the second round alone, when everything took twice as long.
+    assert found.ratio(found[SLOW]).median == pytest.approx(4.0)
+    assert found.ratio(found[OURS], found[SLOW]).median == pytest.approx(1.5 / 4)
+    assert found[OURS].time.median == pytest.approx(0.045)
+    with pytest.raises(KeyError, match="nothing"):
+        found["nothing"]
+
+
+@pytest.mark.parametrize(
+    ("jitter", "noise"),
+    [((1.0,) * 5, 0.0), ((1.0, 1.1, 1.1, 1.1, 1.0), 0.1), ((0.8, 0.8, 0.8, 1.0, 1.0), 0.25)],
+)
+def test_noise_is_how_far_the_yardstick_is_from_itself(jitter: Sequence[float], noise: float) -> None:
+    found = comparison(jitter=jitter)
+    assert found.noise == pytest.approx(noise)
+    assert not found.differs(Spread.of([1 + 0.99 * noise]))
+    assert not found.differs(Spread.of([1 / (1 + 0.99 * noise)]))
+    assert found.differs(Spread.of([1.01 + 1.01 * noise]))
+    assert found.differs(Spread.of([1 / (1.01 + 1.01 * noise)]))
+
+
+def test_a_ratio_within_the_noise_is_not_called_a_difference() -> None:
+    noisy = comparison(1.05, jitter=(1.1, 1.1, 1.1, 1.1, 1.1))
+    assert told(noisy, noisy.ratio(noisy[OURS])) == "1.05 ≈"
+    assert "| 1.05 ≈ |" in table(noisy)
+    quiet = comparison(1.05, jitter=(1.0,) * 5)
+    assert told(quiet, quiet.ratio(quiet[OURS])) == "1.05"
+
+
+def test_files_hold_everything(tmp_path: Path) -> None:
+    expected = results(comparison(), comparison(case="another"), comparison(group="fused ops"))
+    found = Results.read(write(tmp_path / "a.json", expected))
+    assert found == expected
+    assert found.machine == "Some CPU, 2 threads"
+    assert results(gpu="Some GPU").machine == "Some GPU"
+    assert found.find(STEP, "another") == expected.comparisons[1]
+    assert found.find(STEP, "missing") is None
+
+
+def test_a_case_cut_short_is_left_out(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", results(comparison()))
+    record = json.loads(path.read_text())
+    record["benchmarks"] = [b for b in record["benchmarks"] if b["extra_info"]["role"] != "limit"]
+    path.write_text(json.dumps(record))
+    assert Results.read(path).comparisons == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "expected the JSON of a"),
+        ("[]", "expected the JSON"),
+        ('{"format": 9}', "format 1, found 9"),
+    ],
+)
+def test_other_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Results.read(path)
+
+
+def test_report_says_what_there_is_and_what_is_missing() -> None:
+    text = report([results(comparison()), results(comparison(), gpu="Some GPU", device="cuda")])
+    assert text.count("# Some CPU, 2 threads\n") == text.count("# Some GPU\n") == 1
+    assert "Not installed: torchjd." in text
+    assert text.count(f"| ours | {OURS} | 1.10 | 1.10 to 1.10 | 33 ms | 5 | 2 MiB | 1e-06 |") == 2
+    assert text.count("| | TorchJD | expected it to be installed |") == 2
+    # The bar of a GPU is another.
+    assert "| PCGrad step / plain step | DiT, K = 5 | ≤ 1.15 | ≤ 1.05 | 1.10 | 1.10 to 1.10 |" in text
+    assert "| PCGrad step / plain step | DiT, K = 5 | ≤ 1.1 | ≤ 1.03 | 1.10" in text
+    short = report([results(comparison(1.2))])
+    assert "| 1.20 (short) |" in short
+
+
+def test_faults_and_steps_are_said() -> None:
+    found = comparison()
+    ways = (
+        found.ways[0],
+        Way("theirs", "reference", (1.0,), (0,), notes={"faults": ["the end is fixed"], "steps": [20, 30]}),
+    )
+    text = table(Comparison(found.group, found.case, ways, found.again))
+    assert "theirs: the end is fixed." in text
+    assert "theirs: 20, 30 steps." in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(2.5, "2.5 s"), (0.0123, "12.3 ms"), (4.56e-5, "45.6 µs"), (7e-9, "7 ns")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(12345.6, "12,346"), (123.4, "123"), (1.234, "1.23"), (0.0123, "0.0123")]
+)
+def test_figures(value: float, text: str) -> None:
+    assert figure(value) == text
+
+
+def test_the_best_way_counts_for_a_goal() -> None:
+    goal = Goal("", STEP, (OURS, "missing", SLOW), 1.15, 1.05, {"k": 5})
+    assert goal.value(comparison(1.3)) == comparison(1.3).ratio(comparison(1.3)[OURS])
+    assert list(reached(goal, results(comparison(1.3)))) == [("DiT, K = 5", goal.value(comparison(1.3)))]
+    assert not list(reached(goal, results(comparison(group="other"))))
+    assert not list(reached(goal, results(comparison(parameters={"k": 2}))))
+    assert goal.met(1.15)
+    assert not goal.met(1.16)
+    assert Goal("", STEP, ("missing",), 1, 1).value(comparison()) is None
+
+
+def test_a_share_is_bandwidth_over_that_of_the_memory() -> None:
+    # Half the bytes in 1.25 of the time.
+    found = comparison(1.25, parameters={"bytes": 500, "limit_bytes": 1000})
+    assert share(found, OURS).median == pytest.approx(0.4)
+    goal = Goal("", STEP, (OURS,), 0.7, 0.9, measure="share")
+    assert goal.value(found) == share(found, OURS)
+    assert not goal.met(0.4)
+    assert goal.met(0.8)
+
+
+def test_goals_of_time_memory_and_other_ways() -> None:
+    found = comparison(1.0)
+    assert Goal("", STEP, (OURS,), 1, 1, measure="seconds").value(found) == found[OURS].time
+    assert Goal("", STEP, (OURS,), 1, 1, measure="gib").value(found) == Spread(*[2.0**-9] * 3)
+    assert Goal("", STEP, (SLOW,), 1, 1, measure="gib").value(found) is None
+    over = Goal("", STEP, (OURS,), 1 / 8, 1 / 12, over=SLOW)
+    assert over.value(found) == found.ratio(found[OURS], found[SLOW])
+    assert (over.bar_text, over.stretch_text) == ("≤ 1/8", "≤ 1/12")
+    assert Goal("", STEP, (OURS,), 1, 1, over="missing").value(found) is None
+    assert len({(g.title, g.measure, g.device) for g in GOALS}) == len(GOALS)
+
+
+@pytest.mark.parametrize(("later", "regressed", "improved"), [(1.3, 1, 0), (1.11, 0, 0), (0.9, 0, 1)])
+def test_a_regression_is_slower_by_more_than_the_noise(later: float, regressed: int, improved: int) -> None:
+    found, missing = changes(results(comparison(1.1)), results(comparison(later)))
+    assert not missing
+    (change,) = found
+    assert change.ratio == pytest.approx(later / 1.1)
+    assert (change.regressed, change.improved) == (regressed, improved)
+    text = changes_table(found, missing)
+    assert ("(slower)" in text, "(faster)" in text) == (regressed, improved)
+    assert f"{1 - regressed - improved} of 1 ratios differ by no more than the noise." in text
+
+
+def test_noise_of_both_runs_excuses_a_difference() -> None:
+    quiet, noisy = (1.0,) * 5, (1.3,) * 5
+    for before, after in ((quiet, noisy), (noisy, quiet)):
+        found, _ = changes(results(comparison(1.0, before)), results(comparison(1.25, after)))
+        assert not found[0].regressed
+        assert found[0].noise >= 0.3
+    found, _ = changes(results(comparison(1.0, quiet)), results(comparison(1.25, quiet)))
+    assert found[0].regressed
+    assert found[0].noise == FLOOR
+
+
+def test_what_is_no_longer_measured_is_said() -> None:
+    before, after = results(comparison(), comparison(case="gone")), results(comparison())
+    found, missing = changes(before, after)
+    assert (len(found), missing) == (1, [f"{STEP}: gone: {OURS}"])
+    assert f"No longer measured: {STEP}: gone: {OURS}" in changes_table(found, missing)
+    with pytest.raises(
+        ValueError, match="expected two runs of one machine, found 'Some CPU, 2 threads' and 'Some GPU'"
+    ):
+        changes(before, results(gpu="Some GPU"))
+
+
+def test_command_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = write(tmp_path / "before.json", results(comparison(1.1)))
+    slower = write(tmp_path / "slower.json", results(comparison(1.3)))
+    assert main(["bench", "compare", str(before), str(before)]) == 0
+    assert main(["bench", "compare", str(before), str(slower)]) == 1
+    assert "(slower)" in capsys.readouterr().out
+    assert main(["bench", "compare", str(slower), str(before)]) == 0
+    other = write(tmp_path / "other.json", results(comparison(), gpu="Some GPU"))
+    assert main(["bench", "compare", str(before), str(other)]) == 2
+    assert capsys.readouterr().err.startswith("error: after: expected two runs of one machine")
+    assert main(["bench", "compare", str(before), str(tmp_path / "none.json")]) == 2
+    assert "error: after: expected a file, found none at" in capsys.readouterr().err
+
+
+def cases() -> list[Comparison]:
+    """Something for every picture."""
+    curves = [
+        comparison(
+            n / 100,
+            group="interval clustering",
+            case=f"{n} {k}",
+            parameters={"cost": "deviation", "T": n, "k": k},
+        )
+        for n, k in ((100, 8), (1000, 8), (1000, 2))
+    ]
+    steps = [
+        comparison(case=f"DiT, K = {k}", parameters={"title": "DiT", "k": k, "batch": 40}) for k in (2, 5)
+    ]
+    op = {"op": "gram", "dtype": "float32", "bytes": 500, "limit_bytes": 1000}
+    return [*curves, *steps, comparison(group="fused ops", case="gram", parameters=op)]
+
+
+def test_command_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    file = write(tmp_path / "a.json", results(*cases()))
+    assert main(["bench", "report", str(file)]) == 0
+    assert capsys.readouterr().out == report([results(*cases())]) + "\n"
+    assert main(["bench", "report", str(file), "--out", str(tmp_path / "out")]) == 0
+    assert {path.name for path in (tmp_path / "out" / "a").iterdir()} == PLOTS.keys() == CAPTIONS.keys()
+    assert (tmp_path / "out" / "report.md").read_text() == report([results(*cases())])
+    assert all(path.stat().st_size > 1000 for path in (tmp_path / "out" / "a").iterdir())
+    assert main(["bench", "report", str(tmp_path / "none.json")]) == 2
+
+
+def test_only_what_was_measured_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert draw(results(), tmp_path) == []
+    assert [path.name for path in draw(results(comparison()), tmp_path)] == ["step_ratios.png"]
+
+
+README = "before\n<!-- figures: steps -->\nold\n<!-- end of figures -->\nafter\n"
+
+
+def test_command_rewrites_the_marked_sections(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, readme = write(tmp_path / "a.json", results(comparison())), tmp_path / "README.md"
+    readme.write_text(README)
+    assert main(["bench", "report", str(file), "--readme", str(readme)]) == 0
+    text = readme.read_text()
+    assert text == rewrite(README, [results(comparison())])
+    assert text.startswith(
+        "before\n<!-- figures: steps -->\n| Some CPU, 2 threads, time / plain step | DiT |\n"
+    )
+    assert "| `diffmtl_fast` grouped, PCGrad | 1.10 (2.00) |" in text
+    assert "old" not in text
+    assert text.endswith("<!-- end of figures -->\nafter\n")
+    assert rewrite(text, [results(comparison())]) == text
+    readme.write_text("nothing marked")
+    assert main(["bench", "report", str(file), "--readme", str(readme)]) == 2
+    assert "expected a section" in capsys.readouterr().err
+
+
+def test_sections_of_a_readme() -> None:
+    def section(name: str, *found: Results) -> str:
+        return rewrite(f"<!-- figures: {name} -->\n<!-- end of figures -->", found)
+
+    assert "Nothing has been measured yet." in section("goals")
+    assert "Nothing has been measured yet." in section("steps", results())
+    both = results(comparison(1.2)), results(comparison(1.05), gpu="Some GPU", device="cuda")
+    goals = section("goals", *both)
+    assert "| 1.20 (short of the bar) |" in goals
+    assert "| ≤ 1.1 | ≤ 1.03 | 1.05 |" in goals
+    assert "Some CPU, 2 threads (torch 2.13.0, 2026-01-02, commit 0123456789); Some GPU" in section(
+        "machines", *both
+    )
+    with pytest.raises(ValueError, match="figures: expected one of steps, goals, machines, pictures, found"):
+        section("nothing", *both)
+
+
+def test_ratios_are_finite() -> None:
+    assert all(math.isfinite(goal.bar) and goal.bar > 0 and goal.stretch > 0 for goal in GOALS)
+
+
+def test_pictures_are_linked_from_where_they_are_shown(tmp_path: Path) -> None:
+    (tmp_path / "docs" / "figures" / "a").mkdir(parents=True)
+    (tmp_path / "docs" / "figures" / "a" / "roofline.png").touch()
+    links = captions(tmp_path / "docs" / "figures", ["a", "b"], tmp_path / "docs")
+    assert links == {"figures/a/roofline.png": CAPTIONS["roofline.png"]}
+    text = rewrite("<!-- figures: pictures -->\n<!-- end of figures -->", [], links)
+    assert f"![{CAPTIONS['roofline.png']}](figures/a/roofline.png)" in text

@@ -1,0 +1,151 @@
+"""The suite as a whole: every capability, every goal, what pytest-benchmark stores, what a failure leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import suite
+from benchmarks.harness import Candidate
+from benchmarks.suite import Benchmark, LeftOut, Options, benchmarks, measure, peak_of
+from diffmtl_fast.bench import Results
+from diffmtl_fast.bench.goals import GOALS, Goal
+
+ROOT = Path(__file__).parents[2]
+GROUPS = [
+    "interval clustering",
+    "fused ops",
+    "Nash/PCGrad weights",
+    "per-cluster gradients",
+    "full training step",
+    "task affinity",
+    "end-to-end training to a fixed loss",
+]
+
+
+@pytest.mark.parametrize("scale", suite.SCALES)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_capability_has_every_role(scale: suite.Scale, device: str) -> None:
+    roles: dict[str, set[str]] = {}
+    keys = []
+    for work in benchmarks(Options(device, scale)):
+        roles.setdefault(work.group, set()).update(work.ways.values())
+        keys.append((work.group, work.case))
+        assert next(iter(work.ways.values())) in ("limit", "reference")
+        assert "ours" in work.ways.values()
+        assert not work.ways.keys() & work.absent.keys()
+    assert list(roles) == GROUPS
+    assert len(set(keys)) == len(keys)
+    for group, found in roles.items():
+        assert found >= {"limit", "ours", "reference"}, group
+        assert "baseline" in found or (group, scale) == ("fused ops", "quick"), group
+
+
+@pytest.mark.parametrize("goal", GOALS, ids=lambda goal: f"{goal.title}, {goal.measure}, {goal.device}")
+def test_every_goal_is_measured(goal: Goal) -> None:
+    device = goal.device or "cpu"
+    found = [b for b in benchmarks(Options(device)) if goal.concerns(b.group, b.parameters, device)]
+    there = [b for b in found if set(goal.ways) & b.ways.keys()]
+    assert there
+    for work in there:
+        assert goal.over is None or goal.over in work.ways
+        assert goal.measure != "share" or {"bytes", "limit_bytes"} <= work.parameters.keys()
+        assert goal.measure != "gib" or work.memory
+
+
+def made_up(build: Callable[[], list[Candidate]], **changes: object) -> Benchmark:
+    work = Benchmark("group", "case", {"limit": "limit", "ours": "ours"}, build, 2, warmup=0)
+    return replace(work, **changes)  # type: ignore[arg-type]
+
+
+def test_names_are_those_that_were_said() -> None:
+    with pytest.raises(ValueError, match=r"group: case: expected ways .*, found {'limit'}"):
+        made_up(lambda: [Candidate("limit", lambda: None)]).candidates()
+    order = made_up(lambda: [Candidate("ours", lambda: None), Candidate("limit", lambda: None)]).candidates()
+    assert [candidate.name for candidate in order] == ["limit", "ours"]
+
+
+def test_memory_is_each_ways_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise MemoryError
+
+    work = made_up(
+        lambda: [
+            Candidate("limit", lambda: None),
+            Candidate("ours", lambda: None),
+            Candidate("peer", broken, broken, peer=True),  # type: ignore[arg-type]
+        ],
+        ways={"limit": "limit", "ours": "ours", "peer": "peer"},
+        absent={"another": "not installed"},
+        memory=True,
+    )
+    monkeypatch.setattr(suite, "in_fresh_process", lambda function, *args: function(*args))
+    monkeypatch.setattr(suite, "find", lambda *args: work)
+    monkeypatch.setattr(suite, "peak", lambda run, device: run() or 100)
+    found = measure(work, Options())
+    assert [way.memory for way in found.ways] == [100, 100]
+    assert found.left_out == {"peer": "MemoryError: ", "another": "not installed"}
+    with pytest.raises(LeftOut, match="MemoryError"):
+        peak_of(Options(), "group", "case", "peer")
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the suite as `make bench` does, in a process of its own."""
+    command = [sys.executable, "-m", "pytest", "benchmarks/bench_suite.py", "-q", "-p", "no:cacheprovider"]
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    return subprocess.run(
+        [*command, "--device", "cpu", "--scale", "quick", *arguments],
+        cwd=ROOT,
+        env=clean | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_run_stores_what_it_measured(tmp_path: Path) -> None:
+    pytest.importorskip("ecos")
+    done = run("-k", "Nash and weights", "--rounds", "3", "--results", str(tmp_path), "--machine", "here")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = Results.read(tmp_path / "here.json")
+    assert [(c.group, c.rounds) for c in found.comparisons] == [(GROUPS[2], 3)] * 2
+    nash = next(c for c in found.comparisons if c.parameters["op"] == "Nash weights")
+    assert {"diffmtl_fast", "cvxpy + ECOS, as published", "cvxpy + ECOS, compiled once"} < {
+        way.name for way in nash.ways
+    }
+    assert nash["diffmtl_fast"].error is not None
+    assert nash["diffmtl_fast"].error < 1e-4
+    assert nash.left_out["LibMTL"] == "the published solver"
+    # pytest-benchmark's own statistics are of these times.
+    record = json.loads((tmp_path / "here.json").read_text())
+    for entry in record["benchmarks"]:
+        assert entry["stats"]["rounds"] == len(entry["stats"]["data"]) == len(entry["extra_info"]["turns"])
+        assert entry["stats"]["median"] == pytest.approx(
+            torch.tensor(entry["stats"]["data"]).quantile(0.5).item()
+        )
+    assert str(ROOT) not in (tmp_path / "here.json").read_text()
+    assert os.uname().nodename not in json.dumps(record["machine_info"])
+    assert "### Nash weights, K = 5" in done.stdout
+    assert "| Nash weights / cvxpy + ECOS, as published | Nash weights, K = 5 | ≤ 1/200" in done.stdout
+
+
+def test_a_wrong_result_fails_the_run_and_is_not_stored(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import diffmtl_fast.clustering as c\n"
+        "find = c.cluster_intervals\n"
+        "def worse(cost, T, k, **more):\n"
+        "    return find(cost, T, k if more else max(1, k - 1), **more)\n"
+        "c.cluster_intervals = worse\n"
+    )
+    done = run("-k", "400", "--results", str(tmp_path), PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "GateError: diffmtl_fast: expected a relative error <= 1e-09, found" in done.stdout
+    assert not list(tmp_path.glob("*.json"))
