@@ -250,13 +250,14 @@ class GroupedEngine:
             return func(*substitute(args, _value), **substitute(kwargs, _value))
         if self._probe is not None:
             self._check_seen((args, kwargs))
-        if func in RULES:
-            values = self._bind(RULES[func], args, kwargs)
+        if registered := RULES.get(func):
+            values = self._bind(registered, args, kwargs)
             if isinstance(values[0], Tensor) and not isinstance(values[0], ClusterParameter):
-                key = self._key(RULES[func].rule, values[0], values)
+                used = [value for value in values if isinstance(value, ClusterParameter)]
+                key = self._key(registered.rule, values[0], used)
                 if key in self._constant:
                     return self._derive(func, args, kwargs)
-                return self._apply(RULES[func], values, key)
+                return self._apply(registered, values, key)
         if func in _LIKE and len(args) > 1 and isinstance(args[1], Tensor):
             return self._like(func, args, kwargs)
         if any(True for _ in find_tensors((args, kwargs))):
@@ -288,10 +289,11 @@ class GroupedEngine:
                 names = {module_name(self._model, m) for m in self._owners(handles.values())}
                 raise _Unverified(registered.operation.__name__, names)
             self.recomputes = self.recomputes or not torch.is_grad_enabled() or _packs_activations()
-            self.uses.update(o for handle in handles.values() for o in handle.origins)
-            result: Tensor = _Apply.apply(
-                _Use(registered, handles, self._layout, self, self._recomputing), *plain
-            )
+            for handle in handles.values():
+                self.uses.update(handle.origins)
+            use = _Use(registered, handles, self._layout, self, self._recomputing)
+            apply = _Apply.apply if torch._C._are_functorch_transforms_active() else _apply_node
+            result: Tensor = apply(use, *plain)
             return result
         except _NoRows:
             raise
@@ -302,10 +304,10 @@ class GroupedEngine:
         """Tell whether an operation has to be checked; reentrant checkpoints run it again, with gradients."""
         return torch.is_grad_enabled() and key not in self._verified
 
-    def _key(self, what: Any, batch: Tensor | int, arguments: Any) -> tuple[Any, ...]:
+    def _key(self, what: Any, batch: Tensor | int, handles: Iterable[ClusterParameter]) -> tuple[Any, ...]:
         """Name an operation and the shape of a sample's part in it."""
         assert self._layout is not None
-        used = (h.origins if h.source is None else (h.origins, h.shape) for h in find_handles(arguments))
+        used = [h.origins if h.source is None else (h.origins, h.shape) for h in handles]
         return (
             what,
             tuple(used),
@@ -322,7 +324,7 @@ class GroupedEngine:
         widest = max(find_tensors((args, kwargs)), key=lambda t: (t.dim(), t.shape[0] if t.dim() else 0))
         dims, rows = widest.dim(), widest.shape[0] if widest.dim() else 0
         name = getattr(func, "__name__", str(func))
-        key = self._key(name, widest, (args, kwargs))
+        key = self._key(name, widest, find_handles((args, kwargs)))
         if key in self._constant:
             return self._derive(func, args, kwargs)
         if name in _JOINING:
@@ -393,7 +395,7 @@ class GroupedEngine:
         tensors = itertools.chain(find_tensors(arguments), find_handles(arguments))
         handle = find_unseen(tensors, self._probe.visited)
         if handle is not None:
-            key = self._key("unseen", 1, handle)
+            key = self._key("unseen", 1, (handle,))
             raise _NoRows(
                 _Operation(key, self._owners([handle])),
                 "a torch.autograd.Function or C++ takes a parameter itself, unseen by tensor subclasses",
@@ -644,6 +646,7 @@ class _Use:
     ) -> None:
         self.registered, self.handles, self.layout, self.engine = registered, handles, layout, engine
         self.recomputed = recomputed
+        self.distinct = len({id(handle) for handle in handles.values()}) == len(handles)
 
 
 class _Apply(torch.autograd.Function):
@@ -672,7 +675,7 @@ class _Apply(torch.autograd.Function):
             handle = use.handles.get(position)
             if store is None or handle is None or handle.source is not None:
                 return None
-            if sum(other is handle for other in use.handles.values()) > 1:  # one block can't hold both
+            if not use.distinct:  # one block can't hold the gradients of two arguments
                 return None
             block = store.vacant(handle.origins[0])
             return block if block is not None and block.is_contiguous() else None
@@ -695,6 +698,10 @@ class _Apply(torch.autograd.Function):
             store.defer(_deferred_part(use, context, grad, later))
         context.saved_tensors = ()
         return None, *gradients
+
+
+# What `Function.apply` comes to after it has looked for transforms of torch.func, at a third of the time.
+_apply_node = super(torch.autograd.Function, _Apply).apply
 
 
 def _left_for_later(use: _Use, context: RuleContext, grad: Tensor, store: Store) -> set[int]:
@@ -783,11 +790,11 @@ def _run_forward(
     registered: Registered, context: RuleContext, values: list[Any], handles: dict[int, ClusterParameter]
 ) -> Tensor:
     """Run a rule's forward with the parameters cast as its other arguments are."""
-    device = next(v.device.type for v in values if isinstance(v, Tensor))
+    rule = registered.rule
     for position in handles:
-        values[position] = registered.rule.precision(values[position])
-    with _no_autocast(device):
-        return registered.rule.forward(context, *values)
+        values[position] = rule.precision(values[position])
+    with _no_autocast(values[0].device.type):
+        return rule.forward(context, *values)
 
 
 def _shape_per_sample(batch: Tensor | int, batch_size: int) -> tuple[float, ...]:

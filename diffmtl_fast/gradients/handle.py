@@ -60,7 +60,11 @@ class ClusterParameter(Tensor):
 
 def _operate(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
-        handle = next(find_handles((args, kwargs)))
+        for handle in args:  # where they nearly always are
+            if isinstance(handle, ClusterParameter):
+                break
+        else:
+            handle = next(find_handles((args, kwargs)))
         return handle.engine.operate(func, args, dict(kwargs))
 
 

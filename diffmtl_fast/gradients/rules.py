@@ -221,20 +221,17 @@ class Linear(ClusterRule):
         """See `ClusterRule`."""
         if input.dim() < 2:
             raise NoClusterRule(f"linear: expected an input [B, ..., in], found {list(input.shape)}")
-        rows = input.reshape(-1, input.shape[-1])
-        ctx.save_for_backward(rows, weight)
-        ctx.shape = input.shape
-        out = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
-        return _aten._unsafe_view(out, [*input.shape[:-1], weight.shape[0]])
+        ctx.save_for_backward(input, weight)
+        return F.linear(input, weight, bias)
 
     @staticmethod
     def backward(ctx: RuleContext, grad: Tensor, clusters: Clusters) -> tuple[Tensor | None, ...]:
         """See `ClusterRule`."""
-        rows, weight = ctx.saved_tensors
-        grad = grad.reshape(-1, grad.shape[-1])
+        input, weight = ctx.saved_tensors
+        rows, grad = (t if t.dim() == 2 else t.reshape(-1, t.shape[-1]) for t in (input, grad))
         by_input, by_weight, by_bias = None, None, None
         if ctx.needs_input_grad[0]:
-            by_input = (grad @ weight).view(ctx.shape)
+            by_input = (grad @ weight).view(input.shape)
         offsets = clusters.offsets(rows.shape[0])
         if ctx.needs_input_grad[1]:
             by_weight = ops.cluster_wgrad(grad, rows, offsets, out=ctx.buffer(1))
