@@ -135,7 +135,7 @@ def _benchmark(options: Options, channels: tuple[int, int], timesteps: int, samp
         options.pick(2, 3),
         {"T": timesteps, "samples": samples},
         {"TorchJD, LibMTL": "have no task affinity"},
-        memory=not options.quick,
+        memory=options.full,
         allowance=4.0,
         grace=10.0,
         warmup=0,

@@ -33,6 +33,7 @@ part() {
   timeout --kill-after=15 "$limit" "$@" >"$out/$name.log" 2>&1 || status=$?
   case $status in
     0) word="done" ;;
+    5) word="nothing of it at this scale" ;;
     124 | 137) word="stopped at its limit" ;;
     *) word="failed with status $status, see $name.log" ;;
   esac

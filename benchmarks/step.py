@@ -228,7 +228,6 @@ def benchmark(
         build,
         rounds,
         {"title": title} | {name: value for name, value in asdict(setting).items() if name != "device"},
-        {} if suffix else {"torch.compile": "in a case of its own, on a GPU and in a full run"},
         memory=typical and not options.quick,
         allowance=ALLOWANCE,
         grace=0.0,

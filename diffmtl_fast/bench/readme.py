@@ -12,7 +12,7 @@ from types import MappingProxyType
 from .goals import GOALS, Goal, reached
 from .plots import STEP, TYPICAL_K
 from .results import Comparison, Results
-from .tables import duration, figure, told
+from .tables import duration, told, value_of
 
 _SECTION = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 
@@ -97,7 +97,7 @@ def _goal(goal: Goal, results: Results) -> list[str]:
     lines = []
     for case, found in reached(goal, results):
         short = "" if goal.met(found.median) else " (short of the bar)"
-        value = duration(found.median) if goal.measure == "seconds" else figure(found.median)
+        value = value_of(goal)(found.median)
         lines.append(f"| {goal.title} | {case} | {goal.bar_text} | {goal.stretch_text} | {value}{short} |")
     return lines
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from .goals import GOALS, Goal, reached
 from .results import Comparison, Results, Spread, Way
@@ -118,12 +118,13 @@ def goals(results: Results) -> str:
 def _goal(goal: Goal, case: str, found: Spread) -> str:
     verdict = "" if goal.met(found.median) else " (short)"
     low, high = sorted((found.low, found.high))
+    text = value_of(goal)
     return (
-        f"| {goal.title} | {case} | {goal.bar_text} | {goal.stretch_text} | {figure(found.median)}{verdict} | "
-        f"{figure(low)} to {figure(high)} |"
+        f"| {goal.title} | {case} | {goal.bar_text} | {goal.stretch_text} | {text(found.median)}{verdict} | "
+        f"{text(low)} to {text(high)} |"
     )
 
 
-def ratios(comparison: Comparison, ways: Iterable[str]) -> dict[str, Spread]:
-    """Return the ratios of the ways that are there."""
-    return {name: comparison.ratio(comparison[name]) for name in ways if name in comparison}
+def value_of(goal: Goal) -> Callable[[float], str]:
+    """Return how a goal's values are formatted."""
+    return duration if goal.measure == "seconds" else figure

@@ -167,6 +167,13 @@ def test_report_says_what_there_is_and_what_is_missing() -> None:
     assert "| 1.20 (short) |" in short
 
 
+def test_a_goal_in_seconds_is_read_as_a_time() -> None:
+    found = comparison(1.0, group="interval clustering", parameters={"T": 1000, "k": 5, "cost": "log-SNR"})
+    ways = (found.ways[0], Way("diffmtl_fast", "ours", (1e-4,) * 5, found.ways[0].turns))
+    text = report([results(Comparison(found.group, found.case, ways, found.again, {}, found.parameters))])
+    assert "| ≤ 1 ms | ≤ 0.2 ms | 100 µs | 100 µs to 100 µs |" in text
+
+
 def test_faults_and_steps_are_said() -> None:
     found = comparison()
     ways = (
