@@ -57,8 +57,9 @@ def _pcgrad(options: Options, k: int, parameters: int) -> Benchmark:
         orders = random_orders(k, torch.Generator().manual_seed(SEED))
         on_device = orders.to(device)
         weights = torch.rand(k, device=device)
-        # Inner products of millions of float32 numbers are known to their rounding only.
-        tolerance = 1e-4
+        # Inner products of millions of float32 numbers are known to their rounding only; torch.dot adds up in a way
+        # that loses two digits more, which is how the loop was published.
+        tolerance, published_tolerance = 1e-4, 1e-2
 
         @cache
         def expected() -> Tensor:
@@ -77,8 +78,8 @@ def _pcgrad(options: Options, k: int, parameters: int) -> Benchmark:
             torch.manual_seed(SEED)  # of the orders, which are then the same
             return require("torchjd.aggregation", "bench").PCGrad()(given)
 
-        def gated(way: str, run: Callable[[], Tensor], peer: bool = False) -> Candidate:
-            return Candidate(way, run, lambda: relative_error(run(), expected()), tolerance, peer)
+        def gated(way: str, run: Callable[[], Tensor], most: float, peer: bool = False) -> Candidate:
+            return Candidate(way, run, lambda: relative_error(run(), expected()), most, peer)
 
         def products_error() -> float:
             gramian, combined = matmuls()
@@ -89,10 +90,12 @@ def _pcgrad(options: Options, k: int, parameters: int) -> Benchmark:
 
         return [
             Memory(megabytes, device).candidate("copy"),
-            gated(OURS, ours),
-            gated(name, loop) if published is None else published.projection(name, given, tolerance),
+            gated(OURS, ours, tolerance),
+            gated(name, loop, published_tolerance)
+            if published is None
+            else published.projection(name, given, published_tolerance),
             Candidate(MATMULS, matmuls, products_error, tolerance),
-            gated(TORCHJD, torchjd, peer=True),
+            gated(TORCHJD, torchjd, published_tolerance, peer=True),
         ]
 
     row = 4 * parameters
@@ -132,7 +135,7 @@ def _nash(options: Options, k: int) -> Benchmark:
 
     def build() -> list[Candidate]:
         device = torch.device(options.device)
-        given = jacobian(k, 64, device)
+        given = jacobian(k, 4096, device)
         gramian = given @ given.T
         present, ones = torch.ones(k, dtype=torch.bool, device=device), torch.ones(k, device=device)
 
@@ -164,10 +167,10 @@ def _nash(options: Options, k: int) -> Benchmark:
         )
         return [
             Candidate(SOLVE, lambda: torch.linalg.solve(gramian, ones)),
-            Candidate(OURS, ours, residual(ours), 1e-4),
+            Candidate(OURS, ours, residual(ours), 1e-3),
             reference,
             Candidate(ONCE, once, residual(once), 1e-3, peer=True),
-            Candidate(PLAIN, plain, residual(plain), 1e-4),
+            Candidate(PLAIN, plain, residual(plain), 1e-3),
         ]
 
     return Benchmark(
