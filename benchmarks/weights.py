@@ -57,8 +57,8 @@ def _pcgrad(options: Options, k: int, parameters: int) -> Benchmark:
         orders = random_orders(k, torch.Generator().manual_seed(SEED))
         on_device = orders.to(device)
         weights = torch.rand(k, device=device)
-        # Inner products of millions of float32 numbers are known to their rounding only; torch.dot adds up in a way
-        # that loses two digits more, which is how the loop was published.
+        # Inner products of millions of float32 numbers are known to their rounding only; torch.dot adds up in
+        # a way that loses two digits more, which is how the loop was published.
         tolerance, published_tolerance = 1e-4, 1e-2
 
         @cache
