@@ -75,7 +75,7 @@ def study(
     stages = _stages(folder, plan)
     total = sum(_selected(task, only) for stage in stages for task in stage)
     if total:
-        progress = _Progress(total)
+        progress = _Progress(total, jobs)
         with _pool(jobs, threads) as pool:
             for stage in stages:
                 todo = [task for task in stage if _selected(task, only)]
@@ -133,11 +133,10 @@ def _run(pool: Executor, todo: list[Task], folder: StudyFolder, progress: _Progr
     try:
         for future in as_completed(begun):
             task = begun[future]
-            try:
-                progress.tell(task.name, future.result())
-            except (UserError, TrainingDiverged) as error:
-                failed[task.name] = str(error)
-                progress.tell(task.name, None)
+            seconds, error = future.result()
+            progress.tell(task.name, seconds, failed=error is not None)
+            if error is not None:
+                failed[task.name] = error
     finally:
         for future in begun:  # after a defect or Ctrl-C nothing more is begun
             future.cancel()
@@ -155,24 +154,36 @@ def _set_threads(threads: int) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
-def _work(task: Task, output: Path) -> float:
-    """Do it in a process of the pool, what it prints into a file; the seconds that it took."""
-    begun = time.perf_counter()
+def _work(task: Task, output: Path) -> tuple[float, str | None]:
+    """Do it in a process of the pool, what it prints into a file.
+
+    Returns:
+        The seconds that it took, and what went wrong if the user can put it right.
+    """
+    begun, failed = time.perf_counter(), None
     with output.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
-        task.work()
-    return time.perf_counter() - begun
+        try:
+            task.work()
+        except (UserError, TrainingDiverged) as error:
+            failed = str(error)
+    return time.perf_counter() - begun, failed
 
 
 class _Progress:
     """A line for every piece of work that is done."""
 
-    def __init__(self, total: int) -> None:
-        self._total, self._done, self._begun = total, 0, time.monotonic()
+    def __init__(self, total: int, jobs: int) -> None:
+        self._total, self._jobs, self._begun = total, jobs, time.monotonic()
+        self._seconds: list[float] = []
 
-    def tell(self, name: str, seconds: float | None) -> None:
-        self._done += 1
-        took = "failed" if seconds is None else f"{seconds:.0f} s"
-        elapsed = time.monotonic() - self._begun
-        left = elapsed / self._done * (self._total - self._done) / 60
-        count = f"{self._done:>{len(str(self._total))}}/{self._total}"
-        print(f"{count}  {name}: {took}, {elapsed / 60:.1f} min so far, about {left:.0f} to go", flush=True)
+    def tell(self, name: str, seconds: float, failed: bool) -> None:
+        self._seconds.append(seconds)
+        done = len(self._seconds)
+        left = sum(self._seconds) / done * (self._total - done) / self._jobs / 60
+        so_far = (time.monotonic() - self._begun) / 60
+        count = f"{done:>{len(str(self._total))}}/{self._total}"
+        outcome = "failed after " if failed else ""
+        print(
+            f"{count}  {name}: {outcome}{seconds:.0f} s, {so_far:.1f} min so far, about {left:.0f} to go",
+            flush=True,
+        )

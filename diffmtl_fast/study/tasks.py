@@ -23,7 +23,7 @@ from .calibration import calibrate
 from .folder import StudyFolder
 from .plan import VANILLA, Plan, Variant
 
-CALIBRATION_ROUNDS = 30
+CALIBRATION_ROUNDS = 50
 
 
 def measure_costs(study: StudyFolder, plan: Plan, rounds: int = CALIBRATION_ROUNDS) -> None:

@@ -133,7 +133,7 @@ def test_what_fails_is_reported_after_the_rest(tmp_path, capsys):
     options = ["--quick", "--jobs", "1", "--only", "affinity"]
     assert main(["study", "--study-dir", str(tmp_path / "s"), *options]) == 2
     captured = capsys.readouterr()
-    assert "1/1  affinity: failed" in captured.out
+    assert "1/1  affinity: failed after " in captured.out
     assert "no report yet" in captured.out
     assert captured.err.startswith("error: affinity failed: ")
     assert "expected complete plain training to analyse" in captured.err
