@@ -75,10 +75,11 @@ def _introduction(results: Results) -> str:
     missing = "" if done == planned else f" **{planned - done} of {planned} runs are missing.**"
     return (
         f"# Study: multi-task diffusion training on {base.data.path.rpartition('.')[2]}\n\n"
-        f"{len(results.cases())} ways of training, {plan.seeds} seed{'s' * (plan.seeds != 1)}, {plan.iterations:,} iterations of "
-        f"{base.batch_size} images each, evaluated {plan.evaluations} times with {base.evaluation.num_samples} "
-        f"pictures of {base.sampling.steps} denoising steps (averaged weights).{missing} Made by `{COMMAND}`; all "
-        "figures and pictures here are computed from its stored results (those of the runs are in "
+        f"{len(results.cases())} ways of training, {plan.seeds} seed{'s' * (plan.seeds != 1)}, "
+        f"{plan.iterations:,} iterations of {base.batch_size} images each, evaluated {plan.evaluations} times "
+        f"with {base.evaluation.num_samples} pictures of {base.sampling.steps} denoising steps (averaged "
+        f"weights).{missing} Made by `{COMMAND}`; all figures and pictures here are computed from its stored "
+        "results (those of the runs are in "
         "[results.json](results.json)) by "
         f"`{COMMAND} --report-only --study-dir DIR`."
     )
