@@ -133,7 +133,9 @@ Parallel openmp() {
 bool run_with_openmp(Int tasks, int threads, const Body& body) {
   if (forked || !openmp()) return false;
   Loop loop(body, tasks, threads);
-  openmp()([](void* data) { static_cast<Loop*>(data)->drain(); }, &loop, static_cast<unsigned>(threads), 0);
+  // 0: the whole team, as PyTorch's operations take it. A runtime ends the threads that a smaller team leaves over, and
+  // starts new ones for the next operation; here those who are too many go home at once.
+  openmp()([](void* data) { static_cast<Loop*>(data)->drain(); }, &loop, 0, 0);
   return true;
 }
 

@@ -317,10 +317,13 @@ class Convolution(ClusterRule):
             ]
         if ctx.needs_input_grad[1]:
             by_weight = _filled(ctx.buffer(1), clusters.num, weight)
-        if ctx.needs_input_grad[2]:
-            by_bias = _filled(ctx.buffer(2), clusters.num, weight.new_empty(weight.shape[0]))
-        sizes = clusters.sizes(input.shape[0])
-        _affine_of_convolution(grad, input, weight, geometry, sizes, by_weight, by_bias)
+            if ctx.needs_input_grad[2]:
+                by_bias = _filled(ctx.buffer(2), clusters.num, weight.new_empty(weight.shape[0]))
+            sizes = clusters.sizes(input.shape[0])
+            _affine_of_convolution(grad, input, weight, geometry, sizes, by_weight, by_bias)
+        elif ctx.needs_input_grad[2]:
+            by_sample = grad.flatten(2).sum(2)
+            by_bias = ops.cluster_sum(by_sample, clusters.offsets(grad.shape[0]), out=ctx.buffer(2))
         return by_input, by_weight, by_bias, None, None, None, None
 
 
@@ -330,14 +333,12 @@ def _affine_of_convolution(
     weight: Tensor,
     geometry: tuple[Any, ...],
     sizes: list[int],
-    by_weight: Tensor | None,
+    by_weight: Tensor,
     by_bias: Tensor | None,
 ) -> None:
-    """Fill the gradients [K, *shape] of weight and bias, those that are not None, for clusters of these sizes."""
+    """Fill the gradients [K, *shape] of a weight, and of a bias if there is one, for clusters of these sizes."""
     *rest, groups = geometry
-    wanted = [False, by_weight is not None, by_bias is not None]
-    if not any(wanted):
-        return
+    wanted = [False, True, by_bias is not None]
     bias = [weight.shape[0]] if wanted[2] else None
 
     def run(
@@ -349,13 +350,14 @@ def _affine_of_convolution(
         return found
 
     num = len(sizes)
-    if len(set(sizes)) == 1 and _fits_one_convolution(grad, input, weight, num):
+    if len(set(sizes)) == 1 and sizes[0] and _fits_one_convolution(grad, input, weight, num):
         # Side by side in the channels, the clusters are groups of one convolution.
         grad, input = (t.unflatten(0, (num, -1)).transpose(0, 1).flatten(1, 2) for t in (grad, input))
         like = weight.new_empty(num * weight.shape[0], *weight.shape[1:])  # only its shape is read
         found = run(grad, input, like, num * groups, bias and [num * bias[0]])
         for gradients, all_clusters in zip((by_weight, by_bias), found[1:], strict=True):
-            if gradients is not None and all_clusters is not None:
+            if gradients is not None:
+                assert all_clusters is not None  # there are samples in every cluster
                 gradients.copy_(all_clusters.view_as(gradients))
         return
     rows = [[None] * num if g is None else g.unbind() for g in (by_weight, by_bias)]
@@ -375,7 +377,9 @@ def _fits_one_convolution(grad: Tensor, input: Tensor, weight: Tensor, num: int)
     """Tell whether one grouped convolution is quicker than one for each cluster: measured with oneDNN, whose calls
     take 0.1 ms and whose groups are slow with large weights or few channels.
     """
-    if input.device.type != "cpu" or not (grad.is_contiguous() and input.is_contiguous()):
+    if input.device.type != "cpu" or input.dtype == torch.float64 or not torch.backends.mkldnn.is_available():
+        return False
+    if not (grad.is_contiguous() and input.is_contiguous()):
         return False
     per_cluster = grad.numel() // grad.shape[1] // num * weight.numel()  # multiplications
     few_channels = min(grad.shape[1], input.shape[1]) < 16

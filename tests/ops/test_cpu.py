@@ -613,6 +613,7 @@ class TestThreads:
                     *torch.ops.diffmtl.uncertainty_loss(many, target, cluster, weights),
                     ops.cluster_wgrad(many[:, :50], many[:, 50:650], torch.arange(0, 301, 6)),
                     ops.cluster_sum(many, torch.tensor([0, 7, 300])),
+                    *ops.group_norm_backward(many, many, *torch.ones(2, 300, 1)),
                 ]
             )
         for result in results[1:]:

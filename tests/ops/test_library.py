@@ -212,6 +212,8 @@ def everything(pred, x0, index, jacobian, log_var, alpha, sigma):
     weights = ops.nash_weights(gramian) + ops.pcgrad_weights(gramian, order(pred.device))
     rows, bounds = pred.detach().flatten(1), offsets(pred.device)
     constants = ops.cluster_sum(rows, bounds).sum() + ops.cluster_wgrad(rows, rows, bounds).sum()
+    moments = torch.ones(2, len(rows), 1, device=pred.device)
+    constants = constants + sum(t.sum() for t in ops.group_norm_backward(rows, rows, *moments, rows[0]))
     combined = ops.combine(jacobian, weights).sum() + ops.combine([jacobian, jacobian], weights)[1].sum()
     return total + combined + ops.gram([jacobian, jacobian]).sum() + constants
 
