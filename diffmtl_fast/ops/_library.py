@@ -3,10 +3,10 @@
 Every op has a plain-PyTorch definition, registered for all devices and dtypes; it is the oracle of the tests. A
 fused kernel for one device (`"CPU"`, `"CUDA"`) is registered over it with `register_kernel`.
 
-What holds for every op is decided here. Autocast changes none: inputs of any floating dtypes are taken as they
-are, and an op states the dtype it accumulates and returns. Under `torch.func.vmap` an op runs once for each entry
-of the batch. A gradient without a formula is refused with the reason: forward mode always, the second derivative
-where the first one is an op of its own (`refuse_autograd`).
+What holds for every op is decided here. Autocast changes none: inputs are taken in the floating dtypes that they
+have, which an op may ask to be one for some of them, and an op states the dtype it accumulates and returns. Under
+`torch.func.vmap` an op runs once for each entry of the batch. A gradient without a formula is refused with the
+reason: forward mode always, the second derivative where the first one is an op of its own (`refuse_autograd`).
 """
 
 from __future__ import annotations
