@@ -18,8 +18,8 @@ def group_norm_backward_plain(
     samples, channels = x.shape[:2]
     groups = mean.shape[1]
     size = math.prod(x.shape[2:])
-    slope = grad.to(dtype).reshape(samples, channels, size)
-    by_group = x.to(dtype).reshape(samples, groups, channels // groups * size)
+    slope = grad.to(dtype).contiguous().view(samples, channels, size)
+    by_group = x.to(dtype).contiguous().view(samples, groups, channels // groups * size)
     normal = ((by_group - mean.to(dtype).unsqueeze(2)) * rstd.to(dtype).unsqueeze(2)).view_as(slope)
     by_weight, by_bias = (slope * normal).sum(2), slope.sum(2)
     if weight is not None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from diffmtl_fast import ops
+from diffmtl_fast.ops import PLAIN
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1, 1), (3, 4, 1), (2, 6, 5, 7), (4, 32, 8, 8), (2, 6, 3, 5, 2), (1, 4, 2500), (3, 2)]
@@ -56,16 +57,17 @@ def test_nothing(shape, device):
 @pytest.mark.parametrize("order", [torch.channels_last, "transposed"], ids=str)
 def test_layouts(order, generator, device):
     grad, x = torch.randn(2, 3, 4, 5, 6, generator=generator).to(device)
-    mean, rstd = moments(x, 2)
     if order == "transposed":
         other = [t.transpose(2, 3).contiguous().transpose(2, 3) for t in (grad, x)]
     else:
         other = [t.contiguous(memory_format=order) for t in (grad, x)]
-    for found, same in zip(
-        ops.group_norm_backward(*other, mean, rstd), ops.group_norm_backward(grad, x, mean, rstd), strict=True
-    ):
-        assert found.is_contiguous()
-        torch.testing.assert_close(found, same)
+    for backward in (ops.group_norm_backward, PLAIN["group_norm_backward"]):
+        for groups in (1, 2, 4):
+            mean, rstd = moments(x, groups)
+            expected = backward(grad, x, mean, rstd, None)
+            for found, same in zip(backward(*other, mean, rstd, None), expected, strict=True):
+                assert found.is_contiguous()
+                torch.testing.assert_close(found, same)
 
 
 @pytest.mark.parametrize(
