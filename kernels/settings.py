@@ -37,6 +37,14 @@ class ClusterSumSettings(NamedTuple):
     num_warps: int
 
 
+class GroupNormSettings(NamedTuple):
+    """Channels and positions of a tile, and warps per program."""
+
+    rows: int
+    block: int
+    num_warps: int
+
+
 class WgradSettings(NamedTuple):
     """Rows of a step, outputs and inputs of a tile, shares of a cluster, warps per program."""
 
@@ -111,6 +119,14 @@ def cluster_sum_settings(num_clusters: int, num_rows: int, size: int) -> Cluster
     rows = min(STREAM_BLOCK // block, max(power_of_two(mean), 1))
     shares = _shares(num_clusters * ceil_div(size, block), mean)
     return ClusterSumSettings(rows, block, shares, max(1, min(8, rows * block // 512)))
+
+
+def group_norm_settings(channels: int, size: int) -> GroupNormSettings:
+    """Settings for groups of `channels` channels of `size` elements: two operands and two sums in registers."""
+    tile = STREAM_BLOCK // 2
+    block = min(tile // 2, power_of_two(size))
+    rows = min(tile // block, power_of_two(channels))
+    return GroupNormSettings(rows, block, max(1, rows * block // 512))
 
 
 def wgrad_settings(

@@ -513,7 +513,7 @@ class GroupNorm(ClusterRule):
     def backward(ctx: RuleContext, grad: Tensor, clusters: Clusters) -> tuple[Tensor | None, ...]:
         """See `ClusterRule`."""
         input, weight, bias, mean, rstd = ctx.saved_tensors
-        if input.device.type == "cpu" and input.is_contiguous():
+        if input.device.type in ("cpu", "cuda") and input.is_contiguous():
             mean, rstd = (t.view(input.shape[0], -1) for t in (mean, rstd))
             by_samples, *affine = ops.group_norm_backward(grad, input, mean, rstd, weight)
             offsets = clusters.offsets(input.shape[0])

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..kernels import clusters as cluster_kernels
 from ..kernels import combine as combine_kernels
 from ..kernels import gram as gram_kernels
+from ..kernels import group_norm as group_norm_kernels
 from ..kernels import losses as loss_kernels
 from ..kernels import noise as noise_kernels
 from ..kernels import settings
@@ -483,6 +484,39 @@ def cluster_wgrad(grad_out: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     return out
 
 
+def group_norm_backward(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch `group_norm_backward`."""
+    for tensor in (x, mean, rstd, *([] if weight is None else [weight])):
+        if tensor.dtype == torch.float64 or tensor.dtype not in TRITON_DTYPES:
+            reason = f"no kernel for {tensor.dtype}"
+            return run_plain("group_norm_backward", reason, grad, x, mean, rstd, weight)
+    (samples, channels), size, groups = x.shape[:2], math.prod(x.shape[2:]), mean.shape[1]
+    by_x = x.new_empty(x.shape)
+    by_weight, by_bias = (x.new_empty(samples, channels, dtype=torch.float32) for _ in range(2))
+    if x.numel() == 0:
+        return by_x, by_weight.zero_(), by_bias.zero_()
+    rows, block, num_warps = settings.group_norm_settings(channels // groups, size)
+    group_norm_kernels._group_norm_backward_kernel[samples * groups,](
+        grad.contiguous(),
+        x.contiguous(),
+        mean.contiguous(),
+        rstd.contiguous(),
+        None if weight is None else weight.contiguous(),
+        by_x,
+        by_weight,
+        by_bias,
+        groups,
+        channels // groups,
+        size,
+        ROWS=rows,
+        BLOCK=block,
+        num_warps=num_warps,
+    )
+    return by_x, by_weight, by_bias
+
+
 def pcgrad_weights(gramian: Tensor, order: Tensor, present: Tensor) -> Tensor:
     """Launch `pcgrad_weights`."""
     k = gramian.shape[0]
@@ -538,6 +572,7 @@ LAUNCHERS: dict[str, Any] = {
         combine,
         combine_,
         gram,
+        group_norm_backward,
         nash_weights,
         pcgrad_weights,
         philox_normal,

@@ -21,7 +21,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from diffmtl_fast.kernels import clusters, combine, gram, losses, parts, settings, weights
+from diffmtl_fast.kernels import clusters, combine, gram, group_norm, losses, parts, settings, weights
 from diffmtl_fast.kernels import noise as noises
 
 TARGETS = [
@@ -228,6 +228,26 @@ def cluster_sum_cases() -> list[Case]:
     return cases
 
 
+def group_norm_cases() -> list[Case]:
+    """Large images, short rows of many channels, sizes that are no multiple of anything."""
+    cases = []
+    for dtype in ("fp32", "bf16", "fp16"):
+        pointers = {"p_grad": dtype, "p_x": dtype, "p_mean": "fp32", "p_rstd": "fp32", "p_by_x": dtype}
+        pointers |= {"p_by_weight": "fp32", "p_by_bias": "fp32"}
+        for channels, size in ((4, 4096), (16, 64), (1, 1024), (3, 35), (64, 1)):
+            rows, block, warps = settings.group_norm_settings(channels, size)
+            aligned = size % 16 == 0
+            sizes = ("size",) if aligned else ()
+            constants = {"ROWS": rows, "BLOCK": block}
+            for weight in (None, dtype):
+                given = pointers if weight is None else pointers | {"p_weight": weight}
+                compiled = constants | {"p_weight": None} if weight is None else constants
+                counts = ("groups", "channels") if aligned else ("groups", "channels", "size")
+                kernel = group_norm._group_norm_backward_kernel
+                cases.append(Case(kernel, given, sizes, compiled, warps, aligned, counts, aligned))
+    return cases
+
+
 def small_cases() -> list[Case]:
     cases = []
     for dtype in ("fp32", "fp64"):
@@ -312,7 +332,7 @@ def local_bytes(cubin: bytes) -> int:
 
 
 def all_cases() -> list[Case]:
-    sums = wgrad_cases() + cluster_sum_cases()
+    sums = wgrad_cases() + cluster_sum_cases() + group_norm_cases()
     return streaming_cases() + combine_cases() + gram_cases() + sums + small_cases()
 
 

@@ -406,6 +406,58 @@ def test_weight_gradients_of_strided_rows(generator, device):
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+# Of one tile, and of several in both directions; divisible by nothing.
+GROUPED = [((1, 1, 1), 1), ((3, 6), 2), ((2, 6, 5, 7), 3), ((2, 4, 8, 8), 2), ((1, 6, 1301), 2)]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d != torch.float64], ids=str)
+@pytest.mark.parametrize(("shape", "groups"), [*GROUPED, ((2, 2600, 1), 1), ((0, 4, 3), 2), ((2, 4, 0), 2)])
+def test_group_norm_backward(shape, groups, dtype, weighted, generator, device):
+    grad, x = draw(shape, dtype, generator), draw(shape, dtype, generator) + 3
+    mean, rstd = torch.rand(2, shape[0], groups, generator=generator, device=device) + 1
+    weight = draw(shape[1:2], torch.float32, generator).to(dtype) if weighted else None
+    inputs = (grad, x, mean.to(dtype), rstd, weight)
+    check("group_norm_backward", inputs, DTYPES[dtype])
+    by_x, *affine = _cuda.LAUNCHERS["group_norm_backward"](*inputs)
+    assert by_x.dtype == dtype
+    exact = PLAIN["group_norm_backward"](*(in_float64(t) for t in inputs))[1:]
+    for found, reference in zip(affine, exact, strict=True):  # sums in float32, whatever was added up
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), reference, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("order", [torch.channels_last, torch.contiguous_format])
+def test_group_norm_backward_of_other_layouts(order, generator, device):
+    grad, x = (draw((2, 4, 5, 6), torch.float32, generator).contiguous(memory_format=order) for _ in range(2))
+    mean, rstd = torch.rand(2, 2, 2, generator=generator, device=device).transpose(1, 2)
+    weight = draw((8,), torch.float32, generator)[::2]
+    for view in (slice(None), slice(None, None, 2)):
+        check("group_norm_backward", (grad[..., view], x[..., view], mean, rstd, weight), 2e-6)
+
+
+def test_what_is_not_finite_stays_in_its_group(generator, device):
+    grad, x = draw((2, 2, 4, 3), torch.float32, generator)
+    x[1, 0, 2] = float("inf")
+    mean, rstd = torch.ones(2, 2, 2, device=device)
+    by_x, by_weight, by_bias = _cuda.LAUNCHERS["group_norm_backward"](grad, x, mean, rstd, None)
+    assert by_x.isfinite().all(2).tolist() == [[True] * 4, [False, False, True, True]]
+    assert by_weight.isfinite().tolist() == [[True] * 4, [False, True, True, True]]
+    assert by_bias.isfinite().all()
+
+
+def test_group_norm_backward_in_float64_is_logged_once(generator, caplog):
+    grad, x = draw((2, 2, 4, 3), torch.float64, generator)
+    moments = torch.ones(2, 2, device=generator.device)
+    _library._log_fallback.cache_clear()
+    with caplog.at_level("INFO", "diffmtl_fast"):
+        for _ in range(2):
+            check("group_norm_backward", (grad, x, moments, moments, None), 1e-13)
+    assert [r.message for r in caplog.records] == [
+        "diffmtl::group_norm_backward runs its plain definition: no kernel for torch.float64"
+    ]
+
+
 def test_offsets_beyond_the_rows_touch_no_other_memory(device):
     rows = torch.ones(40, 3, device=device)[10:20]
     for bounds in ([0, 4, 99], [-7, 4, 10], [0, 2**40, -(2**40)]):
