@@ -34,7 +34,9 @@ def run(folder: Path, **environment: str) -> tuple[subprocess.CompletedProcess[s
     python.chmod(python.stat().st_mode | stat.S_IXUSR)
     done = subprocess.run(
         [str(SCRIPT), str(folder / "out")],
-        env=os.environ | {"PYTHON": str(python), "NOTES": str(folder)} | environment,
+        env=os.environ
+        | {"PYTHON": str(python), "NOTES": str(folder), "SANITIZER": "no-sanitizer"}
+        | environment,
         capture_output=True,
         text=True,
         check=False,
@@ -66,6 +68,33 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_others(tmp_path: Path) -> 
     assert "| roofline | failed with status 3, see roofline.log |" in done.stdout
     assert "| step_one | stopped at its limit |" in done.stdout
     assert "| end_to_end | no time left |" in done.stdout
+
+
+def test_the_sanitizer_runs_the_kernel_tests_of_small_shapes(tmp_path: Path) -> None:
+    sanitizer = tmp_path / "sanitizer"
+    # Notes its options, runs the command, and finds an error if it is told to.
+    sanitizer.write_text(
+        """#!/bin/sh
+printf '%s ' sanitizer "$PYTORCH_NO_CUDA_MEMORY_CACHING" >> "$NOTES/calls"
+while [ "$1" != "$PYTHON" ]; do printf '%s ' "$1" >> "$NOTES/calls"; shift; done
+"$@" && exit ${FOUND:-0}
+"""
+    )
+    sanitizer.chmod(sanitizer.stat().st_mode | stat.S_IXUSR)
+    for found, word in (("0", "done"), ("1", "failed with status 1, see sanitizer.log")):
+        done, calls = run(tmp_path, MODELS="one", INSTALL="0", SANITIZER=str(sanitizer), FOUND=found)
+        assert done.returncode == int(found)
+        assert f"| sanitizer | {word} |" in done.stdout
+    call = next(call for call in calls if call.startswith("sanitizer"))
+    assert call.startswith("sanitizer 1 --error-exitcode 1 --report-api-errors no -m pytest")
+    assert "tests/kernels -k not (4096 or " in call
+
+
+def test_without_a_sanitizer_the_summary_says_so(tmp_path: Path) -> None:
+    done, calls = run(tmp_path, MODELS="one", INSTALL="0", SANITIZER=str(tmp_path / "none"))
+    assert done.returncode == 0, done.stderr
+    assert f"| sanitizer | {tmp_path / 'none'} not found | |" in done.stdout
+    assert not any("-k not (" in call for call in calls)
 
 
 def test_without_time_nothing_is_measured(tmp_path: Path) -> None:
