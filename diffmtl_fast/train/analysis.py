@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from .._files import remove, replacing, write_json
 from ..analysis import (
     GaussianFit,
@@ -40,12 +39,12 @@ from .components import (
     build_model,
     build_scheduler,
     condition,
-    denoising_target,
     prediction,
     resolve_device,
 )
 from .config import Clusters, Config
 from .data import ImageData
+from .denoising import Denoising
 from .errors import UserError, blame
 from .evaluation import Judge
 from .experts import load_expert, train_expert
@@ -267,6 +266,7 @@ def denoising_loss(
     data: ImageData, scheduler: Any, device: torch.device
 ) -> Callable[[Callable[..., Any], Tensor, torch.Generator], Tensor]:
     """The losses of training images drawn at random, with fresh noise, at given timesteps: a `TimestepLoss`."""
+    denoising = Denoising(scheduler, device)
     images = data.train.to(device)
     labels = None if data.train_labels is None else data.train_labels.to(device)
 
@@ -274,8 +274,8 @@ def denoising_loss(
         index = torch.randint(len(images), t.shape, generator=generator, device=device)
         clean, classes = images[index], None if labels is None else labels[index]
         noise = torch.randn(clean.shape, generator=generator, device=device)
-        output = model(scheduler.add_noise(clean, noise, t), t, **condition(classes))
-        return ops.sample_mse(prediction(output), denoising_target(scheduler, clean, noise, t))
+        output = model(denoising.add_noise(clean, noise, t), t, **condition(classes))
+        return denoising.loss(prediction(output), clean, noise, t)
 
     return loss
 

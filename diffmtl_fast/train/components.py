@@ -91,9 +91,9 @@ def build_model(config: Config, data: ImageData, device: torch.device) -> nn.Mod
 
 
 def build_scheduler(config: Config) -> Any:
-    """The noise schedule."""
+    """The noise schedule, which `denoising.Denoising` reads."""
     scheduler = build("scheduler", config.scheduler)
-    missing = [name for name in ("add_noise", "alphas_cumprod", "config") if not hasattr(scheduler, name)]
+    missing = [name for name in ("alphas_cumprod", "config") if not hasattr(scheduler, name)]
     if missing:
         raise UserError(
             f"scheduler: {config.scheduler.path} has no {missing[0]}; expected a discrete-time one"
@@ -267,24 +267,6 @@ def resolve_device(name: str) -> torch.device:
 def condition(labels: Tensor | None) -> dict[str, Tensor]:
     """Keyword arguments that pass the classes to a model."""
     return {} if labels is None else {"class_labels": labels}
-
-
-def denoising_target(scheduler: Any, images: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """What the model is to predict: noise, velocity or image, by the schedule's ``prediction_type``.
-
-    Raises:
-        UserError: it is something else.
-    """
-    kind = scheduler.config.get("prediction_type", "epsilon")
-    if kind == "epsilon":
-        return noise
-    if kind == "v_prediction":
-        return scheduler.get_velocity(images, noise, t)
-    if kind == "sample":
-        return images
-    raise UserError(
-        f"scheduler.args.prediction_type: expected epsilon, v_prediction or sample, found {kind!r}"
-    )
 
 
 def prediction(output: Any) -> Tensor:

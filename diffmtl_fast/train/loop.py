@@ -27,12 +27,12 @@ from .components import (
     build_timesteps,
     build_weighting,
     condition,
-    denoising_target,
     prediction,
     resolve_device,
 )
 from .config import Config
 from .data import EpochSampler
+from .denoising import Denoising
 from .ema import Ema
 from .errors import TrainingDiverged, UserError, blame
 from .history import History
@@ -63,7 +63,8 @@ class Trainer:
             config.clusters, self._log_snr, self.scheduler.config.num_train_timesteps
         )
         self.timesteps = build_timesteps(config, self.clusters, self._log_snr)
-        self.loss_weights = build_loss_weights(config, self.scheduler, self.device)
+        weights = build_loss_weights(config, self.scheduler, self.device)
+        self.denoising = Denoising(self.scheduler, self.device, weights)
         self.model = build_model(config, self.data, self.device)
         self.ema = Ema(self.model, config.ema_decay)
         self.weighting = build_weighting(config, self.clusters.k, self.device)
@@ -197,17 +198,14 @@ class Trainer:
         labels = None if self._labels is None else self._labels[index]
         t, cluster = self.timesteps.sample(len(images), device=self.device, generator=self.generator)
         noise = torch.randn(images.shape, generator=self.generator, device=self.device)
-        noisy = self.scheduler.add_noise(images, noise, t)
-        target = denoising_target(self.scheduler, images, noise, t)
+        noisy = self.denoising.add_noise(images, noise, t)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             if self.mtl is None:
                 output = self.model(noisy, t, **condition(labels))
             else:
                 with blame("model"):  # it may be one that cannot be split by cluster
                     output = self.mtl(noisy, t, **condition(labels), cluster=cluster)
-        loss = ops.sample_mse(prediction(output), target)
-        if self.loss_weights is not None:
-            loss = loss * self.loss_weights[t]
+        loss = self.denoising.loss(prediction(output), images, noise, t)
         weight = self.timesteps.weight(t)
         if self.mtl is None:
             (loss * weight).mean().backward()

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from diffmtl_fast.ops import _cpu, _cuda
 from diffmtl_fast.train import checkpoint, history
-from diffmtl_fast.train.components import build_data, build_model, build_scheduler, denoising_target
+from diffmtl_fast.train.components import build_data, build_model, build_scheduler
 from diffmtl_fast.train.config import Component
 from diffmtl_fast.train.errors import TrainingDiverged, UserError
 from diffmtl_fast.train.history import History
@@ -43,9 +44,25 @@ def same_weights(a, b):
     )
 
 
-@pytest.mark.parametrize(("accumulate", "weight"), [(1, "none"), (3, "none"), (1, "p2")])
-def test_vanilla_is_the_loop_that_everybody_writes(tiny, tmp_path, device, accumulate, weight):
-    config = tiny(method="vanilla", iterations=3, accumulate=accumulate, loss={"weight": weight})
+@pytest.mark.parametrize(
+    ("accumulate", "weight", "kind"),
+    [
+        (1, "none", "epsilon"),
+        (3, "none", "epsilon"),
+        (1, "p2", "epsilon"),
+        (1, "none", "v_prediction"),
+        (3, "p2", "v_prediction"),
+        (1, "none", "sample"),
+    ],
+)
+def test_vanilla_is_the_loop_that_everybody_writes(tiny, tmp_path, device, accumulate, weight, kind):
+    config = tiny(
+        method="vanilla",
+        iterations=3,
+        accumulate=accumulate,
+        loss={"weight": weight},
+        scheduler={"args": {"prediction_type": kind}},
+    )
     trainer, _ = fit(config, tmp_path / "run")
 
     data, scheduler = build_data(config), build_scheduler(config)
@@ -62,9 +79,12 @@ def test_vanilla_is_the_loop_that_everybody_writes(tiny, tmp_path, device, accum
             t = torch.randint(20, (12,), generator=generator, device=device)
             noise = torch.randn(images.shape, generator=generator, device=device)
             predicted = model(scheduler.add_noise(images, noise, t), t, class_labels=labels).sample
-            errors = (predicted - noise).square().mean((1, 2, 3))
-            if weight == "p2":  # 1 / (1 + SNR) is the share of noise
-                errors = errors * (1 - scheduler.alphas_cumprod[t.cpu()]).to(device)
+            velocity = scheduler.get_velocity(images, noise, t)
+            target = {"epsilon": noise, "v_prediction": velocity, "sample": images}[kind]
+            errors = (predicted - target).square().mean((1, 2, 3))
+            signal = scheduler.alphas_cumprod[t.cpu()].to(device)
+            if weight == "p2":  # 1 / (1 + SNR) is the share of noise; ε's squared error is α² times that of v
+                errors = errors * (1 - signal) * (signal if kind == "v_prediction" else 1)
             (errors.mean() / accumulate).backward()
         optimizer.step()
     for ours, theirs in zip(trainer.model.parameters(), model.parameters(), strict=True):
@@ -272,20 +292,20 @@ def test_gradients_are_clipped(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-def test_prediction_types(tiny, tmp_path, kind):
-    trainer, lines = fit(tiny(scheduler={"args": {"prediction_type": kind}}, iterations=1), tmp_path / "run")
-    assert lines[0]["loss"] > 0
-    images, noise, t = torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8), torch.tensor([3, 17])
-    target = denoising_target(trainer.scheduler, images, noise, t)
-    # Each target, turned into a denoised image the way its definition says, is the image itself.
-    bar = trainer.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
-    noisy = bar.sqrt() * images + (1 - bar).sqrt() * noise
-    found = {
-        "epsilon": (noisy - (1 - bar).sqrt() * target) / bar.sqrt(),
-        "v_prediction": bar.sqrt() * noisy - (1 - bar).sqrt() * target,
-        "sample": target,
-    }[kind]
-    torch.testing.assert_close(found, images, rtol=1e-3, atol=1e-3)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_runs_no_plain_definition(tiny, tmp_path, monkeypatch, method, kind):
+    def refuse(name, reason, *args):
+        raise AssertionError(f"{name} ran its plain definition: {reason}")
+
+    config = tiny(method=method, scheduler={"args": {"prediction_type": kind}}, loss={"weight": "p2"})
+    trainer = Trainer(config)
+    for kernels in (_cpu, _cuda):
+        monkeypatch.setattr(kernels, "run_plain", refuse)
+    for name in ("add_noise", "get_velocity"):  # nor the scheduler's
+        monkeypatch.delattr(type(trainer.scheduler), name)
+    log = History(tmp_path / "log.jsonl")
+    trainer.step(log)
+    log.close()
 
 
 def test_unknown_prediction_type(tiny, tmp_path):
