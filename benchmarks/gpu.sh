@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What a machine with a GPU shows in ten minutes, without a network: installs this checkout, runs the GPU tests, those
-# of the kernels on small shapes under compute-sanitizer too, times the kernels against the memory, training steps of DiT-S/2 and DiT-B/2 (bf16 autocast, with and without
-# torch.compile) and a whole training, and prints the tables last.
+# of the kernels on small shapes under compute-sanitizer too, times the kernels against the memory, training steps of
+# DiT-S/2 and DiT-B/2 (bf16 autocast, with and without torch.compile) and a whole training, and prints the tables last.
 #
 #   benchmarks/gpu.sh [FOLDER]          results, logs and report.md go there; default runs/gpu
 #
