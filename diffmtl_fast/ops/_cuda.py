@@ -488,10 +488,11 @@ def group_norm_backward(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch `group_norm_backward`."""
-    for tensor in (x, mean, rstd, *([] if weight is None else [weight])):
-        if tensor.dtype == torch.float64 or tensor.dtype not in TRITON_DTYPES:
-            reason = f"no kernel for {tensor.dtype}"
-            return run_plain("group_norm_backward", reason, grad, x, mean, rstd, weight)
+    dtypes = {tensor.dtype for tensor in (x, mean, rstd, weight) if tensor is not None}
+    uncovered = [dtype for dtype in dtypes if dtype not in TRITON_DTYPES]
+    if x.dtype == torch.float64 or uncovered:  # the kernel adds up in float32
+        reason = f"no kernel for {(uncovered or [x.dtype])[0]}"
+        return run_plain("group_norm_backward", reason, grad, x, mean, rstd, weight)
     (samples, channels), size, groups = x.shape[:2], math.prod(x.shape[2:]), mean.shape[1]
     by_x = x.new_empty(x.shape)
     by_weight, by_bias = (x.new_empty(samples, channels, dtype=torch.float32) for _ in range(2))

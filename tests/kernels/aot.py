@@ -245,6 +245,9 @@ def group_norm_cases() -> list[Case]:
                 counts = ("groups", "channels") if aligned else ("groups", "channels", "size")
                 kernel = group_norm._group_norm_backward_kernel
                 cases.append(Case(kernel, given, sizes, compiled, warps, aligned, counts, aligned))
+                if dtype == "bf16" and weight is not None:  # dtypes may be mixed
+                    mixed = given | {"p_mean": "fp64", "p_rstd": "bf16", "p_weight": "fp32"}
+                    cases.append(cases[-1]._replace(pointers=mixed))
     return cases
 
 

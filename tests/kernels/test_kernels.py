@@ -427,6 +427,15 @@ def test_group_norm_backward(shape, groups, dtype, weighted, generator, device):
         torch.testing.assert_close(found.double(), reference, rtol=1e-5, atol=1e-4)
 
 
+def test_group_norm_backward_of_mixed_dtypes(generator, device, monkeypatch):
+    monkeypatch.setattr(_cuda, "run_plain", None)
+    grad, x = draw((2, 2, 4, 3), torch.bfloat16, generator)
+    mean, rstd = torch.rand(2, 2, 2, generator=generator, device=device)
+    for dtype in DTYPES:
+        weight = draw((4,), dtype, generator)
+        check("group_norm_backward", (grad, x, mean.double(), rstd.to(dtype), weight), 1e-2)
+
+
 @pytest.mark.parametrize("order", [torch.channels_last, torch.contiguous_format])
 def test_group_norm_backward_of_other_layouts(order, generator, device):
     grad, x = (draw((2, 4, 5, 6), torch.float32, generator).contiguous(memory_format=order) for _ in range(2))
@@ -446,15 +455,18 @@ def test_what_is_not_finite_stays_in_its_group(generator, device):
     assert by_bias.isfinite().all()
 
 
-def test_group_norm_backward_in_float64_is_logged_once(generator, caplog):
-    grad, x = draw((2, 2, 4, 3), torch.float64, generator)
-    moments = torch.ones(2, 2, device=generator.device)
+@pytest.mark.parametrize("dtypes", [("float64", "float32"), ("float32", "float8_e5m2")], ids=str)
+def test_group_norm_backward_of_other_dtypes_is_logged_once(dtypes, generator, caplog):
+    of_rows, of_moments = (getattr(torch, dtype) for dtype in dtypes)
+    grad, x = draw((2, 2, 4, 3), of_rows, generator)
+    moments = torch.ones(2, 2, device=generator.device).to(of_moments)
     _library._log_fallback.cache_clear()
     with caplog.at_level("INFO", "diffmtl_fast"):
         for _ in range(2):
-            check("group_norm_backward", (grad, x, moments, moments, None), 1e-13)
+            check("group_norm_backward", (grad, x, moments, moments, None), DTYPES[of_rows])
+    named = of_rows if of_rows == torch.float64 else of_moments
     assert [r.message for r in caplog.records] == [
-        "diffmtl::group_norm_backward runs its plain definition: no kernel for torch.float64"
+        f"diffmtl::group_norm_backward runs its plain definition: no kernel for {named}"
     ]
 
 
