@@ -57,8 +57,8 @@ def _pcgrad(options: Options, k: int, parameters: int) -> Benchmark:
         orders = random_orders(k, torch.Generator().manual_seed(SEED))
         on_device = orders.to(device)
         weights = torch.rand(k, device=device)
-        # Inner products of millions of float32 numbers are known to their rounding only; PyTorch's products, dot too,
-        # add up in a way that loses two digits more, in the loop as published and in what is written by hand.
+        # Inner products of millions of float32 numbers are known to their rounding only; those of PyTorch lose two
+        # digits more, in the loop as published and in what is written by hand.
         tolerance, published_tolerance = 1e-4, 2e-2
 
         @cache
