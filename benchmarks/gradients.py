@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from benchmarks.step import benchmark, settings
+from benchmarks.step import TYPICAL_K, benchmark, settings
 from benchmarks.suite import Benchmark, Options
 from benchmarks.ways import gradient_ways
 
@@ -15,6 +15,8 @@ GROUP = "per-cluster gradients"
 def benchmarks(options: Options) -> Iterator[Benchmark]:
     """Yield the cases of this group."""
     for setting in settings(options):
+        if setting.k != TYPICAL_K and not options.full:
+            continue
         found = benchmark(GROUP, setting, gradient_ways(), options)
         # Memory is looked at where the whole step is.
         yield replace(found, rounds=options.pick(2, 5) if found.rounds > 3 else found.rounds, memory=False)

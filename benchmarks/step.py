@@ -175,7 +175,7 @@ def _flat(row: Sequence[Tensor | None], case: Case) -> Tensor:
 
 
 def benchmarks(options: Options) -> Iterator[Benchmark]:
-    """Yield the cases of this group: every K at the first batch size, the typical K at the others."""
+    """Yield the cases of this group."""
     for setting in settings(options):
         yield benchmark(GROUP, setting, step_ways(), options)
     if options.compile and not options.quick and (options.gpu or options.full):
@@ -187,17 +187,18 @@ def benchmarks(options: Options) -> Iterator[Benchmark]:
 
 
 def settings(options: Options) -> list[Setting]:
-    """Return what to measure."""
+    """Return what to measure: every K at the first batch size, by default of one model; else the typical K."""
     large = ("dit-s2", "dit-b2") if options.gpu else ("dit", "unet", "diffusers-dit")
     models = options.models or options.pick(("tiny",), large)
-    ks = options.pick((TYPICAL_K,), (TYPICAL_K,), (2, TYPICAL_K, 10, 20))
+    ks = options.pick((TYPICAL_K,), (2, TYPICAL_K, 10, 20))
     batches = (
         (options.batch,) if options.batch else (256,) if options.gpu else options.pick((10,), (40,), (40, 20))
     )
+    curve = None if options.gpu else models[0]  # of time against K, where there is time for one
     return [
         Setting(model, batch, k, options.device, options.gpu)
         for model, batch, k in product(models, batches, ks)
-        if batch == batches[0] or k == TYPICAL_K
+        if k == TYPICAL_K or (batch == batches[0] and (options.full or model == curve))
     ]
 
 
@@ -220,7 +221,9 @@ def benchmark(
         return [expectations.candidate(way) for way in chosen]
 
     title, precision = TITLES[setting.model], "bf16 autocast" if setting.autocast else "float32"
-    rounds = options.pick(2, 7) if typical else 3
+    rounds = options.pick(2, 5, 9) if typical else 3
+    # A fresh process for every way takes longer than timing them.
+    with_memory = options.full or setting.model == settings(options)[0].model
     return Benchmark(
         group,
         f"{title}, K = {setting.k}, batch {setting.batch}, {precision}{suffix}",
@@ -228,7 +231,7 @@ def benchmark(
         build,
         rounds,
         {"title": title} | {name: value for name, value in asdict(setting).items() if name != "device"},
-        memory=typical and not options.quick,
+        memory=typical and with_memory and not options.quick,
         allowance=ALLOWANCE,
         grace=0.0,
         warmup=0,  # the gate was one
