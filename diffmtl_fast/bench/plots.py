@@ -110,9 +110,9 @@ def growth(results: Results) -> Any | None:
 def growth_of_steps(results: Results) -> Any | None:
     """Time of a training step over the plain step's against K, at the first batch size of every model."""
     steps = [c for c in results.comparisons if c.group == STEP]
-    if len({c.parameters["k"] for c in steps}) < 2:
+    titles = list(dict.fromkeys(c.parameters["title"] for c in steps if c.parameters["k"] != TYPICAL_K))
+    if not titles:
         return None
-    titles = list(dict.fromkeys(c.parameters["title"] for c in steps))
     figure = new_figure(3.4 * len(titles), 4.4)
     axes = figure.subplots(1, len(titles), sharey=True, squeeze=False)[0]
     for axis, title in zip(axes, titles, strict=True):

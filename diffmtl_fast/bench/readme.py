@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import PurePosixPath
 from types import MappingProxyType
 
-from .goals import GOALS, Goal, reached
-from .plots import STEP, TYPICAL_K
+from .goals import GOALS, Goal, reached, share
+from .plots import CAPTIONS, STEP, TYPICAL_K
 from .results import Comparison, Results
 from .tables import duration, told, value_of
 
@@ -23,7 +24,8 @@ def rewrite(text: str, results: Sequence[Results], pictures: Mapping[str, str] =
     Args:
         text: Markdown with marked sections.
         results: of any number of machines.
-        pictures: path, relative to the text, to caption; for the section "pictures".
+        pictures: path, relative to the text, to caption. A section named like a file shows that one, the section
+            "pictures" all that have none.
 
     Raises:
         ValueError: there is no section, or one of an unknown name.
@@ -35,11 +37,18 @@ def rewrite(text: str, results: Sequence[Results], pictures: Mapping[str, str] =
 
     def replaced(match: re.Match[str]) -> str:
         name = match[2]
-        if name not in (*SECTIONS, PICTURES):
-            raise ValueError(f"figures: expected one of {', '.join((*SECTIONS, PICTURES))}, found {name}")
-        found = _pictures(pictures) if name == PICTURES else SECTIONS[name](results)
+        if name == PICTURES:
+            found = _pictures({p: c for p, c in pictures.items() if PurePosixPath(p).stem not in elsewhere})
+        elif name in _OWN_PICTURES:
+            found = _pictures({p: c for p, c in pictures.items() if PurePosixPath(p).stem == name})
+        elif name in SECTIONS:
+            found = SECTIONS[name](results)
+        else:
+            known = ", ".join((*SECTIONS, PICTURES, *_OWN_PICTURES))
+            raise ValueError(f"figures: expected one of {known}, found {name}")
         return f"{match[1]}{found}\n{match[3]}"
 
+    elsewhere = {match[2] for match in _SECTION.finditer(text)}
     return _SECTION.sub(replaced, text)
 
 
@@ -118,10 +127,45 @@ def _pictures(pictures: Mapping[str, str]) -> str:
     return "\n\n".join(f"![{caption}]({path})" for path, caption in pictures.items()) or _NOTHING
 
 
+def ops(results: Sequence[Results]) -> str:
+    """Format every op's time beside plain PyTorch's and its speed beside the memory's: a table per machine."""
+    return "\n\n".join(_ops(found) for found in results if _of_ops(found)) or _NOTHING
+
+
+def _of_ops(results: Results) -> list[Comparison]:
+    return [c for c in results.comparisons if c.parameters.get("bytes")]
+
+
+def _ops(results: Results) -> str:
+    chosen = _of_ops(results)
+    dtypes = sorted({c.parameters["dtype"] for c in chosen}, reverse=True)
+    columns = ("of the memory's speed", "PyTorch / ours", "torch.compile / ours")
+    lines = [
+        f"| {results.machine} | " + " | ".join(f"{dtype}: {c}" for dtype in dtypes for c in columns) + " |",
+        "|---" * (1 + len(dtypes) * len(columns)) + "|",
+    ]
+    for op in dict.fromkeys(c.parameters["op"] for c in chosen):
+        cells = []
+        for dtype in dtypes:
+            found = [c for c in chosen if (c.parameters["op"], c.parameters["dtype"]) == (op, dtype)]
+            cells += _speeds(found[0]) if found else ["–"] * len(columns)
+        lines.append(f"| {op} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _speeds(comparison: Comparison) -> list[str]:
+    (ours,) = comparison.of("ours")
+    others = (comparison.of(role) for role in ("reference", "baseline"))
+    ratios = (f"{comparison.ratio(way[0], ours).median:.1f}" if way else "–" for way in others)
+    return [f"{share(comparison, ours.name).median:.2f}", *ratios]
+
+
 PICTURES = "pictures"
+_OWN_PICTURES = tuple(PurePosixPath(name).stem for name in CAPTIONS)
 _NOTHING = "Nothing has been measured yet."
 SECTIONS: dict[str, Callable[[Sequence[Results]], str]] = {
     "steps": steps,
+    "ops": ops,
     "goals": goals,
     "machines": machines,
 }
