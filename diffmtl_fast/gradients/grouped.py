@@ -58,6 +58,10 @@ class CannotGroup(RuntimeError):
     """The model as a whole has to run in slices; says why."""
 
 
+class _Differentiated(RuntimeError):
+    """The model formed gradients in a check's forward, for which nothing was saved."""
+
+
 class _Unverified(RuntimeError):
     """An operation came up that no check has seen; in a forward it is checked now."""
 
@@ -175,6 +179,7 @@ class GroupedEngine:
         self._recomputing = False
         self._batches: set[tuple[int, ...]] = set()  # the bounds of the clusters in this step's forwards
         self._probe: _Probe | None = None  # while a check is running
+        self._differentiates = False  # whether the model forms gradients within its forward
         self.sliced: dict[nn.Module, str] = {}
         self.uses: Counter[int] = Counter()
         self.recomputes = False
@@ -589,10 +594,18 @@ class GroupedEngine:
                     return
                 except _NoRows as error:
                     self._give_way(error)
+                except _Differentiated:
+                    self._differentiates = True
         finally:
             for handle, value in zip(self._handles, originals, strict=True):
                 handle.value = value
             state.restore()
+
+    def _saving(self) -> Any:
+        """Let the graphs of a check save no activations, unless the model differentiates within its forward."""
+        if self._differentiates:
+            return nullcontext()
+        return torch.autograd.graph.saved_tensors_hooks(_nothing, _refuse_saved)
 
     def _check(
         self, layout: BatchLayout, args: tuple[Any, ...], kwargs: dict[str, Any], state: State
@@ -603,11 +616,13 @@ class GroupedEngine:
             state.restore()
             self._probe = _Probe(disturbed, operations)
             try:
-                with self.installed(layout), torch.enable_grad():
+                with self.installed(layout), torch.enable_grad(), self._saving():
                     outputs = flatten(self._refuse_handles(self._model(*args, **kwargs)))[0]
                     self._check_seen(outputs)
-                return self._probe, outputs
+                # Without their graphs: several at a time would be the peak of the whole training's memory.
+                return self._probe, [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in outputs]
             finally:
+                self._probe.visited.clear()
                 probe, self._probe = self._probe, None
                 del probe
 
@@ -806,6 +821,14 @@ def _shape_per_sample(batch: Tensor | int, batch_size: int) -> tuple[float, ...]
 def _packs_activations() -> bool:
     """Tell whether saved tensors are packed, as non-reentrant checkpoints and offloading do."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def _nothing(tensor: Tensor) -> None:
+    return None
+
+
+def _refuse_saved(nothing: None) -> Tensor:
+    raise _Differentiated("the forward of the model differentiates")
 
 
 def _no_buffer(position: int) -> None:

@@ -285,3 +285,22 @@ def test_a_plain_backward_is_the_unwrapped_models(options, device):
     sample_losses(mtl(*inputs, cluster=torch.tensor(UNSORTED, device=device))).mean().backward()
     for p, expected in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p.grad, expected.grad)
+
+
+class Slope(nn.Module):
+    """A model that differentiates within its forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+
+    def forward(self, x):
+        with torch.enable_grad():
+            inner = x.detach().requires_grad_()
+            (slope,) = torch.autograd.grad((inner**3).exp().sum(), inner)
+        return self.layer(x + slope)
+
+
+def test_a_derivative_within_the_forward(device):
+    mtl = assert_exact(Slope().to(device), 0.1 * torch.randn(6, 5, device=device), rtol=1e-5)
+    assert in_slices(mtl) == []
