@@ -350,8 +350,26 @@ def test_sections_of_a_readme() -> None:
     assert "Some CPU, 2 threads (torch 2.13.0, 2026-01-02, commit 0123456789); Some GPU" in section(
         "machines", *both
     )
-    with pytest.raises(ValueError, match="figures: expected one of steps, goals, machines, pictures, found"):
+    with pytest.raises(ValueError, match="figures: expected one of steps, ops, .*, found nothing"):
         section("nothing", *both)
+
+
+def test_section_of_the_ops() -> None:
+    parameters = {"op": "gram", "dtype": "float32", "bytes": 30, "limit_bytes": 10}
+    found = comparison(4.0, group="fused ops", case="memory: gram", parameters=parameters)
+    text = rewrite("<!-- figures: ops -->\n<!-- end of figures -->", [results(found)])
+    assert "| gram | 0.75 | 1.0 | – |" in text  # three times the bytes in four times the time
+
+
+def test_a_picture_of_its_own_section_is_not_among_the_others() -> None:
+    links = {"docs/figures/a/step_growth.png": "growth", "docs/figures/a/roofline.png": "ops"}
+    own = "<!-- figures: step_growth -->\n<!-- end of figures -->\n"
+    rest = "<!-- figures: pictures -->\n<!-- end of figures -->"
+    first, second = rewrite(own + rest, [], links).split("<!-- figures: pictures -->")
+    assert "step_growth.png" in first
+    assert "roofline.png" not in first
+    assert "step_growth.png" not in second
+    assert "roofline.png" in second
 
 
 def test_ratios_are_finite() -> None:

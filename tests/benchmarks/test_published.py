@@ -169,7 +169,7 @@ def test_a_wrong_result_is_not_timed(tmp_path: Path) -> None:
     pytest.importorskip("ecos")
     errors, left_out = measured(write(tmp_path / "wrong", STRENGTH="0.5"), weights.GROUP, "PCGrad")
     assert "authors' code" not in errors
-    assert "expected a relative error <= 0.01" in left_out["authors' code"]
+    assert "expected a relative error <= 0.02" in left_out["authors' code"]
 
 
 def test_a_folder_without_the_interfaces(tmp_path: Path) -> None:
