@@ -113,16 +113,21 @@ def growth_of_steps(results: Results) -> Any | None:
     titles = list(dict.fromkeys(c.parameters["title"] for c in steps if c.parameters["k"] != TYPICAL_K))
     if not titles:
         return None
-    figure = new_figure(3.4 * len(titles), 4.4)
+    figure = new_figure(3.4 * len(titles) + 2.8, 4.0)
     axes = figure.subplots(1, len(titles), sharey=True, squeeze=False)[0]
     for axis, title in zip(axes, titles, strict=True):
         mine = [c for c in steps if c.parameters["title"] == title]
         batch = mine[0].parameters["batch"]
         _lines(axis, [c for c in mine if c.parameters["batch"] == batch], "k", _over_the_yardstick)
+        ks = sorted({c.parameters["k"] for c in mine})
         axis.set(title=title, xlabel="clusters K")
+        axis.set_xticks(ks, [str(k) for k in ks])
+        axis.minorticks_off()
     axes[0].set_ylabel("time of a step / plain step")
+    ratios = (1, 2, 4, 8, 16)
+    axes[0].set_yticks(ratios, [str(ratio) for ratio in ratios])
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
     figure.suptitle(results.machine, fontsize=9)
     return figure
 
@@ -195,7 +200,13 @@ def roofline(results: Results) -> Any | None:
         axis.grid(axis="x", alpha=0.25)
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
-    axes[-1].legend(frameon=False, fontsize=8, loc="best")
+    # One legend for all, where there is room: what only one of them has is in it too.
+    handles = {
+        label: handle
+        for axis in axes
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    axes[-1].legend(handles.values(), handles.keys(), frameon=False, fontsize=8, loc="best")
     figure.suptitle(f"{results.machine}; losses forward and backward unless said", fontsize=9)
     return figure
 

@@ -133,7 +133,7 @@ def ops(results: Sequence[Results]) -> str:
 
 
 def _of_ops(results: Results) -> list[Comparison]:
-    return [c for c in results.comparisons if c.parameters.get("bytes")]
+    return [c for c in results.comparisons if c.group == "fused ops" and c.parameters.get("bytes")]
 
 
 def _ops(results: Results) -> str:

@@ -350,7 +350,7 @@ def test_sections_of_a_readme() -> None:
     assert "Some CPU, 2 threads (torch 2.13.0, 2026-01-02, commit 0123456789); Some GPU" in section(
         "machines", *both
     )
-    with pytest.raises(ValueError, match="figures: expected one of steps, ops, .*, found nothing"):
+    with pytest.raises(ValueError, match=r"figures: expected one of steps, ops, .*, found nothing"):
         section("nothing", *both)
 
 
