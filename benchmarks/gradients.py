@@ -19,4 +19,4 @@ def benchmarks(options: Options) -> Iterator[Benchmark]:
             continue
         found = benchmark(GROUP, setting, gradient_ways(), options)
         # Memory is looked at where the whole step is.
-        yield replace(found, rounds=options.pick(2, 5) if found.rounds > 3 else found.rounds, memory=False)
+        yield replace(found, rounds=options.pick(2, 3, 5) if found.rounds > 3 else found.rounds, memory=False)
