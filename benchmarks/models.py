@@ -279,6 +279,9 @@ TITLES = {
     "dit": "DiT",
     "unet": "UNet2DModel",
     "diffusers-dit": "DiTTransformer2DModel",
+    "conditional-unet": "UNet2DConditionModel",
+    "pixart": "PixArtTransformer2DModel",
+    "sd3": "SD3Transformer2DModel",
     "dit-s2": "DiT-S/2",
     "dit-b2": "DiT-B/2",
 }

@@ -37,9 +37,9 @@ from benchmarks.ways import (
     step_ways,
     uncertainty,
 )
+from diffmtl_fast.bench.plots import STEP as GROUP
+from diffmtl_fast.bench.plots import TYPICAL_K
 
-GROUP = "full training step"
-TYPICAL_K = 5  # of the published experiments
 ALLOWANCE = 2.0  # no way takes more than about twice the plain step's time of the whole run
 CHUNK = 8  # samples of a float64 forward
 

@@ -1,7 +1,6 @@
 """The ways of doing one training step that balances K clusters: published, by peers, by hand, and ours.
 
-A way ends with the update in ``.grad``, but for the two made by hand: they end with the cluster gradients, so that
-nobody's choice of how to balance them counts against them.
+The ways of a step end with the update in ``.grad``, those of the gradients alone with every cluster's gradient.
 """
 
 from __future__ import annotations
@@ -305,20 +304,23 @@ def slices_pcgrad(case: Case) -> Run:
     """Do by hand what the library does: slices, J @ J.T, the projections on vectors of K elements, w @ J."""
     gradients, parameters = slices(case), list(case.model.parameters())
     orders = projecting(case).draw_order(case.num_clusters, case.device)
-    present = torch.ones(case.num_clusters, dtype=torch.bool, device=case.device)
 
     def run() -> Rows:
         case.model.zero_grad(set_to_none=True)
-        jacobian = torch.stack(
-            [torch.cat([g.flatten() for g in row if g is not None]) for row in gradients()]
-        )
-        weights = dm.ops.PLAIN["pcgrad_weights"](jacobian @ jacobian.T, orders, present)
-        direction = weights @ jacobian / case.num_clusters
-        for parameter, part in zip(parameters, direction.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad = part.view_as(parameter)
+        project_by_hand(gradients(), parameters, orders)
         return update(case.model)
 
     return run
+
+
+def project_by_hand(rows: Rows, parameters: Sequence[nn.Parameter], orders: Tensor) -> None:
+    """Write PCGrad's direction into ``.grad``: J @ J.T, projections of vectors of K elements, w @ J."""
+    jacobian = torch.stack([torch.cat([g.flatten() for g in row if g is not None]) for row in rows])
+    present = torch.ones(len(jacobian), dtype=torch.bool, device=jacobian.device)
+    weights = dm.ops.PLAIN["pcgrad_weights"](jacobian @ jacobian.T, orders, present)
+    direction = weights @ jacobian / len(jacobian)
+    for parameter, part in zip(parameters, direction.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
 
 
 def curriculum(case: Case) -> Run:

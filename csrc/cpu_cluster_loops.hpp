@@ -55,7 +55,7 @@ inline void multiply_strips(const Compute* grad, const Compute* x, Int n, bool a
       Out* to = out + v * kLanes<Compute>;
       if (add) sums[o][v] += load<Compute>(to);
       if constexpr (kPastCaches) {
-        store_past_caches<Compute>(to, sums[o][v]);
+        stream(to, sums[o][v]);
       } else {
         store<Compute>(to, sums[o][v]);
       }
@@ -103,7 +103,7 @@ void wgrad(const WgradBlock& block, void* scratch) {
   if constexpr (std::is_same_v<Out, Compute>) {
     if (block.past_caches) {
       multiply_block<true, Compute, Out>(block, grad, x);
-      finish_stores();
+      end_stream();
       return;
     }
   }

@@ -242,33 +242,6 @@ DIFFMTL_INLINE_LOOP void end_stream() {
 #endif
 }
 
-// Stores whole registers at aligned addresses without a place in the caches, where the processor can.
-template <class Compute>
-DIFFMTL_INLINE_LOOP void store_past_caches(Compute* p, Vector<Compute> v) {
-#if defined(__AVX512F__)
-  if constexpr (std::is_same_v<Compute, float>) {
-    _mm512_stream_ps(p, (__m512)v);
-  } else {
-    _mm512_stream_pd(p, (__m512d)v);
-  }
-#elif defined(__AVX2__)
-  if constexpr (std::is_same_v<Compute, float>) {
-    _mm256_stream_ps(p, (__m256)v);
-  } else {
-    _mm256_stream_pd(p, (__m256d)v);
-  }
-#else
-  store<Compute>(p, v);
-#endif
-}
-
-// Makes such stores visible to other threads before anything that follows.
-DIFFMTL_INLINE_LOOP void finish_stores() {
-#if defined(__AVX2__)
-  _mm_sfence();
-#endif
-}
-
 // Copies n elements in the computing type and fills up the last register with zeros.
 template <class Compute, class T>
 inline void convert(const T* from, Int n, Compute* to) {

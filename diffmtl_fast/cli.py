@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from . import __version__
 from ._extras import require
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
     from .bench import Results
     from .train.trained import Trained
+
+# A command's name to what makes its parser, and what it is for.
+_Subcommands: TypeAlias = "dict[str, tuple[Callable[[Any], Any], str]]"
 
 DIVERGED, REGRESSED, USAGE, INTERRUPTED = 1, 1, 2, 130
 # The machine's fault or the path's, not the program's.
@@ -253,8 +256,7 @@ def _analyze_parser(jsonargparse: Any) -> Any:
 
 
 def _add_analyses(jsonargparse: Any, parser: Any) -> None:
-    analyses = parser.add_subcommands(dest="analysis", help="one of these; each has its own --help")
-    for name, (make, text) in {
+    commands: _Subcommands = {
         "affinity": (_affinity_parser, "cosines between the gradients of all pairs of timesteps"),
         "negative-transfer": (
             _negative_transfer_parser,
@@ -264,8 +266,8 @@ def _add_analyses(jsonargparse: Any, parser: Any) -> None:
             _difficulty_parser,
             "how fast each interval is learned, and how far apart its levels lie",
         ),
-    }.items():
-        analyses.add_subcommand(name, make(jsonargparse), help=text)
+    }
+    _add_subcommands(jsonargparse, parser, "analysis", commands)
 
 
 def _affinity_parser(jsonargparse: Any) -> Any:
@@ -381,15 +383,20 @@ def _bench_parser(jsonargparse: Any) -> Any:
 
 
 def _add_bench_commands(jsonargparse: Any, parser: Any) -> None:
-    commands = parser.add_subcommands(dest="bench", help="one of these; each has its own --help")
-    for name, (make, text) in {
+    commands: _Subcommands = {
         "report": (_report_parser, "Markdown tables and plots of any number of runs"),
         "compare": (
             _compare_parser,
             "what became slower from one run to another; exit status 1 if anything did",
         ),
-    }.items():
-        commands.add_subcommand(name, make(jsonargparse), help=text)
+    }
+    _add_subcommands(jsonargparse, parser, "bench", commands)
+
+
+def _add_subcommands(jsonargparse: Any, parser: Any, dest: str, commands: _Subcommands) -> None:
+    found = parser.add_subcommands(dest=dest, help="one of these; each has its own --help")
+    for name, (make, text) in commands.items():
+        found.add_subcommand(name, make(jsonargparse), help=text)
 
 
 def _report_parser(jsonargparse: Any) -> Any:

@@ -71,9 +71,8 @@ def changes(before: Results, after: Results) -> tuple[list[Change], list[str]]:
 
 def _change(old: Comparison, new: Comparison, way: Way) -> Change:
     before, after = old.ratio(way), new.ratio(new[way.name])
-    noises = [old.noise, new.noise, _width(before), _width(after), FLOOR]
     # Both runs err, each by its own noise or by the spread of the ratio itself, whichever is larger.
-    noise = (1 + max(noises[0], noises[2])) * (1 + max(noises[1], noises[3])) - 1
+    noise = (1 + max(old.noise, _width(before))) * (1 + max(new.noise, _width(after))) - 1
     return Change(old.group, old.case, way.name, before, after, max(noise, FLOOR))
 
 

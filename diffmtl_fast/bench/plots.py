@@ -20,8 +20,8 @@ COLOURS: dict[Role, str] = {
     "limit": "0.7",
 }
 STYLES = ("-", "--", ":", "-.")
-STEP, TYPICAL_K = "full training step", 5
-
+STEP = "full training step"
+TYPICAL_K = 5  # of the published experiments
 
 #: of the pictures, for those who cannot see them
 CAPTIONS = {

@@ -614,17 +614,16 @@ class GroupedEngine:
 
         def run(disturbed: Tensor, operations: float = math.inf) -> tuple[_Probe, list[Any]]:
             state.restore()
-            self._probe = _Probe(disturbed, operations)
+            probe = self._probe = _Probe(disturbed, operations)
             try:
                 with self.installed(layout), torch.enable_grad(), self._saving():
                     outputs = flatten(self._refuse_handles(self._model(*args, **kwargs)))[0]
                     self._check_seen(outputs)
                 # Without their graphs: several at a time would be the peak of the whole training's memory.
-                return self._probe, [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in outputs]
+                return probe, [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in outputs]
             finally:
-                self._probe.visited.clear()
-                probe, self._probe = self._probe, None
-                del probe
+                self._probe = None
+                probe.visited.clear()
 
         quiet = torch.zeros(layout.batch_size, dtype=torch.bool)
         (first, expected), (_, repeated) = run(quiet), run(quiet)

@@ -3,7 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks import step
 from benchmarks.models import MODELS
+from benchmarks.suite import Options
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if not name.endswith("2")])  # those are a GPU's
@@ -18,3 +20,10 @@ def test_every_model_takes_its_batch(name: str, device: torch.device) -> None:
     assert pred.shape == one.target.shape
     assert pred.dtype == torch.float32
     assert losses.isfinite().tolist() == [True]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_can_be_asked_for(name: str) -> None:
+    (found, *_) = step.benchmarks(Options(models=(name,)))
+    assert found.parameters["model"] == name
+    assert found.case.startswith(str(found.parameters["title"]))
