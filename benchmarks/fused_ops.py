@@ -87,6 +87,7 @@ def families(sizes: Sizes, dtype: torch.dtype, options: Options) -> Iterator[Fam
     yield Family("memory", partial(op_cases.jacobian_cases, sizes.parameters, dtype), clock)
     layer = partial(op_cases.layer_cases, sizes.rows, sizes.columns, dtype)
     yield Family("memory", layer, clock)
+    yield Family("memory", partial(op_cases.norm_cases, sizes.image, dtype), clock)
     yield Family("arithmetic", layer, clock)
     if options.full or options.gpu:
         yield Family("cache", partial(_unbound, partial(op_cases.loss_cases, sizes.small, dtype)), clock)
@@ -95,6 +96,7 @@ def families(sizes: Sizes, dtype: torch.dtype, options: Options) -> Iterator[Fam
         for cases in (
             partial(op_cases.loss_cases, tiny.small, dtype),
             partial(op_cases.jacobian_cases, tiny.parameters, dtype),
+            partial(op_cases.norm_cases, tiny.image, dtype),
         ):
             yield Family("host", partial(_unbound, cases), wall_clock)
 

@@ -23,21 +23,22 @@ Bound: TypeAlias = Literal["read", "copy"]
 
 
 class Sizes(NamedTuple):
-    """Shapes of a run: two of a batch, parameters of the model, rows and columns of a layer's output."""
+    """Shapes of a run: of a batch, parameters of the model, rows and columns of a layer's output, its image."""
 
     small: tuple[int, ...]
     large: tuple[int, ...]
     parameters: int
     rows: int
     columns: int
+    image: tuple[int, ...]
 
 
-TINY = Sizes((10, 4), (10, 4), 64, 20, 8)
-QUICK = Sizes((6, 2, 2, 2), (10, 2, 3, 2), 1003, 20, 6)
+TINY = Sizes((10, 4), (10, 4), 64, 20, 8, (4, 8, 2, 2))
+QUICK = Sizes((6, 2, 2, 2), (10, 2, 3, 2), 1003, 20, 6, (3, 8, 5, 3))
 # 64 MiB and 512 MiB of float32 each: more than the caches hold, and on a GPU long enough to hide the launch.
 FULL = {
-    "cpu": Sizes((256, 4, 32, 32), (4096, 4, 32, 32), 33_000_000, 16_384, 1024),
-    "cuda": Sizes((256, 4, 32, 32), (32_768, 4, 32, 32), 33_000_000, 131_072, 1024),
+    "cpu": Sizes((256, 4, 32, 32), (4096, 4, 32, 32), 33_000_000, 16_384, 1024, (128, 128, 32, 32)),
+    "cuda": Sizes((256, 4, 32, 32), (32_768, 4, 32, 32), 33_000_000, 131_072, 1024, (256, 512, 32, 32)),
 }
 # The gradients of a transformer: matrices, and vectors that are not worth a launch each.
 PARAMETER_SIZES = (2_359_296, 768, 589_824, 768, 1_769_472, 2304)
@@ -203,6 +204,20 @@ def cluster_wgrad(grad_out: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     return torch.stack([grad_out[begin:end].T @ x[begin:end] for begin, end in pairwise(offsets.tolist())])
 
 
+def group_norm_backward(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """PyTorch's own gradient by x; its parameters' gradients are sums over samples, formed here before that."""
+    (samples, channels), size, groups = x.shape[:2], x[0, 0].numel(), mean.shape[1]
+    by_x, _, _ = torch.ops.aten.native_group_norm_backward(
+        grad, x, mean, rstd, weight, samples, channels, size, groups, [True, False, False]
+    )
+    slope, values = _wide(grad).flatten(2), _wide(x).flatten(2)
+    by_bias = slope.sum(2)
+    centre, scale = (t.repeat_interleave(channels // groups, 1) for t in (mean, rstd))
+    return by_x, ((slope * values).sum(2) - centre * by_bias) * scale, by_bias
+
+
 # ---- Cases --------------------------------------------------------------------------------------------------
 
 
@@ -293,3 +308,16 @@ def layer_cases(rows: int, columns: int, dtype: torch.dtype, device: torch.devic
     for kind, offsets in (("equal", equal // 4), ("unequal", unequal // 4)):
         inputs = (grad_out[quarter], x[quarter], offsets)
         yield Case(f"cluster_wgrad, {kind}", inputs, ops.cluster_wgrad, cluster_wgrad, compiles=False)
+
+
+def norm_cases(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    """Backward of a normalisation, with the parameters' gradients of every sample."""
+    x, grad = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    rows = x.float().view(shape[0], min(32, shape[1] // 2), -1)  # of the groups: 32, as in most models
+    mean, rstd = rows.mean(2), (rows.var(2, correction=0) + 1e-5).rsqrt()
+    inputs = (grad, x, mean, rstd, torch.randn(shape[1], device=device))
+    moved = 2 * _bytes(grad, x) + _bytes(x)  # sums of a group first, then the gradient that needs them
+    exact = ops.PLAIN["group_norm_backward"]
+    yield Case(
+        "group_norm_backward", inputs, ops.group_norm_backward, group_norm_backward, moved, "copy", exact
+    )

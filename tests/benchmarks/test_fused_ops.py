@@ -22,6 +22,7 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
     yield from op_cases.loss_cases(QUICK.small, dtype, CPU)
     yield from op_cases.jacobian_cases(QUICK.parameters, dtype, CPU)
     yield from op_cases.layer_cases(QUICK.rows, QUICK.columns, dtype, CPU)
+    yield from op_cases.norm_cases(QUICK.image, dtype, CPU)
 
 
 def case(op: str, dtype: torch.dtype = torch.float32) -> Case:
@@ -65,6 +66,7 @@ def test_moved_bytes(dtype: torch.dtype, size: int) -> None:
         "gram of parts": 5 * parameters,
         "combine_ into .grad": 6 * parameters,
         "cluster_sum": QUICK.rows * QUICK.columns,
+        "group_norm_backward": 5 * 3 * 8 * 5 * 3,  # gradient and input twice, and the result
     }
     for op, moved in expected.items():
         assert case(op, dtype).moved == moved * size, op
