@@ -234,7 +234,8 @@ def autojac_gradients(case: Case) -> Run:
 
     def run() -> Rows:
         for parameter in parameters:
-            parameter.jac = None  # type: ignore[attr-defined]
+            if hasattr(parameter, "jac"):  # TorchJD adds to what is there
+                del parameter.jac
         torchjd.backward(
             share @ case.losses(case.model, case.batch), inputs=parameters, parallel_chunk_size=1
         )

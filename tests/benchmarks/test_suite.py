@@ -61,6 +61,20 @@ def test_every_goal_is_measured(goal: Goal) -> None:
         assert goal.measure != "gib" or work.memory
 
 
+@pytest.mark.parametrize("group", [g for g in GROUPS if g not in ("fused ops", "task affinity")])
+def test_installed_peers_are_measured(group: str) -> None:
+    """Nobody is left out by a fault of ours: of the peers that are installed, all have figures in a quick run."""
+    for name in ("torchjd", "kmeans1d", "ruptures"):
+        pytest.importorskip(name)
+    options = Options("cpu", "quick", compile=False, memory=False, rounds=1)
+    with_peers = [b for b in benchmarks(options) if b.group == group and "peer" in b.ways.values()]
+    assert with_peers
+    for work in with_peers:
+        found = measure(work, options)
+        peers = {name for name, role in work.ways.items() if role == "peer"}
+        assert peers <= {way.name for way in found.ways}, found.left_out
+
+
 def made_up(build: Callable[[], list[Candidate]], **changes: object) -> Benchmark:
     work = Benchmark("group", "case", {"limit": "limit", "ours": "ours"}, build, 2, warmup=0)
     return replace(work, **changes)  # type: ignore[arg-type]
