@@ -24,17 +24,28 @@ from benchmarks.suite import SCALES, Benchmark, Options, benchmarks, measure
 from diffmtl_fast._files import replacing
 from diffmtl_fast.bench.results import FORMAT, Comparison, Results
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results"  # of whole runs only
+PARTS = Path(__file__).parents[1] / "runs" / "bench"
 
 
 @dataclass
 class Session:
-    """What a run was asked for and what it found."""
+    """What a run was asked for and what it found.
+
+    Attributes:
+        options: what was asked for.
+        environment: of `harness.environment`.
+        commit: of `harness.commit`.
+        path: the JSON file; None if nothing is stored.
+        stored: where a whole run's file goes in the end, in place of `path`.
+        found: every case that was measured, or what went wrong.
+    """
 
     options: Options
     environment: Mapping[str, Any]
     commit: Mapping[str, Any]
     path: Path | None
+    stored: Path | None = None
     found: dict[tuple[str, str], Comparison | Exception] = field(default_factory=dict)
 
     def comparison(self, benchmark: Benchmark) -> Comparison:
@@ -110,7 +121,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--no-memory", action="store_true", help="without peak memory")
     group.addoption("--reference-repo", help="checkout of the authors' repository, in place of our reference")
     group.addoption(
-        "--results", type=Path, help="folder of the JSON file; default benchmarks/results, quick: none"
+        "--results",
+        type=Path,
+        help="folder of the JSON file; default benchmarks/results for a whole run, runs/bench for a part, "
+        "none for a quick one",
     )
     group.addoption("--machine", help="name of the JSON file; by default after the device")
 
@@ -132,9 +146,11 @@ def pytest_configure(config: pytest.Config) -> None:
     # A run that is told to end, by a time limit for example, keeps what it has measured, as on Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     measured_in = environment(torch.device(options.device))
-    folder = get("--results") or (None if options.quick else RESULTS)
-    path = None if folder is None else folder / f"{get('--machine') or machine(measured_in)}.json"
-    config.stash[SESSION] = Session(options, measured_in, commit(), path)
+    name = f"{get('--machine') or machine(measured_in)}.json"
+    folder = get("--results") or (None if options.quick else PARTS)
+    path = None if folder is None else folder / name
+    stored = RESULTS / name if folder is PARTS else None
+    config.stash[SESSION] = Session(options, measured_in, commit(), path, stored)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         config.option.benchmark_json = str(path)
@@ -143,9 +159,22 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def machine(measured_in: Mapping[str, Any]) -> str:
-    """Return a file name for a machine, of its device and no more."""
-    name = measured_in["gpu"] or f"cpu {measured_in['machine']} {measured_in['threads']} threads"
+    """Return a file name for a machine: its GPU, or its processor's model and how many threads are used."""
+    if measured_in["gpu"]:
+        return _slug(measured_in["gpu"])
+    model = re.sub(r"@.*|\((r|tm|c)\)|\b(cpu|processor|\d+-core|with .*)\b", " ", measured_in["cpu"].lower())
+    return _slug(f"cpu {_slug(model) or measured_in['machine']} {measured_in['threads']} threads")
+
+
+def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+def whole(session: pytest.Session, options: Options) -> bool:
+    """Return whether everything of a default or full run was measured as usual, and nothing went wrong."""
+    usual = Options(device=options.device, scale=options.scale)
+    everything = sum(len(work.names) for work in benchmarks(usual))
+    return options == usual and session.testscollected == everything and session.exitstatus == 0
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -196,11 +225,16 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
 @pytest.hookimpl(wrapper=True)
 def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
     yield
-    path = session.config.stash[SESSION].path
-    if path is not None and path.exists() and path.stat().st_size:
-        record = json.loads(path.read_text())
-        with replacing(path) as aside:
-            aside.write_text(one_line_each(record))
+    measured_in = session.config.stash[SESSION]
+    path = measured_in.path
+    if path is None or not path.exists() or not path.stat().st_size:
+        return
+    record = json.loads(path.read_text())
+    with replacing(path) as aside:
+        aside.write_text(one_line_each(record))
+    if measured_in.stored is not None and whole(session, measured_in.options):
+        measured_in.stored.parent.mkdir(parents=True, exist_ok=True)
+        measured_in.path = path.replace(measured_in.stored)
 
 
 def one_line_each(record: Mapping[str, Any]) -> str:
@@ -211,6 +245,7 @@ def one_line_each(record: Mapping[str, Any]) -> str:
     return f'{text[:-2]},\n "benchmarks": [\n{lines}\n ]\n}}\n'
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """End with the tables, and nothing for a case that failed."""
     from diffmtl_fast.bench.tables import report
@@ -220,3 +255,5 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if found:
         results = Results(session.environment, session.commit["id"], asdict(session.options), found)
         terminalreporter.write("\n" + report([results]))
+        if session.path is not None and session.path.exists():
+            terminalreporter.write_line(f"\nThese figures are in {session.path}.")
