@@ -403,11 +403,12 @@ def _report_parser(jsonargparse: Any) -> Any:
     parser = _subparser(
         jsonargparse,
         "bench report FILE ...",
-        "Print what runs measured as Markdown tables. With --out, write them to report.md in a folder, with plots "
-        "of ratios, growth and roofline; with --readme, rewrite the marked sections of a Markdown file.",
+        "Print what runs measured as Markdown tables. Files of one machine are put together, the latest run of a "
+        "case counts. With --out, write them to report.md in a folder, with plots of ratios, growth and roofline; "
+        "with --readme, rewrite the marked sections of a Markdown file.",
     )
     parser.add_argument("files", nargs="+", help="JSON files of runs")
-    parser.add_argument("--out", help="folder for report.md, and for a folder of plots for every file")
+    parser.add_argument("--out", help="folder for report.md, and for a folder of plots for every machine")
     parser.add_argument("--readme", nargs="+", default=[], help="Markdown files to rewrite, after the plots")
     return parser
 
@@ -626,6 +627,7 @@ def _bench(options: Any) -> int | None:
 
 
 def _report(options: Any) -> None:
+    from .bench import machines
     from .bench.plots import captions, draw
     from .bench.readme import rewrite
     from .bench.tables import report
@@ -635,7 +637,7 @@ def _report(options: Any) -> None:
     if options.out is None and not options.readme:
         print(text)
     if options.out is not None:
-        for found in results:
+        for found in machines(results):
             folder = Path(options.out) / found.name
             folder.mkdir(parents=True, exist_ok=True)
             for path in draw(found, folder):
@@ -644,7 +646,7 @@ def _report(options: Any) -> None:
             aside.write_text(text, encoding="utf-8")
         print(f"wrote {Path(options.out) / 'report.md'}")
     for readme in map(Path, options.readme):
-        names = [found.name for found in results]
+        names = [machine.name for machine in machines(results)]
         pictures = captions(Path(options.out), names, readme.parent) if options.out else {}
         try:
             rewritten = rewrite(readme.read_text(encoding="utf-8"), results, pictures)

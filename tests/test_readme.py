@@ -66,12 +66,13 @@ def test_make_targets_exist():
 
 
 def test_figures_are_what_the_command_makes_of_the_stored_results():
-    from diffmtl_fast.bench import Results
+    from diffmtl_fast.bench import Results, machines
     from diffmtl_fast.bench.plots import captions
     from diffmtl_fast.bench.readme import rewrite
 
     results = [Results.read(path) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))]
     for file in (ROOT / "README.md", ROOT / "docs" / "benchmarks.md"):
         text = file.read_text(encoding="utf-8")
-        pictures = captions(ROOT / "docs" / "figures", [found.name for found in results], file.parent)
+        names = [machine.name for machine in machines(results)]
+        pictures = captions(ROOT / "docs" / "figures", names, file.parent)
         assert rewrite(text, results, pictures) == text, f"{file.name}: run `make figures`"

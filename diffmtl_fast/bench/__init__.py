@@ -1,6 +1,6 @@
 """What benchmarks found: read, tabulated, drawn, compared. The benchmarks are in benchmarks/ of a checkout."""
 
 from .compare import Change, changes
-from .results import Comparison, Results, Spread, Way
+from .results import Comparison, Machine, Results, Spread, Way, machines
 
-__all__ = ["Change", "Comparison", "Results", "Spread", "Way", "changes"]
+__all__ = ["Change", "Comparison", "Machine", "Results", "Spread", "Way", "changes", "machines"]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .results import Comparison, Results, Spread
+from .results import Comparison, Machine, Spread
+from .text import duration, figure, fraction
 
 Measure = Literal["ratio", "share", "seconds", "gib"]
+Verdict = Literal["met", "short", "not told from the bar"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Goal:
         where: parameters that a comparison must have.
         ways: ours, of which the best counts.
         bar: what has to be reached.
-        stretch: what would be better still.
+        stretch: what would be better still, a number or in words.
         over: the way that a ratio is formed with, the yardstick if not given.
         measure: a ratio of times, a share of the limit's speed, seconds, or GiB at the peak.
         device: "cpu" or "cuda" if it is for one alone.
@@ -31,7 +33,7 @@ class Goal:
     group: str
     ways: tuple[str, ...]
     bar: float
-    stretch: float
+    stretch: float | str
     where: Mapping[str, Any] = field(default_factory=dict)
     over: str | None = None
     measure: Measure = "ratio"
@@ -41,24 +43,42 @@ class Goal:
         """Return whether the bar is reached; of a share, more is better."""
         return value >= self.bar if self.measure == "share" else value <= self.bar
 
+    def verdict(self, comparison: Comparison, value: Spread) -> Verdict:
+        """Return whether the bar is reached, or cannot be told from what was: see `Comparison.differs`."""
+        timed = self.measure != "gib"  # the noise is that of times
+        if timed and not comparison.differs(value / self.bar):
+            return "not told from the bar"
+        return "met" if self.met(value.median) else "short"
+
     @property
     def bar_text(self) -> str:
         """The bar as it is read."""
-        return self._text(self.bar)
+        return self._limit(self.bar)
 
     @property
     def stretch_text(self) -> str:
         """The stretch as it is read."""
-        return self._text(self.stretch)
+        return self.stretch if isinstance(self.stretch, str) else self._limit(self.stretch)
 
-    def _text(self, value: float) -> str:
+    def _limit(self, value: float) -> str:
+        return f"{'≥' if self.measure == 'share' else '≤'} {self._text(value, 3, short=True)}"
+
+    def text(self, value: float, digits: int | None = None) -> str:
+        """Format what was reached, by default with as many digits as set it apart from the bar."""
+        return self._text(value, self.digits(value) if digits is None else digits)
+
+    def digits(self, value: float) -> int:
+        """Return how many digits set a value apart from the bar: three, unless it is closer."""
+        apart = (n for n in range(3, 7) if self._text(value, n) != self._text(self.bar, n))
+        return next(apart, 3)
+
+    def _text(self, value: float, digits: int, short: bool = False) -> str:
         if self.measure == "seconds":
-            return f"≤ {value:g} s" if value >= 0.1 else f"≤ {value * 1e3:g} ms"
-        if self.measure == "gib":
-            return f"≤ {value:g} GiB"
-        if self.measure == "share":
-            return f"≥ {value:g}"
-        return f"≤ {value:g}" if value >= 0.2 else f"≤ 1/{1 / value:.0f}"
+            return duration(value, digits)
+        if self.measure == "ratio" and self.bar < 0.5:
+            return fraction(value, digits)
+        number = f"{value:g}" if short else figure(value, digits)
+        return f"{number} GiB" if self.measure == "gib" else number
 
     def concerns(self, group: str, parameters: Mapping[str, Any], device: str) -> bool:
         """Return whether a comparison is one of this goal's."""
@@ -94,6 +114,13 @@ def share(comparison: Comparison, name: str) -> Spread:
     return comparison.ratio(comparison[name]).over(parameters["bytes"] / parameters["limit_bytes"])
 
 
+def bandwidths(comparison: Comparison, name: str) -> str:
+    """Format the median GB/s of a way and of the yardstick: "20 of 30". `share` forms the ratio round by round."""
+    parameters, way = comparison.parameters, comparison[name]
+    own, limit = way.time.median, comparison.yardstick.time.median
+    return f"{1e-9 * parameters['bytes'] / own:.3g} of {1e-9 * parameters['limit_bytes'] / limit:.3g}"
+
+
 def _engines(weighting: str) -> tuple[str, ...]:
     return tuple(f"diffmtl_fast {engine}, {weighting}" for engine in ("grouped", "sliced", "lean"))
 
@@ -125,7 +152,7 @@ def _goals() -> Iterator[Goal]:
             weights,
             (ours,),
             1 / 200,
-            1 / 200,
+            "on device, no host sync",
             {"op": "Nash weights"},
             f"cvxpy + ECOS, {solver}",
         )
@@ -154,11 +181,53 @@ def _goals() -> Iterator[Goal]:
 GOALS = tuple(_goals())
 
 
-def reached(goal: Goal, results: Results) -> Iterator[tuple[str, Spread]]:
-    """Yield the comparisons of a goal and what was reached in them."""
-    device = str(results.settings["device"]).split(":")[0]
-    for comparison in results.comparisons:
-        if goal.concerns(comparison.group, comparison.parameters, device):
-            found = goal.value(comparison)
-            if found is not None:
-                yield comparison.case, found
+def reached(goal: Goal, machine: Machine) -> Iterator[tuple[Comparison, Spread | None]]:
+    """Yield the comparisons of a goal and what was reached in them: None if a way had no figures."""
+    for comparison in machine.comparisons:
+        if goal.concerns(comparison.group, comparison.parameters, machine.device):
+            yield comparison, goal.value(comparison)
+
+
+def table(machine: Machine) -> str:
+    """Format what was to be reached on a machine, and what was."""
+    lines = [
+        f"| {machine.title} | case | bar | stretch | reached | 20 to 80 % | verdict |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    missing = []
+    for goal in GOALS:
+        if goal.device not in (None, machine.device):
+            continue
+        rows = [_row(goal, comparison, value) for comparison, value in reached(goal, machine)]
+        lines += rows
+        missing += [] if rows else [goal]
+    found = "\n".join(lines) if len(lines) > 2 else "No goal was measured."
+    return f"{found}\n\nNot measured: {_names(missing)}." if missing else found
+
+
+def _row(goal: Goal, comparison: Comparison, value: Spread | None) -> str:
+    head = f"| {goal.title} | {comparison.case} | {goal.bar_text} | {goal.stretch_text} |"
+    if value is None:
+        needed = [name for name in (*goal.ways, goal.over) if name in comparison.left_out]
+        reasons = "; ".join(f"{name}: {comparison.left_out[name]}" for name in needed if name)
+        return f"{head} – | – | not measured{': ' if reasons else ''}{reasons} |"
+    low, high = sorted((value.low, value.high))
+    digits = goal.digits(value.median)
+    interval = f"{goal.text(low, digits)} to {goal.text(high, digits)}"
+    return f"{head} {goal.text(value.median)} | {interval} | {goal.verdict(comparison, value)} |"
+
+
+def elsewhere(machines: Sequence[Machine]) -> str:
+    """Name the goals of a device that none of the machines is; nothing if there are none."""
+    found = {machine.device for machine in machines}
+    absent = [goal for goal in GOALS if goal.device not in (None, *found)]
+    devices = {"cpu": "CPU", "cuda": "GPU"}
+    return "\n".join(
+        f"Not measured, for want of a {name}: {_names([g for g in absent if g.device == device])}."
+        for device, name in devices.items()
+        if any(goal.device == device for goal in absent)
+    )
+
+
+def _names(goals: Sequence[Goal]) -> str:
+    return "; ".join(f"{goal.title} {goal.bar_text}" for goal in goals)

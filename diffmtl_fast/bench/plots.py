@@ -9,8 +9,9 @@ from typing import Any
 
 from .._figures import new_figure, save
 from .._files import replacing
-from .goals import share
-from .results import Comparison, Results, Role
+from .goals import bandwidths, share
+from .results import Comparison, Machine, Role
+from .tables import told
 
 COLOURS: dict[Role, str] = {
     "ours": "tab:blue",
@@ -33,11 +34,11 @@ CAPTIONS = {
 
 
 def captions(folder: Path, names: Sequence[str], beside: Path) -> dict[str, str]:
-    """Return the pictures of some results, as paths relative to a file's folder, and what they show.
+    """Return the pictures of some machines, as paths relative to a file's folder, and what they show.
 
     Args:
         folder: where the pictures of every one of them have a folder of their own.
-        names: of the results.
+        names: of the machines.
         beside: the folder of the file that shows them.
     """
     return {
@@ -48,11 +49,11 @@ def captions(folder: Path, names: Sequence[str], beside: Path) -> dict[str, str]
     }
 
 
-def draw(results: Results, folder: Path) -> list[Path]:
-    """Draw what the results have something for.
+def draw(machine: Machine, folder: Path) -> list[Path]:
+    """Draw what the machine's runs have something for.
 
     Args:
-        results: of one machine.
+        machine: with what its runs measured.
         folder: where the pictures go; exists.
 
     Returns:
@@ -60,7 +61,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
     """
     made = []
     for name, plot in PLOTS.items():
-        figure = plot(results)
+        figure = plot(machine)
         if figure is not None:
             path = folder / name
             with replacing(path) as aside:
@@ -69,16 +70,16 @@ def draw(results: Results, folder: Path) -> list[Path]:
     return made
 
 
-def ratios(results: Results) -> Any | None:
+def ratios(machine: Machine) -> Any | None:
     """Bars of the time of a training step over the plain step's, a panel per model at the typical K."""
-    chosen = [c for c in results.comparisons if c.group == STEP and c.parameters.get("k") == TYPICAL_K]
-    return _bars(chosen, results.machine) if chosen else None
+    chosen = [c for c in machine.comparisons if c.group == STEP and c.parameters.get("k") == TYPICAL_K]
+    return _bars(chosen, machine.title) if chosen else None
 
 
 def _bars(comparisons: Sequence[Comparison], machine: str) -> Any:
     names = list(dict.fromkeys(way.name for c in comparisons for way in c.ways))
     roles = {way.name: way.role for c in comparisons for way in c.ways}
-    figure = new_figure(3.0 + 3.0 * len(comparisons), 0.3 * len(names) + 1.2)
+    figure = new_figure(2.6 + 2.2 * len(comparisons), 0.3 * len(names) + 1.2)
     axes = figure.subplots(1, len(comparisons), sharey=True, squeeze=False)[0]
     for axis, comparison in zip(axes, comparisons, strict=True):
         for place, name in enumerate(names):
@@ -87,6 +88,18 @@ def _bars(comparisons: Sequence[Comparison], machine: str) -> Any:
             found = comparison.ratio(comparison[name])
             error = [[found.median - found.low], [found.high - found.median]]
             axis.barh(place, found.median, xerr=error, color=COLOURS[roles[name]], error_kw={"lw": 0.8})
+            if name != comparison.yardstick.name:
+                axis.annotate(
+                    told(comparison, found),
+                    (found.high, place),
+                    (3, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=8,
+                )
+        axis.set_xlim(
+            0, 1.25 * max(comparison.ratio(way).high for way in comparison.ways)
+        )  # room for the figures
         noise = comparison.noise
         axis.axvspan(1 / (1 + noise), 1 + noise, color="0.85", zorder=0)  # says nothing
         axis.axvline(1, color="black", lw=0.8, ls="--")
@@ -101,34 +114,32 @@ def _bars(comparisons: Sequence[Comparison], machine: str) -> Any:
     return figure
 
 
-def growth(results: Results) -> Any | None:
+def growth(machine: Machine) -> Any | None:
     """Time of interval clustering over T at the most frequent k, and over k at the most frequent T."""
-    chosen = [c for c in results.comparisons if c.parameters.get("cost") == "deviation"]
-    return _growth(chosen, results.machine) if chosen else None
+    chosen = [c for c in machine.comparisons if c.parameters.get("cost") == "deviation"]
+    return _growth(chosen, machine.title) if chosen else None
 
 
-def growth_of_steps(results: Results) -> Any | None:
+def growth_of_steps(machine: Machine) -> Any | None:
     """Time of a training step over the plain step's against K, at the first batch size of every model."""
-    steps = [c for c in results.comparisons if c.group == STEP]
+    steps = [c for c in machine.comparisons if c.group == STEP]
     titles = list(dict.fromkeys(c.parameters["title"] for c in steps if c.parameters["k"] != TYPICAL_K))
     if not titles:
         return None
-    figure = new_figure(3.4 * len(titles) + 2.8, 4.0)
+    figure = new_figure(2.5 * len(titles) + 2.6, 3.8)
     axes = figure.subplots(1, len(titles), sharey=True, squeeze=False)[0]
     for axis, title in zip(axes, titles, strict=True):
         mine = [c for c in steps if c.parameters["title"] == title]
         batch = mine[0].parameters["batch"]
         _lines(axis, [c for c in mine if c.parameters["batch"] == batch], "k", _over_the_yardstick)
-        ks = sorted({c.parameters["k"] for c in mine})
         axis.set(title=title, xlabel="clusters K")
-        axis.set_xticks(ks, [str(k) for k in ks])
-        axis.minorticks_off()
+        _ticks_at(axis, [c.parameters["k"] for c in mine])
     axes[0].set_ylabel("time of a step / plain step")
     ratios = (1, 2, 4, 8, 16)
     axes[0].set_yticks(ratios, [str(ratio) for ratio in ratios])
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
-    figure.suptitle(results.machine, fontsize=9)
+    figure.legend(handles, labels, loc="outside right center", handlelength=3, frameon=False, fontsize=8)
+    figure.suptitle(machine.title, fontsize=9)
     return figure
 
 
@@ -141,13 +152,22 @@ def _growth(comparisons: Sequence[Comparison], machine: str) -> Any | None:
         mine = [c for c in comparisons if c.parameters[fixed] == value]
         drawn |= _lines(axis, mine, along, _seconds)
         axis.set(xlabel=f"{along} ({fixed} = {value:,})")
+    _ticks_at(axes[1], [c.parameters["k"] for c in comparisons if c.parameters["T"] == value])
     if not drawn:
         return None
     axes[0].set_ylabel("seconds")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=4, handlelength=3, frameon=False, fontsize=8
+    )
     figure.suptitle(f"{machine}: timesteps T, clusters k", fontsize=9)
     return figure
+
+
+def _ticks_at(axis: Any, ks: Sequence[int]) -> None:
+    """Label a logarithmic axis where there are points, not at powers of ten and between."""
+    axis.set_xticks(sorted(set(ks)), map(str, sorted(set(ks))))
+    axis.minorticks_off()
 
 
 def _most_frequent(values: Sequence[int]) -> int:
@@ -181,14 +201,17 @@ def _over_the_yardstick(comparison: Comparison, name: str) -> float:
     return comparison.ratio(comparison[name]).median
 
 
-def roofline(results: Results) -> Any | None:
-    """Bars of the share of the memory's speed that every op reaches, beside the plain and the compiled one."""
-    chosen = [c for c in results.comparisons if c.parameters.get("bytes")]
+def roofline(machine: Machine) -> Any | None:
+    """Bars of the share of the memory's speed that every op reaches, beside the plain and the compiled one.
+
+    The figures on the right are GB/s, ours of the yardstick's.
+    """
+    chosen = [c for c in machine.comparisons if c.parameters.get("bytes")]
     if not chosen:
         return None
     dtypes = sorted({c.parameters["dtype"] for c in chosen}, reverse=True)
     names = list(dict.fromkeys(c.parameters["op"] for c in chosen))
-    figure = new_figure(4.6 * len(dtypes) + 1.4, 0.42 * len(names) + 1.2)
+    figure = new_figure(4.2 * len(dtypes) + 1.4, 0.42 * len(names) + 1.6)
     axes = figure.subplots(1, len(dtypes), sharey=True, squeeze=False)[0]
     for axis, dtype in zip(axes, dtypes, strict=True):
         labels: set[str] = set()
@@ -196,6 +219,7 @@ def roofline(results: Results) -> Any | None:
             if comparison.parameters["dtype"] == dtype:
                 _shares(axis, comparison, names.index(comparison.parameters["op"]), labels)
         axis.axvline(1, color="black", lw=0.8, ls="--")
+        axis.set_xlim(0, 1.3 * axis.get_xlim()[1])  # room for the GB/s
         axis.set(title=dtype, xlabel="bandwidth / that of the memory")
         axis.grid(axis="x", alpha=0.25)
     axes[0].set_yticks(range(len(names)), names)
@@ -206,8 +230,13 @@ def roofline(results: Results) -> Any | None:
         for axis in axes
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    axes[-1].legend(handles.values(), handles.keys(), frameon=False, fontsize=8, loc="best")
-    figure.suptitle(f"{results.machine}; losses forward and backward unless said", fontsize=9)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=8
+    )
+    figure.suptitle(
+        f"{machine.title}; losses forward and backward unless said; right: GB/s, ours of the memory's",
+        fontsize=9,
+    )
     return figure
 
 
@@ -219,7 +248,7 @@ def _shares(axis: Any, comparison: Comparison, place: int, labels: set[str]) -> 
             label = {
                 "ours": "diffmtl_fast",
                 "baseline": "by a compiler or hand",
-                "reference": "plain PyTorch",
+                "reference": "plain PyTorch; of PCGrad, the published loop",
             }[role]
             axis.barh(
                 place + offset,
@@ -231,6 +260,16 @@ def _shares(axis: Any, comparison: Comparison, place: int, labels: set[str]) -> 
                 error_kw={"lw": 0.8},
             )
             labels.add(label)
+            if role == "ours":
+                axis.text(
+                    0.99,
+                    place,
+                    bandwidths(comparison, way),
+                    transform=axis.get_yaxis_transform(),
+                    ha="right",
+                    va="center",
+                    fontsize=8,
+                )
 
 
 def _of(comparison: Comparison, role: str) -> Iterator[str]:
@@ -238,7 +277,7 @@ def _of(comparison: Comparison, role: str) -> Iterator[str]:
 
 
 #: file name to what is drawn in it
-PLOTS: dict[str, Callable[[Results], Any | None]] = {
+PLOTS: dict[str, Callable[[Machine], Any | None]] = {
     "step_ratios.png": ratios,
     "step_growth.png": growth_of_steps,
     "clustering_growth.png": growth,

@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePosixPath
 from types import MappingProxyType
 
-from .goals import GOALS, Goal, reached, share
+from . import goals
+from .goals import bandwidths, share
 from .plots import CAPTIONS, STEP, TYPICAL_K
-from .results import Comparison, Results
-from .tables import duration, told, value_of
+from .results import Comparison, Machine, Results, machines
+from .tables import told
+from .text import duration
 
 _SECTION = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 
@@ -23,7 +25,7 @@ def rewrite(text: str, results: Sequence[Results], pictures: Mapping[str, str] =
 
     Args:
         text: Markdown with marked sections.
-        results: of any number of machines.
+        results: of any number of machines, of each any number of runs.
         pictures: path, relative to the text, to caption. A section named like a file shows that one, the section
             "pictures" all that have none.
 
@@ -42,7 +44,7 @@ def rewrite(text: str, results: Sequence[Results], pictures: Mapping[str, str] =
         elif name in _OWN_PICTURES:
             found = _pictures({p: c for p, c in pictures.items() if PurePosixPath(p).stem == name})
         elif name in SECTIONS:
-            found = SECTIONS[name](results)
+            found = SECTIONS[name](machines(results))
         else:
             known = ", ".join((*SECTIONS, PICTURES, *_OWN_PICTURES))
             raise ValueError(f"figures: expected one of {known}, found {name}")
@@ -52,22 +54,25 @@ def rewrite(text: str, results: Sequence[Results], pictures: Mapping[str, str] =
     return _SECTION.sub(replaced, text)
 
 
-def steps(results: Sequence[Results]) -> str:
+def steps(found: Sequence[Machine]) -> str:
     """Format the time of a training step over the plain step's: a table per machine, a column per model."""
-    return "\n\n".join(_steps(found) for found in results if _typical(found)) or _NOTHING
+    return "\n\n".join(_steps(machine) for machine in found if _typical(machine)) or _NOTHING
 
 
-def _typical(results: Results) -> list[Comparison]:
-    steps = [c for c in results.comparisons if c.group == STEP and c.parameters["k"] == TYPICAL_K]
+def _typical(machine: Machine) -> list[Comparison]:
+    steps = [c for c in machine.comparisons if c.group == STEP and c.parameters["k"] == TYPICAL_K]
     batch = steps[0].parameters["batch"] if steps else None
     return [c for c in steps if c.parameters["batch"] == batch]
 
 
-def _steps(results: Results) -> str:
-    chosen = _typical(results)
+def _steps(machine: Machine) -> str:
+    chosen = _typical(machine)
     titles = [c.parameters["title"] for c in chosen]
     names = list(dict.fromkeys(way.name for c in chosen for way in c.ways[1:]))
-    lines = [f"| {_headline(results)} | " + " | ".join(titles) + " |", "|---" * (1 + len(titles)) + "|"]
+    lines = [
+        f"| {machine.title}, time / plain step | " + " | ".join(titles) + " |",
+        "|---" * (1 + len(titles)) + "|",
+    ]
     for name in names:
         cells = [told(c, c.ratio(c[name])) + _memory(c, name) if name in c else "–" for c in chosen]
         lines.append(f"| {_code(name)} | " + " | ".join(cells) + " |")
@@ -89,59 +94,44 @@ def _code(name: str) -> str:
     return name.replace("diffmtl_fast", "`diffmtl_fast`")
 
 
-def _headline(results: Results) -> str:
-    return f"{results.machine}, time / plain step"
+def reached(found: Sequence[Machine]) -> str:
+    """Format what was to be reached and what was, on all machines and on those that are missing."""
+    if not found:
+        return _NOTHING
+    parts = [goals.table(machine) for machine in found]
+    return "\n\n".join(filter(None, [*parts, goals.elsewhere(found)]))
 
 
-def goals(results: Sequence[Results]) -> str:
-    """Format what was to be reached and what was, on all machines."""
-    lines = ["| | case | bar | stretch | reached |", "|---|---|---|---|---|"]
-    for found in results:
-        for goal in GOALS:
-            lines += _goal(goal, found)
-    return "\n".join(lines) if len(lines) > 2 else _NOTHING
-
-
-def _goal(goal: Goal, results: Results) -> list[str]:
-    lines = []
-    for case, found in reached(goal, results):
-        short = "" if goal.met(found.median) else " (short of the bar)"
-        value = value_of(goal)(found.median)
-        lines.append(f"| {goal.title} | {case} | {goal.bar_text} | {goal.stretch_text} | {value}{short} |")
-    return lines
-
-
-def machines(results: Sequence[Results]) -> str:
+def origins(found: Sequence[Machine]) -> str:
     """Format where the figures come from."""
-    found = []
-    for result in results:
-        environment = result.environment
-        torch = environment["versions"]["torch"]
-        found.append(
-            f"{result.machine} (torch {torch}, {environment['date'][:10]}, commit {(result.commit or '?')[:10]})"
-        )
-    return "Measured on " + "; ".join(found) + "." if found else _NOTHING
+    return f"Measured on {'; '.join(map(_origin, found))}." if found else _NOTHING
+
+
+def _origin(machine: Machine) -> str:
+    torch = ", ".join(dict.fromkeys(run.environment["versions"]["torch"] for run in machine.runs))
+    runs = "; ".join(dict.fromkeys(run.origin for run in machine.runs))
+    return f"{machine.title} (torch {torch}; {runs})"
 
 
 def _pictures(pictures: Mapping[str, str]) -> str:
     return "\n\n".join(f"![{caption}]({path})" for path, caption in pictures.items()) or _NOTHING
 
 
-def ops(results: Sequence[Results]) -> str:
+def ops(found: Sequence[Machine]) -> str:
     """Format every op's time beside plain PyTorch's and its speed beside the memory's: a table per machine."""
-    return "\n\n".join(_ops(found) for found in results if _of_ops(found)) or _NOTHING
+    return "\n\n".join(_ops(machine) for machine in found if _of_ops(machine)) or _NOTHING
 
 
-def _of_ops(results: Results) -> list[Comparison]:
-    return [c for c in results.comparisons if c.group == "fused ops" and c.parameters.get("bytes")]
+def _of_ops(machine: Machine) -> list[Comparison]:
+    return [c for c in machine.comparisons if c.group == "fused ops" and c.parameters.get("bytes")]
 
 
-def _ops(results: Results) -> str:
-    chosen = _of_ops(results)
+def _ops(machine: Machine) -> str:
+    chosen = _of_ops(machine)
     dtypes = sorted({c.parameters["dtype"] for c in chosen}, reverse=True)
-    columns = ("of the memory's speed", "PyTorch / ours", "torch.compile / ours")
+    columns = ("of the memory's speed (GB/s)", "PyTorch / ours", "torch.compile / ours")
     lines = [
-        f"| {results.machine} | " + " | ".join(f"{dtype}: {c}" for dtype in dtypes for c in columns) + " |",
+        f"| {machine.title} | " + " | ".join(f"{dtype}: {c}" for dtype in dtypes for c in columns) + " |",
         "|---" * (1 + len(dtypes) * len(columns)) + "|",
     ]
     for op in dict.fromkeys(c.parameters["op"] for c in chosen):
@@ -156,16 +146,19 @@ def _ops(results: Results) -> str:
 def _speeds(comparison: Comparison) -> list[str]:
     (ours,) = comparison.of("ours")
     others = (comparison.of(role) for role in ("reference", "baseline"))
-    ratios = (f"{comparison.ratio(way[0], ours).median:.1f}" if way else "–" for way in others)
-    return [f"{share(comparison, ours.name).median:.2f}", *ratios]
+    ratios = (told(comparison, comparison.ratio(way[0], ours), 2) if way else "–" for way in others)
+    return [
+        f"{told(comparison, share(comparison, ours.name))} ({bandwidths(comparison, ours.name)})",
+        *ratios,
+    ]
 
 
 PICTURES = "pictures"
 _OWN_PICTURES = tuple(PurePosixPath(name).stem for name in CAPTIONS)
 _NOTHING = "Nothing has been measured yet."
-SECTIONS: dict[str, Callable[[Sequence[Results]], str]] = {
+SECTIONS: dict[str, Callable[[Sequence[Machine]], str]] = {
     "steps": steps,
     "ops": ops,
-    "goals": goals,
-    "machines": machines,
+    "goals": reached,
+    "machines": origins,
 }

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +41,9 @@ class Spread:
     def over(self, numerator: float) -> Spread:
         """Return numerator / value."""
         return Spread(numerator / self.median, numerator / self.high, numerator / self.low)
+
+    def __truediv__(self, denominator: float) -> Spread:
+        return Spread(self.median / denominator, self.low / denominator, self.high / denominator)
 
 
 @dataclass(frozen=True)
@@ -138,8 +142,9 @@ class Comparison:
         return max(repeat.high, 1.0 / repeat.low, 1.0) - 1.0
 
     def differs(self, ratio: Spread) -> bool:
-        """Return whether a ratio is further from 1 than the noise."""
-        return abs(math.log(ratio.median)) > math.log1p(self.noise)
+        """Return whether a ratio is told from 1: further away than the noise, and not between 20 and 80 %."""
+        beyond = abs(math.log(ratio.median)) > math.log1p(self.noise)
+        return beyond and not ratio.low <= 1.0 <= ratio.high
 
 
 @dataclass(frozen=True)
@@ -168,6 +173,23 @@ class Results:
             return str(environment["gpu"])
         return f"{environment['cpu']}, {environment['threads']} threads"
 
+    @property
+    def device(self) -> str:
+        """What the work was done on: "cpu" or "cuda"."""
+        return str(self.settings["device"]).split(":")[0]
+
+    @property
+    def busy(self) -> bool:
+        """Whether other work already filled the machine when the run began."""
+        load = self.environment["load"]
+        return bool(load) and load[0] > self.environment["threads"]
+
+    @property
+    def origin(self) -> str:
+        """When the run was made, of what, and whether the machine did other work."""
+        date, commit = self.environment["date"][:10], (self.commit or "unknown")[:10]
+        return f"{date}, commit {commit}" + (", beside other work" if self.busy else "")
+
     def find(self, group: str, case: str) -> Comparison | None:
         """Return a comparison, or None."""
         return next((c for c in self.comparisons if (c.group, c.case) == (group, case)), None)
@@ -193,6 +215,55 @@ class Results:
             tuple(_comparisons(record["benchmarks"], record["left_out"])),
             path.stem,
         )
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What all runs of one machine measured.
+
+    Attributes:
+        runs: the earliest first; of a case that several have, the latest one's is taken.
+    """
+
+    runs: tuple[Results, ...]
+
+    @property
+    def title(self) -> str:
+        """The machine in a few words."""
+        return self.runs[0].machine
+
+    @property
+    def name(self) -> str:
+        """The name of the file that holds most."""
+        return max(self.runs, key=lambda run: len(run.comparisons)).name
+
+    @property
+    def device(self) -> str:
+        """What the work was done on: "cpu" or "cuda"."""
+        return self.runs[0].device
+
+    @cached_property
+    def _latest(self) -> dict[tuple[str, str], tuple[Results, Comparison]]:
+        found = {(c.group, c.case): (run, c) for run in self.runs for c in run.comparisons}
+        groups = dict.fromkeys(group for group, _ in found)
+        return {key: found[key] for group in groups for key in found if key[0] == group}
+
+    @property
+    def comparisons(self) -> tuple[Comparison, ...]:
+        """Every case once, those of a group together."""
+        return tuple(comparison for _, comparison in self._latest.values())
+
+    def run_of(self, comparison: Comparison) -> Results:
+        """Return the run that a comparison comes from, for its commit, date and settings."""
+        return self._latest[comparison.group, comparison.case][0]
+
+
+def machines(results: Iterable[Results]) -> list[Machine]:
+    """Put together the runs of each machine, which is one device with one number of threads."""
+    found: dict[str, list[Results]] = {}
+    for run in results:
+        found.setdefault(run.machine, []).append(run)
+    return [Machine(tuple(sorted(runs, key=lambda run: run.environment["date"]))) for runs in found.values()]
 
 
 def entry(comparison: Comparison, way: Way) -> dict[str, Any]:

@@ -2,47 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from .goals import GOALS, Goal, reached
-from .results import Comparison, Results, Spread, Way
+from . import goals
+from .results import Comparison, Machine, Results, Spread, Way, machines
+from .text import duration, figure
 
-SAME = "≈"  # not told apart from 1 by the noise
+SAME = "≈"  # not told from 1
 
 
 def report(results: Sequence[Results]) -> str:
     """Format everything: per machine its goals, a summary, and a table for every comparison."""
-    return "\n".join(_machine(found) for found in results)
+    found = machines(results)
+    parts = [_machine(machine) for machine in found]
+    absent = goals.elsewhere(found)
+    return "\n".join([*parts, absent, ""] if absent else parts)
 
 
-def _machine(results: Results) -> str:
-    lines = [f"# {results.machine}", "", _circumstances(results), "", goals(results), ""]
+def _machine(machine: Machine) -> str:
+    lines = [f"# {machine.title}", "", _circumstances(machine), "", goals.table(machine), ""]
     group = None
-    for comparison in results.comparisons:
+    for comparison in machine.comparisons:
         if comparison.group != group:
             group = comparison.group
             lines += [f"## {group}", ""]
-        lines += [table(comparison), ""]
+        lines += [table(comparison, _of_run(machine, comparison)), ""]
     return "\n".join(lines)
 
 
-def _circumstances(results: Results) -> str:
-    environment = results.environment
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
-    absent = [name for name, version in environment["versions"].items() if version is None]
-    missing = f" Not installed: {', '.join(absent)}." if absent else ""
-    busy = environment["load"] and environment["load"][0] > environment["threads"]
-    load = " The machine was busy with other work when the run began." if busy else ""
-    commit = (results.commit or "unknown")[:10]
-    return (
-        f"Commit {commit}, {environment['date'][:10]}, Python {environment['python']}, {versions}.{missing}{load} "
-        "Times are medians of interleaved rounds with 20 and 80 % quantiles, ratios are formed within a round; "
-        f"{SAME} marks a ratio that differs from 1 by no more than timing the yardstick twice does."
+def _circumstances(machine: Machine) -> str:
+    """Format the runs, which a number tells apart if there are several."""
+    several = len(machine.runs) > 1
+    runs = [
+        f"Run {number}: {_circumstances_of(run)}\n" if several else _circumstances_of(run)
+        for number, run in enumerate(machine.runs, 1)
+    ]
+    return "\n".join(
+        [
+            *runs,
+            "Times are medians of interleaved rounds with 20 and 80 % quantiles, ratios are formed within a "
+            f"round; {SAME} marks a ratio that is not told from 1: it differs from 1 by no more than timing the "
+            "yardstick twice does, or 1 is between its quantiles.",
+        ]
     )
 
 
-def table(comparison: Comparison) -> str:
-    """Format a comparison, the yardstick first."""
+def _circumstances_of(run: Results) -> str:
+    environment, settings = run.environment, run.settings
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
+    absent = [name for name, version in environment["versions"].items() if version is None]
+    missing = f" Not installed: {', '.join(absent)}." if absent else ""
+    load = " The machine was busy with other work when the run began." if run.busy else ""
+    scale = f", scale {settings['scale']}" if "scale" in settings else ""
+    return (
+        f"Commit {(run.commit or 'unknown')[:10]}, {environment['date'][:10]}{scale}, "
+        f"Python {environment['python']}, {versions}.{missing}{load}"
+    )
+
+
+def _of_run(machine: Machine, comparison: Comparison) -> str:
+    if len(machine.runs) == 1:
+        return ""
+    return f" Run {machine.runs.index(machine.run_of(comparison)) + 1}."
+
+
+def table(comparison: Comparison, run: str = "") -> str:
+    """Format a comparison, the yardstick first; `run` is a sentence on where it comes from."""
     yardstick = comparison.yardstick.name
     lines = [
         f"### {comparison.case}",
@@ -52,7 +77,7 @@ def table(comparison: Comparison) -> str:
     ]
     lines += [_row(comparison, way) for way in comparison.ways]
     lines += [f"| | {name} | {reason} | | | | | |" for name, reason in comparison.left_out.items()]
-    lines += ["", f"{comparison.rounds} rounds; noise {comparison.noise:.1%}: {_repeat(comparison)}"]
+    lines += ["", f"{comparison.rounds} rounds; noise {comparison.noise:.1%}: {_repeat(comparison)}{run}"]
     for way in comparison.ways:
         if way.notes.get("steps"):
             lines.append(f"{way.name}: {', '.join(map(str, way.notes['steps']))} steps.")
@@ -86,45 +111,9 @@ def _row(comparison: Comparison, way: Way) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def told(comparison: Comparison, ratio: Spread) -> str:
-    """Format a ratio; one within the noise is not called a difference."""
-    return figure(ratio.median) + ("" if comparison.differs(ratio) else f" {SAME}")
-
-
-def figure(value: float) -> str:
-    """Format a ratio to three digits."""
-    if value >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.3g}" if value >= 100 or value < 0.1 else f"{value:.2f}"
-
-
-def duration(seconds: float) -> str:
-    """Format a time."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds * 1e9:.3g} ns"
-
-
-def goals(results: Results) -> str:
-    """Format what was to be reached and what was."""
-    lines = ["| goal | case | bar | stretch | reached | 20 to 80 % |", "|---|---|---|---|---|---|"]
-    for goal in GOALS:
-        for case, found in reached(goal, results):
-            lines.append(_goal(goal, case, found))
-    return "\n".join(lines) if len(lines) > 2 else "No goal was measured."
-
-
-def _goal(goal: Goal, case: str, found: Spread) -> str:
-    verdict = "" if goal.met(found.median) else " (short)"
-    low, high = sorted((found.low, found.high))
-    text = value_of(goal)
-    return (
-        f"| {goal.title} | {case} | {goal.bar_text} | {goal.stretch_text} | {text(found.median)}{verdict} | "
-        f"{text(low)} to {text(high)} |"
-    )
-
-
-def value_of(goal: Goal) -> Callable[[float], str]:
-    """Return how a goal's values are formatted."""
-    return duration if goal.measure == "seconds" else figure
+def told(comparison: Comparison, ratio: Spread, digits: int = 3) -> str:
+    """Format a ratio: one that is not told from 1 is no difference, and one that is does not read as 1."""
+    if not comparison.differs(ratio):
+        return f"{figure(ratio.median, digits)} {SAME}"
+    texts = [(figure(ratio.median, more), figure(1.0, more)) for more in range(digits, 7)]
+    return next((found for found, one in texts if found != one), texts[0][0])

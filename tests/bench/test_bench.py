@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 
-from diffmtl_fast.bench import Comparison, Results, Spread, Way, changes
+from diffmtl_fast.bench import Comparison, Machine, Results, Spread, Way, changes, machines
 from diffmtl_fast.bench.compare import FLOOR
 from diffmtl_fast.bench.compare import table as changes_table
 from diffmtl_fast.bench.goals import GOALS, Goal, reached, share
+from diffmtl_fast.bench.goals import table as goals_table
 from diffmtl_fast.bench.plots import CAPTIONS, PLOTS, captions, draw
 from diffmtl_fast.bench.readme import rewrite
 from diffmtl_fast.bench.results import FORMAT, entry
-from diffmtl_fast.bench.tables import duration, figure, report, table, told
+from diffmtl_fast.bench.tables import report, table, told
+from diffmtl_fast.bench.text import duration, figure, fraction
 from diffmtl_fast.cli import main
 
 STEP = "full training step"
@@ -48,7 +50,7 @@ def comparison(
     )
 
 
-def results(*comparisons: Comparison, gpu: str | None = None, device: str = "cpu") -> Results:
+def results(*comparisons: Comparison, gpu: str | None = None, device: str = "cpu", **changed: Any) -> Results:
     environment = {
         "date": "2026-01-02T00:00:00+00:00",
         "cpu": "Some CPU",
@@ -57,8 +59,13 @@ def results(*comparisons: Comparison, gpu: str | None = None, device: str = "cpu
         "gpu": gpu,
         "python": "3.12.1",
         "versions": {"torch": "2.13.0", "torchjd": None},
+        **changed,
     }
     return Results(environment, "0123456789abcdef", {"device": device}, comparisons, "a")
+
+
+def machine(*comparisons: Comparison) -> Machine:
+    return Machine((results(*comparisons),))
 
 
 def write(path: Path, found: Results, **changed: Any) -> Path:
@@ -121,6 +128,16 @@ def test_a_ratio_within_the_noise_is_not_called_a_difference() -> None:
     assert told(quiet, quiet.ratio(quiet[OURS])) == "1.05"
 
 
+def test_a_ratio_whose_rounds_lie_on_both_sides_of_one_is_no_difference() -> None:
+    quiet = comparison(jitter=(1.0,) * 5)
+    assert not quiet.differs(Spread(1.08, 0.99, 1.13))
+    assert not quiet.differs(Spread(0.93, 0.90, 1.0))
+    assert quiet.differs(Spread(1.08, 1.01, 1.13))
+    assert told(quiet, Spread(1.08, 0.99, 1.13)) == "1.08 ≈"
+    # What is told from 1 does not read as 1.
+    assert told(quiet, Spread(1.0042, 1.003, 1.005)) == "1.004"
+
+
 def test_files_hold_everything(tmp_path: Path) -> None:
     expected = results(comparison(), comparison(case="another"), comparison(group="fused ops"))
     found = Results.read(write(tmp_path / "a.json", expected))
@@ -161,17 +178,19 @@ def test_report_says_what_there_is_and_what_is_missing() -> None:
     assert text.count(f"| ours | {OURS} | 1.10 | 1.10 to 1.10 | 33 ms | 5 | 2 MiB | 1e-06 |") == 2
     assert text.count("| | TorchJD | expected it to be installed |") == 2
     # The bar of a GPU is another.
-    assert "| PCGrad step / plain step | DiT, K = 5 | ≤ 1.15 | ≤ 1.05 | 1.10 | 1.10 to 1.10 |" in text
-    assert "| PCGrad step / plain step | DiT, K = 5 | ≤ 1.1 | ≤ 1.03 | 1.10" in text
+    assert "| PCGrad step / plain step | DiT, K = 5 | ≤ 1.15 | ≤ 1.05 | 1.10 | 1.10 to 1.10 | met |" in text
+    assert "| ≤ 1.1 | ≤ 1.03 | 1.10 | 1.10 to 1.10 | not told from the bar |" in text
+    assert "for want of" not in text
     short = report([results(comparison(1.2))])
-    assert "| 1.20 (short) |" in short
+    assert "| 1.20 | 1.20 to 1.20 | short |" in short
+    assert "Not measured, for want of a GPU: PCGrad step / plain step ≤ 1.1; NashMTL" in short
 
 
 def test_a_goal_in_seconds_is_read_as_a_time() -> None:
     found = comparison(1.0, group="interval clustering", parameters={"T": 1000, "k": 5, "cost": "log-SNR"})
     ways = (found.ways[0], Way("diffmtl_fast", "ours", (1e-4,) * 5, found.ways[0].turns))
     text = report([results(Comparison(found.group, found.case, ways, found.again, {}, found.parameters))])
-    assert "| ≤ 1 ms | ≤ 0.2 ms | 100 µs | 100 µs to 100 µs |" in text
+    assert "| ≤ 1 ms | ≤ 200 µs | 100 µs | 100 µs to 100 µs | met |" in text
 
 
 def test_faults_and_steps_are_said() -> None:
@@ -199,15 +218,95 @@ def test_figures(value: float, text: str) -> None:
     assert figure(value) == text
 
 
+@pytest.mark.parametrize(("value", "text"), [(1 / 8, "1/8"), (0.0404, "1/24.8"), (1 / 2500, "1/2,500")])
+def test_fractions(value: float, text: str) -> None:
+    assert fraction(value) == text
+
+
 def test_the_best_way_counts_for_a_goal() -> None:
     goal = Goal("", STEP, (OURS, "missing", SLOW), 1.15, 1.05, {"k": 5})
     assert goal.value(comparison(1.3)) == comparison(1.3).ratio(comparison(1.3)[OURS])
-    assert list(reached(goal, results(comparison(1.3)))) == [("DiT, K = 5", goal.value(comparison(1.3)))]
-    assert not list(reached(goal, results(comparison(group="other"))))
-    assert not list(reached(goal, results(comparison(parameters={"k": 2}))))
+    assert list(reached(goal, machine(comparison(1.3)))) == [(comparison(1.3), goal.value(comparison(1.3)))]
+    assert not list(reached(goal, machine(comparison(group="other"))))
+    assert not list(reached(goal, machine(comparison(parameters={"k": 2}))))
     assert goal.met(1.15)
     assert not goal.met(1.16)
     assert Goal("", STEP, ("missing",), 1, 1).value(comparison()) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "verdict"),
+    [
+        (Spread(1.08, 1.05, 1.13), "short"),
+        (Spread(0.95, 0.93, 0.99), "met"),
+        (Spread(1.08, 1.01, 1.13), "not told from the bar"),  # the bar is between the quantiles
+        (Spread(1.03, 1.025, 1.04), "not told from the bar"),  # no further from the bar than the noise
+        (Spread(1.005, 1.002, 1.008), "not told from the bar"),
+    ],
+)
+def test_a_bar_closer_than_the_noise_gives_no_verdict(value: Spread, verdict: str) -> None:
+    quiet = comparison(jitter=(1.0, 1.02, 1.02, 1.02, 1.0))
+    assert Goal("", STEP, (OURS,), 1.02, 1.01).verdict(quiet, value) == verdict
+
+
+def test_bytes_are_not_judged_by_the_noise_of_times() -> None:
+    noisy = comparison(jitter=(1.3,) * 5)
+    goal = Goal("", STEP, (OURS,), 2, 2, measure="gib")
+    assert goal.verdict(noisy, Spread(1.99, 1.99, 1.99)) == "met"
+    assert goal.verdict(noisy, Spread(2.01, 2.01, 2.01)) == "short"
+
+
+def test_what_was_reached_reads_differently_from_the_bar() -> None:
+    assert Goal("", STEP, (OURS,), 1.02, 1.01).text(1.0223) == "1.022"
+    assert Goal("", STEP, (OURS,), 1.02, 1.01).text(1.02) == "1.02"
+    assert Goal("", STEP, (OURS,), 1 / 200, 1 / 200).text(0.00785) == "1/127"
+    assert Goal("", STEP, (OURS,), 2, 2, measure="gib").text(0.4123) == "0.41 GiB"
+    assert Goal("", STEP, (OURS,), 1 / 4, "in words").stretch_text == "in words"
+
+
+def test_goals_without_figures_are_named() -> None:
+    found = comparison(
+        group="Nash/PCGrad weights", case="Nash weights, K = 5", parameters={"op": "Nash weights"}
+    )
+    ways = (found.ways[0], Way("diffmtl_fast", "ours", (0.01,) * 5, found.ways[0].turns))
+    absent = {"cvxpy + ECOS, as published": "expected ECOS to be installed"}
+    text = goals_table(
+        machine(Comparison(found.group, found.case, ways, found.again, absent, found.parameters))
+    )
+    row = (
+        "Nash weights / cvxpy + ECOS, as published | Nash weights, K = 5 | ≤ 1/200 | on device, no host sync"
+    )
+    reason = "not measured: cvxpy + ECOS, as published: expected ECOS to be installed"
+    assert f"| {row} | – | – | {reason} |" in text
+    assert "Not measured: PCGrad step / plain step ≤ 1.15; NashMTL step" in text
+    assert "GPU kernel" not in text
+
+
+def test_runs_of_one_machine_are_put_together() -> None:
+    early = results(comparison(1.1), comparison(group="fused ops"), comparison(1.2, case="K = 2"))
+    late = results(
+        comparison(1.3, case="K = 2"), comparison(case="K = 10"), date="2026-01-03", load=[9, 9, 9]
+    )
+    other = results(comparison(), gpu="Some GPU", device="cuda")
+    first, second = machines([late, other, early])
+    assert (first.title, second.title) == ("Some CPU, 2 threads", "Some GPU")
+    assert [(c.group, c.case) for c in first.comparisons] == [
+        (STEP, "DiT, K = 5"),
+        (STEP, "K = 2"),
+        (STEP, "K = 10"),
+        ("fused ops", "DiT, K = 5"),
+    ]
+    assert first.comparisons[1] == late.comparisons[0]
+    assert [first.run_of(c) is late for c in first.comparisons] == [False, True, True, False]
+    text = report([late, other, early])
+    assert text.count(f"## {STEP}\n") == 2  # once for each machine
+    assert "Run 1: Commit 0123456789, 2026-01-02" in text
+    assert "Run 2: Commit 0123456789, 2026-01-03" in text
+    assert text.count("The machine was busy") == 1
+    assert text.count(" Run 2.\n") == text.count(" Run 1.\n") == 2
+    line = rewrite("<!-- figures: machines -->\n<!-- end of figures -->", [late, other, early])
+    runs = "2026-01-02, commit 0123456789; 2026-01-03, commit 0123456789, beside other work"
+    assert f"Some CPU, 2 threads (torch 2.13.0; {runs}); Some GPU (torch" in line
 
 
 def test_a_share_is_bandwidth_over_that_of_the_memory() -> None:
@@ -312,8 +411,8 @@ def test_command_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_only_what_was_measured_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    assert draw(results(), tmp_path) == []
-    assert [path.name for path in draw(results(comparison()), tmp_path)] == ["step_ratios.png"]
+    assert draw(machine(), tmp_path) == []
+    assert [path.name for path in draw(machine(comparison()), tmp_path)] == ["step_ratios.png"]
 
 
 README = "before\n<!-- figures: steps -->\nold\n<!-- end of figures -->\nafter\n"
@@ -345,9 +444,9 @@ def test_sections_of_a_readme() -> None:
     assert "Nothing has been measured yet." in section("steps", results())
     both = results(comparison(1.2)), results(comparison(1.05), gpu="Some GPU", device="cuda")
     goals = section("goals", *both)
-    assert "| 1.20 (short of the bar) |" in goals
-    assert "| ≤ 1.1 | ≤ 1.03 | 1.05 |" in goals
-    assert "Some CPU, 2 threads (torch 2.13.0, 2026-01-02, commit 0123456789); Some GPU" in section(
+    assert "| 1.20 | 1.20 to 1.20 | short |" in goals
+    assert "| ≤ 1.1 | ≤ 1.03 | 1.05 | 1.05 to 1.05 | met |" in goals
+    assert "Some CPU, 2 threads (torch 2.13.0; 2026-01-02, commit 0123456789); Some GPU" in section(
         "machines", *both
     )
     with pytest.raises(ValueError, match=r"figures: expected one of steps, ops, .*, found nothing"):
@@ -358,7 +457,8 @@ def test_section_of_the_ops() -> None:
     parameters = {"op": "gram", "dtype": "float32", "bytes": 30, "limit_bytes": 10}
     found = comparison(4.0, group="fused ops", case="memory: gram", parameters=parameters)
     text = rewrite("<!-- figures: ops -->\n<!-- end of figures -->", [results(found)])
-    assert "| gram | 0.75 | 1.0 | – |" in text  # three times the bytes in four times the time
+    # Three times the bytes in four times the time, which is as long as the reference takes.
+    assert "| gram | 0.75 (2.5e-07 of 3.33e-07) | 1.0 ≈ | – |" in text
 
 
 def test_a_picture_of_its_own_section_is_not_among_the_others() -> None:
@@ -373,7 +473,8 @@ def test_a_picture_of_its_own_section_is_not_among_the_others() -> None:
 
 
 def test_ratios_are_finite() -> None:
-    assert all(math.isfinite(goal.bar) and goal.bar > 0 and goal.stretch > 0 for goal in GOALS)
+    assert all(math.isfinite(goal.bar) and goal.bar > 0 for goal in GOALS)
+    assert all(goal.stretch > 0 for goal in GOALS if not isinstance(goal.stretch, str))
 
 
 def test_pictures_are_linked_from_where_they_are_shown(tmp_path: Path) -> None:
