@@ -15,6 +15,16 @@ from .statistics import Differences, matrix_correlation
 
 CONFIDENCE = 0.95
 UNKNOWN = "not measured"
+#: What the words of a verdict mean.
+VERDICTS = {
+    "reproduced": "all methods of the statement are better",
+    "reproduced in part": "some are better, none is worse, the rest is undecided",
+    "mixed": "some are better and some are worse",
+    "worse in part": "some are worse, none is better, the rest is undecided",
+    "contradicted": "all are worse",
+    "not shown": "all are undecided: no difference exceeds the noise, which does not say that there is none",
+    UNKNOWN: "the study has no figures for it yet",
+}
 
 
 @dataclass(frozen=True)
@@ -92,18 +102,18 @@ def _transfer(results: Results) -> Claim:
     edges = next(iter(results.gaps.values()))["boundaries"]
     names = [f"{first}–{end - 1}" for first, end in pairwise(edges)]
     below, above = _outside(found, names)
-    verdict = "reproduced" if below else "contradicted" if above else "not shown"
+    verdict = "reproduced" if below else "contradicted" if len(above) == len(names) else "not shown"
     evidence = f"experts better in {_listed(below)}; worse in {_listed(above)}; of {len(names)} intervals"
     return Claim("ANT", statement, criterion, verdict, evidence)
 
 
 def _comparisons(results: Results, family: str, source: str, subject: str) -> list[Claim]:
     variants = [variant for variant in results.cases() if _claimed(variant, family)]
-    place: dict[Axis, str] = {"steps": "equal steps", "calibrated": "equal training time (calibrated)"}
+    axes: tuple[Axis, ...] = ("steps", "calibrated")
     return [
-        _comparison(results, variants, source, subject, axis, words, quality)
+        _comparison(results, variants, source, subject, axis, quality)
         for quality in (True, False)
-        for axis, words in place.items()
+        for axis in axes
     ]
 
 
@@ -112,52 +122,44 @@ def _claimed(variant: Variant, family: str) -> bool:
 
 
 def _comparison(
-    results: Results,
-    variants: list[Variant],
-    source: str,
-    subject: str,
-    axis: Axis,
-    words: str,
-    quality: bool,
+    results: Results, variants: list[Variant], source: str, subject: str, axis: Axis, quality: bool
 ) -> Claim:
     if quality:
+        place = {"steps": "equal steps", "calibrated": "equal training time (calibrated)"}[axis]
         statement = (
-            f"Better quality: {subject} reaches a lower Fréchet distance than plain training at {words}"
+            f"Better quality: {subject} reaches a lower Fréchet distance than plain training at {place}"
         )
-        measured = "Fréchet distance"
+        criterion = "by the ratio of the Fréchet distance to that of plain training with the same seed"
     else:
-        unit = "steps" if axis == "steps" else "training time (calibrated)"
-        statement = f"Faster convergence: {subject} reaches plain training's last quality in less {unit}"
-        measured = f"{unit} to that quality"
-        statement = statement.replace("less steps", "fewer steps")
-    criterion = (
-        f"mean log ratio of the {measured} to plain training of the same seed below 0 for every variant, by "
-        f"intervals that hold together at {CONFIDENCE:.0%}; in part: for some, and above 0 for none"
-    )
-    pairs = [(variant, VANILLA) for variant in _others(results)]
+        amount = {"steps": "fewer steps", "calibrated": "less training time (calibrated)"}[axis]
+        statement = f"Faster convergence: {subject} reaches equal quality in {amount} than plain training"
+        criterion = (
+            "by the ratio of the steps or the time to those of plain training with the same seed, until the "
+            "poorer of the last Fréchet distances of the two"
+        )
     if not variants or not results.seeds(VANILLA):
         return Claim(source, statement, criterion, UNKNOWN, "")
-    compare = results.quality if quality else results.time_to_quality
-    found = compare(axis, pairs)
-    names = [one.title for one, _ in pairs]
-    of_family = {variant.title for variant in variants}
-    below, above = ([name for name in names if name in of_family] for names in _outside(found, names))
+    found = results.quality(axis) if quality else results.time_to_quality(axis)
+    plain = [one for one, other in results.pairs() if other == VANILLA]
+    below, above = (
+        [one.title for one, decided in zip(plain, side, strict=False) if decided and one in variants]
+        for side in (found.below, found.above)
+    )
     verdict = _verdict(len(below), len(above), len(variants))
-    evidence = f"{_listed(below)} better; {_listed(above)} worse; of {len(variants)}"
+    words = ("better", "worse") if quality else ("faster", "slower")
+    evidence = _evidence(below, above, len(variants), words)
     return Claim(source, statement, criterion, verdict, evidence)
 
 
 def _order(results: Results) -> Claim:
     statement = "The order matters: easy → hard ends at a lower Fréchet distance than hard → easy"
-    criterion = (
-        "mean log ratio of the two at equal steps below 0, by the noise and the intervals of all comparisons"
-    )
-    pairs = [*((variant, VANILLA) for variant in _others(results)), (CURRICULUM, ANTI_CURRICULUM)]
-    if not (results.seeds(CURRICULUM) and results.seeds(ANTI_CURRICULUM) and results.seeds(VANILLA)):
+    criterion = "by the ratio of the two at equal steps"
+    pair = (CURRICULUM, ANTI_CURRICULUM)
+    if pair not in results.pairs() or not results.seeds(VANILLA):
         return Claim("curriculum", statement, criterion, UNKNOWN, "")
-    found = results.quality("steps", pairs)
-    verdict = _verdict(int(found.high[-1] < 0), int(found.low[-1] > 0), 1)
-    return Claim("curriculum", statement, criterion, verdict, f"ratio {ratio(found, -1)}")
+    found, index = results.quality("steps"), results.pairs().index(pair)
+    verdict = _verdict(int(found.below[index]), int(found.above[index]), 1)
+    return Claim("curriculum", statement, criterion, verdict, f"ratio {ratio(found, index)}")
 
 
 def _difficulty(results: Results) -> Claim:
@@ -175,6 +177,8 @@ def _difficulty(results: Results) -> Claim:
     if len(points) < 3:
         return Claim("curriculum", statement, criterion, UNKNOWN, "")
     place, steps = zip(*points, strict=True)
+    if len(set(steps)) == 1:
+        return Claim("curriculum", statement, criterion, "not shown", "all experts took equally many steps")
     found = require("scipy.stats", "train").spearmanr(place, steps, alternative="less")
     rho, p = float(found.statistic), float(found.pvalue)
     verdict = "reproduced" if p <= 0.05 else "contradicted" if p >= 0.95 else "not shown"
@@ -189,22 +193,29 @@ def ratio(found: Differences, index: int) -> str:
     return f"{mean:.2f} ({low:.2f} to {high:.2f})"
 
 
-def _others(results: Results) -> list[Variant]:
-    return [variant for variant in results.cases() if variant != VANILLA]
-
-
 def _outside(found: Differences, names: Sequence[str]) -> tuple[list[str], list[str]]:
-    below = [name for name, high in zip(names, found.high, strict=True) if high < 0]
-    above = [name for name, low in zip(names, found.low, strict=True) if low > 0]
+    """The cases that are decided to be below and above."""
+    below, above = (
+        [name for name, decided in zip(names, side, strict=True) if decided]
+        for side in (found.below, found.above)
+    )
     return below, above
 
 
 def _verdict(better: int, worse: int, number: int) -> str:
+    """See `VERDICTS`."""
     if better == number:
         return "reproduced"
+    if worse == number:
+        return "contradicted"
     if better:
         return "mixed" if worse else "reproduced in part"
-    return "contradicted" if worse else "not shown"
+    return "worse in part" if worse else "not shown"
+
+
+def _evidence(below: list[str], above: list[str], number: int, words: tuple[str, str]) -> str:
+    parts = [f"{word}: {_listed(names)}" for word, names in zip(words, (below, above), strict=True)]
+    return "; ".join([*parts, f"undecided: {number - len(below) - len(above)} of {number}"])
 
 
 def _listed(names: Sequence[str]) -> str:

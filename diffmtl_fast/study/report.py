@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -115,55 +114,78 @@ def _quality(results: Results, others: list[Variant], out: Path) -> str:
         "Mean ± standard deviation over the seeds.",
     ]
     if others:
-        parts += [_paired(results, others, out)]
+        parts += [_paired(results, out)]
     return "\n\n".join(parts)
 
 
-def _paired(results: Results, others: list[Variant], out: Path) -> str:
-    pairs = [(variant, VANILLA) for variant in others]
-    names = [variant.title for variant in others]
+def _paired(results: Results, out: Path) -> str:
+    pairs = [_pair_title(*pair) for pair in results.pairs()]
+    names = [one.title for one, other in results.pairs() if other == VANILLA]
     axes: tuple[Axis, ...] = ("steps", "calibrated", "measured")
-    quality = {axis: results.quality(axis, pairs) for axis in axes}
-    times = {axis: results.time_to_quality(axis, pairs) for axis in axes}
+    quality = {axis: results.quality(axis) for axis in axes}
+    times = {axis: results.time_to_quality(axis) for axis in axes}
     plots.comparisons(
         out / "comparisons.png",
         {
-            "Fréchet distance at equal steps": (names, quality["steps"]),
-            "Fréchet distance at equal time": (names, quality["calibrated"]),
-            "steps to plain quality": (names, times["steps"]),
-            "time to plain quality": (names, times["calibrated"]),
+            "Fréchet distance at equal steps": (pairs, quality["steps"]),
+            "Fréchet distance at equal time (calibrated)": (pairs, quality["calibrated"]),
+            "steps to equal quality": (names, times["steps"]),
+            "time to equal quality (calibrated)": (names, times["calibrated"]),
         },
     )
-    headers = ["", "equal steps", "equal time (calibrated)", "equal time (measured)"]
     return "\n\n".join(
         [
             "### Fréchet distance relative to plain training of the same seed",
-            _ratio_table(headers, names, [quality[axis] for axis in axes]),
-            _noise(quality["steps"]),
-            "### Training to the last Fréchet distance of plain training, relative to plain training",
-            _ratio_table(
-                ["", "steps", "time (calibrated)", "time (measured)"], names, [times[axis] for axis in axes]
-            ),
-            "A run that does not get there counts as if it did at its end. " + _noise(times["steps"]),
-            "![Ratios to plain training with their confidence intervals](comparisons.png)",
+            "Below 1 is better.",
+            _ratio_table(pairs, quality),
+            _noise(quality["steps"], pairs),
+            "### Steps and time to equal quality, relative to plain training of the same seed",
+            "Below 1 is faster. Of a method and plain training with the same seed, the one that ends at the "
+            "poorer Fréchet distance sets the level; the ratio is of what both needed to come down to it. So both "
+            "runs get there, and a slow method counts in full.",
+            _ratio_table(names, times),
+            _noise(times["steps"], names),
+            "![Ratios to plain training with their intervals, on a logarithmic axis](comparisons.png)",
         ]
     )
 
 
-def _ratio_table(headers: list[str], names: list[str], columns: Sequence[Differences]) -> str:
-    rows = [[name, *(ratio(found, j) for found in columns)] for j, name in enumerate(names)]
-    return _table(headers, rows, numbers=True)
+def _pair_title(one: Variant, other: Variant) -> str:
+    return one.title if other == VANILLA else f"{one.title} / {other.title}"
 
 
-def _noise(found: Differences) -> str:
+def _ratio_table(names: list[str], columns: dict[Axis, Differences]) -> str:
+    headers = ["", "equal steps", "equal time (calibrated)", "equal time (measured)"]
+    if len(names) == 0:
+        return ""
+    steps = columns["steps"]
+    rows = [
+        [name, *(ratio(found, j) for found in columns.values()), _own_noise(steps, j), _agreement(steps, j)]
+        for j, name in enumerate(names)
+    ]
+    return _table([*headers, "own noise", "seeds that agree"], rows, numbers=True)
+
+
+def _own_noise(found: Differences, index: int) -> str:
+    return f"× {np.exp(found.own[index]):.2f}" if np.isfinite(found.own[index]) else "–"
+
+
+def _agreement(found: Differences, index: int) -> str:
+    return f"{found.agreeing[index]} of {found.seeds[index]}"
+
+
+def _noise(found: Differences, names: list[str]) -> str:
     if found.freedom == 0:
-        return "With one seed nothing can be said of the noise."
-    return (
-        "Geometric mean over the seeds, in brackets the interval that holds for all rows of a column together "
-        "with 95 % confidence (Student's t, Bonferroni). Noise: between seeds a single ratio varies by a factor "
-        f"of {np.exp(found.sd):.2f} (one standard deviation, equal steps, pooled, {found.freedom} degrees of "
-        "freedom)."
+        return "With one seed there are no intervals, and nothing is decided."
+    text = (
+        f"By all runs together a single ratio varies by a factor of {np.exp(found.sd):.2f} between seeds "
+        f"(one standard deviation, equal steps, {found.freedom} degrees of freedom)."
     )
+    doubtful = [name for name, suspect in zip(names, found.suspect, strict=True) if suspect]
+    if doubtful:
+        listed = ", ".join(doubtful)
+        text += f" **More than twice as noisy, so that their intervals may be too narrow: {listed}.**"
+    return text
 
 
 def _convergence(results: Results, others: list[Variant], out: Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -14,8 +13,8 @@ from numpy.typing import NDArray
 from ..train import history
 from .calibration import Cost, costs
 from .folder import StudyFolder
-from .plan import VANILLA, VARIANTS, Plan, Variant
-from .statistics import Differences, paired_differences
+from .plan import ANTI_CURRICULUM, CURRICULUM, VANILLA, VARIANTS, Plan, Variant
+from .statistics import Differences, blocked_differences, relative_differences
 
 Array: TypeAlias = "NDArray[np.float64]"
 #: What training is counted in: its steps, its steps times their cost in plain steps, its seconds.
@@ -119,25 +118,47 @@ class Results:
         ends = [curve.position[axis][-1] for (_, of_seed), curve in self.curves.items() if of_seed == seed]
         return float(min(ends))
 
-    def quality(self, axis: Axis, pairs: list[tuple[Variant, Variant]]) -> Differences:
-        """Differences of the logarithm of the Fréchet distance at an equal budget, for pairs of variants."""
-        return self._compare(
-            pairs,
-            lambda variant, seed: self.curves[variant.name, seed].at(axis, self.budget(axis, seed)),
+    def pairs(self) -> list[tuple[Variant, Variant]]:
+        """What is compared: every variant with plain training, then the two orders of the curriculum."""
+        found = [(variant, VANILLA) for variant in self.cases() if variant != VANILLA]
+        orders = (CURRICULUM, ANTI_CURRICULUM)
+        return [*found, orders] if set(orders) <= set(self.cases()) else found
+
+    def at_budget(self, variant: Variant, axis: Axis) -> Array:
+        """The Fréchet distance at the seed's budget, float64 [seeds]."""
+        return np.array(
+            [
+                self.curves[variant.name, seed].at(axis, self.budget(axis, seed))
+                for seed in self.seeds(variant)
+            ]
         )
 
-    def time_to_quality(self, axis: Axis, pairs: list[tuple[Variant, Variant]]) -> Differences:
-        """Differences of the logarithm of the time to plain training's last Fréchet distance of the same seed.
+    def quality(self, axis: Axis) -> Differences:
+        """Differences of the logarithm of the Fréchet distance at an equal budget, for `pairs`."""
+        cases = self.cases()
+        values = np.full((len(cases), self.plan.seeds), np.nan)
+        for row, variant in zip(values, cases, strict=True):
+            row[self.seeds(variant)] = np.log(self.at_budget(variant, axis))
+        pairs = [(cases.index(one), cases.index(other)) for one, other in self.pairs()]
+        return blocked_differences(values, pairs)
 
-        A run that does not get there counts as if it did at its end, which makes slow ones look less slow.
+    def time_to_quality(self, axis: Axis) -> Differences:
+        """Differences of the logarithm of the time to equal quality, for the pairs with plain training.
+
+        Quality is the poorer of the two last Fréchet distances of the pair and seed. Both runs come down to it, so
+        that no run is cut off, and exchanging the two changes the sign alone.
         """
+        others = [variant for variant in self.cases() if variant != VANILLA]
+        values = np.full((len(others), self.plan.seeds), np.nan)
+        for row, variant in zip(values, others, strict=True):
+            for seed in set(self.seeds(variant)) & set(self.seeds(VANILLA)):
+                row[seed] = self._log_time_ratio(axis, variant, seed)
+        return relative_differences(values)
 
-        def reach(variant: Variant, seed: int) -> float:
-            level = self.curves[VANILLA.name, seed].figures["frechet_distance"][-1]
-            curve = self.curves[variant.name, seed]
-            return min(curve.reaches(axis, level), float(curve.position[axis][-1]))
-
-        return self._compare(pairs, reach)
+    def _log_time_ratio(self, axis: Axis, variant: Variant, seed: int) -> float:
+        one, plain = self.curves[variant.name, seed], self.curves[VANILLA.name, seed]
+        level = max(float(curve.figures["frechet_distance"][-1]) for curve in (one, plain))
+        return float(np.log(one.reaches(axis, level) / plain.reaches(axis, level)))
 
     def reached(self, variant: Variant, axis: Axis, share: float) -> list[float]:
         """By seed, where plain training's Fréchet distance at a share of its iterations is reached."""
@@ -157,19 +178,7 @@ class Results:
             np.log(np.array(gap["switched_frechet_distance"]) / gap["frechet_distance"])
             for gap in self.gaps.values()
         ]
-        return paired_differences(np.stack(ratios, axis=1))
-
-    def _compare(
-        self, pairs: list[tuple[Variant, Variant]], value: Callable[[Variant, int], float]
-    ) -> Differences:
-        seeds = range(self.plan.seeds)
-        differences = np.full((len(pairs), self.plan.seeds), np.nan)
-        for row, (one, other) in zip(differences, pairs, strict=True):
-            for seed in seeds:
-                needed = {(name, seed) for name in (one.name, other.name, VANILLA.name)}
-                if needed <= self.curves.keys():
-                    row[seed] = np.log(value(one, seed) / value(other, seed))
-        return paired_differences(differences)
+        return relative_differences(np.stack(ratios, axis=1))
 
 
 def load_results(study: StudyFolder) -> Results:

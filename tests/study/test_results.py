@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import fields
 
 import numpy as np
 import pytest
 
-from diffmtl_fast.study.claims import claims
-from diffmtl_fast.study.plan import VANILLA, VARIANTS
-from diffmtl_fast.study.results import Curve, load_results
+from diffmtl_fast.study.claims import VERDICTS, _verdict, claims
+from diffmtl_fast.study.plan import VANILLA, VARIANTS, make_plan
+from diffmtl_fast.study.results import Curve, Results, load_results
 from diffmtl_fast.train.errors import UserError
 
 BY_NAME = {variant.name: variant for variant in VARIANTS}
@@ -38,28 +40,70 @@ def test_costs_are_ratios_within_a_round(study):
     assert results.costs["nash"].high == pytest.approx(results.costs["nash"].low)
 
 
+def index(results, name):
+    return results.pairs().index((BY_NAME[name], VANILLA))
+
+
 def test_quality_at_equal_steps_and_equal_time(study):
     results = load_results(study)
-    pairs = [(BY_NAME[name], VANILLA) for name in ("uw-snr", "pcgrad-snr", "nash-snr")]
-    steps = results.quality("steps", pairs)
-    np.testing.assert_allclose(np.exp(steps.mean), [0.5, 2.0, 1.0], rtol=0.03)
-    assert steps.high[0] < 0 < steps.low[1]
-    assert steps.low[2] < 0 < steps.high[2]
-    time = results.quality("calibrated", pairs)  # at 8 plain steps, to which pcgrad does 6.4 and nash 5.33
-    np.testing.assert_allclose(np.exp(time.mean), [0.5, 2.5, 1.5], rtol=0.03)
-    measured = results.quality("measured", pairs)
-    np.testing.assert_allclose(measured.mean, steps.mean)
+    some = [index(results, name) for name in ("uw-snr", "pcgrad-snr", "nash-snr")]
+    steps = results.quality("steps")
+    np.testing.assert_allclose(np.exp(steps.mean[some]), [0.5, 2.0, 1.0], rtol=0.03)
+    assert steps.below[some].tolist() == [True, False, False]
+    assert steps.above[some].tolist() == [False, True, False]
+    time = results.quality("calibrated")  # at 8 plain steps, to which pcgrad does 6.4 and nash 5.33
+    np.testing.assert_allclose(np.exp(time.mean[some]), [0.5, 2.5, 1.5], rtol=0.03)
+    np.testing.assert_allclose(results.quality("measured").mean, steps.mean)
+    order = results.pairs().index((BY_NAME["curriculum"], BY_NAME["anti-curriculum"]))
+    assert np.exp(steps.mean[order]) == pytest.approx(0.5, rel=0.03)
+    at_time = results.at_budget(BY_NAME["pcgrad-snr"], "calibrated")
+    np.testing.assert_allclose(at_time, 100 / 6.4 * 2.0 * np.arange(1, 4), rtol=0.05)
 
 
-def test_time_to_quality(study):
+def test_time_to_equal_quality(study):
     results = load_results(study)
-    pairs = [(BY_NAME[name], VANILLA) for name in ("uw-snr", "pcgrad-snr")]
-    found = results.time_to_quality("steps", pairs)
-    assert np.exp(found.mean[0]) == pytest.approx(0.5, rel=0.05)
-    assert np.exp(found.mean[1]) == pytest.approx(1.0)  # it does not get there: counted at its end
+    found = results.time_to_quality("steps")
+    assert np.exp(found.mean[index(results, "uw-snr")]) == pytest.approx(0.5, rel=0.05)
+    assert np.exp(found.mean[index(results, "pcgrad-snr")]) == pytest.approx(
+        2.0, rel=0.05
+    )  # nothing is cut off
+    found = results.time_to_quality("calibrated")
+    assert np.exp(found.mean[index(results, "pcgrad-snr")]) == pytest.approx(2.5, rel=0.05)
     assert results.reached(BY_NAME["pcgrad-snr"], "steps", 1.0) == [math.inf] * 3
     half = results.reached(BY_NAME["uw-snr"], "steps", 0.5)
     np.testing.assert_allclose(half, 2.0, rtol=0.05)
+
+
+def simulated(rng, slow=()):
+    """A study whose methods differ by noise at every evaluation alone; the slow ones need twice the steps."""
+    plan, steps = make_plan(quick=True, seeds=3), 80.0 * np.arange(1, 8)
+    curves = {}
+    for seed in range(plan.seeds):
+        hard = 0.1 * rng.standard_normal()
+        for variant in VARIANTS:
+            factor = 2.0 if variant.name in slow else 1.0
+            distance = factor * 1500 / steps * np.exp(hard + 0.06 * rng.standard_normal(len(steps)))
+            curves[variant.name, seed] = Curve({"steps": steps}, {"frechet_distance": distance}, None, {})
+    empty = {field.name: {} for field in fields(Results)}
+    return Results(**{**empty, "plan": plan, "curves": curves})
+
+
+def test_time_to_equal_quality_favours_neither_side():
+    rng, studies = np.random.default_rng(0), 100
+    found = [simulated(rng).time_to_quality("steps") for _ in range(studies)]
+    faster, slower = (sum(getattr(each, side).any() for each in found) for side in ("below", "above"))
+    assert faster / studies < 0.05
+    assert slower / studies < 0.05
+    assert abs(np.mean([each.mean for each in found])) < 0.01
+
+
+def test_slow_methods_are_found_and_do_not_make_others_fast():
+    rng, slow = np.random.default_rng(1), [variant.name for variant in VARIANTS[1:7]]
+    found = [simulated(rng, slow).time_to_quality("steps") for _ in range(40)]
+    assert all(each.above[:6].all() for each in found)
+    np.testing.assert_allclose(np.exp(np.mean([each.mean[:6] for each in found])), 2.0, rtol=0.05)
+    assert sum(each.below.any() for each in found) <= 2
+    assert sum(each.above[6:].any() for each in found) <= 3
 
 
 def test_verdicts(study):
@@ -71,7 +115,7 @@ def test_verdicts(study):
         ("O2", "reproduced"),
         ("Better quality", "mixed"),  # uw is better, pcgrad-snr worse
         ("Better quality", "mixed"),
-        ("Faster convergence", "reproduced in part"),
+        ("Faster convergence", "mixed"),
         ("Faster convergence", "mixed"),
         ("Low-noise intervals converge more slowly", "reproduced"),
         ("Better quality", "reproduced"),
@@ -80,6 +124,33 @@ def test_verdicts(study):
         ("Faster convergence", "reproduced"),
         ("The order matters", "reproduced"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "verdict"),
+    [
+        (9, 0, "reproduced"), (1, 0, "reproduced in part"), (1, 1, "mixed"), (0, 1, "worse in part"),
+        (0, 9, "contradicted"), (0, 0, "not shown"),
+    ],
+)  # fmt: skip
+def test_the_words_of_the_verdicts(better, worse, verdict):
+    assert _verdict(better, worse, 9) == verdict
+    assert verdict in VERDICTS
+
+
+def test_one_expert_that_is_worse_contradicts_nothing(study):
+    for seed in range(3):
+        gap = json.loads(study.gaps(seed).read_text())
+        gap["switched_frechet_distance"] = [13.0 + 0.01 * seed, 10.0]
+        study.gaps(seed).write_text(json.dumps(gap))
+    assert claims(load_results(study), -np.arange(100.0))[2].verdict == "not shown"
+
+
+def test_experts_that_take_equally_many_steps_have_no_order(study):
+    for seed in range(3):
+        study.gaps(seed).with_name("difficulty.json").write_text('{"steps_to_fraction": [7.0, 7.0]}')
+    found = claims(load_results(study), -np.arange(100.0))[7]
+    assert (found.verdict, found.evidence) == ("not shown", "all experts took equally many steps")
 
 
 def test_verdicts_of_a_part(study):
