@@ -308,6 +308,13 @@ def _negative_transfer_parser(jsonargparse: Any) -> Any:
     )
     _add_run_arguments(parser)
     _add_expert_arguments(parser)
+    parser.add_argument(
+        "--expert_iteration",
+        type=int,
+        help="take the experts as they were after so many iterations, which they keep a checkpoint of; after the "
+        "run's iterations over the number of intervals they had seen their timesteps as often as the run has. "
+        "Writes negative-transfer-at-N",
+    )
     parser.add_argument("--num", type=int, help="pictures drawn with every model; the run's own if not given")
     parser.add_argument("--steps", type=int, help="denoising steps; the run's own if not given")
     parser.add_argument(
@@ -568,6 +575,7 @@ def _negative_transfer(options: Any) -> None:
         _path(options.checkpoint),
         intervals=Clusters(options.cost, options.intervals),
         iterations=options.iterations,
+        expert_iteration=options.expert_iteration,
         num=options.num,
         steps=options.steps,
         resamples=options.resamples,

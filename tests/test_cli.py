@@ -398,6 +398,8 @@ def test_analyze_negative_transfer_and_difficulty(tiny, tmp_path, capsys):
     options = ["--num", "20", "--steps", "2", "--resamples", "3"]
     assert main(["analyze", "negative-transfer", *experts, *options]) == 0
     assert "wrote run/analysis/negative-transfer.json" in capsys.readouterr().out
+    assert main(["analyze", "negative-transfer", *experts, *options, "--expert-iteration", "2"]) == 0
+    assert "wrote run/analysis/negative-transfer-at-2.json" in capsys.readouterr().out
     assert main(["analyze", "difficulty", *experts, "--fraction", "0.5"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("already complete") == 2

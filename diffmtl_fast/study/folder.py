@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..train.analysis import negative_transfer_file
 from ..train.folder import RunFolder
 from .plan import VANILLA, VARIANTS, Plan, Variant
 
@@ -35,9 +36,9 @@ class StudyFolder:
         """The task affinities of plain training with the first seed, by which the variants cluster."""
         return self.run(VANILLA, 0).analysis / "affinity.npy"
 
-    def gaps(self, seed: int) -> Path:
-        """The negative transfer gaps of plain training with a seed."""
-        return self.run(VANILLA, seed).analysis / "negative-transfer.json"
+    def gaps(self, seed: int, iteration: int | None = None) -> Path:
+        """The negative transfer gaps of plain training with a seed, by experts at their end or at an iteration."""
+        return negative_transfer_file(self.run(VANILLA, seed), iteration)
 
 
 def run_name(variant: Variant, seed: int) -> str:

@@ -104,6 +104,23 @@ class Plan:
         """Of every run."""
         return self.base.iterations
 
+    @property
+    def equal_exposure(self) -> float:
+        """The iterations after which an expert has seen each of its timesteps as often as a run of all of them."""
+        return self.iterations / self.intervals
+
+    @property
+    def exposures(self) -> tuple[int, ...]:
+        """The checkpoints of an expert that bracket equal exposure, or the one that meets it.
+
+        None if the first comes later: then an expert only is there that has seen more.
+        """
+        every = self.iterations // self.evaluations
+        below = self.iterations // (self.intervals * every) * every
+        if below == 0:
+            return ()
+        return (below,) if below == self.equal_exposure else (below, below + every)
+
     def config(self, variant: Variant, seed: int, affinity: Path | None = None) -> Config:
         """The configuration of a run.
 

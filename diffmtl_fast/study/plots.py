@@ -100,27 +100,39 @@ def comparisons(path: Path, panels: dict[str, tuple[list[str], Differences]]) ->
 
 
 def gaps(path: Path, results: Results) -> None:
-    """Negative transfer gaps of every interval: mean over the seeds, and each seed as a point.
+    """What the expert of every interval changes: mean over the seeds, and each seed as a point.
 
     Args:
         path: the picture file.
         results: what to draw, with gaps.
     """
-    values = np.array([found["gaps"] for found in results.gaps.values()])
+    early = results.transfer_ratios(results.plan.equal_exposure)
+    late = results.transfer_ratios()
+    groups = {"equal iterations": late, "equal exposure": early}
+    drawn = {name: values for name, values in groups.items() if values is not None}
     edges = next(iter(results.gaps.values()))["boundaries"]
     names = [f"{first}–{end - 1}" for first, end in pairwise(edges)]
-    figure = new_figure(6.0, 3.2)
+    figure = new_figure(6.6, 3.4)
     axis = figure.subplots()
-    places, mean = np.arange(len(names)), values.mean(0)
-    axis.bar(places, mean, width=0.7, alpha=0.8, color=["tab:red" if gap < 0 else "tab:blue" for gap in mean])
-    for offset, of_seed in zip(np.linspace(-0.15, 0.15, len(values)), values, strict=True):
-        axis.plot(places + offset, of_seed, "o", color="black", markersize=4)
-    axis.axhline(0.0, color="black", linewidth=0.8)
+    places, width = np.arange(len(names)), 0.8 / len(drawn)
+    for j, ((name, values), shade) in enumerate(zip(drawn.items(), colours(2), strict=False)):
+        middle = places + (j - (len(drawn) - 1) / 2) * width
+        factors = np.exp(values.mean(1))
+        axis.bar(middle, factors - 1.0, 0.9 * width, bottom=1.0, color=shade, alpha=0.8, label=name)
+        for offset, of_seed in zip(
+            np.linspace(-0.2, 0.2, values.shape[1]) * width, np.exp(values.T), strict=True
+        ):
+            axis.plot(middle + offset, of_seed, "o", color="black", markersize=3)
+    axis.axhline(1.0, color="black", linewidth=0.8)
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
     axis.set_xticks(places, names)
     axis.set_xlabel("timesteps of the expert")
-    axis.set_ylabel("negative transfer gap\n(Fréchet distance)")
-    axis.set_title("plain training; a point per seed; below 0: the expert is better", fontsize=10)
-    axis.grid(axis="y", alpha=0.25)
+    axis.set_ylabel("Fréchet distance with the expert\nover that of plain training")
+    axis.set_title("a point per seed; below 1: the expert is better", fontsize=10)
+    axis.legend(fontsize=8, frameon=False)
+    axis.grid(axis="y", alpha=0.25, which="both")
     axis.set_axisbelow(True)
     save(figure, path)
 

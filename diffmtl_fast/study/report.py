@@ -260,30 +260,60 @@ def _transfer(results: Results, out: Path) -> str:
     if found is None:
         return "## Negative transfer\n\nNot measured yet."
     plots.gaps(out / "negative-transfer.png", results)
-    first = next(iter(results.gaps.values()))
-    values = np.array([gap["gaps"] for gap in results.gaps.values()])
+    plan = results.plan
+    edges = next(iter(results.gaps.values()))["boundaries"]
+    gaps = np.array([gap["gaps"] for gap in results.gaps.values()])
     steps = np.array(
         [
             [np.nan if each is None else each for each in entry["steps_to_fraction"]]
             for entry in results.difficulty.values()
         ]
     )
-    names = [f"{low}–{end - 1}" for low, end in pairwise(first["boundaries"])]
-    rows = [
-        [name, _mean_sd(values[:, j]), ratio(found, j), _mean_sd(steps[:, j], digits=0)]
-        for j, name in enumerate(names)
-    ]
+    early = {f"at {n}": results.transfer(n) for n in plan.exposures if n != plan.equal_exposure}
+    early[f"equal exposure, at {plan.equal_exposure:.0f}"] = results.transfer(plan.equal_exposure)
+    measured = {title: each for title, each in early.items() if each is not None}
     headers = [
-        "timesteps", "gap (Fréchet distance)", "ratio with the expert", "expert's steps to 90 % of the fall",
+        "timesteps", "gap (Fréchet distance), equal iterations", f"ratio, equal iterations, at {plan.iterations}",
+        *(f"ratio, {title}" for title in measured), "expert's steps to 90 % of the fall",
     ]  # fmt: skip
+    rows = [
+        [
+            f"{low}–{end - 1}",
+            _mean_sd(gaps[:, j]),
+            ratio(found, j),
+            *(ratio(each, j) for each in measured.values()),
+            _mean_sd(steps[:, j], digits=0),
+        ]
+        for j, (low, end) in enumerate(pairwise(edges))
+    ]
     return "\n\n".join(
         [
             "## Negative transfer and difficulty",
-            "Experts of equal intervals, trained for as many iterations as the whole. An expert denoises inside "
-            "its interval, plain training elsewhere.",
-            "![Negative transfer gap of every interval](negative-transfer.png)",
+            "An expert of an interval is plain training on its timesteps alone. It denoises inside its interval, "
+            "plain training elsewhere: below a gap of 0 or a ratio of 1 the expert is better.",
+            "![Fréchet distance with the expert of every interval over that without](negative-transfer.png)",
             _table(headers, rows, numbers=True),
+            _exposure(results, bool(measured)),
         ]
+    )
+
+
+def _exposure(results: Results, measured: bool) -> str:
+    plan = results.plan
+    flattering = (
+        f"At equal iterations an expert has had as many steps as plain training, all of them on one of "
+        f"{plan.intervals} intervals, and has seen each of its timesteps {plan.intervals} times as often: while "
+        "plain training is far from converged, a gap below 0 may show no more than that."
+    )
+    if not measured:
+        why = "" if plan.exposures else ": the experts keep no checkpoint so early; more evaluations would"
+        return f"{flattering} The gap at equal exposure, which would tell, is not measured{why}."
+    return (
+        f"{flattering} At equal exposure, after {plan.equal_exposure:.0f} of {plan.iterations} iterations, it has "
+        f"seen them as often as plain training has, in 1/{plan.intervals} of the optimizer's steps. That is "
+        "against the experts: where one is better nevertheless, the other timesteps do harm, but where none is, "
+        "harm is not ruled out. Experts keep checkpoints at some iterations only; in between the logarithm of the "
+        "ratio is interpolated in that of the iteration."
     )
 
 

@@ -66,6 +66,7 @@ class Results:
         costs: of a step, by kind of variant.
         curves: of the runs that are complete, by name of the variant and seed.
         gaps: of negative transfer, by seed: the content of negative-transfer.json.
+        early_gaps: the same for experts at the iterations that bracket equal exposure, by seed and iteration.
         difficulty: by seed: the content of difficulty.json.
         affinity: task affinities [T, T], or None.
         machine: that of the calibration.
@@ -75,6 +76,7 @@ class Results:
     costs: dict[str, Cost]
     curves: dict[tuple[str, int], Curve]
     gaps: dict[int, dict[str, Any]]
+    early_gaps: dict[int, dict[int, dict[str, Any]]]
     difficulty: dict[int, dict[str, Any]]
     affinity: Array | None
     machine: dict[str, Any]
@@ -96,6 +98,7 @@ class Results:
             "machine": self.machine,
             "runs": runs,
             "gaps": self.gaps,
+            "early_gaps": self.early_gaps,
             "steps_to_fraction": {
                 seed: found["steps_to_fraction"] for seed, found in self.difficulty.items()
             },
@@ -170,15 +173,26 @@ class Results:
                 found.append(self.curves[variant.name, seed].reaches(axis, level))
         return found
 
-    def transfer(self) -> Differences | None:
-        """Logarithms of the Fréchet distance with an expert over that without, for every interval."""
-        if not self.gaps:
-            return None
-        ratios = [
-            np.log(np.array(gap["switched_frechet_distance"]) / gap["frechet_distance"])
-            for gap in self.gaps.values()
-        ]
-        return relative_differences(np.stack(ratios, axis=1))
+    def transfer(self, iteration: float | None = None) -> Differences | None:
+        """Differences of the logarithm of the Fréchet distance with an expert and without, for every interval.
+
+        Args:
+            iteration: see `transfer_ratios`.
+        """
+        ratios = self.transfer_ratios(iteration)
+        return None if ratios is None else relative_differences(ratios)
+
+    def transfer_ratios(self, iteration: float | None = None) -> Array | None:
+        """Logarithms of the Fréchet distance with an expert over that without, float64 [intervals, seeds].
+
+        Args:
+            iteration: of the experts, their last by default. Logarithms are interpolated in that of the iteration.
+        """
+        if iteration is None:
+            ratios = [_log_ratios(gap) for gap in self.gaps.values()]
+        else:
+            ratios = [_interpolated(found, iteration) for found in self.early_gaps.values()]
+        return np.stack(ratios, axis=1) if ratios else None
 
 
 def load_results(study: StudyFolder) -> Results:
@@ -198,9 +212,25 @@ def load_results(study: StudyFolder) -> Results:
     }
     seeds = [seed for seed in range(plan.seeds) if study.gaps(seed).exists()]
     gaps = {seed: _json(study.gaps(seed)) for seed in seeds}
+    early_gaps = {
+        seed: {iteration: _json(study.gaps(seed, iteration)) for iteration in plan.exposures}
+        for seed in seeds
+        if plan.exposures and all(study.gaps(seed, iteration).exists() for iteration in plan.exposures)
+    }
     difficulty = {seed: _json(study.gaps(seed).with_name("difficulty.json")) for seed in seeds}
     affinity = np.load(study.affinity) if study.affinity.exists() else None
-    return Results(plan, found, curves, gaps, difficulty, affinity, calibration["machine"])
+    return Results(plan, found, curves, gaps, early_gaps, difficulty, affinity, calibration["machine"])
+
+
+def _log_ratios(gap: dict[str, Any]) -> Array:
+    return np.log(np.array(gap["switched_frechet_distance"]) / gap["frechet_distance"])
+
+
+def _interpolated(found: dict[int, dict[str, Any]], iteration: float) -> Array:
+    """The log ratios of every interval between the iterations that they were measured at."""
+    places = np.log(list(found))
+    measured = np.stack([_log_ratios(gap) for gap in found.values()], axis=1)
+    return np.array([np.interp(np.log(iteration), places, values) for values in measured])
 
 
 def _curve(study: StudyFolder, variant: Variant, seed: int, found: dict[str, Cost]) -> Curve:

@@ -118,8 +118,17 @@ def _stages(folder: StudyFolder, plan: Plan) -> list[list[Task]]:
         Task(f"gaps-seed-{seed}", partial(tasks.measure_gaps, folder, plan, seed), folder.gaps(seed))
         for seed in seeds
     ]
+    early_gaps = [
+        Task(
+            f"gaps-at-{iteration}-seed-{seed}",
+            partial(tasks.measure_early_gaps, folder, plan, seed, iteration),
+            folder.gaps(seed, iteration),
+        )
+        for seed in seeds
+        for iteration in plan.exposures
+    ]
     calibration = Task("calibration", partial(tasks.measure_costs, folder, plan), folder.calibration)
-    return [[calibration], run_tasks(False), [affinity, *experts], [*run_tasks(True), *gaps]]
+    return [[calibration], run_tasks(False), [affinity, *experts], [*run_tasks(True), *gaps, *early_gaps]]
 
 
 def _selected(task: Task, only: str) -> bool:

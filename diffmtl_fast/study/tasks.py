@@ -78,6 +78,19 @@ def measure_gaps(study: StudyFolder, plan: Plan, seed: int) -> None:
     analysis.negative_transfer(run, plan.base.device, intervals=intervals, seed=seed)
 
 
+def measure_early_gaps(study: StudyFolder, plan: Plan, seed: int, iteration: int) -> None:
+    """Measure negative transfer by the same experts as they were at an iteration."""
+    if study.gaps(seed, iteration).exists():
+        return
+    analysis.negative_transfer(
+        _plain_run(study, seed),
+        plan.base.device,
+        intervals=Clusters("timestep", plan.intervals),
+        expert_iteration=iteration,
+        seed=seed,
+    )
+
+
 def _plain_run(study: StudyFolder, seed: int) -> RunFolder:
     run = study.run(VANILLA, seed)
     if not study.evaluations(VANILLA, seed).exists():

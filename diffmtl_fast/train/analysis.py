@@ -47,7 +47,7 @@ from .data import ImageData
 from .denoising import Denoising
 from .errors import UserError, blame
 from .evaluation import Judge
-from .experts import load_expert, train_expert
+from .experts import expert_checkpoint, load_expert, train_expert
 from .folder import RunFolder
 from .run import LOG_SNR_DRAWN
 from .sampling import draw
@@ -131,6 +131,7 @@ def negative_transfer(
     *,
     intervals: Clusters,
     iterations: int | None = None,
+    expert_iteration: int | None = None,
     num: int | None = None,
     steps: int | None = None,
     resamples: int = 1000,
@@ -138,22 +139,30 @@ def negative_transfer(
 ) -> list[Path]:
     """Measure the negative transfer gaps of a run's averaged weights, with experts that are trained where missing.
 
+    After as many iterations as the run an expert of one of K equal intervals has seen each timestep K times as
+    often, so that a gap below 0 may show no more than that. After a K-th of the iterations it has seen them as
+    often, in a K-th of the optimizer's steps: a gap below 0 then is harm that the other timesteps do.
+
     Args:
         run: the run.
         device: auto, cpu, cuda or cuda:N.
         chosen: checkpoint to use instead of the newest.
         intervals: of the experts.
         iterations: of every expert; the run's by default.
+        expert_iteration: take every expert as it was after so many of them, which it has to keep a checkpoint of;
+            as it is at the end by default.
         num: pictures drawn with every model; as in the run's evaluation by default.
         steps: denoising steps; as in the run by default.
         resamples: of the bootstrap.
         seed: of the pictures' noise and of the bootstrap.
 
     Returns:
-        The files: the figures and the picture.
+        The files: the figures and the picture, ``negative-transfer`` or, of an earlier iteration,
+        ``negative-transfer-at-ITERATION``.
 
     Raises:
-        UserError: the run has no intact checkpoint or its data no labels, or an argument is out of range.
+        UserError: the run has no intact checkpoint or its data no labels, the experts keep none of the iteration,
+            or an argument is out of range.
         TrainingDiverged: an expert's loss or weight is not finite.
     """
     config = _with_steps(replace(run.read_config(), device=device), steps)
@@ -164,6 +173,10 @@ def negative_transfer(
             raise ValueError(f"expected at least 1, found {resamples}")
     found = _intervals(intervals, trained.scheduler)
     folders = _train_experts(run, config, found, iterations)
+    chosen_experts = [
+        None if expert_iteration is None else expert_checkpoint(folder, expert_iteration)
+        for folder in folders
+    ]
     judge = Judge(trained.data)
 
     def sample(model: nn.Module) -> Tensor:
@@ -172,7 +185,7 @@ def negative_transfer(
 
     measured = measure_negative_transfer(
         trained.model,
-        lambda j: load_expert(folders[j], device).model,
+        lambda j: load_expert(folders[j], device, chosen_experts[j]).model,
         found,
         sample,
         judge.features,
@@ -184,15 +197,22 @@ def negative_transfer(
     about = {
         "boundaries": found.boundaries.tolist(),
         "iterations": trained.iteration,
-        "expert_iterations": _iterations_of(config, iterations),
+        "expert_iterations": expert_iteration or _iterations_of(config, iterations),
         "num_samples": len(labels), "sampling_steps": config.sampling.steps, "resamples": resamples, "seed": seed,
         **_gap_facts(measured),
     }  # fmt: skip
-    facts, picture = (run.analysis / f"negative-transfer.{suffix}" for suffix in ("json", "png"))
+    facts = negative_transfer_file(run, expert_iteration)
+    picture = facts.with_suffix(".png")
     write_json(facts, about)
     with replacing(picture) as aside:
-        plot_negative_transfer(aside, measured, trained.title)
+        plot_negative_transfer(aside, measured, f"{trained.title}{_at(expert_iteration)}")
     return [facts, picture]
+
+
+def negative_transfer_file(run: RunFolder, expert_iteration: int | None = None) -> Path:
+    """Where the gaps of a run lie, with experts as they are at the end or were at an iteration."""
+    at = "" if expert_iteration is None else f"-at-{expert_iteration}"
+    return run.analysis / f"negative-transfer{at}.json"
 
 
 def difficulty(
@@ -330,6 +350,10 @@ def _train_experts(
 
 def _iterations_of(config: Config, iterations: int | None) -> int:
     return config.iterations if iterations is None else iterations
+
+
+def _at(expert_iteration: int | None) -> str:
+    return "" if expert_iteration is None else f"; experts at {expert_iteration:,}"
 
 
 def _gap_facts(measured: NegativeTransfer) -> dict[str, Any]:

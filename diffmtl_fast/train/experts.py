@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
+from . import checkpoint
 from .config import Clusters, Config, Curriculum, Timesteps
+from .errors import UserError
 from .folder import RunFolder
 from .run import train
 from .trained import Trained, load
@@ -57,6 +60,21 @@ def train_expert(
     return folder
 
 
-def load_expert(folder: RunFolder, device: str) -> Trained:
-    """The averaged weights of a trained expert."""
-    return load(folder, replace(folder.read_config(), device=device))
+def load_expert(folder: RunFolder, device: str, chosen: Path | None = None) -> Trained:
+    """The averaged weights of a trained expert, at a checkpoint other than the newest if one is chosen."""
+    return load(folder, replace(folder.read_config(), device=device), chosen)
+
+
+def expert_checkpoint(folder: RunFolder, iteration: int) -> Path:
+    """The checkpoint that an expert keeps of an iteration.
+
+    Raises:
+        UserError: it keeps none.
+    """
+    kept = {checkpoint.iteration(path): path for path in checkpoint.checkpoints(folder.checkpoints)}
+    if iteration not in kept:
+        raise UserError(
+            f"expert_iteration: expected one that {folder} keeps a checkpoint of "
+            f"({', '.join(map(str, kept))}), found {iteration}"
+        )
+    return kept[iteration]

@@ -48,6 +48,8 @@ def study(tmp_path):
         gaps = {"boundaries": [0, 50, 100], "frechet_distance": 10.0, "switched_frechet_distance": switched,
                 "gaps": [distance - 10.0 for distance in switched]}  # fmt: skip
         _write(folder.gaps(seed), gaps)
+        early = [9.0 + 0.01 * seed, 20.0]
+        _write(folder.gaps(seed, 4), {**gaps, "switched_frechet_distance": early})
         _write(
             folder.gaps(seed).with_name("difficulty.json"), {"steps_to_fraction": [7.0 + seed, 3.0 + seed]}
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,21 @@ def test_a_configuration_of_the_user(tmp_path):
     (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(UserError, match="expected the plan of a study"):
         Plan.read(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize(
+    ("iterations", "evaluations", "intervals", "expected"),
+    [
+        (560, 7, 5, (80, 160)),
+        (560, 10, 5, (112,)),
+        (8, 2, 2, (4,)),
+        (8, 1, 2, ()),
+        (9, 3, 3, (3,)),
+        (10, 5, 3, (2, 4)),
+        (12, 2, 7, ()),
+    ],
+)
+def test_checkpoints_that_bracket_equal_exposure(iterations, evaluations, intervals, expected):
+    plan = replace(make_plan(iterations=iterations, evaluations=evaluations), intervals=intervals)
+    assert plan.exposures == expected
+    assert not expected or expected[0] <= plan.equal_exposure <= expected[-1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -106,6 +106,51 @@ def test_slow_methods_are_found_and_do_not_make_others_fast():
     assert sum(each.above[6:].any() for each in found) <= 3
 
 
+def test_transfer_at_equal_iterations_and_at_equal_exposure(study):
+    results = load_results(study)
+    assert results.plan.exposures == (4,)
+    expected = [[[8.0, 8.01, 8.02], [10.0] * 3], [[9.0, 9.01, 9.02], [20.0] * 3]]
+    for iteration, distances in zip((None, 4.0), expected, strict=True):
+        np.testing.assert_allclose(results.transfer_ratios(iteration), np.log(np.array(distances) / 10))
+    assert results.transfer(4.0).high[0] < 0 < results.transfer(4.0).low[1]
+
+
+def test_early_experts_are_interpolated_in_logarithms(study):
+    results = load_results(study)
+    gaps = {"frechet_distance": 10.0}
+    early = {2: {**gaps, "switched_frechet_distance": [40.0, 10.0]},
+             8: {**gaps, "switched_frechet_distance": [10.0, 10.0]}}  # fmt: skip
+    results = replace(results, early_gaps={0: early})
+    np.testing.assert_allclose(results.transfer_ratios(4.0), np.log([[2.0], [1.0]]), atol=1e-12)
+    np.testing.assert_allclose(results.transfer_ratios(2), np.log([[4.0], [1.0]]), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("late", "early", "verdict"),
+    [
+        ([8.0, 10.0], [9.0, 20.0], "reproduced"),
+        ([8.0, 8.0], [12.0, 12.0], "not shown"),  # no more than training on fewer timesteps
+        ([12.0, 10.0], [20.0, 20.0], "not shown"),
+        ([12.0, 12.0], [20.0, 20.0], "contradicted"),
+        ([8.0, 8.0], None, "not measured"),
+    ],
+)
+def test_harm_has_to_survive_at_equal_exposure(study, late, early, verdict):
+    for seed in range(3):
+        for iteration, distances in ((None, late), (4, early)):
+            path = study.gaps(seed, iteration)
+            if distances is None:
+                path.unlink()
+            else:
+                noisy = [each * (1 + 0.001 * seed) for each in distances]
+                path.write_text(
+                    json.dumps(json.loads(path.read_text()) | {"switched_frechet_distance": noisy})
+                )
+    found = next(claim for claim in claims(load_results(study), -np.arange(100.0)) if "O2" in claim.statement)
+    assert found.verdict == verdict
+    assert ("equal exposure" in found.evidence) == (early is not None)
+
+
 def test_verdicts(study):
     found = claims(load_results(study), -np.arange(100.0))
     verdicts = [(claim.statement.partition(":")[0], claim.verdict) for claim in found]
@@ -136,14 +181,6 @@ def test_verdicts(study):
 def test_the_words_of_the_verdicts(better, worse, verdict):
     assert _verdict(better, worse, 9) == verdict
     assert verdict in VERDICTS
-
-
-def test_one_expert_that_is_worse_contradicts_nothing(study):
-    for seed in range(3):
-        gap = json.loads(study.gaps(seed).read_text())
-        gap["switched_frechet_distance"] = [13.0 + 0.01 * seed, 10.0]
-        study.gaps(seed).write_text(json.dumps(gap))
-    assert claims(load_results(study), -np.arange(100.0))[2].verdict == "not shown"
 
 
 def test_experts_that_take_equally_many_steps_have_no_order(study):

@@ -90,6 +90,12 @@ def test_affinity_experts_and_gaps(plan, tmp_path):
         tasks.train_one_expert(study, plan, 0, index)
     tasks.measure_gaps(study, plan, 0)
     assert json.loads(study.gaps(0).read_text())["boundaries"] == [0, 50, 100]
+    assert plan.exposures == (1,)
+    tasks.measure_early_gaps(study, plan, 0, 1)
+    late, early = (json.loads(study.gaps(0, iteration).read_text()) for iteration in (None, 1))
+    assert (late["expert_iterations"], early["expert_iterations"]) == (2, 1)
+    assert late["frechet_distance"] == early["frechet_distance"]
+    assert late["switched_frechet_distance"] != early["switched_frechet_distance"]
 
 
 def test_command(tmp_path, monkeypatch, capsys, device):

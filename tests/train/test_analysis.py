@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -97,6 +98,24 @@ def test_negative_transfer_is_that_of_the_experts_put_to_use(run, device):
         assert distance(judge.features(both.draw(labels, 70, 0))) == pytest.approx(expected)
     gaps = np.array(found["switched_frechet_distance"]) - found["frechet_distance"]
     np.testing.assert_allclose(found["gaps"], gaps)
+
+
+def test_negative_transfer_by_experts_as_they_were(run, device):
+    options = {"intervals": EQUAL, "num": 20, "resamples": 2}
+    paths = analysis.negative_transfer(run, str(device), expert_iteration=4, **options)
+    assert [path.name for path in paths] == ["negative-transfer-at-4.json", "negative-transfer-at-4.png"]
+    early = json.loads(paths[0].read_text())
+    assert (early["iterations"], early["expert_iterations"]) == (6, 4)
+    shorter = {folder: checkpoints(folder.checkpoints)[-1] for folder in
+               (expert_folder(run, 0, 10), expert_folder(run, 10, 20))}  # fmt: skip
+    for folder, last in shorter.items():
+        assert load_expert(folder, str(device)).iteration == 6
+        shutil.rmtree(last)
+        assert load_expert(folder, str(device)).iteration == 4
+    same = json.loads(analysis.negative_transfer(run, str(device), iterations=4, **options)[0].read_text())
+    assert same == early
+    with pytest.raises(UserError, match=r"expert_iteration: .* a checkpoint of \(4, 6\), found 5"):
+        analysis.negative_transfer(run, str(device), expert_iteration=5, **options)
 
 
 def test_difficulty_and_negative_transfer_share_their_experts(run, device, capsys):
