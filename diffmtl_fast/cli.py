@@ -12,6 +12,7 @@ import argparse
 import errno
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -626,7 +627,26 @@ def _study(options: Any) -> None:
             seeds=options.seeds,
             evaluations=options.evaluations,
         )
-    study(plan, folder, jobs=options.jobs, threads=options.threads, only=options.only, report=out)
+    study(
+        plan,
+        folder,
+        jobs=options.jobs,
+        threads=options.threads,
+        only=options.only,
+        report=out,
+        command=_study_command(options),
+    )
+
+
+def _study_command(options: Any) -> str:
+    """The command line that these options come from, those left out that are as by default."""
+    defaults = _study_parser(require("jsonargparse", "train")).get_defaults()
+    words = ["diffmtl-fast", "study"]
+    for key, value in options.as_dict().items():
+        if value != defaults[key]:
+            flag = f"--{key.replace('_', '-')}"
+            words += [flag] if value is True else [flag, str(value)]
+    return shlex.join(words)
 
 
 def _bench(options: Any) -> int | None:

@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from .._extras import require
 from ..train.components import resolve_device
 from ..train.history import History
 from ..train.loop import Trainer
@@ -32,8 +34,8 @@ class Cost:
 
     Attributes:
         ratio: to the plain step of the same round, median over the rounds.
-        low: first quartile of the ratios.
-        high: third quartile.
+        low: lower end of the median's 95 % interval.
+        high: upper end.
         seconds: of a step, median.
     """
 
@@ -76,9 +78,21 @@ def costs(calibration: dict[str, Any]) -> dict[str, Cost]:
     seconds = {name: np.array(values) for name, values in calibration["seconds"].items()}
     found = {}
     for name, values in seconds.items():
-        low, ratio, high = np.quantile(values / seconds["vanilla"], (0.25, 0.5, 0.75))
-        found[name] = Cost(float(ratio), float(low), float(high), float(np.median(values)))
+        ratios = values / seconds["vanilla"]
+        low, high = _median_interval(ratios)
+        found[name] = Cost(float(np.median(ratios)), low, high, float(np.median(values)))
     return found
+
+
+def _median_interval(values: NDArray[np.float64]) -> tuple[float, float]:
+    """The 95 % interval of a median by the sign test, which holds for any distribution; else the whole range."""
+    found = require("scipy.stats", "train").quantile_test(values, q=float(np.median(values)), p=0.5)
+    low, high = found.confidence_interval(0.95)
+    # Fewer than six values allow no such interval.
+    return (
+        float(values.min() if np.isnan(low) else low),
+        float(values.max() if np.isnan(high) else high),
+    )
 
 
 class _Stepper:

@@ -200,11 +200,11 @@ def _difficulty(results: Results) -> Claim:
 
 
 def ratio(found: Differences, index: int) -> str:
-    """A mean log ratio and its interval as factors."""
+    """A mean log ratio and its interval, where there is one, as factors."""
     mean, low, high = (np.exp(values[index]) for values in (found.mean, found.low, found.high))
-    if not np.isfinite(high):
-        return f"{mean:.2f} (no interval: one seed)"
-    return f"{mean:.2f} ({low:.2f} to {high:.2f})"
+    if not np.isfinite(mean):
+        return "–"
+    return f"{mean:.2f} ({low:.2f} to {high:.2f})" if np.isfinite(high) else f"{mean:.2f}"
 
 
 def _outside(found: Differences, names: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -20,6 +20,7 @@ class StudyFolder:
         self.path = path
         self.plan = path / "plan.json"
         self.calibration = path / "calibration.json"
+        self.journal = path / "journal.jsonl"
         self.output = path / "output"
         self.report = path / "report"
 

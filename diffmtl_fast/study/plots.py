@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from .._extras import require
 from .._figures import colours, new_figure, save
@@ -23,20 +24,21 @@ PANELS = {
 }
 _LABELS = {"steps": "iteration", "calibrated": "training time (plain steps)"}
 _STYLES = ("-", "--", ":")
+_BELOW, _ABOVE, _UNDECIDED = "tab:green", "tab:red", "dimgray"
 
 
 def curves(path: Path, results: Results) -> None:
-    """Fréchet distance against steps and against calibrated time: mean over the seeds, and their range.
+    """Fréchet distance against steps and against calibrated time: geometric mean over the seeds, and their range.
 
     Args:
         path: the picture file.
         results: what to draw.
     """
-    figure = new_figure(11.0, 5.6)
-    axes = figure.subplots(2, len(PANELS), sharey=True)
+    figure = new_figure(8.4, 2.3 * len(PANELS) + 0.4)
+    axes = figure.subplots(len(PANELS), 2, sharex="col", sharey=True)
     axis_names: tuple[Axis, ...] = ("steps", "calibrated")
-    for row, place in zip(axes, axis_names, strict=True):
-        for axis, (title, kinds) in zip(row, PANELS.items(), strict=True):
+    for row, (title, kinds) in zip(axes, PANELS.items(), strict=True):
+        for axis, place in zip(row, axis_names, strict=True):
             _curve(axis, results, VANILLA, place, "black", "-")
             chosen = [v for v in results.cases() if v.kind in kinds and v != VANILLA]
             for variant, shade, style in zip(chosen, colours(max(len(chosen), 1)), _STYLES, strict=False):
@@ -44,13 +46,12 @@ def curves(path: Path, results: Results) -> None:
             axis.set_yscale("log")
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter(_some_labels())
-            axis.set_xlabel(_LABELS[place])
             axis.grid(alpha=0.25, which="both")
-            if place == "steps":
-                axis.set_title(title, fontsize=10)
-            else:
-                axis.legend(fontsize=7, frameon=False)
+            axis.set_title(title if place == "steps" else "", fontsize=10)
         row[0].set_ylabel("Fréchet distance")
+        row[1].legend(fontsize=9, frameon=False)
+    for axis, place in zip(axes[-1], axis_names, strict=True):
+        axis.set_xlabel(_LABELS[place])
     save(figure, path)
 
 
@@ -72,30 +73,61 @@ def _curve(axis: Any, results: Results, variant: Variant, place: Axis, shade: An
 
 
 def comparisons(path: Path, panels: dict[str, tuple[list[str], Differences]]) -> None:
-    """Ratios to plain training with their intervals, a panel for each of several figures.
+    """Ratios with their intervals on a logarithmic axis, a panel for each of several figures.
 
     Args:
         path: the picture file.
-        panels: names of the cases and their mean log ratios, by title.
+        panels: names of the cases and their mean log ratios, by title; two panels to a row.
     """
     number = max(len(names) for names, _ in panels.values())
-    figure = new_figure(10.5, 0.26 * number + 1.2)
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axis, (title, (names, found)) in zip(axes, panels.items(), strict=True):
-        places = np.arange(len(names))
-        low, high = np.nan_to_num(found.low, neginf=0.0), np.nan_to_num(found.high, posinf=0.0)
-        for place, mean, left, right in zip(places, found.mean, low, high, strict=True):
-            shade = "tab:green" if right < 0 else "tab:red" if left > 0 else "dimgray"
-            axis.plot(np.exp([left, right]), [place, place], color=shade, linewidth=1.6)
+    rows = -(-len(panels) // 2)
+    figure = new_figure(8.4, rows * (0.25 * number + 0.9) + 0.4)
+    axes = figure.subplots(rows, 2, sharex="row", squeeze=False)
+    for axis, (title, (names, found)) in zip(axes.flat, panels.items(), strict=True):
+        for place, (mean, low, high) in enumerate(zip(found.mean, found.low, found.high, strict=True)):
+            shade = _BELOW if found.below[place] else _ABOVE if found.above[place] else _UNDECIDED
+            if np.isfinite(high - low):
+                axis.plot(np.exp([low, high]), [place, place], color=shade, linewidth=1.8)
             axis.plot(np.exp(mean), place, "o", color=shade, markersize=5)
         axis.axvline(1.0, color="black", linewidth=0.8)
-        axis.locator_params(axis="x", nbins=4)
-        axis.tick_params(axis="x", labelsize=8)
-        axis.set_yticks(places, names, fontsize=8)
-        axis.set_xlabel("ratio to plain training")
-        axis.set_title(title, fontsize=9)
-        axis.grid(axis="x", alpha=0.25)
-    axes[0].invert_yaxis()
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(_some_labels())
+        axis.tick_params(axis="x", which="both", labelsize=8)
+        axis.set_ylim(number - 0.5, -0.5)
+        first = axis is axes.flat[0] or axis.get_subplotspec().is_first_col()
+        axis.set_yticks(np.arange(len(names)), names if first else [], fontsize=9)
+        axis.set_xlabel("ratio to plain training, logarithmic axis")
+        axis.set_title(title, fontsize=10)
+        axis.grid(axis="x", alpha=0.25, which="both")
+    line = require("matplotlib.lines", "train").Line2D
+    meanings = {_BELOW: "below 1: better, faster", _ABOVE: "above 1: worse, slower", _UNDECIDED: "undecided"}
+    handles = [
+        line([], [], color=shade, marker="o", markersize=5, label=text) for shade, text in meanings.items()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    save(figure, path)
+
+
+def samples(path: Path, pictures: dict[str, Tensor]) -> None:
+    """Pictures of every method, a row each and a column for each class.
+
+    Args:
+        path: the picture file.
+        pictures: float [N, C, H, W] in [-1, 1], by title.
+    """
+    columns = max(len(each) for each in pictures.values())
+    figure = new_figure(0.5 * columns + 2.2, 0.5 * len(pictures) + 0.1)
+    grid = figure.subplots(
+        len(pictures), columns, squeeze=False, gridspec_kw={"wspace": 0.06, "hspace": 0.06}
+    )
+    for axes, (title, row) in zip(grid, pictures.items(), strict=True):
+        images = ((row.clamp(-1, 1) + 1) / 2).movedim(1, -1).numpy()
+        for axis in axes:
+            axis.set_axis_off()
+        for axis, image in zip(axes, images, strict=False):
+            axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=1)
+        axes[0].text(-0.2, 0.5, title, transform=axes[0].transAxes, ha="right", va="center", fontsize=9)
     save(figure, path)
 
 

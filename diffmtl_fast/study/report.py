@@ -11,18 +11,19 @@ import numpy as np
 from .._files import replacing, write_json
 from ..clustering import IntervalClustering
 from ..diffusion import log_snr
+from ..train import history
 from ..train.components import build_clusters, build_scheduler
 from ..train.errors import UserError, blame
+from ..train.plots import training as plot_training
 from ..train.trained import COST_TITLES
-from . import plots
-from .calibration import CONTROL
-from .claims import claims, ratio
+from . import conditions, plots
+from .claims import VERDICTS, claims, ratio
 from .folder import StudyFolder
 from .plan import VANILLA, VARIANTS, Plan, Variant
 from .results import METRICS, Axis, Results, load_results
+from .samples import Samples, draw_samples
 from .statistics import Differences
-
-COMMAND = "diffmtl-fast study"
+from .tables import intervals, mean_sd, median, table
 
 
 def write_report(study: StudyFolder, out: Path) -> Path:
@@ -48,17 +49,24 @@ def write_report(study: StudyFolder, out: Path) -> Path:
         levels = log_snr(scheduler)
     out.mkdir(parents=True, exist_ok=True)
     others = [variant for variant in results.cases() if variant != VANILLA]
+    clusters = _boundaries(results.plan, study, levels)
+    drawn = draw_samples(results, study)
     text = "\n\n".join(
         [
-            _introduction(results),
+            _introduction(results, study),
+            _READING,
             _claims(results, levels),
             _quality(results, others, out),
+            *_samples(drawn, out),
             _convergence(results, others, out),
-            _clusters(results, study, levels, out),
+            _clusters(results, study, clusters, out),
             _transfer(results, out),
-            _phases(results),
-            _costs(results),
-            _method(results),
+            *_difficulty(study, out),
+            conditions.phases(results, clusters["curriculum"]),
+            *_training(results, study, out),
+            conditions.costs(results, None if drawn is None else drawn.parameters),
+            conditions.settings(results, clusters),
+            conditions.method(results),
         ]
     )
     write_json(out / "results.json", results.to_dict())
@@ -68,19 +76,34 @@ def write_report(study: StudyFolder, out: Path) -> Path:
     return path
 
 
-def _introduction(results: Results) -> str:
+_READING = """## How to read it
+
+- **Fréchet distance**: how far the pictures that a model draws are from real ones. Lower is better.
+- **Ratio**: the figure of a method over that of plain training with the same seed, geometric mean over the seeds.
+  0.80 says that it is 20 % lower.
+- **Interval**, in brackets: the ratios that fit what was measured. If it contains 1, the study cannot tell whether
+  the method is better or worse. The intervals of a column are so wide that in 19 of 20 such studies all of them
+  together contain the true ratios. With a single seed there is none.
+- **Better** is a method whose whole interval lies below 1, and whose ratio is below 1 with every single seed;
+  **worse** one for which both lie above 1. All others are **undecided**. For times to equal quality the words are
+  faster and slower.
+- **Own noise**: the factor by which the row's ratio varies between seeds at equal steps (one standard deviation).
+- **Seeds that agree**: how many seeds have a ratio on the same side of 1 as the mean, at equal steps."""
+
+
+def _introduction(results: Results, study: StudyFolder) -> str:
     plan, base = results.plan, results.plan.base
     done, planned = len(results.curves), plan.seeds * len(VARIANTS)
     missing = "" if done == planned else f" **{planned - done} of {planned} runs are missing.**"
     return (
-        f"# Study: multi-task diffusion training on {base.data.path.rpartition('.')[2]}\n\n"
-        f"{len(results.cases())} ways of training, {plan.seeds} seed{'s' * (plan.seeds != 1)}, "
-        f"{plan.iterations:,} iterations of {base.batch_size} images each, evaluated {plan.evaluations} times "
-        f"with {base.evaluation.num_samples} pictures of {base.sampling.steps} denoising steps (averaged "
-        f"weights).{missing} Made by `{COMMAND}`; all figures and pictures here are computed from its stored "
-        "results (those of the runs are in "
-        "[results.json](results.json)) by "
-        f"`{COMMAND} --report-only --study-dir DIR`."
+        "# Study: multi-task diffusion training on "
+        f"{base.data.path.rpartition('.')[2]}\n\n{len(results.cases())} ways of training, {plan.seeds} "
+        f"seed{'s' * (plan.seeds != 1)}, {plan.iterations:,} iterations of {base.batch_size} images each, "
+        f"evaluated {plan.evaluations} times with {base.evaluation.num_samples} pictures of "
+        f"{base.sampling.steps} denoising steps (averaged "
+        f"weights).{missing}\n\n{conditions.origin(results, study)} All figures and pictures here are "
+        "computed from its stored results (those of the runs are in [results.json](results.json)), again "
+        "by `diffmtl-fast study --report-only --study-dir DIR`."
     )
 
 
@@ -90,10 +113,13 @@ def _claims(results: Results, levels: np.ndarray) -> str:
     criteria = dict.fromkeys(f"- {_subject(claim.statement)}: {claim.criterion}." for claim in found)
     return (
         "## What reproduces\n\n"
-        + _table(["paper", "observation", "here", "figures"], rows)
+        + table(["paper", "observation", "here", "figures"], rows)
         + "\n\nANT: Go et al., NeurIPS 2023, arXiv 2306.00354. Curriculum: Kim et al., ICLR 2025, arXiv "
-        "2403.10348. A verdict is computed by its criterion; *not shown* says that the differences do not exceed "
-        "the noise, not that there are none.\n\nCriteria:\n\n" + "\n".join(criteria)
+        "2403.10348. Every verdict is computed by a rule that was fixed before the figures were seen. "
+        "Unless the criterion says otherwise:\n\n"
+        + "\n".join(f"- *{verdict}*: {rule};" for verdict, rule in VERDICTS.items()).rstrip(";")
+        + ".\n\nCriteria:\n\n"
+        + "\n".join(criteria)
     )
 
 
@@ -104,14 +130,19 @@ def _subject(statement: str) -> str:
 def _quality(results: Results, others: list[Variant], out: Path) -> str:
     rows = []
     for variant in results.cases():
-        figures = [_mean_sd(results.figures(variant, metric)) for metric in METRICS]
-        rows.append([variant.title, str(len(results.seeds(variant))), *figures])
+        at_time = [mean_sd(results.at_budget(variant, axis)) for axis in ("calibrated", "measured")]
+        end, *rest = [mean_sd(results.figures(variant, metric)) for metric in METRICS]
+        rows.append([variant.title, str(len(results.seeds(variant))), end, *at_time, *rest])
+    headers = [
+        "", "seeds", "Fréchet distance", "at equal time (calibrated)", "at equal time (measured)", "precision",
+        "recall", "class agreement",
+    ]  # fmt: skip
     parts = [
-        "## Quality at the end of training",
-        _table(
-            ["", "seeds", "Fréchet distance", "precision", "recall", "class agreement"], rows, numbers=True
-        ),
-        "Mean ± standard deviation over the seeds.",
+        "## Quality",
+        table(headers, rows, numbers=True),
+        "Mean ± standard deviation over the seeds. The Fréchet distance is that at the end of training, "
+        "which is that at equal steps; at equal time it is that when the shortest run of the seed ended. "
+        "The last three are at the end of training.",
     ]
     if others:
         parts += [_paired(results, out)]
@@ -137,13 +168,13 @@ def _paired(results: Results, out: Path) -> str:
         [
             "### Fréchet distance relative to plain training of the same seed",
             "Below 1 is better.",
-            _ratio_table(pairs, quality),
+            _ratio_table(["equal steps", "equal time (calibrated)", "equal time (measured)"], pairs, quality),
             _noise(quality["steps"], pairs),
             "### Steps and time to equal quality, relative to plain training of the same seed",
-            "Below 1 is faster. Of a method and plain training with the same seed, the one that ends at the "
-            "poorer Fréchet distance sets the level; the ratio is of what both needed to come down to it. So both "
-            "runs get there, and a slow method counts in full.",
-            _ratio_table(names, times),
+            "Below 1 is faster. Of a method and plain training with the same seed, the one that ends at "
+            "the poorer Fréchet distance sets the level; the ratio is of what both needed to come down to "
+            "it. So both runs get there, and a slow method counts in full.",
+            _ratio_table(["steps", "time (calibrated)", "time (measured)"], names, times),
             _noise(times["steps"], names),
             "![Ratios to plain training with their intervals, on a logarithmic axis](comparisons.png)",
         ]
@@ -154,16 +185,13 @@ def _pair_title(one: Variant, other: Variant) -> str:
     return one.title if other == VANILLA else f"{one.title} / {other.title}"
 
 
-def _ratio_table(names: list[str], columns: dict[Axis, Differences]) -> str:
-    headers = ["", "equal steps", "equal time (calibrated)", "equal time (measured)"]
-    if len(names) == 0:
-        return ""
+def _ratio_table(headers: list[str], names: list[str], columns: dict[Axis, Differences]) -> str:
     steps = columns["steps"]
     rows = [
         [name, *(ratio(found, j) for found in columns.values()), _own_noise(steps, j), _agreement(steps, j)]
         for j, name in enumerate(names)
     ]
-    return _table([*headers, "own noise", "seeds that agree"], rows, numbers=True)
+    return table(["", *headers, "own noise", "seeds that agree"], rows, numbers=True)
 
 
 def _own_noise(found: Differences, index: int) -> str:
@@ -179,7 +207,7 @@ def _noise(found: Differences, names: list[str]) -> str:
         return "With one seed there are no intervals, and nothing is decided."
     text = (
         f"By all runs together a single ratio varies by a factor of {np.exp(found.sd):.2f} between seeds "
-        f"(one standard deviation, equal steps, {found.freedom} degrees of freedom)."
+        f"(one standard deviation, equal steps, {found.freedom} degree{'s' * (found.freedom != 1)} of freedom)."
     )
     doubtful = [name for name, suspect in zip(names, found.suspect, strict=True) if suspect]
     if doubtful:
@@ -195,7 +223,7 @@ def _convergence(results: Results, others: list[Variant], out: Path) -> str:
     rows = [
         [
             variant.title,
-            *(_median(results.reached(variant, axis, share)) for share in (0.5, 1.0) for axis in axes),
+            *(median(results.reached(variant, axis, share)) for share in (0.5, 1.0) for axis in axes),
         ]
         for variant in [VANILLA, *others]
     ]
@@ -203,22 +231,23 @@ def _convergence(results: Results, others: list[Variant], out: Path) -> str:
         [
             "## Convergence",
             "![Fréchet distance against iterations and against calibrated training time](curves.png)",
-            "Mean over the seeds and their range.",
-            "### Time to quality",
-            _table(headers, rows, numbers=True),
-            "Where the Fréchet distance first falls to that of plain training of the same seed at half and at the "
-            "end of its iterations: median over the seeds, – where most of them do not get there.",
+            "Geometric mean over the seeds, and their range shaded.",
+            "### When plain training's quality is reached",
+            table(headers, rows, numbers=True),
+            "When the Fréchet distance first falls to that of plain training of the same seed at half and "
+            "at the end of its iterations: median over the seeds, – where most of them do not get there. "
+            "This describes what was seen; no verdict rests on it, as the level is itself a noisy end "
+            "point.",
         ]
     )
 
 
-def _clusters(results: Results, study: StudyFolder, levels: np.ndarray, out: Path) -> str:
-    found = _boundaries(results.plan, study, levels)
+def _clusters(results: Results, study: StudyFolder, found: dict[str, IntervalClustering], out: Path) -> str:
     plots.clusters(out / "clusters.png", {name: each.boundaries for name, each in found.items()})
     parts = [
         "## Clusters",
         "![The intervals of timesteps of every clustering](clusters.png)",
-        "\n".join(f"- {name}: {_intervals(each)}" for name, each in found.items() if each.k <= 10),
+        "\n".join(f"- {name}: {intervals(each)}" for name, each in found.items() if each.k <= 10),
     ]
     picture = study.affinity.with_suffix(".png")
     if picture.exists():
@@ -229,12 +258,12 @@ def _clusters(results: Results, study: StudyFolder, levels: np.ndarray, out: Pat
         shares = [results.curves[variant.name, seed].conflicts for seed in results.seeds(variant)]
         measured = [share for share in shares if share is not None]
         if measured:
-            rows.append([variant.title, _mean_sd(100 * np.array(measured), digits=1)])
+            rows.append([variant.title, mean_sd(100 * np.array(measured), digits=1)])
     if rows:
         parts += [
-            _table(["", "conflicting pairs of clusters (%)"], rows, numbers=True),
-            "Pairs of clusters whose gradients have a negative cosine, mean over training, where the method forms "
-            "the Gramian anyway.",
+            table(["", "conflicting pairs of clusters (%)"], rows, numbers=True),
+            "Pairs of clusters whose gradients have a negative cosine, mean over training, where the "
+            "method forms the Gramian anyway.",
         ]
     return "\n\n".join(parts)
 
@@ -248,11 +277,6 @@ def _boundaries(plan: Plan, study: StudyFolder, levels: np.ndarray) -> dict[str,
             found[COST_TITLES[config.clusters.cost]] = build_clusters(config.clusters, lambda: levels, number)
     found["curriculum"] = build_clusters(plan.base.curriculum.clusters, lambda: levels, number)
     return found
-
-
-def _intervals(clusters: IntervalClustering) -> str:
-    edges = clusters.boundaries.tolist()
-    return ", ".join(f"{first}–{end - 1}" for first, end in pairwise(edges))
 
 
 def _transfer(results: Results, out: Path) -> str:
@@ -279,10 +303,10 @@ def _transfer(results: Results, out: Path) -> str:
     rows = [
         [
             f"{low}–{end - 1}",
-            _mean_sd(gaps[:, j]),
+            mean_sd(gaps[:, j]),
             ratio(found, j),
             *(ratio(each, j) for each in measured.values()),
-            _mean_sd(steps[:, j], digits=0),
+            mean_sd(steps[:, j], digits=0),
         ]
         for j, (low, end) in enumerate(pairwise(edges))
     ]
@@ -292,7 +316,7 @@ def _transfer(results: Results, out: Path) -> str:
             "An expert of an interval is plain training on its timesteps alone. It denoises inside its interval, "
             "plain training elsewhere: below a gap of 0 or a ratio of 1 the expert is better.",
             "![Fréchet distance with the expert of every interval over that without](negative-transfer.png)",
-            _table(headers, rows, numbers=True),
+            table(headers, rows, numbers=True),
             _exposure(results, bool(measured)),
         ]
     )
@@ -317,91 +341,56 @@ def _exposure(results: Results, measured: bool) -> str:
     )
 
 
-def _phases(results: Results) -> str:
-    rows = []
-    for variant in results.cases():
-        if variant.family != "curriculum":
-            continue
-        runs = [results.curves[variant.name, seed] for seed in results.seeds(variant)]
-        starts = [next(reversed(run.phases.values())) for run in runs if run.phases]
-        last = max((max(run.phases) for run in runs if run.phases), default=0)
-        rows.append([variant.title, str(last), ", ".join(str(start) for start in starts)])
-    if not rows:
-        return "## Curricula\n\nNot measured yet."
-    settings = results.plan.base.curriculum
-    return (
-        "## Curricula\n\n"
-        + _table(["", "last phase", "which began at iteration, by seed"], rows)
-        + f"\n\nPatience {settings.patience}, at most {settings.max_length} iterations a phase, "
-        f"{settings.clusters.k} clusters."
-    )
-
-
-def _costs(results: Results) -> str:
-    if not results.costs:
-        return "## Cost of a step\n\nNot calibrated: the calibrated time is that of equally fast steps."
-    rows = []
-    for kind, cost in results.costs.items():
-        rows.append([kind, f"{cost.ratio:.3f}", f"{cost.low:.3f} to {cost.high:.3f}", f"{cost.seconds:.3f}"])
-    control = results.costs.get(CONTROL)
-    noise = (
-        "" if control is None else f" The control, plain training a second time, came to {control.ratio:.3f}."
-    )
-    return (
-        "## Cost of a step\n\n"
-        + _table(["", "ratio to the plain step", "quartiles", "s"], rows, numbers=True)
-        + "\n\nAll kinds of steps in turn, in random order, by one process alone; the ratio is the median over "
-        "the rounds of ratios within a round, so that a machine whose speed varies disturbs all alike."
-        + noise
-        + " Machine: "
-        + ", ".join(f"{name} {value}" for name, value in results.machine.items())
-        + "."
-    )
-
-
-def _method(results: Results) -> str:
-    seconds = [curve.position["measured"][-1] for curve in results.curves.values()]
-    ratio_of = {variant: results.costs[variant.kind].ratio for variant in results.cases() if results.costs}
-    paces = [
-        results.curves[variant.name, seed].position["measured"][-1] / (results.plan.iterations * cost)
-        for variant, cost in ratio_of.items()
-        for seed in results.seeds(variant)
+def _samples(drawn: Samples | None, out: Path) -> list[str]:
+    if drawn is None:
+        return []
+    plots.samples(out / "samples.png", drawn.pictures)
+    return [
+        "### Pictures",
+        "![Real pictures, and those that every method draws](samples.png)",
+        f"A picture of each class by every method, all from the same noise (seed {drawn.seed}, end of "
+        "training).",
     ]
-    spread = (
-        f" A plain step took {min(paces):.3f} to {max(paces):.3f} s by run, once the method's cost is divided "
-        "out: that much the machine's speed varied."
-        if paces
-        else ""
-    )
+
+
+def _difficulty(study: StudyFolder, out: Path) -> list[str]:
+    """The pictures of the analyses of plain training with the first seed, where they are."""
+    titles = {
+        "convergence.png": "Loss of the experts, and iterations until 90 % of its fall",
+        "relative-entropy.png": "Relative entropy of neighbouring noise levels",
+    }
+    parts = []
+    for name, title in titles.items():
+        picture = study.affinity.with_name(name)
+        if picture.exists():
+            shutil.copyfile(picture, out / name)
+            parts.append(f"![{title}]({name})")
     return (
-        "## How it was measured\n\n"
-        "Runs of a seed share initial weights, order of the images, and the noise of the evaluation. Plain "
-        "training draws timesteps uniformly, the clustered methods equally often from every cluster, as in the "
-        "paper; what that alone does is not told apart here. Calibrated time is steps × the cost of a step in "
-        "plain steps, and is the figure to go by, since machines are noisy; measured time is that of training "
-        "alone, without evaluation, several runs at a time on a shared machine "
-        f"({sum(seconds) / 3600:.1f} h in all).{spread} At equal time all runs of a seed are read at the time "
-        "that the shortest of them took, interpolated between evaluations.\n\n"
-        f"Affinity clusters come from plain training with seed 0 ({results.plan.tasks} groups of timesteps, "
-        f"{results.plan.samples} images each, mean over its {results.plan.evaluations} checkpoints)."
+        [*parts, "Experts of seed 0; the relative entropies are of the data and the schedule."]
+        if parts
+        else []
     )
 
 
-def _mean_sd(values: np.ndarray, digits: int = 3) -> str:
-    known = values[np.isfinite(values)]
-    if not known.size:
-        return "–"
-    if len(known) == 1:
-        return f"{known[0]:.{digits}f}"
-    return f"{known.mean():.{digits}f} ± {known.std(ddof=1):.{digits}f}"
-
-
-def _median(values: list[float]) -> str:
-    middle = float(np.median(values)) if values else float("inf")
-    return f"{middle:.0f}" if np.isfinite(middle) else "–"
-
-
-def _table(headers: list[str], rows: list[list[str]], *, numbers: bool = False) -> str:
-    """A Markdown table; the columns after the first are aligned right if they are numbers."""
-    rule = ["---", *(["---:" if numbers else "---"] * (len(headers) - 1))]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [headers, rule, *rows])
+def _training(results: Results, study: StudyFolder, out: Path) -> list[str]:
+    """The course of a curriculum, with its phases, and of a method with weights and conflicts."""
+    parts = []
+    for name, chosen in (
+        ("training-curriculum.png", lambda variant: variant.order == "easy_to_hard"),
+        ("training-nash.png", lambda variant: variant.method == "nash"),
+    ):
+        variant = next((variant for variant in results.cases() if chosen(variant)), None)
+        if variant is None:
+            continue
+        seed = results.seeds(variant)[0]
+        lines = history.read(study.run(variant, seed).log)
+        if "losses" not in lines[0]:
+            continue
+        title = f"{variant.title}, seed {seed}"
+        plot_training(out / name, lines, title)
+        parts.append(f"![Course of training: {title}]({name})")
+    return (
+        [*parts, "Every second phase of a curriculum is shaded, as far as the log tells them apart."]
+        if parts
+        else []
+    )

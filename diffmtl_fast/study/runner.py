@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ..train.errors import TrainingDiverged, UserError
-from . import tasks
+from . import journal, tasks
 from .folder import StudyFolder, all_runs, run_name
 from .plan import VANILLA, Plan
 from .report import write_report
@@ -45,6 +45,7 @@ def study(
     threads: int = 1,
     only: str = "*",
     report: Path | None = None,
+    command: str | None = None,
 ) -> None:
     """Do what is missing of a study, then write its report.
 
@@ -58,6 +59,7 @@ def study(
         threads: of each.
         only: do the work whose name matches this pattern alone, for example ``uw-*``.
         report: folder of the report; by default the study's own.
+        command: that this was asked for by, to be named in the report.
 
     Raises:
         UserError: the study was begun with another plan, or some of the work failed.
@@ -75,6 +77,8 @@ def study(
     stages = _stages(folder, plan)
     total = sum(_selected(task, only) for stage in stages for task in stage)
     if total:
+        if command is not None:
+            journal.add_command(folder.journal, command)
         progress = _Progress(total, jobs)
         with _pool(jobs, threads) as pool:
             for stage in stages:
@@ -142,9 +146,11 @@ def _run(pool: Executor, todo: list[Task], folder: StudyFolder, progress: _Progr
     try:
         for future in as_completed(begun):
             task = begun[future]
-            seconds, error = future.result()
+            since, seconds, error = future.result()
             progress.tell(task.name, seconds, failed=error is not None)
-            if error is not None:
+            if error is None:
+                journal.add_work(folder.journal, task.name, since, seconds)
+            else:
                 failed[task.name] = error
     finally:
         for future in begun:  # after a defect or Ctrl-C nothing more is begun
@@ -163,19 +169,19 @@ def _set_threads(threads: int) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
-def _work(task: Task, output: Path) -> tuple[float, str | None]:
+def _work(task: Task, output: Path) -> tuple[float, float, str | None]:
     """Do it in a process of the pool, what it prints into a file.
 
     Returns:
-        The seconds that it took, and what went wrong if the user can put it right.
+        When it began, the seconds that it took, and what went wrong if the user can put it right.
     """
-    begun, failed = time.perf_counter(), None
+    since, begun, failed = time.time(), time.perf_counter(), None
     with output.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
         try:
             task.work()
         except (UserError, TrainingDiverged) as error:
             failed = str(error)
-    return time.perf_counter() - begun, failed
+    return since, time.perf_counter() - begun, failed
 
 
 class _Progress:

@@ -66,7 +66,7 @@ def blocked_differences(
     are fitted by least squares, with (M - 1)(S - 1) degrees of freedom if nothing is missing, so that runs which
     several pairs share are counted once. A mean difference over n seeds has the standard error σ √(2 / n). The
     intervals use Student's t with Bonferroni's correction for the number of pairs, which holds however the pairs
-    are correlated. With the noise of a shared baseline twice that of the others, 95 % shrink to about 87 %. Source:
+    are correlated. If a shared baseline is twice as noisy as the others, 95 % shrink to about 87 %. Source:
     Montgomery, "Design and Analysis of Experiments", randomised complete block designs.
 
     Args:

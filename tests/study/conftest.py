@@ -39,7 +39,9 @@ def study(tmp_path):
         _write(folder.evaluations(variant, seed), rows)
         lines = [{"iteration": 4, "conflicts": 0.2}, {"iteration": 8, "conflicts": 0.4}]
         if variant.family == "curriculum":
-            lines = [{"iteration": 4, "phase": 2}, {"iteration": 6, "phase": 4}, {"iteration": 8, "phase": 4}]
+            # Four phases, then ordinary training.
+            lines = [{"iteration": 4, "phase": 2}, {"iteration": 6, "phase": 5}, {"iteration": 8, "phase": 5}]
+        lines = [{**line, "losses": [1.0, 1.0 / line["iteration"]]} for line in lines]
         log = folder.run(variant, seed).log
         log.parent.mkdir(parents=True)
         log.write_text("".join(json.dumps(line) + "\n" for line in lines))

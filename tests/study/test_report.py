@@ -12,6 +12,8 @@ from diffmtl_fast.train.errors import UserError
 
 
 def test_report(study, tmp_path):
+    picture = study.affinity.with_name("convergence.png")
+    picture.write_bytes(b"\x89PNG of the analyses")
     path = write_report(study, tmp_path / "out" / "study")
     text = path.read_text()
     for name in re.findall(r"!\[[^]]+\]\(([^)]+)\)", text):
@@ -19,8 +21,14 @@ def test_report(study, tmp_path):
     assert "| UW, log-SNR clusters | 3 |" in text
     assert "| nash | 1.500 | 1.500 to 1.500 |" in text
     assert "| PCGrad, log-SNR clusters | 30.0 ± 0.0 |" in text  # conflicting pairs
-    assert "| curriculum | 4 | 6, 6, 6 |" in text
-    assert "are missing" not in text
+    assert "| curriculum | 6, 6, 6 |" in text
+    assert "(training-curriculum.png)" in text
+    assert "(convergence.png)" in text
+    assert "(samples.png)" not in text  # there is no checkpoint
+    assert "| UW, log-SNR clusters | 0.50 (" in text
+    assert "| × 1.0" in text
+    assert "| curriculum / anti-curriculum | 0.50 (" in text
+    assert "runs are missing" not in text
     assert "nan" not in text
     results = json.loads((path.parent / "results.json").read_text())
     assert len(results["runs"]) == 36

@@ -118,7 +118,12 @@ def test_command(tmp_path, monkeypatch, capsys, device):
     out = capsys.readouterr().out
     assert "1/1  vanilla-seed-0: " in out
     assert "wrote s/report/report.md" in out
-    assert "11 of 12 runs are missing" in (tmp_path / "s/report/report.md").read_text()
+    text = (tmp_path / "s/report/report.md").read_text()
+    assert "11 of 12 runs are missing" in text
+    given = "--study-dir s --config base.yaml --seeds 1 --evaluations 1 --jobs 1 --only 'vanilla-*' --quick"
+    assert f"Made by `diffmtl-fast study {given}`. It took " in text
+    assert "![Real pictures, and those that every method draws](samples.png)" in text
+    assert (tmp_path / "s/report/samples.png").read_bytes().startswith(b"\x89PNG")
 
     (tmp_path / "s/report/report.md").unlink()
     assert main(["study", "--study-dir", "s", "--only", "vanilla-*", "--out", "elsewhere"]) == 0
