@@ -118,14 +118,18 @@ class Comparison:
         return [way for way in self.ways if way.role == role]
 
     def ratio(self, way: Way, over: Way | None = None) -> Spread:
-        """Return a way's time over another's, by default the yardstick's, in the same rounds.
+        """Return a way's time over another's, by default the yardstick's, in the same rounds."""
+        return Spread.of(self.ratios(way, over))
+
+    def ratios(self, way: Way, over: Way | None = None) -> NDArray[np.float64]:
+        """Return what `ratio` summarises, one for each round in which both had their turn.
 
         Every way is in the first round, so that there is one such round at least.
         """
         times = dict(zip(way.turns, way.seconds, strict=True))
         over = self.yardstick if over is None else over
         others = dict(zip(over.turns, over.seconds, strict=True))
-        return Spread.of([times[turn] / others[turn] for turn in sorted(times.keys() & others.keys())])
+        return np.array([times[turn] / others[turn] for turn in sorted(times.keys() & others.keys())])
 
     @property
     def repeat(self) -> Spread:

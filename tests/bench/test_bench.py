@@ -333,35 +333,36 @@ def test_goals_of_time_memory_and_other_ways() -> None:
 
 @pytest.mark.parametrize(("later", "regressed", "improved"), [(1.3, 1, 0), (1.11, 0, 0), (0.9, 0, 1)])
 def test_a_regression_is_slower_by_more_than_the_noise(later: float, regressed: int, improved: int) -> None:
-    found, missing = changes(results(comparison(1.1)), results(comparison(later)))
-    assert not missing
-    (change,) = found
+    found = changes(results(comparison(1.1)), results(comparison(later)))
+    assert not found.missing
+    (change,) = found.times
     assert change.ratio == pytest.approx(later / 1.1)
     assert (change.regressed, change.improved) == (regressed, improved)
-    text = changes_table(found, missing)
+    text = changes_table(found)
     assert ("(slower)" in text, "(faster)" in text) == (regressed, improved)
-    assert f"{1 - regressed - improved} of 1 ratios differ by no more than the noise." in text
+    assert (
+        f"{1 - regressed - improved} of 1 ratios differ by no more than in two runs of the same code" in text
+    )
 
 
 def test_noise_of_both_runs_excuses_a_difference() -> None:
     quiet, noisy = (1.0,) * 5, (1.3,) * 5
     for before, after in ((quiet, noisy), (noisy, quiet)):
-        found, _ = changes(results(comparison(1.0, before)), results(comparison(1.25, after)))
-        assert not found[0].regressed
-        assert found[0].noise >= 0.3
-    found, _ = changes(results(comparison(1.0, quiet)), results(comparison(1.25, quiet)))
-    assert found[0].regressed
-    assert found[0].noise == FLOOR
+        (change,) = changes(results(comparison(1.0, before)), results(comparison(1.24, after))).times
+        assert not change.regressed
+        assert change.threshold > 0.24
+    (change,) = changes(results(comparison(1.0, quiet)), results(comparison(1.24, quiet))).times
+    assert change.regressed
+    assert change.threshold == FLOOR
 
 
 def test_what_is_no_longer_measured_is_said() -> None:
     before, after = results(comparison(), comparison(case="gone")), results(comparison())
-    found, missing = changes(before, after)
-    assert (len(found), missing) == (1, [f"{STEP}: gone: {OURS}"])
-    assert f"No longer measured: {STEP}: gone: {OURS}" in changes_table(found, missing)
-    with pytest.raises(
-        ValueError, match="expected two runs of one machine, found 'Some CPU, 2 threads' and 'Some GPU'"
-    ):
+    found = changes(before, after)
+    assert (len(found.times), found.missing) == (1, (f"{STEP}: gone: {OURS}",))
+    assert found.regressed
+    assert f"No longer measured: {STEP}: gone: {OURS}" in changes_table(found)
+    with pytest.raises(ValueError, match="expected two runs of one device, found 'Some CPU' and 'Some GPU'"):
         changes(before, results(gpu="Some GPU"))
 
 
@@ -374,7 +375,7 @@ def test_command_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main(["bench", "compare", str(slower), str(before)]) == 0
     other = write(tmp_path / "other.json", results(comparison(), gpu="Some GPU"))
     assert main(["bench", "compare", str(before), str(other)]) == 2
-    assert capsys.readouterr().err.startswith("error: after: expected two runs of one machine")
+    assert capsys.readouterr().err.startswith("error: after: expected two runs of one device")
     assert main(["bench", "compare", str(before), str(tmp_path / "none.json")]) == 2
     assert "error: after: expected a file, found none at" in capsys.readouterr().err
 
