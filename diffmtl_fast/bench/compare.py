@@ -116,7 +116,8 @@ class Changes:
     @property
     def regressed(self) -> bool:
         """Whether anything became slower, takes more memory or is no longer measured."""
-        return bool(self.missing) or any(found.regressed for found in (*self.times, *self.memory))
+        slower = any(change.regressed for change in self.times)
+        return bool(self.missing) or slower or any(growth.regressed for growth in self.memory)
 
 
 def changes(before: Results, after: Results) -> Changes:
