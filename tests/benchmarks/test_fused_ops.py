@@ -37,20 +37,30 @@ def test_every_op_passes_its_gate(dtype: torch.dtype) -> None:
         assert candidate.error() <= candidate.tolerance, found.name
 
 
-def test_every_plain_composition_does_the_same_work() -> None:
-    for found in cases(torch.float32):
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_every_plain_composition_passes_its_gate(dtype: torch.dtype) -> None:
+    for found in cases(dtype):
+        candidate = found.plain_candidate(PLAIN, found.plain)
+        assert candidate.peer
         if found.op == "add_noise, seed":  # its noise is another
+            assert candidate.error is None
             continue
-        candidate = found.candidate("plain", found.plain, 1e-4)
         assert candidate.error is not None
         assert candidate.error() <= candidate.tolerance, found.name
+
+
+def test_a_wrong_composition_is_left_out_with_the_reason() -> None:
+    right = case("gram")
+    wrong = replace(right, plain=lambda jacobian: 1.1 * jacobian @ jacobian.T, exact=op_cases.gram)
+    found = compare([right.fused_candidate(), wrong.plain_candidate(PLAIN, wrong.plain)], rounds=1)
+    assert found.left_out == {PLAIN: "PyTorch: expected a relative error <= 0.02, found 0.1"}
 
 
 def test_a_wrong_op_is_not_timed() -> None:
     right = case("sample_mse")
     wrong = replace(right, fused=lambda pred, target: 2 * op_cases.sample_mse(pred, target))
     with pytest.raises(GateError, match="diffmtl_fast: expected a relative error <= 1e-05, found 1"):
-        compare([right.candidate(PLAIN, right.plain, None), wrong.fused_candidate()], rounds=1)
+        compare([right.plain_candidate(PLAIN, right.plain), wrong.fused_candidate()], rounds=1)
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)], ids=str)
@@ -66,7 +76,7 @@ def test_moved_bytes(dtype: torch.dtype, size: int) -> None:
         "gram of parts": 5 * parameters,
         "combine_ into .grad": 6 * parameters,
         "cluster_sum": QUICK.rows * QUICK.columns,
-        "group_norm_backward": 5 * 3 * 8 * 5 * 3,  # gradient and input twice, and the result
+        "group_norm_backward": 3 * 3 * 8 * 5 * 3,  # gradient, input and result
     }
     for op, moved in expected.items():
         assert case(op, dtype).moved == moved * size, op
@@ -95,6 +105,21 @@ def test_the_yardstick_moves_the_bytes_it_says() -> None:
     assert fused_ops.moved(1, "copy") == 2 * fused_ops.moved(1, "read") == 2 * memory._source.nbytes
     memory.candidate("copy").run()
     assert torch.equal(memory._copy, memory._source)
+
+
+def test_what_the_compiler_takes_part_in() -> None:
+    found = {
+        (work.parameters["op"], work.parameters["dtype"])
+        for work in fused_ops.benchmarks(Options("cpu"))
+        if COMPILED in work.ways
+    }
+    assert {("gram", dtype) for dtype in ("float32", "bfloat16")} <= found
+    assert ("sample_mse", "float32") in found
+    assert ("sample_mse", "bfloat16") not in found
+    full = fused_ops.benchmarks(Options("cpu", "full"))
+    assert ("sample_mse", "bfloat16") in {
+        (work.parameters["op"], work.parameters["dtype"]) for work in full if COMPILED in work.ways
+    }
 
 
 @pytest.mark.compile
