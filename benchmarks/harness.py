@@ -137,9 +137,12 @@ def compare(
         repeats.append(max(1, math.ceil(least / clock(candidate.run, 1))) if least else 1)
     contenders = [*(candidate for candidate, _ in gated), candidates[0]]
     repeats.append(repeats[0])
-    seconds = _rounds(contenders, rounds, clock, repeats, allowance, grace)
+    seconds, failed = _rounds(contenders, rounds, clock, repeats, allowance, grace)
+    left_out |= failed
     ways = []
     for j, (candidate, error) in enumerate(gated):
+        if candidate.name in failed:
+            continue
         turns = np.flatnonzero(~np.isnan(seconds[:, j]))
         role = roles[candidate.name] if roles else "ours"
         notes = candidate.notes() if candidate.notes else {}
@@ -155,22 +158,34 @@ def _rounds(
     repeats: Sequence[int],
     allowance: float,
     grace: float,
-) -> NDArray[np.float64]:
-    """Take turns, the yardstick first and last; the seconds [rounds, contenders], NaN where one sat out."""
+) -> tuple[NDArray[np.float64], dict[str, str]]:
+    """Take turns, the yardstick first and last.
+
+    Returns:
+        The seconds [rounds, contenders], NaN where one sat out, and the peers that failed, with the reason.
+    """
     always = (0, len(contenders) - 1)
     seconds = np.full((rounds, len(contenders)), np.nan)
     shuffle = random.Random(0).shuffle
     order = list(range(len(contenders)))
+    failed: dict[str, str] = {}
     for i in range(rounds):
         shuffle(order)
         spent = np.nansum(seconds, axis=0) * repeats
         for j in order:
+            contender = contenders[j]
+            if contender.name in failed:
+                continue
             if i == 0 or j in always or spent[j] <= max(grace, allowance * spent[0]):
-                begin = contenders[j].begin
-                if begin is not None:
-                    begin(i)
-                seconds[i, j] = clock(contenders[j].run, repeats[j])
-    return seconds
+                if contender.begin is not None:
+                    contender.begin(i)
+                try:
+                    seconds[i, j] = clock(contender.run, repeats[j])
+                except Exception as failure:
+                    if not contender.peer:
+                        raise
+                    failed[contender.name] = _reason(failure)
+    return seconds, failed
 
 
 def _gate_all(
@@ -184,8 +199,16 @@ def _gate_all(
         except Exception as failure:
             if not candidate.peer:
                 raise
-            left_out[candidate.name] = _reason(failure)
+            left_out[candidate.name] = "; ".join([_reason(failure), *_faults(candidate)])
     return gated, left_out
+
+
+def _faults(candidate: Candidate) -> list[str]:
+    """Return what is known to be wrong with a candidate that is not timed, if it can still say so."""
+    try:
+        return list(candidate.notes().get("faults", ())) if candidate.notes else []
+    except Exception as failure:
+        return [f"its faults are not known: {_reason(failure)}"]
 
 
 def _gate(candidate: Candidate) -> float | None:

@@ -62,8 +62,8 @@ class Case:
         exact: the definition, where `plain` is something else; it is given the inputs in float64.
         compiles: whether `plain` is something for torch.compile.
         tolerance: largest relative error of the op; that of its dtype by default.
-        plain_tolerance: of `plain`, compiled or not; that of its dtype by default, infinite if its result cannot be
-            known, as of noise that it draws itself.
+        plain_tolerance: of `plain`, compiled or not; that of its dtype by default, infinite if its result cannot
+            be known, as of noise that it draws itself.
     """
 
     op: str

@@ -1,8 +1,8 @@
 """What is measured: for every capability, pieces of work and the ways of doing them.
 
-A way belongs to a role: *limit*, the least that the work consists of, done plainly (a plain step, memory read or copied, one small
-solve), which is measured and no bound: a way whose data stay in the caches, or that does the same with less overhead,
-can be below it; *ours*; *reference*, the published procedure; *baseline*, what an expert writes by hand or lets a compiler make;
+A way belongs to a role: *limit*, the least that the work consists of, done plainly (a plain step, memory read or
+copied, one small solve), measured and no bound: what stays in the caches or has less overhead can be below it;
+*ours*; *reference*, the published procedure; *baseline*, what an expert writes by hand or lets a compiler make;
 *peer*, other libraries. Names and roles are known before anything is built, so that a way that fails is missed.
 """
 

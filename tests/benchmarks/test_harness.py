@@ -136,6 +136,28 @@ def test_peers_that_fail_are_left_out_with_the_reason() -> None:
         compare([Candidate("base", Counter()), Candidate("ours", Counter(), broken)], rounds=1)
 
 
+def test_what_is_wrong_with_a_refused_peer_is_said() -> None:
+    def notes() -> dict[str, object]:
+        return {"faults": ["rounds half to even", "begins early"]}
+
+    def unknown() -> dict[str, object]:
+        raise ValueError("no such thing")
+
+    found = compare(
+        [
+            Candidate("yardstick", lambda: None),
+            Candidate("theirs", lambda: None, lambda: 0.5, 0.1, peer=True, notes=notes),
+            Candidate("others", lambda: None, lambda: 0.5, 0.1, peer=True, notes=unknown),
+        ],
+        rounds=1,
+    )
+    refused = "expected a relative error <= 0.1, found 0.5"
+    assert found.left_out == {
+        "theirs": f"theirs: {refused}; rounds half to even; begins early",
+        "others": f"others: {refused}; its faults are not known: ValueError: no such thing",
+    }
+
+
 def test_relative_error() -> None:
     assert relative_error(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0])) == pytest.approx(0.1)
 
