@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# What a machine with a GPU shows in ten minutes, without a network: installs this checkout, runs the GPU tests, those
-# of the kernels on small shapes under compute-sanitizer too, times the kernels against the memory, training steps of
-# DiT-S/2 and DiT-B/2 (bf16 autocast, with and without torch.compile) and a whole training, and prints the tables last.
+# What a machine with a GPU shows in ten minutes, without a network: installs this checkout, runs the GPU tests, times
+# the kernels against the memory, training steps of DiT-S/2 and DiT-B/2 (bf16 autocast) with their peak memory, the
+# weights and a whole training; then, in what time is left, steps under torch.compile and the kernels' tests under
+# compute-sanitizer. Prints the tables last. Status 1 if a required part, one of those before "then", is missing or cut.
 #
 #   benchmarks/gpu.sh [FOLDER]          results, logs and report.md go there; default runs/gpu
 #
@@ -12,81 +13,96 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-runs/gpu}
-python=${PYTHON:-python3} device=${DEVICE:-cuda} models=${MODELS:-dit-s2 dit-b2} batch=${BATCH:-256}
-scale=${SCALE:-default} tests=${TESTS:-tests/kernels tests/ops tests/gradients} install=${INSTALL:-1}
+python=${PYTHON:-python3} device=${DEVICE:-cuda} batch=${BATCH:-256} scale=${SCALE:-default} install=${INSTALL:-1}
+read -ra models <<<"${MODELS:-dit-s2 dit-b2}"
+read -ra tests <<<"${TESTS:-tests/kernels tests/ops tests/gradients}"
 sanitizer=${SANITIZER:-compute-sanitizer}
 mkdir -p "$out" || exit 2
 out=$(cd "$out" && pwd)
-end=$((SECONDS + ${TIME:-600} - 15)) # the rest is for the report
-summary=""
+time=${TIME:-600}
+end=$((SECONDS + time - 15)) # the rest is for the report
+summary="" missing="" failed=0
 
-# part NAME SECONDS COMMAND...: run it for at most so long, as far as there is time left; go on if it fails
+# part KIND NAME SECONDS COMMAND...: run it for at most so long, as far as there is time left; go on if it fails
 part() {
-  local name=$1 limit=$2 begin=$SECONDS left=$((end - SECONDS)) status=0 word
-  shift 2
+  local kind=$1 name=$2 limit=$3 begin=$SECONDS left=$((end - SECONDS)) status=0 word
+  shift 3
+  [[ $kind == optional ]] || limit=$((limit * time / 600 + 1)) # what is said below is for ten minutes
   limit=$((limit < left ? limit : left))
   if ((limit <= 0)); then
-    summary+="| $name | no time left | |"$'\n'
-    return 1
+    word="no time left"
+    status=124
+  else
+    echo "== $name (at most $limit s)"
+    # The suite ends in order when it is told to; what does not end then is killed.
+    timeout --kill-after=15 "$limit" "$@" >"$out/$name.log" 2>&1 || status=$?
+    case $status in
+      0) word="done" ;;
+      5) word="nothing of it at this scale" ;;
+      124 | 137) word="stopped at its limit" ;;
+      *) word="failed with status $status, see $name.log" failed=1 ;;
+    esac
   fi
-  echo "== $name (at most $limit s)"
-  # The suite ends in order when it is told to; what does not end then is killed.
-  timeout --kill-after=15 "$limit" "$@" >"$out/$name.log" 2>&1 || status=$?
-  case $status in
-    0) word="done" ;;
-    5) word="nothing of it at this scale" ;;
-    124 | 137) word="stopped at its limit" ;;
-    *) word="failed with status $status, see $name.log" ;;
-  esac
-  summary+="| $name | $word | $((SECONDS - begin)) s |"$'\n'
+  summary+="| $name | $kind | $word | $((SECONDS - begin)) s |"$'\n'
+  [[ $kind == optional ]] || ((status == 0)) || missing+="${missing:+; }$name ($word)"
   return "$status"
 }
 
-# bench NAME SECONDS OPTION...: a part of the suite, with a JSON file of its own
+# bench KIND NAME SECONDS OPTION...: a part of the suite, with a JSON file of its own
+files=()
 bench() {
-  local name=$1 limit=$2
-  shift 2
-  part "$name" "$limit" "$python" -m pytest benchmarks/bench_suite.py -q -p no:cacheprovider \
-    --device "$device" --scale "$scale" --batch "$batch" --no-memory --results "$out" --machine "$name" "$@"
+  local kind=$1 name=$2 limit=$3
+  shift 3
+  rm -f "$out/$name.json"
+  part "$kind" "$name" "$limit" "$python" -m pytest benchmarks/bench_suite.py -q -p no:cacheprovider \
+    --device "$device" --scale "$scale" --batch "$batch" --results "$out" --machine "$name" "$@"
+  [[ -s $out/$name.json ]] && files+=("$out/$name.json")
 }
 
+# What is left is for the optional parts in equal shares.
+optional=$((${#models[@]} + 1))
+share() {
+  echo $(((end - SECONDS) / optional))
+}
+
+rm -f "$out/report.md"
 if ((install)); then
-  part install 90 "$python" -m pip --disable-pip-version-check install --no-build-isolation --no-deps -e . ||
+  part required install 40 "$python" -m pip --disable-pip-version-check install --no-build-isolation --no-deps -e . ||
     { tail -n 20 "$out/install.log"; exit 1; }
 fi
-rm -f "$out"/*.json
 export DIFFMTL_TEST_DEVICE=$device
 workers=()
-"$python" -c "import xdist" 2>/dev/null && workers=(-n 4)
-# shellcheck disable=SC2086
-part tests 110 "$python" -m pytest -q -p no:cacheprovider "${workers[@]}" $tests
-# After the tests, whose builds of the kernels it finds in Triton's cache. Of a block that PyTorch's allocator keeps for
-# later, the sanitizer could not tell the tensor's end, and the driver's answers about pointers that are not its own,
-# which PyTorch asks for, are no errors.
+cores=$(nproc)
+((cores >= 8)) && "$python" -c "import xdist" 2>/dev/null && workers=(-n 4)
+part required tests 110 "$python" -m pytest -q -p no:cacheprovider "${workers[@]}" "${tests[@]}"
+bench required roofline 80 -k fused --no-memory
+for model in "${models[@]}"; do
+  bench required "step_$model" $((180 / ${#models[@]})) -k "full and training and step and not compile" \
+    --models "$model"
+done
+bench required weights 25 -k "Nash and weights" --no-compile --no-memory
+bench required end_to_end 55 -k "fixed" --no-compile --no-memory
+
+for model in "${models[@]}"; do
+  bench optional "compiled_$model" "$(share)" -k "full and training and step and compile" --models "$model" --no-memory
+  ((optional--))
+done
+# Of a block that PyTorch's allocator keeps for later, the sanitizer could not tell the tensor's end, and the driver's
+# answers about pointers that are not its own, which PyTorch asks for, are no errors.
 if command -v "$sanitizer" >/dev/null; then
   large="4096 or 4097 or 4099 or 97 or 1200 or 1500 or beyond_32_bits"
-  part sanitizer 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --error-exitcode 1 --report-api-errors no \
-    "$python" -m pytest -q -p no:cacheprovider tests/kernels -k "not ($large)"
+  part optional sanitizer "$(share)" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --error-exitcode 1 \
+    --report-api-errors no "$python" -m pytest -q -p no:cacheprovider tests/kernels -k "not ($large)"
 else
-  summary+="| sanitizer | $sanitizer not found | |"$'\n'
+  summary+="| sanitizer | optional | $sanitizer not found | |"$'\n'
 fi
-bench roofline 100 -k fused
-for model in $models; do
-  bench "step_$model" 110 -k "full and not compile" --models "$model"
-done
-for model in $models; do
-  bench "compiled_$model" 110 -k "full and compile" --models "$model"
-done
-bench weights 40 -k "Nash and weights" --no-compile
-bench end_to_end 60 -k "fixed" --no-compile
 
-shopt -s nullglob
-files=("$out"/*.json)
 if ((${#files[@]})); then
   "$python" -m diffmtl_fast.cli bench report "${files[@]}" --out "$out" >"$out/report.log" 2>&1 ||
     { tail -n 5 "$out/report.log"; exit 1; }
   cat "$out/report.md"
 fi
-printf '\n| part | | time |\n|---|---|---|\n%s' "$summary"
-((${#files[@]})) || { echo "Nothing was measured."; exit 1; }
-[[ $summary != *failed* ]]
+printf '\n| part | | | time |\n|---|---|---|---|\n%s' "$summary"
+[[ -z $missing ]] || printf '\nINCOMPLETE, required parts are missing: %s.\n' "$missing"
+((${#files[@]})) || echo "Nothing was measured."
+[[ -z $missing ]] && ((!failed))

@@ -40,7 +40,7 @@ class Options:
         device: cpu or cuda.
         scale: how much of it.
         compile: let torch.compile make its baselines.
-        memory: measure peak memory, in a fresh process for each way.
+        memory: measure peak memory, on a CPU in a fresh process for each way.
         rounds: rounds of every comparison; by default each has its own number.
         models: names of models; by default those that suit device and scale.
         batch: batch size of the models; by default what suits the device.
@@ -180,13 +180,19 @@ def _settle(options: Options) -> None:
 
 
 def _peaks(benchmark: Benchmark, options: Options) -> dict[str, int]:
-    """Return the peak memory of every way, each in a process of its own; those that fail have none."""
+    """Return the peak memory of every way; those that fail have none.
+
+    Each is measured in a process of its own, but on a GPU in this one: what other ways have allocated does not
+    count there, and every process would first set up the device.
+    """
     found = {}
     for name in benchmark.ways:
+        work = options, benchmark.group, benchmark.case, name
         try:
-            found[name] = in_fresh_process(peak_of, options, benchmark.group, benchmark.case, name)
+            found[name] = peak_of(*work) if options.gpu else in_fresh_process(peak_of, *work)
         except LeftOut as failure:
             print(f"{name}: no peak memory, {failure}", flush=True)
+        _settle(options)
     return found
 
 

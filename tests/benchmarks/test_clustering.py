@@ -16,7 +16,7 @@ def test_every_way_finds_the_least_cost(n: int, k: int) -> None:
     ways = [work.ours("ours", "absolute"), work.ours("ours, squared", "squared")]
     ways.append(work.candidate("by hand", "absolute", lambda: clustering.by_hand(x, k)))
     for name, kind, solve in (
-        ("kmeans1d", "squared", clustering.by_kmeans1d),
+        ("kmeans1d", "squared", lambda x, k: clustering.cuts(clustering.by_kmeans1d(x, k))),
         ("ruptures", "absolute", clustering.by_ruptures),
     ):
         if n >= 30:  # ruptures makes no cluster of a single element, which small optima have
@@ -48,3 +48,19 @@ def test_a_dearer_partition_is_refused() -> None:
     with pytest.raises(GateError, match="diffmtl_fast: expected a relative error <= 1e-09"):
         compare([work.limit(), wrong], 1)
     assert measure(found, options).left_out == dict.fromkeys(("published", "ruptures"), clustering.TOO_SLOW)
+
+
+@pytest.mark.parametrize("kind", clustering.KINDS)
+def test_an_optimum_is_settled_and_a_moved_boundary_is_not(kind: str) -> None:
+    x = clustering.normal(2000)
+    found = clustering.cluster_intervals(clustering.KINDS[kind](x), 2000, 20).boundaries
+    assert clustering.settled(kind, x, found)
+    for shift in (-20, 20):
+        moved = found.copy()
+        moved[10] += shift
+        assert not clustering.settled(kind, x, moved)
+
+
+def test_one_thread_stands_beside_kmeans1d() -> None:
+    work = next(b for b in clustering.benchmarks(Options("cpu")) if b.parameters.get("T") == 1_000_000)
+    assert {clustering.ONE_THREAD, "kmeans1d"} < work.ways.keys()
