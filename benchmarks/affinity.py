@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
 
 from benchmarks.harness import Candidate
 from benchmarks.reference import pairwise_cosines, timestep_gradients
@@ -24,11 +25,12 @@ from diffmtl_fast.analysis import task_affinity
 from diffmtl_fast.bench.results import Role
 
 GROUP = "task affinity"
-LIMIT, OURS, PUBLISHED, BY_HAND = (
+LIMIT, OURS, PUBLISHED, BY_HAND, VMAP = (
     "gradient of everything",
     "diffmtl_fast",
     "published",
     "normalise, then G @ G.T",
+    "vmap(grad), then G @ G.T",
 )
 TOLERANCE = 1e-4  # float32 gradients of two ways of running the model
 BATCH = 128
@@ -86,6 +88,21 @@ class Problem:
         unit = nn.functional.normalize(torch.stack(self.gradients()), dim=1)
         return (unit @ unit.T).numpy()
 
+    def by_vmap(self) -> NDArray[np.float64]:
+        """The gradients of many timesteps at once, as many as fill a batch; the pairs in one product."""
+        parameters = {name: p.detach() for name, p in self.model.named_parameters()}
+
+        def loss(parameters: dict[str, Tensor], t: Tensor) -> Tensor:
+            def model(*inputs: Tensor) -> Any:
+                return functional_call(self.model, parameters, inputs)
+
+            return self.loss(model, t.expand(self.samples)).mean()
+
+        at_once = vmap(grad(loss), in_dims=(None, 0), chunk_size=max(1, BATCH // self.samples))
+        found = at_once(parameters, torch.arange(self.timesteps, device=self.device))
+        unit = nn.functional.normalize(torch.cat([g.flatten(1) for g in found.values()], dim=1), dim=1)
+        return (unit @ unit.T).cpu().numpy()
+
     def ours(self) -> NDArray[np.float64]:
         return task_affinity(
             self.model, self.loss, self.timesteps, samples=self.samples, batch_size=BATCH
@@ -109,22 +126,24 @@ def benchmarks(options: Options) -> Iterator[Benchmark]:
 
 
 def _benchmark(options: Options, channels: tuple[int, int], timesteps: int, samples: int) -> Benchmark:
-    ways: dict[str, Role] = {LIMIT: "limit", OURS: "ours", PUBLISHED: "reference", BY_HAND: "baseline"}
+    ways: dict[str, Role] = {LIMIT: "limit", OURS: "ours", PUBLISHED: "reference"}
+    ways |= {BY_HAND: "baseline", VMAP: "baseline"}
 
     def build() -> list[Candidate]:
         problem = Problem(channels, timesteps, samples, torch.device(options.device))
 
-        def gated(name: str, run: Callable[[], NDArray[np.float64]]) -> Candidate:
+        def gated(name: str, run: Callable[[], NDArray[np.float64]], peer: bool = False) -> Candidate:
             def error() -> float:
                 return float(np.abs(run() - problem.exact).max())
 
-            return Candidate(name, run, error, TOLERANCE)
+            return Candidate(name, run, error, TOLERANCE, peer)
 
         return [
             Candidate(LIMIT, problem.limit),
             gated(OURS, problem.ours),
             gated(PUBLISHED, problem.published),
             gated(BY_HAND, problem.by_hand),
+            gated(VMAP, problem.by_vmap, peer=True),  # which has no rule for every operation
         ]
 
     return Benchmark(
