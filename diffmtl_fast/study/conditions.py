@@ -107,7 +107,7 @@ def _cost_noise(results: Results) -> str:
         )
     slopes = [_slope(results, seed) for seed in results.seeds(VANILLA)]
     known = [slope for slope in slopes if np.isfinite(slope)]
-    if known:
+    if known and np.mean(known) > 0.05:  # else it did not fall
         text += (
             " A cost that is 1 % too high makes the Fréchet distance at equal time about "
             f"{np.mean(known):.1f} % too high, as plain training improves by so much with 1 % more steps "
@@ -157,6 +157,8 @@ def _undertraining(results: Results) -> str:
     if not falls:
         return ""
     before, end = np.mean(falls, axis=0)
+    if end >= before:
+        return ""
     steps = results.plan.iterations // results.plan.evaluations
     return (
         f"Training is short: over its last {steps} iterations the Fréchet distance of plain training still "

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .._extras import require
@@ -91,15 +92,14 @@ def comparisons(path: Path, panels: dict[str, tuple[list[str], Differences]]) ->
             axis.plot(np.exp(mean), place, "o", color=shade, markersize=5)
         axis.axvline(1.0, color="black", linewidth=0.8)
         axis.set_xscale("log")
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_formatter(_some_labels())
-        axis.tick_params(axis="x", which="both", labelsize=8)
         axis.set_ylim(number - 0.5, -0.5)
         first = axis is axes.flat[0] or axis.get_subplotspec().is_first_col()
         axis.set_yticks(np.arange(len(names)), names if first else [], fontsize=9)
         axis.set_xlabel("ratio to plain training, logarithmic axis")
         axis.set_title(title, fontsize=10)
-        axis.grid(axis="x", alpha=0.25, which="both")
+        axis.grid(axis="x", alpha=0.25)
+    for row in axes:
+        _label_ratios(row[0])  # the panels of a row share their axis
     line = require("matplotlib.lines", "train").Line2D
     meanings = {_BELOW: "below 1: better, faster", _ABOVE: "above 1: worse, slower", _UNDECIDED: "undecided"}
     handles = [
@@ -109,25 +109,39 @@ def comparisons(path: Path, panels: dict[str, tuple[list[str], Differences]]) ->
     save(figure, path)
 
 
+def _label_ratios(axis: Any) -> None:
+    """Ticks at 1, 2 and 5 times powers of ten, or closer ones where the axis is short."""
+    ticker = require("matplotlib.ticker", "train")
+    low, high = axis.get_xlim()
+    wide = high > 4 * low
+    axis.xaxis.set_major_locator(
+        ticker.LogLocator(subs=(1.0, 2.0, 5.0), numticks=8) if wide else ticker.MaxNLocator(5)
+    )
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_locator(ticker.NullLocator())
+
+
 def samples(path: Path, pictures: dict[str, Tensor]) -> None:
     """Pictures of every method, a row each and a column for each class.
 
     Args:
         path: the picture file.
-        pictures: float [N, C, H, W] in [-1, 1], by title.
+        pictures: float [N, C, H, W] in [-1, 1], by title, all of the same shape.
     """
-    columns = max(len(each) for each in pictures.values())
-    figure = new_figure(0.5 * columns + 2.2, 0.5 * len(pictures) + 0.1)
-    grid = figure.subplots(
-        len(pictures), columns, squeeze=False, gridspec_kw={"wspace": 0.06, "hspace": 0.06}
-    )
-    for axes, (title, row) in zip(grid, pictures.items(), strict=True):
-        images = ((row.clamp(-1, 1) + 1) / 2).movedim(1, -1).numpy()
-        for axis in axes:
-            axis.set_axis_off()
-        for axis, image in zip(axes, images, strict=False):
-            axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=1)
-        axes[0].text(-0.2, 0.5, title, transform=axes[0].transAxes, ha="right", va="center", fontsize=9)
+    images = ((torch.stack([*pictures.values()]).clamp(-1, 1) + 1) / 2).movedim(2, -1)
+    rows, columns, height, width, channels = images.shape
+    margin = max(1, width // 8)
+    mosaic = torch.ones(rows, height + margin, columns, width + margin, channels)
+    mosaic[:, :height, :, :width] = images.movedim(1, 2)
+    mosaic = mosaic.reshape(rows * (height + margin), columns * (width + margin), channels)
+    # The height leaves room, so that it is the width that the pictures and their titles fill.
+    figure = new_figure(0.5 * columns + 2.2, 0.56 * rows * (height + margin) / (width + margin) + 0.2)
+    axis = figure.subplots()
+    axis.imshow(mosaic.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axis.set_yticks((np.arange(rows) + 0.5) * (height + margin) - margin / 2, pictures, fontsize=10)
+    axis.set_xticks([])
+    axis.tick_params(length=0)
+    axis.set_frame_on(False)
     save(figure, path)
 
 

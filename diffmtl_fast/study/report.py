@@ -115,7 +115,7 @@ def _claims(results: Results, levels: np.ndarray) -> str:
         "## What reproduces\n\n"
         + table(["paper", "observation", "here", "figures"], rows)
         + "\n\nANT: Go et al., NeurIPS 2023, arXiv 2306.00354. Curriculum: Kim et al., ICLR 2025, arXiv "
-        "2403.10348. Every verdict is computed by a rule that was fixed before the figures were seen. "
+        "2403.10348. Every verdict is computed by a rule. "
         "Unless the criterion says otherwise:\n\n"
         + "\n".join(f"- *{verdict}*: {rule};" for verdict, rule in VERDICTS.items()).rstrip(";")
         + ".\n\nCriteria:\n\n"
@@ -211,8 +211,10 @@ def _noise(found: Differences, names: list[str]) -> str:
     )
     doubtful = [name for name, suspect in zip(names, found.suspect, strict=True) if suspect]
     if doubtful:
-        listed = ", ".join(doubtful)
+        listed = "; ".join(doubtful)
         text += f" **More than twice as noisy, so that their intervals may be too narrow: {listed}.**"
+    if 2 * len(doubtful) > len(names):
+        text += " What most rows share is plain training, which is likely the noisy one."
     return text
 
 
@@ -313,8 +315,8 @@ def _transfer(results: Results, out: Path) -> str:
     return "\n\n".join(
         [
             "## Negative transfer and difficulty",
-            "An expert of an interval is plain training on its timesteps alone. It denoises inside its interval, "
-            "plain training elsewhere: below a gap of 0 or a ratio of 1 the expert is better.",
+            "An expert of an interval is plain training on its timesteps alone. It denoises inside its "
+            "interval, plain training elsewhere: below a gap of 0 or a ratio of 1 the expert is better.",
             "![Fréchet distance with the expert of every interval over that without](negative-transfer.png)",
             table(headers, rows, numbers=True),
             _exposure(results, bool(measured)),
@@ -325,19 +327,19 @@ def _transfer(results: Results, out: Path) -> str:
 def _exposure(results: Results, measured: bool) -> str:
     plan = results.plan
     flattering = (
-        f"At equal iterations an expert has had as many steps as plain training, all of them on one of "
-        f"{plan.intervals} intervals, and has seen each of its timesteps {plan.intervals} times as often: while "
-        "plain training is far from converged, a gap below 0 may show no more than that."
+        "At equal iterations an expert has had as many steps as plain training, all of them on one of "
+        f"{plan.intervals} intervals, and has seen each of its timesteps {plan.intervals} times as often: "
+        "while plain training is far from converged, a gap below 0 may show no more than that."
     )
     if not measured:
         why = "" if plan.exposures else ": the experts keep no checkpoint so early; more evaluations would"
         return f"{flattering} The gap at equal exposure, which would tell, is not measured{why}."
     return (
-        f"{flattering} At equal exposure, after {plan.equal_exposure:.0f} of {plan.iterations} iterations, it has "
-        f"seen them as often as plain training has, in 1/{plan.intervals} of the optimizer's steps. That is "
-        "against the experts: where one is better nevertheless, the other timesteps do harm, but where none is, "
-        "harm is not ruled out. Experts keep checkpoints at some iterations only; in between the logarithm of the "
-        "ratio is interpolated in that of the iteration."
+        f"{flattering} At equal exposure, after {plan.equal_exposure:.0f} of {plan.iterations} iterations, "
+        f"it has seen them as often as plain training has, in 1/{plan.intervals} of the optimizer's steps. "
+        "That is against the experts: where one is better nevertheless, the other timesteps do harm, but "
+        "where none is, harm is not ruled out. Experts keep checkpoints at some iterations only; in "
+        "between the logarithm of the ratio is interpolated in that of the iteration."
     )
 
 
