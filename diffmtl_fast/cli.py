@@ -293,6 +293,12 @@ def _affinity_parser(jsonargparse: Any) -> Any:
         type=int,
         help="random combinations kept per gradient, a power of two such as 4096; exact if not given",
     )
+    parser.add_argument(
+        "--disattenuate",
+        action="store_true",
+        help="correct the cosines for the noise of few images, which two halves of them tell; writes "
+        "affinity-disattenuated.*",
+    )
     parser.add_argument("--memory", type=float, default=2.0, help="for gradients, in GiB")
     parser.add_argument("--seed", type=int, default=0, help="of images, noise and projection")
     return parser
@@ -560,6 +566,7 @@ def _affinity(options: Any) -> None:
         samples=options.samples,
         batch_size=options.batch_size,
         projection=options.projection,
+        disattenuate=options.disattenuate,
         memory=int(options.memory * 2**30),
         seed=options.seed,
     )

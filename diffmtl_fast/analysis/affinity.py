@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -43,17 +43,42 @@ class TaskAffinity:
         by_checkpoint: float64 [checkpoints, n, n], each symmetric with ones on the diagonal.
         error_bound: bound on the root mean square error that random projection makes in any one cosine, over the
             draw of the projection; 0 without one. How much the cosines vary with the samples comes on top.
+        reliability: float64 [checkpoints, n], of every gradient: the share of its squared norm that is not the
+            noise of the samples, estimated from two halves of them, and below 0 by chance where there is hardly
+            any. None if it was not measured.
     """
 
     tasks: IntervalClustering
     checkpoints: tuple[str, ...]
     by_checkpoint: Array
     error_bound: float = 0.0
+    reliability: Array | None = None
 
     @property
     def cosines(self) -> Array:
         """The task affinity scores: the mean over the checkpoints, float64 [n, n]."""
         return self.by_checkpoint.mean(0)
+
+    @property
+    def disattenuated(self) -> TaskAffinity:
+        """The cosines of the gradients that infinitely many samples would have.
+
+        Independent noise leaves the product of two gradients as it is in the mean and makes both longer, which
+        draws their cosine c_ij towards 0, the more the lower their reliabilities r_i, r_j. Spearman's correction
+        for attenuation is c_ij / √(r_i r_j), and 1 for i = j; chance may take it beyond ±1, and where a
+        reliability is not above 0 it is NaN. Source: Spearman, "The proof and measurement of association between
+        two things", American Journal of Psychology 15, 1904.
+
+        Raises:
+            ValueError: reliabilities were not measured.
+        """
+        if self.reliability is None:
+            raise ValueError("disattenuated: expected a measurement with reliability=True, found one without")
+        root = np.sqrt(np.where(self.reliability > 0.0, self.reliability, math.nan))
+        corrected = self.by_checkpoint / (root[:, :, None] * root[:, None])
+        diagonal = np.arange(self.tasks.k)
+        corrected[:, diagonal, diagonal] = 1.0
+        return replace(self, by_checkpoint=corrected)
 
     @property
     def matrix(self) -> Array:
@@ -77,6 +102,7 @@ def task_affinity(
     batch_size: int = 128,
     strided: bool = False,
     projection: int | None = None,
+    reliability: bool = False,
     folder: str | Path | None = None,
     memory: int = 2 * 2**30,
     engine: EngineName = "auto",
@@ -90,8 +116,8 @@ def task_affinity(
     Diffusion Models", NeurIPS 2023, arXiv 2306.00354). A pass forms the gradients of as many tasks as fill a
     batch; their Gramian, in tiles, holds all pairs.
 
-    The samples of a gradient make it noisy, which draws the cosines of different tasks towards 0: compare matrices
-    of equally many samples.
+    The samples of a gradient make it noisy, which draws the cosines of different tasks towards 0, and not those of
+    all tasks alike: compare matrices of equally many samples, or `TaskAffinity.disattenuated`.
 
     Args:
         model: as it is in training; its mode is left as it is, its weights are put back afterwards.
@@ -108,6 +134,8 @@ def task_affinity(
         projection: keep D random combinations of the elements of each gradient, a power of two such as 4096, in
             place of the gradient. The root mean square error of a cosine ρ is at most (2 + √2) / √D, and typically
             (1 − ρ²) / √D; see `RandomProjection`. Default: exact.
+        reliability: measure the reliabilities too, by a gradient for each half of a task's samples, from the same
+            passes: every other sample is of the second half. Takes memory for twice as many gradients in a pass.
         folder: where finished blocks of gradients are kept until their Gramian is done, and then the Gramian's
             cosines, so that an interrupted call with the same arguments goes on where it was. They take n · P
             elements, or n · D, of one checkpoint.
@@ -129,12 +157,15 @@ def task_affinity(
             raise ValueError(f"{name}: expected an integer >= 1, found {value!r}")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed: expected an integer >= 0, found {seed!r}")
+    if reliability and samples % 2:
+        raise ValueError(f"samples: expected an even number, for two halves, found {samples}")
     if checkpoints is not None and not checkpoints:
         raise ValueError("checkpoints: expected at least one, found none")
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("model: expected at least one parameter that requires a gradient, found none")
-    plan = _plan(parameters, tasks, samples, batch_size, projection, memory, folder is not None)
+    parts = 2 if reliability else 1
+    plan = _plan(parameters, tasks, samples, batch_size, parts, projection, memory, folder is not None)
     measure = _Measurement(model, loss, tasks, plan, strided, engine, seed)
     names = tuple(checkpoints or [_CURRENT])
     record = None if folder is None else _Record(Path(folder), measure.settings(names))
@@ -150,7 +181,8 @@ def task_affinity(
     finally:
         if before is not None:
             model.load_state_dict(before)
-    return TaskAffinity(tasks, names, np.stack(found), plan.error_bound)
+    by_checkpoint, reliabilities = (np.stack(values) for values in zip(*found, strict=True))
+    return TaskAffinity(tasks, names, by_checkpoint, plan.error_bound, reliabilities if reliability else None)
 
 
 @dataclass(frozen=True)
@@ -160,6 +192,7 @@ class _Plan:
     width: int  # P
     passes: tuple[int, ...]  # samples per task in each pass over the tasks of a block
     block: int  # tasks per pass
+    parts: int  # gradients per task, each of as many of its samples
     projection: int | None
 
     @property
@@ -172,6 +205,7 @@ def _plan(
     tasks: IntervalClustering,
     samples: int,
     batch_size: int,
+    parts: int,
     projection: int | None,
     memory: int,
     in_files: bool,
@@ -179,7 +213,7 @@ def _plan(
     width, size = sum(p.numel() for p in parameters), max(4, *(p.element_size() for p in parameters))
     each = min(samples, batch_size)
     full, rest = divmod(samples, each)
-    gradient = 3 * width * size  # in the Jacobian, its matrix, and a copy on the way to what is kept
+    gradient = 3 * parts * width * size  # in the Jacobian, its matrix, and a copy on the way to what is kept
     if gradient > memory / 2:
         raise ValueError(
             f"memory: expected at least {_gib(2 * gradient)} for one gradient of {width:,} elements, "
@@ -192,7 +226,7 @@ def _plan(
             f"{_gib(memory)}; give a folder to keep them in files, fewer tasks, or a projection"
         )
     block = max(1, min(tasks.k, batch_size // each, int(memory / 2 / gradient)))
-    return _Plan(width, (each,) * full + ((rest,) if rest else ()), block, projection)
+    return _Plan(width, (each,) * full + ((rest,) if rest else ()), block, parts, projection)
 
 
 class _Measurement:
@@ -211,10 +245,11 @@ class _Measurement:
         self.model, self.loss, self.tasks, self.plan = model, loss, tasks, plan
         self.strided, self.seed = strided, seed
         self.device = next(p.device for p in model.parameters() if p.requires_grad)
-        self.jacobian = ClusterJacobian(model, plan.block, engine=engine)
+        self.jacobian = ClusterJacobian(model, plan.block * plan.parts, engine=engine)
 
     def settings(self, names: Sequence[str]) -> dict[str, Any]:
         """What a result depends on, for a later run to compare."""
+        halves = {"parts": self.plan.parts} if self.plan.parts > 1 else {}
         return {
             "boundaries": self.tasks.boundaries.tolist(),
             "checkpoints": list(names),
@@ -224,47 +259,72 @@ class _Measurement:
             "projection": self.plan.projection,
             "strided": self.strided,
             "seed": self.seed,
+            **halves,
         }
 
-    def checkpoint(self, index: int, name: str, record: _Record | None, report: Progress) -> Array:
-        """The cosines [n, n] of the weights that the model has now."""
+    def checkpoint(
+        self, index: int, name: str, record: _Record | None, report: Progress
+    ) -> tuple[Array, Array]:
+        """The cosines [n, n] of the weights that the model has now, and reliabilities [n], NaN without halves."""
         total, done = self.tasks.k, index * self.tasks.k
         folder = None if record is None else record.folder(index, name, self.model)
         finished = None if folder is None else folder / "cosines.npy"
+        firsts, project = range(0, total, self.plan.block), self._projection()
+        reliability = None if self.plan.parts == 1 else Rows(folder, "reliability")
         if finished is not None and finished.exists():
             report.update(done + total, f"{name}: found")
-            return np.load(finished)
-        rows, firsts, project = Rows(folder), range(0, total, self.plan.block), self._projection()
+            return np.load(finished), self._reliability(reliability, firsts)
+        rows = Rows(folder)
         for first in firsts:
             if not rows.has(first):
-                rows.put(first, self._rows(first, project))
+                kept, reliable = self._rows(first, project)
+                if reliability is not None:
+                    reliability.put(
+                        first, reliable
+                    )  # before the rows, whose presence says that both are there
+                rows.put(first, kept)
             report.update(min(done + first + self.plan.block, done + total), name)
         found = cosines(gram(rows.blocks(firsts), self.device))
         if finished is not None:
             with replacing(finished) as aside:
                 _save(aside, found)
         rows.clear()
-        return found
+        return found, self._reliability(reliability, firsts)
+
+    def _reliability(self, blocks: Rows | None, firsts: Sequence[int]) -> Array:
+        if blocks is None:
+            return np.full(self.tasks.k, math.nan)
+        return np.concatenate(blocks.blocks(firsts))[:, 0]
 
     def _projection(self) -> RandomProjection | None:
         size = self.plan.projection
         return None if size is None else RandomProjection(self.plan.width, size, self.seed, self.device)
 
-    def _rows(self, first: int, project: RandomProjection | None) -> Tensor:
-        """What is kept of the gradients of the tasks first, first + 1, … of a block."""
-        number = min(self.plan.block, self.tasks.k - first)
+    def _rows(self, first: int, project: RandomProjection | None) -> tuple[Tensor, Tensor]:
+        """What is kept of the gradients of the tasks first, first + 1, … of a block, and reliabilities."""
+        number, parts = min(self.plan.block, self.tasks.k - first), self.plan.parts
+        done, samples = 0, sum(self.plan.passes)
         for turn, each in enumerate(self.plan.passes):
             generator = torch.Generator(self.device).manual_seed(_seed(self.seed, first, turn))
-            cluster = torch.arange(number, device=self.device).repeat_interleave(each)
-            t = self._timesteps(cluster + first, generator)
-            share = each / sum(self.plan.passes)
+            task = torch.arange(number, device=self.device).repeat_interleave(each)
+            t = self._timesteps(task + first, generator)
+            part = torch.arange(done, done + each, device=self.device) % parts
+            share = (part.bincount(minlength=parts).double() * parts / samples)[part].repeat(number)
+            done += each
 
-            def losses(run: Callable[..., Any], t: Tensor = t, share: float = share) -> Tensor:
-                return self.loss(run, t, generator) * share  # noqa: B023 (called before the next turn)
+            def losses(run: Callable[..., Any], t: Tensor = t, share: Tensor = share) -> Tensor:
+                found = self.loss(run, t, generator)  # noqa: B023 (called before the next turn)
+                return found * share.to(found.dtype)
 
-            self.jacobian(losses, cluster, add=turn > 0)
-        gradients = self.jacobian.matrix()[:number]
+            self.jacobian(losses, task * parts + part.repeat(number), add=turn > 0)
+        gradients = self.jacobian.matrix()[: number * parts]
         gradients = gradients.to(torch.promote_types(gradients.dtype, torch.float32))
+        noise = gradients.new_zeros(number, dtype=torch.float64)
+        if parts == 2:
+            halves = gradients.unflatten(0, (number, 2))
+            difference = (halves[:, 0] - halves[:, 1]) / 2
+            noise = torch.linalg.vector_norm(difference, dim=1, dtype=torch.float64)
+            gradients = halves[:, 0] - difference  # their mean
         norms = torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64)
         for wrong, what in ((~norms.isfinite(), "that is not finite"), (norms == 0, "of zeros")):
             if bool(wrong.any()):
@@ -273,7 +333,9 @@ class _Measurement:
                     f"loss: expected a gradient for timesteps {left} to {right - 1}, found one {what}"
                 )
         gradients /= norms[:, None]  # products of small ones would vanish in float32
-        return gradients if project is None else project(gradients)
+        # With halves a and b: a·b = ‖(a + b) / 2‖² − ‖(a − b) / 2‖², whose mean has no noise in it.
+        reliability = 1.0 - (noise / norms).square()
+        return (gradients if project is None else project(gradients)), reliability[:, None]
 
     def _timesteps(self, task: Tensor, generator: torch.Generator) -> Tensor:
         if not self.strided:

@@ -23,10 +23,11 @@ class Rows:
     Args:
         folder: where each block becomes a file, whole or absent, for a later run to find; None keeps them in
             memory.
+        name: of the files.
     """
 
-    def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path | None, name: str = "rows") -> None:
+        self._folder, self._name = folder, name
         self._blocks: dict[int, NDArray] = {}
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -55,12 +56,12 @@ class Rows:
         """Delete everything."""
         self._blocks.clear()
         if self._folder is not None:
-            for path in self._folder.glob("rows-*.npy"):
+            for path in self._folder.glob(f"{self._name}-*.npy"):
                 path.unlink()
 
     def _path(self, first: int) -> Path:
         assert self._folder is not None
-        return self._folder / f"rows-{first:08d}.npy"
+        return self._folder / f"{self._name}-{first:08d}.npy"
 
 
 def gram(blocks: Sequence[NDArray], device: torch.device | str = "cpu") -> NDArray[np.float64]:

@@ -64,30 +64,39 @@ def claims(results: Results, log_snr: np.ndarray) -> list[Claim]:
     ]
 
 
-def middles(results: Results) -> np.ndarray:
+def _middles(number: int, tasks: int) -> np.ndarray:
     """The middle timestep of every task of the affinities, int64 [tasks]."""
     from ..clustering import cluster_timesteps
 
-    assert results.affinity is not None
-    edges = cluster_timesteps(len(results.affinity), results.plan.tasks).boundaries
+    edges = cluster_timesteps(number, tasks).boundaries
     return (edges[:-1] + edges[1:]) // 2
 
 
 def _affinity(results: Results, name: str, places: np.ndarray) -> Claim:
     statement = f"O1: the affinity of two tasks falls as their distance in {name} grows"
     criterion = (
-        "Spearman's ρ of affinity and distance below 0, p ≤ 0.05 when tasks are permuted (Mantel test)"
+        "Spearman's ρ of affinity, corrected for attenuation by the noise of the images, and distance below 0, "
+        "p ≤ 0.05 when tasks are permuted (Mantel test)"
     )
-    if results.affinity is None:
+    if results.disattenuated is None:
         return Claim("ANT", statement, criterion, UNKNOWN, "")
-    index = middles(results)
-    distance = np.abs(np.subtract.outer(places[index], places[index]))
-    rho, p = matrix_correlation(results.affinity[np.ix_(index, index)], distance)
+    index = _middles(len(places), results.plan.tasks)
+    affinity = results.disattenuated[np.ix_(index, index)]
+    known = (
+        np.isfinite(affinity).sum(1) > 1
+    )  # a task whose own reliability is not known has its diagonal alone
+    evidence = f"{known.sum()} tasks, one run (seed 0)"
+    if not known.all():
+        evidence += f", {np.sum(~known)} tasks left out: nothing but noise"
+    if known.sum() < 3:
+        return Claim("ANT", statement, criterion, UNKNOWN, evidence)
+    affinity, place = affinity[np.ix_(known, known)], places[index[known]]
+    rho, p = matrix_correlation(affinity, np.abs(np.subtract.outer(place, place)))
     if p <= 0.05 and rho < 0:
         verdict = "reproduced"
     else:
         verdict = "contradicted" if rho > 0 and p >= 0.95 else "not shown"
-    return Claim("ANT", statement, criterion, verdict, f"ρ = {rho:.2f}, p = {p:.3f}, {len(index)} tasks")
+    return Claim("ANT", statement, criterion, verdict, f"ρ = {rho:.2f}, p = {p:.3f}, {evidence}")
 
 
 def _transfer(results: Results) -> Claim:

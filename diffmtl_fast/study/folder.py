@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..train.analysis import negative_transfer_file
+from ..train.analysis import affinity_file, negative_transfer_file
 from ..train.folder import RunFolder
 from .plan import VANILLA, VARIANTS, Plan, Variant
 
@@ -35,7 +35,12 @@ class StudyFolder:
     @property
     def affinity(self) -> Path:
         """The task affinities of plain training with the first seed, by which the variants cluster."""
-        return self.run(VANILLA, 0).analysis / "affinity.npy"
+        return affinity_file(self.run(VANILLA, 0))
+
+    @property
+    def disattenuated(self) -> Path:
+        """The same of more images and corrected for their noise, which the claims rest on."""
+        return affinity_file(self.run(VANILLA, 0), disattenuated=True)
 
     def gaps(self, seed: int, iteration: int | None = None) -> Path:
         """The negative transfer gaps of plain training with a seed, by experts at their end or at an iteration."""

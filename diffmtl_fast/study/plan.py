@@ -105,6 +105,11 @@ class Plan:
         return self.base.iterations
 
     @property
+    def more_samples(self) -> int:
+        """Images per task for the affinities that are corrected for the noise of the images."""
+        return 4 * self.samples
+
+    @property
     def equal_exposure(self) -> float:
         """The iterations after which an expert has seen each of its timesteps as often as a run of all of them."""
         return self.iterations / self.intervals

@@ -251,10 +251,16 @@ def _clusters(results: Results, study: StudyFolder, found: dict[str, IntervalClu
         "![The intervals of timesteps of every clustering](clusters.png)",
         "\n".join(f"- {name}: {intervals(each)}" for name, each in found.items() if each.k <= 10),
     ]
-    picture = study.affinity.with_suffix(".png")
-    if picture.exists():
-        shutil.copyfile(picture, out / "affinity.png")
-        parts += ["![Task affinities of plain training](affinity.png)"]
+    for matrix, words in (
+        (study.affinity, "Task affinities of plain training, by which the variants cluster"),
+        (study.disattenuated, "The same of more images, corrected for attenuation"),
+    ):
+        picture = matrix.with_suffix(".png")
+        if picture.exists():
+            shutil.copyfile(picture, out / picture.name)
+            parts += [f"![{words}]({picture.name})"]
+    if results.disattenuated is not None:
+        parts += [_attenuation(results)]
     rows = []
     for variant in results.cases():
         shares = [results.curves[variant.name, seed].conflicts for seed in results.seeds(variant)]
@@ -268,6 +274,16 @@ def _clusters(results: Results, study: StudyFolder, found: dict[str, IntervalClu
             "method forms the Gramian anyway.",
         ]
     return "\n\n".join(parts)
+
+
+def _attenuation(results: Results) -> str:
+    return (
+        "The noise of a few images draws the cosine c of two gradients towards 0, of noisy tasks more than of "
+        f"others. The second measurement, of {results.plan.more_samples} other images each, is c / √(r r′) with "
+        "the reliabilities r and r′ of the two gradients: the share of its squared norm that is not noise, "
+        "estimated from the gradients of two halves of the images (correction for attenuation, Spearman, 1904). "
+        "Observation O1 rests on it, and on one run."
+    )
 
 
 def _boundaries(plan: Plan, study: StudyFolder, levels: np.ndarray) -> dict[str, IntervalClustering]:

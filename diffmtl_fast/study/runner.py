@@ -109,6 +109,11 @@ def _stages(folder: StudyFolder, plan: Plan) -> list[list[Task]]:
 
     seeds = range(plan.seeds)
     affinity = Task("affinity", partial(tasks.measure_affinity, folder, plan), folder.affinity)
+    disattenuated = Task(
+        "affinity-disattenuated",
+        partial(tasks.measure_disattenuated_affinity, folder, plan),
+        folder.disattenuated,
+    )
     experts = [
         Task(
             f"expert-{index}-seed-{seed}",
@@ -132,7 +137,12 @@ def _stages(folder: StudyFolder, plan: Plan) -> list[list[Task]]:
         for iteration in plan.exposures
     ]
     calibration = Task("calibration", partial(tasks.measure_costs, folder, plan), folder.calibration)
-    return [[calibration], run_tasks(False), [affinity, *experts], [*run_tasks(True), *gaps, *early_gaps]]
+    return [
+        [calibration],
+        run_tasks(False),
+        [affinity, *experts],
+        [*run_tasks(True), *gaps, *early_gaps, disattenuated],
+    ]
 
 
 def _selected(task: Task, only: str) -> bool:

@@ -57,6 +57,19 @@ def measure_affinity(study: StudyFolder, plan: Plan) -> None:
         analysis.affinity(run, plan.base.device, tasks=plan.tasks, samples=plan.samples)
 
 
+def measure_disattenuated_affinity(study: StudyFolder, plan: Plan) -> None:
+    """Measure the task affinities of plain training with more images, corrected for their noise."""
+    if not study.disattenuated.exists():
+        analysis.affinity(
+            _plain_run(study, 0),
+            plan.base.device,
+            tasks=plan.tasks,
+            samples=plan.more_samples,
+            disattenuate=True,
+            seed=1,
+        )
+
+
 def train_one_expert(study: StudyFolder, plan: Plan, seed: int, index: int) -> None:
     """Train the expert of an interval, beside plain training with the same seed."""
     if study.gaps(seed).exists():

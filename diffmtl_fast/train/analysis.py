@@ -64,6 +64,7 @@ def affinity(
     samples: int = 16,
     batch_size: int = 128,
     projection: int | None = None,
+    disattenuate: bool = False,
     memory: int = 2 * 2**30,
     seed: int = 0,
 ) -> list[Path]:
@@ -78,11 +79,12 @@ def affinity(
         samples: see there.
         batch_size: see there.
         projection: see there.
+        disattenuate: correct them for the noise of the images, see `TaskAffinity.disattenuated`.
         memory: see there.
         seed: see there.
 
     Returns:
-        The files: the matrix, what it is of, and the picture.
+        The files: the matrix, what it is of, and the picture, ``affinity`` or ``affinity-disattenuated``.
 
     Raises:
         UserError: the run has no intact checkpoint, or an argument is out of range.
@@ -95,6 +97,7 @@ def affinity(
         groups = cluster_timesteps(number, number if tasks is None else tasks)
     options: dict[str, Any] = {
         "strided": strided, "samples": samples, "batch_size": batch_size, "projection": projection, "seed": seed,
+        **({"reliability": True} if disattenuate else {}),
     }  # fmt: skip
     found = [run.checkpoint(chosen)] if chosen is not None else checkpoint.checkpoints(run.checkpoints)
     paths = [path for path in found if path is not None]
@@ -118,10 +121,18 @@ def affinity(
         )
     about = {"tasks": groups.k, "checkpoints": names, **options, "error_bound": measured.error_bound}
     title = f"{method_title(config)}: mean of {_iterations(paths)} iterations, {samples} images per task"
+    if measured.reliability is not None:
+        about["reliability"] = measured.reliability.tolist()
+        measured, title = measured.disattenuated, f"{title}, corrected for their noise"
     levels = log_snr(scheduler, clip=LOG_SNR_DRAWN)
-    written = _write(run.analysis, measured, about, levels, title)
+    written = _write(affinity_file(run, disattenuated=disattenuate), measured, about, levels, title)
     remove(unfinished)
     return written
+
+
+def affinity_file(run: RunFolder, *, disattenuated: bool = False) -> Path:
+    """Where the matrix of a run's task affinities lies."""
+    return run.analysis / f"affinity{'-disattenuated' if disattenuated else ''}.npy"
 
 
 def negative_transfer(
@@ -315,9 +326,9 @@ def _iterations(paths: list[Path]) -> str:
 
 
 def _write(
-    folder: Path, measured: TaskAffinity, about: dict[str, Any], levels: np.ndarray, title: str
+    matrix: Path, measured: TaskAffinity, about: dict[str, Any], levels: np.ndarray, title: str
 ) -> list[Path]:
-    matrix, facts, picture = (folder / f"affinity.{suffix}" for suffix in ("npy", "json", "png"))
+    facts, picture = (matrix.with_suffix(suffix) for suffix in (".json", ".png"))
     measured.save(matrix)
     write_json(facts, about)
     with replacing(picture) as aside:

@@ -198,6 +198,74 @@ def test_projected_cosines_are_within_their_bound(device):
     )
 
 
+class Noisy:
+    """Sample gradients g_t + σ_t ε with given g_t, σ_t: of the loss ⟨w, g_t + σ_t ε⟩, linear in the weights w."""
+
+    WIDTH = 2000
+
+    def __init__(self, device, noise, angles):
+        self.model = nn.Linear(1, self.WIDTH, bias=False).to(device, torch.float64)
+        self.noise = torch.as_tensor(noise, device=device, dtype=torch.float64)
+        angles = torch.as_tensor(angles, device=device, dtype=torch.float64)
+        self.true = torch.zeros(len(angles), self.WIDTH, device=device, dtype=torch.float64)
+        self.true[:, 0], self.true[:, 1] = angles.cos(), angles.sin()
+
+    def loss(self, model, t, generator):
+        shape = (len(t), self.WIDTH)
+        noise = torch.randn(shape, generator=generator, device=t.device, dtype=torch.float64)
+        gradient = self.true[t] + self.noise[t, None] * noise
+        return (model(torch.ones_like(gradient[:, :1])) * gradient).sum(1)
+
+
+def test_attenuation_is_corrected_where_the_true_cosines_are_known(device):
+    angles = np.linspace(0.0, 2.0, T)
+    noise = np.linspace(0.02, 0.2, T)  # a reliability of 0.97 down to 0.29 with 32 samples
+    problem = Noisy(device, noise, angles)
+    found = task_affinity(problem.model, problem.loss, T, samples=32, reliability=True)
+    true, distinct = np.cos(np.subtract.outer(angles, angles)), ~np.eye(T, dtype=bool)
+    expected = 1 / (1 + noise**2 * Noisy.WIDTH / 32)
+    np.testing.assert_allclose(found.reliability[0], expected, atol=0.05)
+    attenuated = true * np.sqrt(np.outer(expected, expected))
+    np.testing.assert_allclose(found.cosines[distinct], attenuated[distinct], atol=0.05)
+    assert np.abs(found.cosines - true).max() > 0.5
+    np.testing.assert_allclose(found.disattenuated.cosines, true, atol=0.12)
+    assert (found.disattenuated.cosines.diagonal() == 1.0).all()
+
+
+@pytest.mark.parametrize("projection", [None, 8])
+@pytest.mark.parametrize(("samples", "batch_size"), [(2, 2), (6, 5), (6, 60), (4, 1)], ids=str)
+def test_reliability_is_that_of_the_halves(samples, batch_size, projection, tmp_path, device):
+    options = {"samples": samples, "batch_size": batch_size, "projection": projection}
+    drawn = Drawn(device)
+    plain = task_affinity(drawn.model, drawn.loss, T, **options)
+    found = task_affinity(drawn.model, drawn.loss, T, **options, reliability=True, folder=tmp_path)
+    np.testing.assert_allclose(found.cosines, plain.cosines, rtol=0, atol=1e-12)  # of the same samples
+    t, x, target = (torch.cat(parts) for parts in zip(*drawn.seen[len(drawn.seen) // 2 :], strict=True))
+    for step in range(T):
+        index = (t == step).nonzero().flatten()
+        halves = []
+        for half in (index[::2], index[1::2]):
+            loss = (drawn.model(x[half]) - target[half]).square().mean()
+            parts = torch.autograd.grad(loss, list(drawn.model.parameters()))
+            halves.append(torch.cat([part.flatten() for part in parts]))
+        expected = halves[0] @ halves[1] / ((halves[0] + halves[1]) / 2).square().sum()
+        assert found.reliability[0, step] == pytest.approx(float(expected), abs=1e-10)
+    again = Drawn(device, 0)  # from the folder
+    stored = task_affinity(again.model, again.loss, T, **options, reliability=True, folder=tmp_path)
+    np.testing.assert_array_equal(stored.reliability, found.reliability)
+    task_affinity(drawn.model, drawn.loss, T, **options, folder=tmp_path / "plain")
+    with pytest.raises(ValueError, match="expected parts as in the measurement that it holds, None, found 2"):
+        task_affinity(drawn.model, drawn.loss, T, **options, reliability=True, folder=tmp_path / "plain")
+
+
+def test_what_is_nothing_but_noise_is_not_corrected():
+    cosines, reliability = np.array([[[1, 0.5], [0.5, 1]]]), np.array([[0.5, -0.1]])
+    found = TaskAffinity(cluster_timesteps(4, 2), ("a",), cosines, 0.0, reliability)
+    np.testing.assert_array_equal(found.disattenuated.cosines, [[1.0, np.nan], [np.nan, 1.0]])
+    with pytest.raises(ValueError, match="expected a measurement with reliability=True, found one without"):
+        TaskAffinity(cluster_timesteps(4, 2), ("a",), cosines).disattenuated  # noqa: B018 (it raises)
+
+
 def test_what_is_saved_is_what_the_clustering_takes(tmp_path):
     two = np.kron(np.eye(2), np.ones((3, 3)))
     found = TaskAffinity(cluster_timesteps(12, 6), ("a",), two[None])
@@ -232,6 +300,7 @@ def test_progress_is_shown_where_wanted(capsys, device):
         ({"tasks": 0}, "tasks: expected a number of timesteps >= 1, or a clustering, found 0"),
         ({"samples": 0}, "samples: expected an integer >= 1, found 0"),
         ({"batch_size": 2.0}, r"batch_size: expected an integer >= 1, found 2\.0"),
+        ({"reliability": True}, "samples: expected an even number, for two halves, found 5"),
         ({"seed": -1}, "seed: expected an integer >= 0, found -1"),
         ({"checkpoints": {}}, "checkpoints: expected at least one, found none"),
         ({"projection": 12}, "projection: expected a power of two, at least 2, found 12"),

@@ -56,7 +56,9 @@ def study(tmp_path):
             folder.gaps(seed).with_name("difficulty.json"), {"steps_to_fraction": [7.0 + seed, 3.0 + seed]}
         )
     places = np.arange(100.0)
-    np.save(folder.affinity, np.exp(-np.abs(np.subtract.outer(places, places)) / 20))
+    affinity = np.exp(-np.abs(np.subtract.outer(places, places)) / 20)
+    np.save(folder.affinity, affinity)
+    np.save(folder.disattenuated, affinity)
     assert folder.run(VANILLA, 0).analysis.exists()
     return folder
 

@@ -106,6 +106,31 @@ def test_slow_methods_are_found_and_do_not_make_others_fast():
     assert sum(each.above[6:].any() for each in found) <= 3
 
 
+def observation(results):
+    return next(claim for claim in claims(results, -np.arange(100.0)) if claim.statement.startswith("O1"))
+
+
+def test_affinity_that_falls_by_attenuation_alone_shows_nothing(study):
+    tasks = np.repeat(np.arange(10), 10)  # of the quick plan
+    noise = np.random.default_rng(0).standard_normal((10, 10))
+    same = 0.9 + 0.01 * (noise + noise.T)
+    np.fill_diagonal(same, 1.0)
+    np.save(study.disattenuated, same[np.ix_(tasks, tasks)])
+    found = observation(load_results(study))
+    assert found.verdict == "not shown"
+    assert "10 tasks, one run (seed 0)" in found.evidence
+
+
+@pytest.mark.parametrize(("lost", "verdict"), [(2, "reproduced"), (8, "not measured")])
+def test_tasks_of_nothing_but_noise_are_left_out(study, lost, verdict):
+    affinity = np.load(study.disattenuated)
+    affinity[: 10 * lost] = affinity[:, : 10 * lost] = np.nan
+    np.save(study.disattenuated, affinity)
+    found = observation(load_results(study))
+    assert found.verdict == verdict
+    assert f"{10 - lost} tasks, one run (seed 0), {lost} tasks left out" in found.evidence
+
+
 def test_transfer_at_equal_iterations_and_at_equal_exposure(study):
     results = load_results(study)
     assert results.plan.exposures == (4,)
@@ -197,6 +222,7 @@ def test_verdicts_of_a_part(study):
     for seed in range(3):
         study.gaps(seed).unlink()
     study.affinity.unlink()
+    study.disattenuated.unlink()
     study.calibration.unlink()
     found = claims(load_results(study), -np.arange(100.0))
     assert [claim.verdict for claim in found[3:7]] == ["not shown"] * 4

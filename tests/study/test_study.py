@@ -83,6 +83,10 @@ def test_affinity_experts_and_gaps(plan, tmp_path):
     study = StudyFolder(tmp_path / "study")
     tasks.train_and_evaluate(study, plan, VANILLA, 0)
     tasks.measure_affinity(study, plan)
+    clustered_by = study.affinity.read_bytes()
+    tasks.measure_disattenuated_affinity(study, plan)
+    assert study.affinity.read_bytes() == clustered_by
+    assert json.loads(study.disattenuated.with_suffix(".json").read_text())["samples"] == 4 * plan.samples
     by_affinity = next(variant for variant in VARIANTS if variant.cost == "affinity")
     tasks.train_and_evaluate(study, plan, by_affinity, 0)
     assert study.run(by_affinity, 0).read_config().clusters.affinity == str(study.affinity)

@@ -63,6 +63,25 @@ def test_affinity_is_the_mean_over_the_checkpoints_raw_weights(run, device):
     np.testing.assert_array_equal(last, expected[-1])
 
 
+def test_disattenuated_affinity(run, device):
+    options = {"tasks": 4, "samples": 6}
+    paths = analysis.affinity(run, str(device), disattenuate=True, **options)
+    assert [path.name for path in paths] == [
+        f"affinity-disattenuated.{end}" for end in ("npy", "json", "png")
+    ]
+    reliability = np.array(json.loads(paths[1].read_text())["reliability"])
+    assert reliability.shape == (2, 4)
+    config = run.read_config()
+    data, scheduler = build_data(config), build_scheduler(config)
+    model = build_model(config, data, device)
+    load_module(checkpoints(run.checkpoints)[0], "model", model)
+    loss = analysis.denoising_loss(data, scheduler, device)
+    expected = task_affinity(model, loss, cluster_timesteps(20, 4), samples=6, reliability=True)
+    np.testing.assert_array_equal(reliability[0], expected.reliability[0])
+    one = analysis.affinity(run, str(device), checkpoints(run.checkpoints)[0], disattenuate=True, **options)
+    np.testing.assert_array_equal(np.load(one[0]), expected.disattenuated.matrix)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
