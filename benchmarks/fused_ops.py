@@ -88,6 +88,7 @@ def families(sizes: Sizes, dtype: torch.dtype, options: Options) -> Iterator[Fam
     yield Family("memory", layer, clock)
     yield Family("memory", partial(op_cases.norm_cases, sizes.image, dtype), clock)
     yield Family("arithmetic", layer, clock)
+    yield Family("arithmetic", partial(op_cases.conv_cases, op_cases.SMALL_IMAGES, dtype), clock)
     if options.full or options.gpu:
         yield Family("cache", partial(_unbound, partial(op_cases.loss_cases, sizes.small, dtype)), clock)
     if dtype == torch.float32:

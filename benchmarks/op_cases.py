@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from benchmarks.harness import Candidate, relative_error
@@ -39,6 +40,8 @@ class Sizes(NamedTuple):
 
 TINY = Sizes((10, 4), (10, 4), 64, 20, 8, (4, 8, 2, 2))
 QUICK = Sizes((6, 2, 2, 2), (10, 2, 3, 2), 1003, 20, 6, (3, 8, 5, 3))
+# Images of a small UNet's inner levels: convolutions of which a call takes longer than its arithmetic.
+SMALL_IMAGES = (50, 32, 8, 8)
 # 64 MiB and 512 MiB of float32 each: more than the caches hold, and on a GPU long enough to hide the launch.
 FULL = {
     "cpu": Sizes((256, 4, 32, 32), (4096, 4, 32, 32), 33_000_000, 16_384, 1024, (128, 128, 32, 32)),
@@ -216,6 +219,16 @@ def cluster_wgrad(grad_out: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     return torch.stack([grad_out[begin:end].T @ x[begin:end] for begin, end in pairwise(offsets.tolist())])
 
 
+def cluster_conv_wgrad(grad_out: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+    shape = (grad_out.shape[1], x.shape[1], 3, 3)
+    return torch.stack(
+        [
+            conv2d_weight(x[begin:end], shape, grad_out[begin:end], padding=1)
+            for begin, end in pairwise(offsets.tolist())
+        ]
+    )
+
+
 def group_norm_backward(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -339,6 +352,18 @@ def layer_cases(rows: int, columns: int, dtype: torch.dtype, device: torch.devic
     for kind, offsets in (("equal", equal // 4), ("unequal", unequal // 4)):
         inputs = (grad_out[quarter], x[quarter], offsets)
         yield Case(f"cluster_wgrad, {kind}", inputs, ops.cluster_wgrad, cluster_wgrad, compiles=False)
+
+
+def conv_cases(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    """Gradients of a 3 x 3 convolution's weight, with as many outputs as inputs, of clusters of unequal sizes."""
+    x, grad_out = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    samples = shape[0]
+    offsets = torch.tensor([0, samples // 8, samples // 4, samples // 2, samples // 2 + 1, samples])
+
+    def fused(grad_out: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+        return ops.cluster_conv_wgrad(grad_out, x, offsets, 3, padding=1)
+
+    yield Case("cluster_conv_wgrad", (grad_out, x, offsets), fused, cluster_conv_wgrad, compiles=False)
 
 
 def norm_cases(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Iterator[Case]:

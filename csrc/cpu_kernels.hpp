@@ -61,6 +61,32 @@ struct NormGroup {
   double* by_bias;
 };
 
+// The elements of one sample and channel as a convolution's weight gradient reads them: with the padding's zeros, apart by
+// their residues modulo the stride, and zeros behind them up to `length`.
+struct ConvPlane {
+  const void* data;
+  const Int* sizes;    // of the three spatial dimensions, and so on
+  const Int* strides;  // in elements
+  const Int* padding;
+  const Int* steps;    // the convolution's stride
+  const Int* spans;    // of one residue's elements
+  Int length;
+  void* out;
+};
+
+// Weight gradients of some outputs of a convolution, summed over samples: products of planes, one of them shifted.
+struct ConvTile {
+  const void* grad;  // in the computing type: [samples, .., length], a row per output
+  Int grad_sample, length;  // length: whole registers
+  const void* x;
+  Int x_sample;
+  const Int* shifts;  // of every input channel and element of the kernel, into a sample
+  Int samples, outputs, inputs;
+  bool add;
+  void* out;  // [outputs, inputs] in the computing type
+  Int out_stride;
+};
+
 struct Kernels {
   const char* name;
   // sums[i * count + j] += <row i, row j> for i <= j. scratch: gram_scratch(count) bytes, aligned to 64.
@@ -80,6 +106,9 @@ struct Kernels {
   // out = (add ? out : 0) + the sum of `count` rows, by the types of the rows and of the output.
   void (*sum_rows[kDTypes][kDTypes])(const void* rows, Int stride, Int count, Int columns, bool add, void* out);
   void (*group_norm[kDTypes])(const NormGroup& group);
+  // Into float32, or float64 of float64; and by that type, kFloat32 or kFloat64.
+  void (*conv_plane[kDTypes])(const ConvPlane& plane);
+  void (*conv_tile[2])(const ConvTile& tile);
   // The noise of n elements of a sample from element `begin` on, a multiple of 4.
   void (*normals)(std::uint64_t seed, Int sample, Int begin, Int n, float* out);
   // Of given words, n a multiple of 16: for the tests, whose patience ends before the noise meets its extreme words.
@@ -87,6 +116,9 @@ struct Kernels {
 };
 
 constexpr std::size_t gram_scratch(int rows) { return sizeof(double) * kBlock * static_cast<std::size_t>(rows); }
+
+// No register of any instruction set is longer.
+constexpr Int kLongestRegister = 64;
 
 // In whole tiles.
 constexpr std::size_t wgrad_scratch(const WgradBlock& block) {

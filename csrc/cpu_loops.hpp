@@ -1,6 +1,7 @@
 // The loops of the CPU ops, compiled for the instruction set of the including file.
 #pragma once
 #include "cpu_cluster_loops.hpp"
+#include "cpu_conv_loops.hpp"
 #include "cpu_loss_loops.hpp"
 #include "cpu_noise.hpp"
 #include "cpu_norm_loops.hpp"
@@ -186,6 +187,8 @@ constexpr Kernels make_kernels(const char* name) {
           DIFFMTL_PER_PAIR(wgrad),
           DIFFMTL_PER_PAIR(sum_rows),
           DIFFMTL_PER_DTYPE(group_norm),
+          DIFFMTL_PER_DTYPE(conv_plane),
+          {conv_tile<float>, conv_tile<double>},
           normals,
           box_muller_of_words};
 }

@@ -267,19 +267,25 @@ DIFFMTL_INLINE_LOOP void store_first(T* p, Vector<Compute> v, Int n) {
   std::memcpy(p, all, static_cast<std::size_t>(n) * sizeof(T));
 }
 
+// The same value, in a register of its own that the compiler knows nothing of.
+template <class V>
+DIFFMTL_INLINE_LOOP V opaque(V value) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(value));
+#elif defined(__x86_64__)
+  asm("" : "+x"(value));
+#elif defined(__aarch64__)
+  asm("" : "+w"(value));
+#else
+  asm("" : "+m"(value));
+#endif
+  return value;
+}
+
 // Keeps a product from being fused with the sum that follows: it is rounded on its own, on every processor.
 template <class V>
 DIFFMTL_INLINE_LOOP V rounded(V product) {
-#if defined(__AVX512F__)
-  asm("" : "+v"(product));
-#elif defined(__x86_64__)
-  asm("" : "+x"(product));
-#elif defined(__aarch64__)
-  asm("" : "+w"(product));
-#else
-  asm("" : "+m"(product));
-#endif
-  return product;
+  return opaque(product);
 }
 
 DIFFMTL_INLINE_LOOP Floats square_root(Floats x) {

@@ -315,75 +315,24 @@ class Convolution(ClusterRule):
             by_input = _aten.convolution_backward(grad, input, weight, None, *geometry, [True, False, False])[
                 0
             ]
+        offsets = clusters.offsets(grad.shape[0])
         if ctx.needs_input_grad[1]:
-            by_weight = _filled(ctx.buffer(1), clusters.num, weight)
-            if ctx.needs_input_grad[2]:
-                by_bias = _filled(ctx.buffer(2), clusters.num, weight.new_empty(weight.shape[0]))
-            sizes = clusters.sizes(input.shape[0])
-            _affine_of_convolution(grad, input, weight, geometry, sizes, by_weight, by_bias)
-        elif ctx.needs_input_grad[2]:
-            by_sample = grad.flatten(2).sum(2)
-            by_bias = ops.cluster_sum(by_sample, clusters.offsets(grad.shape[0]), out=ctx.buffer(2))
+            stride, padding, dilation, _, _, groups = geometry
+            by_weight = ops.cluster_conv_wgrad(
+                grad,
+                input,
+                offsets,
+                weight.shape[2:],
+                stride=stride,
+                padding=padding,
+                dilation=dilation,
+                groups=groups,
+                out=ctx.buffer(1),
+            )
+        if ctx.needs_input_grad[2]:
+            by_sample = grad.sum(list(range(2, grad.dim())))
+            by_bias = ops.cluster_sum(by_sample, offsets, out=ctx.buffer(2))
         return by_input, by_weight, by_bias, None, None, None, None
-
-
-def _affine_of_convolution(
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    geometry: tuple[Any, ...],
-    sizes: list[int],
-    by_weight: Tensor,
-    by_bias: Tensor | None,
-) -> None:
-    """Fill the gradients [K, *shape] of a weight, and of a bias if there is one, for clusters of these sizes."""
-    *rest, groups = geometry
-    wanted = [False, True, by_bias is not None]
-    bias = [weight.shape[0]] if wanted[2] else None
-
-    def run(
-        grad: Tensor, input: Tensor, weight: Tensor, groups: int, bias: list[int] | None
-    ) -> list[Tensor | None]:
-        found: list[Tensor | None] = _aten.convolution_backward(
-            grad, input, weight, bias, *rest, groups, wanted
-        )
-        return found
-
-    num = len(sizes)
-    if len(set(sizes)) == 1 and sizes[0] and _fits_one_convolution(grad, input, weight, num):
-        # Side by side in the channels, the clusters are groups of one convolution.
-        grad, input = (t.unflatten(0, (num, -1)).transpose(0, 1).flatten(1, 2) for t in (grad, input))
-        like = weight.new_empty(num * weight.shape[0], *weight.shape[1:])  # only its shape is read
-        found = run(grad, input, like, num * groups, bias and [num * bias[0]])
-        for gradients, all_clusters in zip((by_weight, by_bias), found[1:], strict=True):
-            if gradients is not None:
-                assert all_clusters is not None  # there are samples in every cluster
-                gradients.copy_(all_clusters.view_as(gradients))
-        return
-    rows = [[None] * num if g is None else g.unbind() for g in (by_weight, by_bias)]
-    for own, samples, *affine in zip(grad.split(sizes), input.split(sizes), *rows, strict=True):
-        part = run(own, samples, weight, groups, bias) if samples.shape[0] else [None] * 3
-        _put(affine, part[1:])
-
-
-def _put(rows: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> None:
-    """Write the gradients of one cluster, zeros where there is none, to the rows that are wanted."""
-    for row, gradient in zip(rows, gradients, strict=True):
-        if row is not None:
-            row.zero_() if gradient is None else row.copy_(gradient)
-
-
-def _fits_one_convolution(grad: Tensor, input: Tensor, weight: Tensor, num: int) -> bool:
-    """Tell whether one grouped convolution is quicker than one for each cluster: measured with oneDNN, whose calls
-    take 0.1 ms and whose groups are slow with large weights or few channels.
-    """
-    if input.device.type != "cpu" or input.dtype == torch.float64 or not torch.backends.mkldnn.is_available():
-        return False
-    if not (grad.is_contiguous() and input.is_contiguous()):
-        return False
-    per_cluster = grad.numel() // grad.shape[1] // num * weight.numel()  # multiplications
-    few_channels = min(grad.shape[1], input.shape[1]) < 16
-    return weight.numel() <= 40_000 and per_cluster <= (1_000_000 if few_channels else 20_000_000)
 
 
 for _operation in (F.conv1d, F.conv2d, F.conv3d):
@@ -640,6 +589,13 @@ def _norm_gradients(
         there = [part for part in parts if part is not None]
         by_input = there[0] if len(there) == 1 else torch.cat(there)
     return by_input, affine[0], affine[1]
+
+
+def _put(rows: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> None:
+    """Write the gradients of one cluster, zeros where there is none, to the rows that are wanted."""
+    for row, gradient in zip(rows, gradients, strict=True):
+        if row is not None:
+            row.zero_() if gradient is None else row.copy_(gradient)
 
 
 def _memory_format(tensor: Tensor) -> torch.memory_format:

@@ -10,6 +10,7 @@ import torch
 from . import _cpu
 from ._library import PLAIN
 from .add_noise import add_noise
+from .cluster_conv_wgrad import cluster_conv_wgrad
 from .cluster_mean import cluster_mean
 from .cluster_mse import cluster_mse
 from .cluster_sum import cluster_sum
@@ -38,6 +39,7 @@ if torch.version.cuda or torch.version.hip:
 __all__ = [
     "PLAIN",
     "add_noise",
+    "cluster_conv_wgrad",
     "cluster_mean",
     "cluster_mse",
     "cluster_sum",

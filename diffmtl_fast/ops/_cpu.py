@@ -17,7 +17,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from ._layout import (
     rows_like,
 )
 from ._library import register_kernel, run_plain
+from .cluster_conv_wgrad import multiply_by_library
 from .nash import CONVERGED, LINE_SEARCH_STEPS, NEWTON_STEPS
 from .philox import is_seed
 
@@ -473,6 +474,130 @@ def cluster_wgrad(grad_out: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     return out
 
 
+# Ways to a convolution's weight gradients: one grouped convolution, our kernel, one convolution per cluster.
+_ConvWay: TypeAlias = Literal["groups", "planes", "library"]
+
+
+def _conv_way(grad_out: Tensor, x: Tensor, sizes: Sequence[int], weight: int) -> _ConvWay:
+    """Choose the fastest way, as measured beside oneDNN.
+
+    Its calls take 0.1 ms, and it divides the work by samples: few of them or small images are slow. One call
+    serves clusters of one size, unless weights are large or channels few. It has no float64, and may have an
+    instruction for shorter numbers.
+
+    Args:
+        grad_out: gradient by the output.
+        x: input.
+        sizes: samples of every cluster.
+        weight: number of weights.
+    """
+    if x.dtype == torch.float64 or not torch.backends.mkldnn.is_available():
+        return "planes"
+    products = grad_out.numel() // grad_out.shape[1] // len(sizes) * weight  # of a cluster
+    if (
+        len(set(sizes)) == 1
+        and sizes[0]
+        and weight <= 40_000
+        and grad_out.is_contiguous()
+        and x.is_contiguous()
+    ):
+        few_channels = min(grad_out.shape[1], x.shape[1]) < 16
+        if products <= (1_000_000 if few_channels else 20_000_000):
+            return "groups"
+    if not _library_multiplies(x.dtype) or products <= 5_000_000:
+        return "planes"
+    return "library"
+
+
+def _multiply_in_groups(
+    grad_out: Tensor,
+    x: Tensor,
+    bounds: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    out: Tensor,
+    accumulate: bool,
+) -> None:
+    """Form the gradients of clusters of one size as groups of one convolution, side by side in the channels."""
+    num = len(bounds) - 1
+    grad_out, x = (t.unflatten(0, (num, -1)).transpose(0, 1).flatten(1, 2) for t in (grad_out, x))
+    found = x.new_empty(1, num * out.shape[1], *out.shape[2:])
+    geometry = (stride, padding, dilation, num * groups)
+    multiply_by_library(grad_out, x, [0, x.shape[0]], *geometry, found, False)
+    out.add_(found.view_as(out)) if accumulate else out.copy_(found.view_as(out))
+
+
+def _images(tensor: Tensor) -> tuple[int, int, list[int], list[int]]:
+    """Give a tensor to a kernel for three spatial dimensions."""
+    missing = 5 - tensor.dim()
+    shape, strides = list(tensor.shape), list(tensor.stride())
+    shape[2:2], strides[2:2] = [1] * missing, [0] * missing
+    return tensor.data_ptr(), _DTYPES[tensor.dtype], shape, strides
+
+
+def cluster_conv_wgrad_out(
+    grad_out: Tensor,
+    x: Tensor,
+    offsets: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    out: Tensor,
+    accumulate: bool,
+) -> None:
+    """Run `cluster_conv_wgrad_out`."""
+    if reason := _unsupported(grad_out, out):
+        arguments = (stride, padding, dilation, groups, out, accumulate)
+        run_plain("cluster_conv_wgrad_out", reason, grad_out, x, offsets, *arguments)
+        return
+    if out.numel() == 0:
+        return
+    bounds = host_offsets(offsets, x.shape[0])
+    sizes = [end - begin for begin, end in pairwise(bounds)]
+    way = _conv_way(grad_out, x, sizes, out[0].numel())
+    if way != "planes":
+        multiply = multiply_by_library if way == "library" else _multiply_in_groups
+        multiply(grad_out, x, bounds, stride, padding, dilation, groups, out, accumulate)
+        return
+    dtype = accumulation_dtype(x)
+    direct = out.dtype == dtype and out[0].is_contiguous()
+    result = out if direct else torch.empty(out.shape, dtype=dtype)
+    missing = [0] * (5 - x.dim())
+    ones = [1 for _ in missing]
+    geometry = ([*ones, *out.shape[3:]], [*ones, *stride], [*missing, *padding], [*ones, *dilation])
+    _C.cpu_cluster_conv_wgrad(
+        *map(_images, (grad_out, x)),
+        bounds,
+        groups,
+        geometry,
+        _handle(result),
+        accumulate and direct,
+        torch.get_num_threads(),
+    )
+    if not direct:
+        out.add_(result) if accumulate else out.copy_(result)
+    torch.autograd.graph.increment_version(out)
+
+
+def cluster_conv_wgrad(
+    grad_out: Tensor,
+    x: Tensor,
+    offsets: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Run `cluster_conv_wgrad`."""
+    out = x.new_empty([offsets.shape[0] - 1, grad_out.shape[1], x.shape[1] // groups, *kernel_size])
+    cluster_conv_wgrad_out(grad_out, x, offsets, stride, padding, dilation, groups, out, False)
+    return out
+
+
 def cluster_sum_out(values: Tensor, offsets: Tensor, out: Tensor, accumulate: bool) -> None:
     """Run `cluster_sum_out`."""
     if reason := _unsupported(values, out):
@@ -535,6 +660,8 @@ _KERNELS: tuple[Callable[..., Any], ...] = (
     cluster_mse,
     cluster_mean,
     cluster_mean_backward,
+    cluster_conv_wgrad,
+    cluster_conv_wgrad_out,
     cluster_sum,
     cluster_sum_out,
     cluster_wgrad,

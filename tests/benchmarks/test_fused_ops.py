@@ -23,6 +23,7 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
     yield from op_cases.jacobian_cases(QUICK.parameters, dtype, CPU)
     yield from op_cases.layer_cases(QUICK.rows, QUICK.columns, dtype, CPU)
     yield from op_cases.norm_cases(QUICK.image, dtype, CPU)
+    yield from op_cases.conv_cases(op_cases.SMALL_IMAGES, dtype, CPU)
 
 
 def case(op: str, dtype: torch.dtype = torch.float32) -> Case:

@@ -212,7 +212,6 @@ def test_every_rule_is_exact(name, way, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", [name for name in RULES if name.startswith("conv")])
 def test_convolutions_of_clusters_of_one_size(name, dtype, device):
-    """In float32 on the CPU they are the groups of one convolution."""
     model, x = build(RULES[name])
     model, x, rtol = model.to(device, dtype), x.to(device, dtype), 1e-9 if dtype == torch.float64 else 1e-5
     mtl = assert_exact(model, x, cluster=[0, 0, 1, 1, 2, 2], rtol=rtol, steps=1)

@@ -74,6 +74,27 @@ SAMPLES = {
         torch.randn(K, P, device=d),
         True,
     ),
+    "cluster_conv_wgrad": lambda d, t, g: (
+        torch.randn(B, 4, 3, 5, device=d).to(t),
+        torch.randn(B, 2, 5, 5, device=d).to(t),
+        offsets("cpu"),
+        [3, 3],
+        [2, 1],
+        [1, 1],
+        [1, 1],
+        2,
+    ),
+    "cluster_conv_wgrad_out": lambda d, t, g: (
+        torch.randn(B, 4, 5, device=d).to(t),
+        torch.randn(B, 2, 5, device=d).to(t),
+        offsets("cpu"),
+        [1],
+        [1],
+        [1],
+        1,
+        torch.randn(K, 4, 2, 3, device=d),
+        True,
+    ),
     "cluster_wgrad": lambda d, t, g: (
         torch.randn(B, 4, device=d).to(t),
         torch.randn(B, P, device=d).to(t),
@@ -133,7 +154,7 @@ DIFFERENTIABLE = (
     "uncertainty_loss",
 )
 TWICE_DIFFERENTIABLE = ("add_noise", "combine", "gram")
-WRITING = ("cluster_sum_out", "cluster_wgrad_out", "combine_")
+WRITING = ("cluster_conv_wgrad_out", "cluster_sum_out", "cluster_wgrad_out", "combine_")
 CONSTANT = tuple(name for name in SAMPLES if name not in (*DIFFERENTIABLE, *WRITING))
 
 
@@ -214,6 +235,8 @@ def everything(pred, x0, index, jacobian, log_var, alpha, sigma):
     constants = ops.cluster_sum(rows, bounds).sum() + ops.cluster_wgrad(rows, rows, bounds).sum()
     moments = torch.ones(2, len(rows), 1, device=pred.device)
     constants = constants + sum(t.sum() for t in ops.group_norm_backward(rows, rows, *moments, rows[0]))
+    images = pred.detach()  # of one dimension
+    constants = constants + ops.cluster_conv_wgrad(images, images, bounds, 3, padding=1).sum()
     combined = ops.combine(jacobian, weights).sum() + ops.combine([jacobian, jacobian], weights)[1].sum()
     return total + combined + ops.gram([jacobian, jacobian]).sum() + constants
 
