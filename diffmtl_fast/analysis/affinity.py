@@ -114,7 +114,7 @@ def task_affinity(
     TAS(i, j) is the cosine of ∇_θ L_i and ∇_θ L_j, the gradients of the mean losses of two timesteps by all
     trainable parameters, averaged over the checkpoints of a run (Go et al., "Addressing Negative Transfer in
     Diffusion Models", NeurIPS 2023, arXiv 2306.00354). A pass forms the gradients of as many tasks as fill a
-    batch; their Gramian, in tiles, holds all pairs.
+    batch; their Gramian, in panels, holds all pairs.
 
     The samples of a gradient make it noisy, which draws the cosines of different tasks towards 0, and not those of
     all tasks alike: compare matrices of equally many samples, or `TaskAffinity.disattenuated`.
@@ -319,22 +319,17 @@ class _Measurement:
             self.jacobian(losses, task * parts + part.repeat(number), add=turn > 0)
         gradients = self.jacobian.matrix()[: number * parts]
         gradients = gradients.to(torch.promote_types(gradients.dtype, torch.float32))
-        noise = gradients.new_zeros(number, dtype=torch.float64)
+        reliability = gradients.new_full((number,), math.nan, dtype=torch.float64)
         if parts == 2:
-            halves = gradients.unflatten(0, (number, 2))
-            difference = (halves[:, 0] - halves[:, 1]) / 2
-            noise = torch.linalg.vector_norm(difference, dim=1, dtype=torch.float64)
-            gradients = halves[:, 0] - difference  # their mean
-        norms = torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64)
-        for wrong, what in ((~norms.isfinite(), "that is not finite"), (norms == 0, "of zeros")):
+            gradients, reliability = _mean_of_halves(gradients.unflatten(0, (number, 2)))
+        largest = torch.linalg.vector_norm(gradients, ord=math.inf, dim=1)
+        for wrong, what in ((~largest.isfinite(), "that is not finite"), (largest == 0, "of zeros")):
             if bool(wrong.any()):
                 left, right = self.tasks.boundaries[first + int(wrong.nonzero()[0]) :][:2]
                 raise ValueError(
                     f"loss: expected a gradient for timesteps {left} to {right - 1}, found one {what}"
                 )
-        gradients /= norms[:, None]  # products of small ones would vanish in float32
-        # With halves a and b: a·b = ‖(a + b) / 2‖² − ‖(a − b) / 2‖², whose mean has no noise in it.
-        reliability = 1.0 - (noise / norms).square()
+        gradients /= largest[:, None]  # products of small ones would vanish in float32; cosines are the same
         return (gradients if project is None else project(gradients)), reliability[:, None]
 
     def _timesteps(self, task: Tensor, generator: torch.Generator) -> Tensor:
@@ -387,6 +382,16 @@ def _digest(model: nn.Module) -> str:
         if isinstance(value, Tensor):
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _mean_of_halves(halves: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean [n, P] of gradients [n, 2, P], and its reliability, float64 [n]."""
+    first, second = halves.unbind(1)
+    noise = (first - second) / 2
+    mean = first - noise
+    # first · second = ‖mean‖² − ‖noise‖², in whose mean no noise is left.
+    squares = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).square() for x in (noise, mean)]
+    return mean, 1.0 - squares[0] / squares[1]
 
 
 def _as_tasks(tasks: int | IntervalClustering) -> IntervalClustering:

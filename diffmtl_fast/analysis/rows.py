@@ -14,7 +14,7 @@ from torch import Tensor
 from .._files import remove_leftovers, replacing
 
 _COLUMNS = 2**24  # elements of all rows together that a step of the Gramian takes
-_TILE = 256  # rows; of the tiles below the diagonal, none is computed
+_PANEL = 128  # rows, of whose products those with the rows before are not computed
 
 
 class Rows:
@@ -79,13 +79,11 @@ def gram(blocks: Sequence[NDArray], device: torch.device | str = "cpu") -> NDArr
     number, width = sum(len(block) for block in blocks), blocks[0].shape[1]
     step = max(1, _COLUMNS // number)
     total = torch.zeros(number, number, dtype=torch.float64)
-    tiles = [slice(start, min(start + _TILE, number)) for start in range(0, number, _TILE)]
     for start in range(0, width, step):
         columns = np.concatenate([block[:, start : start + step] for block in blocks])
         part = torch.from_numpy(columns).to(device)
-        for i, rows in enumerate(tiles):
-            for others in tiles[i:]:
-                total[rows, others] += (part[rows] @ part[others].T).cpu().double()
+        for first in range(0, number, _PANEL):
+            total[first : first + _PANEL, first:] += (part[first : first + _PANEL] @ part[first:].T).cpu()
     return _mirrored(total).numpy()
 
 

@@ -11,11 +11,11 @@ from diffmtl_fast.analysis.rows import Rows, cosines, gram
 
 
 @pytest.mark.parametrize("columns", [1, 30, 10**6])
-@pytest.mark.parametrize("tile", [1, 3, 256])
+@pytest.mark.parametrize("panel", [1, 3, 256])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_gram_in_tiles_and_columns(columns, tile, dtype, monkeypatch, device):
+def test_gram_in_panels_and_columns(columns, panel, dtype, monkeypatch, device):
     monkeypatch.setattr(module, "_COLUMNS", columns)
-    monkeypatch.setattr(module, "_TILE", tile)
+    monkeypatch.setattr(module, "_PANEL", panel)
     rng = np.random.default_rng(0)
     whole = rng.standard_normal((7, 25)).astype(dtype)
     found = gram([whole[:2], whole[2:3], whole[3:]], device)
