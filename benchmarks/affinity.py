@@ -1,12 +1,17 @@
 """Task affinity of all pairs of timesteps: the published loops, one product of normalised gradients, and ours.
 
 The limit is one forward and backward over the same images at the same timesteps, whole batches at a time, without
-telling the timesteps apart. The published time grows with T (gradients) and T² (pairs); nothing is extrapolated.
+telling the timesteps apart. The published time grows with T (gradients) and T² (pairs). At T = 1000, on models
+whose pairs would take from twenty minutes to hours, a part of it is timed and scaled: the only figures here that
+are not measured in full, and marked as such.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -16,13 +21,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from benchmarks.harness import Candidate
+from benchmarks.harness import Candidate, wall_clock
+from benchmarks.models import DiT
 from benchmarks.reference import pairwise_cosines, timestep_gradients
 from benchmarks.suite import Benchmark, Options
 from diffmtl_fast import ops
 from diffmtl_fast._extras import require
 from diffmtl_fast.analysis import task_affinity
 from diffmtl_fast.bench.results import Role
+from diffmtl_fast.study.plan import bundled
 
 GROUP = "task affinity"
 LIMIT, OURS, PUBLISHED, BY_HAND, VMAP = (
@@ -33,55 +40,92 @@ LIMIT, OURS, PUBLISHED, BY_HAND, VMAP = (
     "vmap(grad), then G @ G.T",
 )
 TOLERANCE = 1e-4  # float32 gradients of two ways of running the model
+SCALED = "published, scaled from a part"
+PART = (8, 48)  # random timesteps whose cosines with random others are formed, and those others
 BATCH = 128
+MEMORY = 8 * 2**30
 SAMPLES = 8  # fewer than a batch of the public script's
 
 
 class Problem:
-    """A small UNet of diffusers on the same images and noise at every timestep, so that all ways see the same."""
+    """A model on the same images and noise at every timestep, so that all ways see the same.
 
-    def __init__(self, channels: tuple[int, int], timesteps: int, samples: int, device: torch.device) -> None:
-        diffusers = require("diffusers", "train")
+    Args:
+        model: makes the model.
+        shape: of an image.
+        timesteps: T.
+        samples: images.
+        device: where to.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[], nn.Module],
+        shape: tuple[int, int, int],
+        timesteps: int,
+        samples: int,
+        device: torch.device,
+    ) -> None:
         torch.manual_seed(0)
-        self.model: nn.Module = diffusers.UNet2DModel(
-            sample_size=8,
-            in_channels=1,
-            out_channels=1,
-            layers_per_block=1,
-            block_out_channels=channels,
-            down_block_types=("DownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "UpBlock2D"),
-            norm_num_groups=8,
-        ).to(device)
-        self.scheduler = diffusers.DDPMScheduler(timesteps, beta_schedule="squaredcos_cap_v2")
-        self.images = (torch.rand(samples, 1, 8, 8) * 2 - 1).to(device)
-        self.noise = torch.randn(samples, 1, 8, 8).to(device)
+        self.model = model().to(device)
+        self.scheduler = require("diffusers", "train").DDPMScheduler(
+            timesteps, beta_schedule="squaredcos_cap_v2"
+        )
+        self.images = (torch.rand(samples, *shape) * 2 - 1).to(device)
+        self.noise = torch.randn(samples, *shape).to(device)
         self.timesteps, self.samples, self.device = timesteps, samples, device
+        chosen = np.random.default_rng(0).permutation(timesteps)[: PART[1]]
+        self.part = chosen[: PART[0]].tolist(), chosen.tolist()
 
     @cached_property
     def exact(self) -> NDArray[np.float64]:
         """The cosines by their definition in float64, of one backward after the other."""
-        gradients = torch.stack([g.double() for g in self.gradients()])
-        unit = gradients / gradients.norm(dim=1, keepdim=True)
-        return (unit @ unit.T).numpy()
+        return _exact(self.gradients())
+
+    @cached_property
+    def exact_part(self) -> NDArray[np.float64]:
+        """The same of a part of the pairs."""
+        left, right = self.part
+        return _exact(self.gradients(right))[: len(left)]
 
     def loss(self, model: Callable[..., Any], t: Tensor, generator: object = None) -> Tensor:
         index = torch.arange(len(t), device=self.device) % self.samples
         noise = self.noise[index]
         noisy = self.scheduler.add_noise(self.images[index], noise, t)
-        return ops.sample_mse(model(noisy, t).sample, noise)
+        output = model(noisy, t)
+        return ops.sample_mse(output if isinstance(output, Tensor) else output.sample, noise)
 
-    def gradients(self) -> list[Tensor]:
+    def gradients(self, timesteps: Sequence[int] | None = None) -> list[Tensor]:
         """One backward after the other, a batch for each timestep."""
+        timesteps = range(self.timesteps) if timesteps is None else timesteps
 
         def losses(t: int) -> list[Tensor]:
             return [self.loss(self.model, torch.full((self.samples,), t, device=self.device)).mean()]
 
-        return timestep_gradients(self.model, losses, range(self.timesteps))
+        return timestep_gradients(self.model, losses, timesteps)
 
     def published(self) -> NDArray[np.float64]:
         """The cosine of every pair by itself."""
         return pairwise_cosines(self.gradients()).numpy()
+
+    def published_part(self) -> Scaled:
+        """The published loops over a part of the timesteps and pairs."""
+        left, right = self.part
+        gradients: list[Tensor] = []
+        forming = wall_clock(lambda: gradients.extend(self.gradients(right)))
+        found: list[Tensor] = []
+        comparing = wall_clock(lambda: found.append(pairwise_cosines(gradients[: len(left)], gradients)))
+        seconds = forming * self.timesteps / len(right)
+        seconds += comparing * self.timesteps**2 / (len(left) * len(right))
+        return Scaled(seconds, found[0].numpy())
+
+    def part_in_words(self) -> str:
+        """What `published_part` does."""
+        left, right = (len(timesteps) for timesteps in self.part)
+        return (
+            f"the time of {right} of {self.timesteps:,} gradients and of {left * right:,} of "
+            f"{self.timesteps**2:,} pairs, random ones, scaled by their numbers"
+        )
 
     def by_hand(self) -> NDArray[np.float64]:
         """The same gradients; the pairs in one product."""
@@ -105,8 +149,25 @@ class Problem:
 
     def ours(self) -> NDArray[np.float64]:
         return task_affinity(
-            self.model, self.loss, self.timesteps, samples=self.samples, batch_size=BATCH
+            self.model,
+            self.loss,
+            self.timesteps,
+            samples=self.samples,
+            batch_size=BATCH,
+            memory=MEMORY,
         ).cosines
+
+    def ours_in_files(self) -> NDArray[np.float64]:
+        """The gradients of so many timesteps and parameters need not fit into memory."""
+        with tempfile.TemporaryDirectory() as folder:
+            return task_affinity(
+                self.model,
+                self.loss,
+                self.timesteps,
+                samples=self.samples,
+                batch_size=BATCH,
+                folder=folder,
+            ).cosines
 
     def limit(self) -> None:
         """Differentiate by all parameters at once."""
@@ -118,11 +179,60 @@ class Problem:
         self.model.zero_grad(set_to_none=True)
 
 
+@dataclass(frozen=True)
+class Scaled:
+    """A part of some work.
+
+    Attributes:
+        seconds: that all of it would take.
+        cosines: the result of the part.
+    """
+
+    seconds: float
+    cosines: NDArray[np.float64]
+
+
+def _clock(run: Callable[[], object], repeats: int = 1) -> float:
+    """Return the seconds of a run, of a part those of the whole."""
+    results: list[object] = []
+    seconds = wall_clock(lambda: results.append(run()), repeats)
+    scaled = [result.seconds for result in results if isinstance(result, Scaled)]
+    return float(np.mean(scaled)) if scaled else seconds
+
+
+def _exact(gradients: list[Tensor]) -> NDArray[np.float64]:
+    unit = nn.functional.normalize(torch.stack([g.double() for g in gradients]), dim=1, eps=0.0)
+    return (unit @ unit.T).numpy()
+
+
+def _unet(channels: tuple[int, int]) -> nn.Module:
+    """A small UNet of diffusers."""
+    return require("diffusers", "train").UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=channels,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+    )
+
+
+def _study_unet() -> nn.Module:
+    """The denoiser of the bundled study, without its classes."""
+    arguments = bundled()["base"]["model"]["args"] | {"num_class_embeds": None}
+    return require("diffusers", "train").UNet2DModel(**arguments)
+
+
 def benchmarks(options: Options) -> Iterator[Benchmark]:
     """Yield the cases of this group."""
     channels, samples = options.pick((8, 8), (16, 32)), options.pick(2, SAMPLES)
     for timesteps in options.pick((12,), (100,), (100, 300, 1000)):
         yield _benchmark(options, channels, timesteps, samples)
+    if options.full:
+        yield _thousand(options, "the study's UNet", _study_unet, (1, 8, 8), 1000, in_files=False)
+        yield _thousand(options, "DiT", DiT, (3, 16, 16), 1000, in_files=True)
 
 
 def _benchmark(options: Options, channels: tuple[int, int], timesteps: int, samples: int) -> Benchmark:
@@ -130,7 +240,9 @@ def _benchmark(options: Options, channels: tuple[int, int], timesteps: int, samp
     ways |= {BY_HAND: "baseline", VMAP: "baseline"}
 
     def build() -> list[Candidate]:
-        problem = Problem(channels, timesteps, samples, torch.device(options.device))
+        problem = Problem(
+            lambda: _unet(channels), (1, 8, 8), timesteps, samples, torch.device(options.device)
+        )
 
         def gated(name: str, run: Callable[[], NDArray[np.float64]], peer: bool = False) -> Candidate:
             def error() -> float:
@@ -157,5 +269,48 @@ def _benchmark(options: Options, channels: tuple[int, int], timesteps: int, samp
         memory=options.full,
         allowance=4.0,
         grace=10.0,
+        warmup=0,
+    )
+
+
+def _thousand(
+    options: Options,
+    name: str,
+    model: Callable[[], nn.Module],
+    shape: tuple[int, int, int],
+    timesteps: int,
+    *,
+    in_files: bool,
+) -> Benchmark:
+    """Ours in full beside the published loops, of which a part is timed."""
+
+    def build() -> list[Candidate]:
+        problem = Problem(model, shape, timesteps, SAMPLES, torch.device(options.device))
+        run = problem.ours_in_files if in_files else problem.ours
+
+        def ours_error() -> float:
+            return float(np.abs(run()[np.ix_(*problem.part)] - problem.exact_part).max())
+
+        def published_error() -> float:
+            return float(np.abs(problem.published_part().cosines - problem.exact_part).max())
+
+        def notes() -> dict[str, Any]:
+            return {"scaled": [problem.part_in_words()]}
+
+        return [
+            Candidate(LIMIT, problem.limit),
+            Candidate(OURS, run, ours_error, TOLERANCE),
+            Candidate(SCALED, problem.published_part, published_error, TOLERANCE, notes=notes),
+        ]
+
+    return Benchmark(
+        GROUP,
+        f"{name}, T = {timesteps:,}, {SAMPLES} images each",
+        {LIMIT: "limit", OURS: "ours", SCALED: "reference"},
+        build,
+        3,
+        {"T": timesteps, "samples": SAMPLES, "model": name},
+        clock=_clock,
+        allowance=math.inf,
         warmup=0,
     )

@@ -81,7 +81,7 @@ def table(comparison: Comparison, run: str = "") -> str:
     for way in comparison.ways:
         if way.notes.get("steps"):
             lines.append(f"{way.name}: {', '.join(map(str, way.notes['steps']))} steps.")
-        lines += [f"{way.name}: {fault}." for fault in way.notes.get("faults", ())]
+        lines += [f"{way.name}: {note}." for key in ("scaled", "faults") for note in way.notes.get(key, ())]
     return "\n".join(lines)
 
 

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -5,6 +6,7 @@ from benchmarks import affinity
 from benchmarks.harness import GateError
 from benchmarks.reference import pairwise_cosines, timestep_gradients
 from benchmarks.suite import Options, measure
+from diffmtl_fast.bench.tables import table
 
 
 def test_pairwise_cosines_and_gradients_by_hand():
@@ -20,6 +22,40 @@ def test_pairwise_cosines_and_gradients_by_hand():
     expected = torch.tensor([[1.0, 0, -1], [0, 1, 0], [-1, 0, 1]], dtype=torch.float64)
     torch.testing.assert_close(pairwise_cosines(gradients), expected)
     torch.testing.assert_close(pairwise_cosines(gradients[:1], gradients[1:]), expected[:1, 1:])
+
+
+def test_the_published_loops_are_scaled_by_what_was_left_out(monkeypatch, device):
+    pytest.importorskip("diffusers")
+    monkeypatch.setattr(affinity, "PART", (2, 3))
+    seconds = iter([3.0, 6.0])  # of three gradients, of six pairs
+    problem = affinity.Problem(lambda: affinity._unet((8, 8)), (1, 8, 8), 5, 2, device)
+
+    def clock(run, repeats=1):
+        run()
+        return next(seconds)
+
+    monkeypatch.setattr(affinity, "wall_clock", clock)
+    found = problem.published_part()
+    assert found.seconds == pytest.approx(5 * 3.0 / 3 + 25 * 6.0 / 6)
+    assert problem.part_in_words().startswith("the time of 3 of 5 gradients and of 6 of 25 pairs")
+    np.testing.assert_allclose(found.cosines, problem.exact[np.ix_(*problem.part)], atol=1e-5)
+    seconds = iter([1.5, 1.5])
+    assert affinity._clock(lambda: affinity.Scaled(7.0, found.cosines)) == 7.0
+    assert affinity._clock(lambda: None) == 1.5
+
+
+@pytest.mark.parametrize("in_files", [False, True])
+def test_a_thousand_timesteps_in_small(in_files, monkeypatch, device):
+    pytest.importorskip("diffusers")
+    options = Options(device.type, "quick", memory=False)
+    work = affinity._thousand(
+        options, "small", lambda: affinity._unet((8, 8)), (1, 8, 8), 4, in_files=in_files
+    )
+    found = measure(work, options)
+    assert [way.name for way in found.ways] == list(work.ways)
+    assert all(way.error <= affinity.TOLERANCE for way in found.ways[1:])
+    assert affinity.SCALED in table(found)
+    assert "random ones, scaled by their numbers." in table(found)
 
 
 def test_all_ways_agree_before_they_are_timed(monkeypatch, device):

@@ -52,7 +52,8 @@ def test_every_capability_has_every_role(scale: suite.Scale, device: str) -> Non
 @pytest.mark.parametrize("goal", GOALS, ids=lambda goal: f"{goal.title}, {goal.measure}, {goal.device}")
 def test_every_goal_is_measured(goal: Goal) -> None:
     device = goal.device or "cpu"
-    found = [b for b in benchmarks(Options(device)) if goal.concerns(b.group, b.parameters, device)]
+    works = (b for scale in ("default", "full") for b in benchmarks(Options(device, scale)))
+    found = [b for b in works if goal.concerns(b.group, b.parameters, device)]
     there = [b for b in found if set(goal.ways) & b.ways.keys()]
     assert there
     for work in there:
