@@ -92,7 +92,11 @@ def measure_gaps(study: StudyFolder, plan: Plan, seed: int) -> None:
 
 
 def measure_early_gaps(study: StudyFolder, plan: Plan, seed: int, iteration: int) -> None:
-    """Measure negative transfer by the same experts as they were at an iteration."""
+    """Measure negative transfer by the same experts as they were at an iteration.
+
+    Nothing is trained for it: it takes as long as drawing the evaluation's pictures once for every interval and
+    once more.
+    """
     if study.gaps(seed, iteration).exists():
         return
     analysis.negative_transfer(
