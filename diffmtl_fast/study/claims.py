@@ -82,12 +82,10 @@ def _affinity(results: Results, name: str, places: np.ndarray) -> Claim:
         return Claim("ANT", statement, criterion, UNKNOWN, "")
     index = _middles(len(places), results.plan.tasks)
     affinity = results.disattenuated[np.ix_(index, index)]
-    known = (
-        np.isfinite(affinity).sum(1) > 1
-    )  # a task whose own reliability is not known has its diagonal alone
+    known = np.isfinite(affinity).sum(1) > 1  # without a reliability a task has its diagonal alone
     evidence = f"{known.sum()} tasks, one run (seed 0)"
     if not known.all():
-        evidence += f", {np.sum(~known)} tasks left out: nothing but noise"
+        evidence += f"; {np.sum(~known)} more left out, nothing but noise"
     if known.sum() < 3:
         return Claim("ANT", statement, criterion, UNKNOWN, evidence)
     affinity, place = affinity[np.ix_(known, known)], places[index[known]]

@@ -120,7 +120,7 @@ def affinity(
             **options,
         )
     about = {"tasks": groups.k, "checkpoints": names, **options, "error_bound": measured.error_bound}
-    title = f"{method_title(config)}: mean of {_iterations(paths)} iterations, {samples} images per task"
+    title = f"{method_title(config)}: mean of {_iterations(paths)} iterations\n{samples} images per task"
     if measured.reliability is not None:
         about["reliability"] = measured.reliability.tolist()
         measured, title = measured.disattenuated, f"{title}, corrected for their noise"

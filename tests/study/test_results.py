@@ -128,7 +128,7 @@ def test_tasks_of_nothing_but_noise_are_left_out(study, lost, verdict):
     np.save(study.disattenuated, affinity)
     found = observation(load_results(study))
     assert found.verdict == verdict
-    assert f"{10 - lost} tasks, one run (seed 0), {lost} tasks left out" in found.evidence
+    assert f"{10 - lost} tasks, one run (seed 0); {lost} more left out" in found.evidence
 
 
 def test_transfer_at_equal_iterations_and_at_equal_exposure(study):
