@@ -35,7 +35,7 @@ from ._layout import (
     rows_like,
 )
 from ._library import register_kernel, run_plain
-from .cluster_conv_wgrad import multiply_by_library
+from .cluster_conv_wgrad import Geometry, empty_result, multiply_by_library
 from .nash import CONVERGED, LINE_SEARCH_STEPS, NEWTON_STEPS
 from .philox import is_seed
 
@@ -510,23 +510,35 @@ def _conv_way(grad_out: Tensor, x: Tensor, sizes: Sequence[int], weight: int) ->
 
 
 def _multiply_in_groups(
-    grad_out: Tensor,
-    x: Tensor,
-    bounds: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    out: Tensor,
-    accumulate: bool,
+    grad_out: Tensor, x: Tensor, bounds: Sequence[int], geometry: Geometry, out: Tensor, accumulate: bool
 ) -> None:
     """Form the gradients of clusters of one size as groups of one convolution, side by side in the channels."""
     num = len(bounds) - 1
     grad_out, x = (t.unflatten(0, (num, -1)).transpose(0, 1).flatten(1, 2) for t in (grad_out, x))
     found = x.new_empty(1, num * out.shape[1], *out.shape[2:])
-    geometry = (stride, padding, dilation, num * groups)
-    multiply_by_library(grad_out, x, [0, x.shape[0]], *geometry, found, False)
+    wider = geometry._replace(groups=num * geometry.groups)
+    multiply_by_library(grad_out, x, [0, x.shape[0]], wider, found, False)
     out.add_(found.view_as(out)) if accumulate else out.copy_(found.view_as(out))
+
+
+def _multiply_planes(
+    grad_out: Tensor, x: Tensor, bounds: Sequence[int], geometry: Geometry, out: Tensor, accumulate: bool
+) -> None:
+    """Form the gradients of all clusters by our kernel, for three spatial dimensions."""
+    dtype = accumulation_dtype(x)
+    direct = out.dtype == dtype and out[0].is_contiguous()
+    result = out if direct else torch.empty(out.shape, dtype=dtype)
+    zeros = [0] * (5 - x.dim())
+    ones = [1 for _ in zeros]
+    stride, padding, dilation, groups = geometry
+    whole = ([*ones, *out.shape[3:]], [*ones, *stride], [*zeros, *padding], [*ones, *dilation])
+    images = _images(grad_out), _images(x)
+    _C.cpu_cluster_conv_wgrad(
+        *images, bounds, groups, whole, _handle(result), accumulate and direct, torch.get_num_threads()
+    )
+    if not direct:
+        out.add_(result) if accumulate else out.copy_(result)
+    torch.autograd.graph.increment_version(out)
 
 
 def _images(tensor: Tensor) -> tuple[int, int, list[int], list[int]]:
@@ -537,64 +549,31 @@ def _images(tensor: Tensor) -> tuple[int, int, list[int], list[int]]:
     return tensor.data_ptr(), _DTYPES[tensor.dtype], shape, strides
 
 
-def cluster_conv_wgrad_out(
-    grad_out: Tensor,
-    x: Tensor,
-    offsets: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    out: Tensor,
-    accumulate: bool,
-) -> None:
+_CONV_WAYS: dict[_ConvWay, Callable[..., None]] = {
+    "groups": _multiply_in_groups,
+    "planes": _multiply_planes,
+    "library": multiply_by_library,
+}
+
+
+def cluster_conv_wgrad_out(grad_out: Tensor, x: Tensor, offsets: Tensor, *rest: Any) -> None:
     """Run `cluster_conv_wgrad_out`."""
+    *geometry, out, accumulate = rest
     if reason := _unsupported(grad_out, out):
-        arguments = (stride, padding, dilation, groups, out, accumulate)
-        run_plain("cluster_conv_wgrad_out", reason, grad_out, x, offsets, *arguments)
-        return
-    if out.numel() == 0:
-        return
-    bounds = host_offsets(offsets, x.shape[0])
-    sizes = [end - begin for begin, end in pairwise(bounds)]
-    way = _conv_way(grad_out, x, sizes, out[0].numel())
-    if way != "planes":
-        multiply = multiply_by_library if way == "library" else _multiply_in_groups
-        multiply(grad_out, x, bounds, stride, padding, dilation, groups, out, accumulate)
-        return
-    dtype = accumulation_dtype(x)
-    direct = out.dtype == dtype and out[0].is_contiguous()
-    result = out if direct else torch.empty(out.shape, dtype=dtype)
-    missing = [0] * (5 - x.dim())
-    ones = [1 for _ in missing]
-    geometry = ([*ones, *out.shape[3:]], [*ones, *stride], [*missing, *padding], [*ones, *dilation])
-    _C.cpu_cluster_conv_wgrad(
-        *map(_images, (grad_out, x)),
-        bounds,
-        groups,
-        geometry,
-        _handle(result),
-        accumulate and direct,
-        torch.get_num_threads(),
-    )
-    if not direct:
-        out.add_(result) if accumulate else out.copy_(result)
-    torch.autograd.graph.increment_version(out)
+        run_plain("cluster_conv_wgrad_out", reason, grad_out, x, offsets, *rest)
+    elif out.numel():
+        bounds = host_offsets(offsets, x.shape[0])
+        sizes = [end - begin for begin, end in pairwise(bounds)]
+        multiply = _CONV_WAYS[_conv_way(grad_out, x, sizes, out[0].numel())]
+        multiply(grad_out, x, bounds, Geometry(*geometry), out, accumulate)
 
 
 def cluster_conv_wgrad(
-    grad_out: Tensor,
-    x: Tensor,
-    offsets: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    grad_out: Tensor, x: Tensor, offsets: Tensor, kernel_size: Sequence[int], *geometry: Any
 ) -> Tensor:
     """Run `cluster_conv_wgrad`."""
-    out = x.new_empty([offsets.shape[0] - 1, grad_out.shape[1], x.shape[1] // groups, *kernel_size])
-    cluster_conv_wgrad_out(grad_out, x, offsets, stride, padding, dilation, groups, out, False)
+    out = empty_result(grad_out, x, offsets, kernel_size, *geometry)
+    cluster_conv_wgrad_out(grad_out, x, offsets, *geometry, out, False)
     return out
 
 

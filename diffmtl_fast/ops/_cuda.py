@@ -35,7 +35,7 @@ from ._layout import (
     rows_like,
 )
 from ._library import register_kernel, run_plain
-from .cluster_conv_wgrad import multiply_by_library
+from .cluster_conv_wgrad import Geometry, empty_result, multiply_by_library
 from .nash import CONVERGED, LINE_SEARCH_STEPS, NEWTON_STEPS
 from .philox import is_seed
 
@@ -478,35 +478,19 @@ def cluster_wgrad_out(grad_out: Tensor, x: Tensor, offsets: Tensor, out: Tensor,
         _launch_in_shares(launch, chosen.shares, result, add)
 
 
-def cluster_conv_wgrad_out(
-    grad_out: Tensor,
-    x: Tensor,
-    offsets: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    out: Tensor,
-    accumulate: bool,
-) -> None:
+def cluster_conv_wgrad_out(grad_out: Tensor, x: Tensor, offsets: Tensor, *rest: Any) -> None:
     """Run `cluster_conv_wgrad_out` by the library's convolutions, in the dtype of the inputs."""
+    *geometry, out, accumulate = rest
     bounds = host_offsets(offsets, x.shape[0])
-    multiply_by_library(grad_out, x, bounds, stride, padding, dilation, groups, out, accumulate)
+    multiply_by_library(grad_out, x, bounds, Geometry(*geometry), out, accumulate)
 
 
 def cluster_conv_wgrad(
-    grad_out: Tensor,
-    x: Tensor,
-    offsets: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    grad_out: Tensor, x: Tensor, offsets: Tensor, kernel_size: Sequence[int], *geometry: Any
 ) -> Tensor:
     """Run `cluster_conv_wgrad` by the library's convolutions, in the dtype of the inputs."""
-    out = x.new_empty([offsets.shape[0] - 1, grad_out.shape[1], x.shape[1] // groups, *kernel_size])
-    cluster_conv_wgrad_out(grad_out, x, offsets, stride, padding, dilation, groups, out, False)
+    out = empty_result(grad_out, x, offsets, kernel_size, *geometry)
+    cluster_conv_wgrad_out(grad_out, x, offsets, *geometry, out, False)
     return out
 
 

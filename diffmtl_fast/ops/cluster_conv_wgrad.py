@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,91 +20,63 @@ from ._checks import (
 from ._library import define_op, refuse_autograd
 
 
+class Geometry(NamedTuple):
+    """A convolution but for its kernel's size, one number per spatial dimension."""
+
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    groups: int
+
+
 def multiply_by_library(
-    grad_out: Tensor,
-    x: Tensor,
-    bounds: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    out: Tensor,
-    accumulate: bool,
+    grad_out: Tensor, x: Tensor, bounds: Sequence[int], geometry: Geometry, out: Tensor, accumulate: bool
 ) -> None:
     """Put the weight gradients into `out`, or add them, by a call of PyTorch's convolutions for each cluster."""
     weight = x.new_empty(out.shape[1:])  # only its shape is read
+    *options, groups = geometry
+    transposed, output_padding = False, [0] * len(geometry.stride)
     for row, (begin, end) in zip(out.unbind(), pairwise(bounds), strict=True):
         if begin == end:
             if not accumulate:
                 row.zero_()
             continue
+        rows = grad_out[begin:end], x[begin:end]
         _, found, _ = torch.ops.aten.convolution_backward(
-            grad_out[begin:end],
-            x[begin:end],
-            weight,
-            None,
-            stride,
-            padding,
-            dilation,
-            False,
-            [0] * len(stride),
-            groups,
-            [False, True, False],
+            *rows, weight, None, *options, transposed, output_padding, groups, [False, True, False]
         )
         row.add_(found) if accumulate else row.copy_(found)
 
 
-def cluster_conv_wgrad_out_plain(
-    grad_out: Tensor,
-    x: Tensor,
-    offsets: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    out: Tensor,
-    accumulate: bool,
-) -> None:
+def cluster_conv_wgrad_out_plain(grad_out: Tensor, x: Tensor, offsets: Tensor, *rest: Any) -> None:
     """Compute `cluster_conv_wgrad` by its definition, into `out`."""
+    *geometry, out, accumulate = rest
     dtype, bounds = accumulation_dtype(grad_out, out), host_offsets(offsets, x.shape[0])
-    grad_out, x = grad_out.to(dtype), x.to(dtype)
-    multiply_by_library(grad_out, x, bounds, stride, padding, dilation, groups, out, accumulate)
+    multiply_by_library(grad_out.to(dtype), x.to(dtype), bounds, Geometry(*geometry), out, accumulate)
 
 
 def cluster_conv_wgrad_plain(
-    grad_out: Tensor,
-    x: Tensor,
-    offsets: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    grad_out: Tensor, x: Tensor, offsets: Tensor, kernel_size: Sequence[int], *geometry: Any
 ) -> Tensor:
     """Compute `cluster_conv_wgrad` by its definition."""
-    out = _empty(grad_out, x, offsets, kernel_size, stride, padding, dilation, groups)
-    cluster_conv_wgrad_out_plain(grad_out, x, offsets, stride, padding, dilation, groups, out, False)
+    out = empty_result(grad_out, x, offsets, kernel_size, *geometry)
+    cluster_conv_wgrad_out_plain(grad_out, x, offsets, *geometry, out, False)
     return out
 
 
-def _empty(
-    grad_out: Tensor,
-    x: Tensor,
-    offsets: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+def empty_result(
+    grad_out: Tensor, x: Tensor, offsets: Tensor, kernel_size: Sequence[int], *geometry: Any
 ) -> Tensor:
-    return x.new_empty([offsets.shape[0] - 1, grad_out.shape[1], x.shape[1] // groups, *kernel_size])
+    """Return memory for the weight gradients of all clusters."""
+    inputs = x.shape[1] // Geometry(*geometry).groups
+    return x.new_empty([offsets.shape[0] - 1, grad_out.shape[1], inputs, *kernel_size])
 
 
 _cluster_conv_wgrad = define_op(
     "cluster_conv_wgrad(Tensor grad_out, Tensor x, Tensor offsets, int[] kernel_size, int[] stride, "
     "int[] padding, int[] dilation, int groups) -> Tensor",
     plain=cluster_conv_wgrad_plain,
-    fake=_empty,
+    fake=empty_result,
 )
 refuse_autograd("cluster_conv_wgrad", "it is itself part of a backward pass; detach its inputs")
 _cluster_conv_wgrad_out = define_op(
