@@ -19,7 +19,8 @@ constexpr DType kSeed = kDTypes;
 constexpr std::size_t kBytes[kDTypes] = {4, 8, 2, 2};
 
 constexpr int kMaxRows = 64;
-// Terms are added up in the computing precision (float32, or float64 where an input is) within a block only.
+// Terms of sums are added up in the computing precision (float32, or float64 where an input is) within a block only;
+// those of products of matrices and of convolutions' planes by the lanes of a register.
 constexpr Int kBlock = 1024;
 
 // Of an error e: e^2, with half its slope; or Huber's.

@@ -330,7 +330,8 @@ class Convolution(ClusterRule):
                 out=ctx.buffer(1),
             )
         if ctx.needs_input_grad[2]:
-            by_sample = grad.sum(list(range(2, grad.dim())))
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            by_sample = grad.sum(list(range(2, grad.dim())), dtype=wide)
             by_bias = ops.cluster_sum(by_sample, offsets, out=ctx.buffer(2))
         return by_input, by_weight, by_bias, None, None, None, None
 

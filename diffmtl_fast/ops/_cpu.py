@@ -491,7 +491,11 @@ def _conv_way(grad_out: Tensor, x: Tensor, sizes: Sequence[int], weight: int) ->
         sizes: samples of every cluster.
         weight: number of weights.
     """
-    if x.dtype == torch.float64 or not torch.backends.mkldnn.is_available():
+    if (
+        x.dtype == torch.float64
+        or not torch.backends.mkldnn.is_available()
+        or not _library_multiplies(x.dtype)
+    ):
         return "planes"
     products = grad_out.numel() // grad_out.shape[1] // len(sizes) * weight  # of a cluster
     if (
@@ -504,9 +508,7 @@ def _conv_way(grad_out: Tensor, x: Tensor, sizes: Sequence[int], weight: int) ->
         few_channels = min(grad_out.shape[1], x.shape[1]) < 16
         if products <= (1_000_000 if few_channels else 20_000_000):
             return "groups"
-    if not _library_multiplies(x.dtype) or products <= 5_000_000:
-        return "planes"
-    return "library"
+    return "planes" if products <= 5_000_000 else "library"
 
 
 def _multiply_in_groups(
@@ -531,6 +533,8 @@ def _multiply_planes(
     zeros = [0] * (5 - x.dim())
     ones = [1 for _ in zeros]
     stride, padding, dilation, groups = geometry
+    # Of a dimension with one output the stride means nothing; copies have the stride's residues side by side.
+    stride = [step if size > 1 else 1 for step, size in zip(stride, grad_out.shape[2:], strict=True)]
     whole = ([*ones, *out.shape[3:]], [*ones, *stride], [*zeros, *padding], [*ones, *dilation])
     images = _images(grad_out), _images(x)
     _C.cpu_cluster_conv_wgrad(
@@ -561,8 +565,9 @@ def cluster_conv_wgrad_out(grad_out: Tensor, x: Tensor, offsets: Tensor, *rest: 
     *geometry, out, accumulate = rest
     if reason := _unsupported(grad_out, out):
         run_plain("cluster_conv_wgrad_out", reason, grad_out, x, offsets, *rest)
-    elif out.numel():
-        bounds = host_offsets(offsets, x.shape[0])
+        return
+    bounds = host_offsets(offsets, x.shape[0])
+    if out.numel():
         sizes = [end - begin for begin, end in pairwise(bounds)]
         multiply = _CONV_WAYS[_conv_way(grad_out, x, sizes, out[0].numel())]
         multiply(grad_out, x, bounds, Geometry(*geometry), out, accumulate)

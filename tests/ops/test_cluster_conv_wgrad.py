@@ -155,6 +155,7 @@ def test_integers_are_summed_exactly(sizes, channels, image, kernel, stride, dil
     assert torch.equal(found.double(), expected(grad_out, x, offsets, weight, options))
 
 
+@pytest.mark.usefixtures("way")
 def test_what_is_not_finite_stays_in_its_cluster(generator):
     grad_out, x, _ = inputs(6, (3, 4, (5, 5), 3, {"padding": 1}), torch.float32, generator)
     grad_out[2, 1, 4, 4], x[4, 2, 0, 0] = float("nan"), float("inf")
@@ -202,6 +203,23 @@ def test_bad_inputs(change, error, message):
         ops.cluster_conv_wgrad(**given)
 
 
+def test_a_stride_that_means_nothing(generator):
+    """With one output no element is a stride away from another: the copies are as large as the image."""
+    x, grad_out = draw((3, 2, 4, 4), torch.float64, generator), draw((3, 5, 1, 1), torch.float64, generator)
+    found = ops.cluster_conv_wgrad(grad_out, x, offsets_of((1, 2)), 2, stride=10**7)
+    weight = torch.zeros(5, 2, 2, 2, device=x.device)
+    wanted = expected(grad_out, x, offsets_of((1, 2)), weight, {"stride": 10**7})
+    torch.testing.assert_close(found, wanted)
+
+
+def test_half_precision_accumulates_in_float32(monkeypatch):
+    """Whatever the processor multiplies by itself; sums of float16 would overflow."""
+    monkeypatch.setattr(_cpu, "_library_multiplies", lambda dtype: dtype == torch.float32)
+    x = torch.full((4, 1, 8, 8), 40.0, dtype=torch.float16)
+    grad_out = x * torch.tensor([1, -1, 1, -1]).view(4, 1, 1, 1)
+    assert not ops.cluster_conv_wgrad(grad_out, x, offsets_of((2, 2)), 1).any()
+
+
 def test_the_way_is_chosen_by_the_work():
     """Small ones in one call, of clusters of one size as groups; large ones by the library if it has the type."""
 
@@ -214,3 +232,5 @@ def test_the_way_is_chosen_by_the_work():
     assert chosen((8, 8), 8, 20) == "planes"
     assert chosen((8, 8), 128, 16) == chosen((7, 9), 128, 16) == "library"
     assert chosen((8, 8), 128, 16, torch.float64) == "planes"
+    if not _cpu._library_multiplies(torch.float16):
+        assert chosen((8, 8), 32, 8, torch.float16) == "planes"
