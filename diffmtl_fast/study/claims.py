@@ -85,7 +85,7 @@ def _affinity(results: Results, name: str, places: np.ndarray) -> Claim:
     known = np.isfinite(affinity).sum(1) > 1  # without a reliability a task has its diagonal alone
     evidence = f"{known.sum()} tasks, one run (seed 0)"
     if not known.all():
-        evidence += f"; {np.sum(~known)} more left out, nothing but noise"
+        evidence += f"; {np.sum(~known)} more left out, whose gradients are nothing but noise"
     if known.sum() < 3:
         return Claim("ANT", statement, criterion, UNKNOWN, evidence)
     affinity, place = affinity[np.ix_(known, known)], places[index[known]]
@@ -94,7 +94,7 @@ def _affinity(results: Results, name: str, places: np.ndarray) -> Claim:
         verdict = "reproduced"
     else:
         verdict = "contradicted" if rho > 0 and p >= 0.95 else "not shown"
-    return Claim("ANT", statement, criterion, verdict, f"ρ = {rho:.2f}, p = {p:.3f}, {evidence}")
+    return Claim("ANT", statement, criterion, verdict, f"ρ = {rho:.2f}, {_p_value(p)}, {evidence}")
 
 
 def _transfer(results: Results) -> Claim:
@@ -203,7 +203,7 @@ def _difficulty(results: Results) -> Claim:
     found = require("scipy.stats", "train").spearmanr(place, steps, alternative="less")
     rho, p = float(found.statistic), float(found.pvalue)
     verdict = "reproduced" if p <= 0.05 else "contradicted" if p >= 0.95 else "not shown"
-    return Claim("curriculum", statement, criterion, verdict, f"ρ = {rho:.2f}, p = {p:.3f}")
+    return Claim("curriculum", statement, criterion, verdict, f"ρ = {rho:.2f}, {_p_value(p)}")
 
 
 def ratio(found: Differences, index: int) -> str:
@@ -240,4 +240,9 @@ def _evidence(below: list[str], above: list[str], number: int, words: tuple[str,
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names) if names else "none"
+    # The names of variants hold a comma themselves.
+    return ", ".join(name.replace(", ", " on ") for name in names) if names else "none"
+
+
+def _p_value(p: float) -> str:
+    return f"p = {p:.3f}" if p >= 0.0005 else "p < 0.001"

@@ -180,8 +180,9 @@ def _curriculum(plan: Plan, clusters: IntervalClustering) -> str:
     )
     if clusters.k > 1:
         first, second = timesteps(*edges[-2:]), timesteps(*edges[-3:-1])
+        first = f"timestep{'s' if edges[-1] - edges[-2] > 1 else ''} {first}"
         text += (
-            f" The one from easy to hard begins with timesteps {first} alone, then adds {second}. Phases "
+            f" The one from easy to hard begins with {first} alone, then adds {second}. Phases "
             "of few timesteps teach little, and their iterations are missing later, which counts against "
             "curricula."
         )

@@ -103,7 +103,7 @@ def _introduction(results: Results, study: StudyFolder) -> str:
         f"{base.sampling.steps} denoising steps (averaged "
         f"weights).{missing}\n\n{conditions.origin(results, study)} All figures and pictures here are "
         "computed from its stored results (those of the runs are in [results.json](results.json)), again "
-        "by `diffmtl-fast study --report-only --study-dir DIR`."
+        "by `diffmtl-fast study --report-only --study-dir DIR`, DIR being the folder in which the study was made."
     )
 
 

@@ -160,7 +160,7 @@ def test_a_wrong_result_fails_the_run_and_is_not_stored(tmp_path: Path) -> None:
         "import diffmtl_fast.clustering as c\n"
         "find = c.cluster_intervals\n"
         "def worse(cost, T, k, **more):\n"
-        "    return find(cost, T, k if more else max(1, k - 1), **more)\n"
+        "    return find(cost, T, k if 'solver' in more else max(1, k - 1), **more)\n"
         "c.cluster_intervals = worse\n"
     )
     done = run("-k", "400", "--results", str(tmp_path), PYTHONPATH=str(tmp_path))

@@ -63,7 +63,7 @@ def test_settings(study):
     plain = [results.curves["vanilla", seed].figures["frechet_distance"] for seed in range(3)]
     before, end = np.mean(plain, axis=0)[-2:]
     assert f"went from {before:.2f} to {end:.2f}" in text
-    assert "begins with timesteps 99 alone, then adds 98" in text
+    assert "begins with timestep 99 alone, then adds 98" in text
     assert "ends after 1 iterations without improvement, or after 1 in all" in text
     assert "at every step, in the paper every 25" in text
     assert "drawn: by timestep clusters as often." in text
