@@ -10,8 +10,8 @@ namespace diffmtl::cpu {
 namespace {
 
 template <class Compute, class T>
-inline void spread(const T* from, Int stride, Int n, Compute* to, Int to_stride) {
-  for (Int i = 0; i < n; ++i) to[i * to_stride] = static_cast<Compute>(to_number(from[i * stride]));
+DIFFMTL_INLINE_LOOP void gather(const T* from, Int stride, Int n, Compute* to) {
+  for (Int i = 0; i < n; ++i) to[i] = static_cast<Compute>(to_number(from[i * stride]));
 }
 
 // Elements x of a row with (x + padding) % steps == residue, next to each other.
@@ -23,10 +23,10 @@ inline void place_row(const ConvPlane& plane, const T* row, Compute* out, Int di
     if (first >= size) continue;
     Compute* to = out + (first + padding) / step;
     const Int n = (size - first + step - 1) / step;
-    if (stride * step == 1) {
-      spread<Compute>(row + first, 1, n, to, 1);
+    if (stride * step == 1) {  // a constant that lets it be done in registers
+      gather(row + first, 1, n, to);
     } else {
-      spread<Compute>(row + first * stride, stride * step, n, to, 1);
+      gather(row + first * stride, stride * step, n, to);
     }
   }
 }

@@ -72,8 +72,9 @@ struct Piece {
 std::vector<std::vector<Piece>> divide(const std::vector<Int>& bounds, Int room, bool add) {
   std::vector<std::vector<Piece>> runs(1);
   Int used = 0;
-  for (std::size_t k = 0; k + 1 < bounds.size(); ++k)
-    for (Int begin = bounds[k]; begin == bounds[k] || begin < bounds[k + 1];) {
+  for (std::size_t k = 0; k + 1 < bounds.size(); ++k) {
+    Int begin = bounds[k];
+    do {  // an empty cluster has a piece, too, which writes its zeros
       if (used == room) {
         runs.emplace_back();
         used = 0;
@@ -81,9 +82,9 @@ std::vector<std::vector<Piece>> divide(const std::vector<Int>& bounds, Int room,
       const Int end = std::min(bounds[k + 1], begin + room - used);
       runs.back().push_back({static_cast<Int>(k), begin, end, add || begin > bounds[k], used});
       used += end - begin;
-      if (begin == end) break;
       begin = end;
-    }
+    } while (begin < bounds[k + 1]);
+  }
   return runs;
 }
 

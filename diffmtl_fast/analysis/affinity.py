@@ -278,10 +278,9 @@ class _Measurement:
         for first in firsts:
             if not rows.has(first):
                 kept, reliable = self._rows(first, project)
+                # The rows come last: their presence says that both are there.
                 if reliability is not None:
-                    reliability.put(
-                        first, reliable
-                    )  # before the rows, whose presence says that both are there
+                    reliability.put(first, reliable)
                 rows.put(first, kept)
             report.update(min(done + first + self.plan.block, done + total), name)
         found = cosines(gram(rows.blocks(firsts), self.device))

@@ -30,9 +30,8 @@ MEMORY, MEMORY_BYTES = 0.1, 4 * 2**20
 CHOOSING = ("scale", "models", "batch")
 
 _MEDIAN_VARIANCE = math.pi / 2  # of a median over that of a mean, for many normal values; fewer have less
-_TRIMMED = (
-    0.623  # variance of the nine tenths of normal values that are closest to their mean, over that of all
-)
+# Variance of the nine tenths of normal values that are closest to their mean, over that of all.
+_TRIMMED = 0.623
 _EFFICIENCY = 0.75  # degrees of freedom that are left of all
 _CHI_SQUARED_80 = 1.6424  # quantile, with one degree of freedom
 

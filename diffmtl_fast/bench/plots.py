@@ -97,9 +97,8 @@ def _bars(comparisons: Sequence[Comparison], machine: str) -> Any:
                     va="center",
                     fontsize=8,
                 )
-        axis.set_xlim(
-            0, 1.25 * max(comparison.ratio(way).high for way in comparison.ways)
-        )  # room for the figures
+        # With room for the figures.
+        axis.set_xlim(0, 1.25 * max(comparison.ratio(way).high for way in comparison.ways))
         noise = comparison.noise
         axis.axvspan(1 / (1 + noise), 1 + noise, color="0.85", zorder=0)  # says nothing
         axis.axvline(1, color="black", lw=0.8, ls="--")

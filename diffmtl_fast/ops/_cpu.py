@@ -530,8 +530,8 @@ def _multiply_planes(
     dtype = accumulation_dtype(x)
     direct = out.dtype == dtype and out[0].is_contiguous()
     result = out if direct else torch.empty(out.shape, dtype=dtype)
-    zeros = [0] * (5 - x.dim())
-    ones = [1 for _ in zeros]
+    missing = 5 - x.dim()
+    ones, zeros = [1] * missing, [0] * missing
     stride, padding, dilation, groups = geometry
     # Of a dimension with one output the stride means nothing; copies have the stride's residues side by side.
     stride = [step if size > 1 else 1 for step, size in zip(stride, grad_out.shape[2:], strict=True)]

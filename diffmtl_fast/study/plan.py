@@ -118,7 +118,7 @@ class Plan:
     def exposures(self) -> tuple[int, ...]:
         """The checkpoints of an expert that bracket equal exposure, or the one that meets it.
 
-        None if the first comes later: then an expert only is there that has seen more.
+        Empty if the first comes later: then an expert only is there that has seen more.
         """
         every = self.iterations // self.evaluations
         below = self.iterations // (self.intervals * every) * every

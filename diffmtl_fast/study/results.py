@@ -68,7 +68,6 @@ class Results:
         gaps: of negative transfer, by seed: the content of negative-transfer.json.
         early_gaps: the same for experts at the iterations that bracket equal exposure, by seed and iteration.
         difficulty: by seed: the content of difficulty.json.
-        affinity: task affinities [T, T] that the variants cluster by, or None.
         disattenuated: task affinities [T, T] corrected for the noise of the images, NaN where that is all there
             is, or None.
         machine: that of the calibration.
@@ -80,7 +79,6 @@ class Results:
     gaps: dict[int, dict[str, Any]]
     early_gaps: dict[int, dict[int, dict[str, Any]]]
     difficulty: dict[int, dict[str, Any]]
-    affinity: Array | None
     disattenuated: Array | None
     machine: dict[str, Any]
 
@@ -221,12 +219,8 @@ def load_results(study: StudyFolder) -> Results:
         if plan.exposures and all(study.gaps(seed, iteration).exists() for iteration in plan.exposures)
     }
     difficulty = {seed: _json(study.gaps(seed).with_name("difficulty.json")) for seed in seeds}
-    affinity, disattenuated = (
-        np.load(path) if path.exists() else None for path in (study.affinity, study.disattenuated)
-    )
-    return Results(
-        plan, found, curves, gaps, early_gaps, difficulty, affinity, disattenuated, calibration["machine"]
-    )
+    disattenuated = np.load(study.disattenuated) if study.disattenuated.exists() else None
+    return Results(plan, found, curves, gaps, early_gaps, difficulty, disattenuated, calibration["machine"])
 
 
 def _log_ratios(gap: dict[str, Any]) -> Array:

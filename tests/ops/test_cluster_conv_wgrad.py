@@ -166,6 +166,7 @@ def test_what_is_not_finite_stays_in_its_cluster(generator):
     assert torch.equal(finite.cpu(), wanted)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("samples", [1, 3, 40])
 def test_copies_that_are_made_a_piece_at_a_time(samples, generator):
     """More than the scratch memory holds: clusters are divided, and the pieces added up."""

@@ -592,6 +592,7 @@ class TestThreads:
         cluster, seed = torch.randint(4, (300,), generator=seeded), torch.tensor(3)
         parts = [draw((5, size), dtype, seeded) for size in (3, 20_000, 100, 70_001, 40)]
         out = [torch.ones(part.shape[1]) for part in parts]
+        images = draw((300, 4, 8, 8), dtype, seeded)
         results = []
         for number in (1, 2, 3):
             threads(number)
@@ -614,6 +615,7 @@ class TestThreads:
                     ops.cluster_wgrad(many[:, :50], many[:, 50:650], torch.arange(0, 301, 6)),
                     ops.cluster_sum(many, torch.tensor([0, 7, 300])),
                     *ops.group_norm_backward(many, many, *torch.ones(2, 300, 1)),
+                    ops.cluster_conv_wgrad(images, images, torch.tensor([0, 7, 300]), 3, padding=1),
                 ]
             )
         for result in results[1:]:
