@@ -9,5 +9,6 @@ PYBIND11_MODULE(_C, module) {
   diffmtl::register_cpu_ops(module);
   diffmtl::register_cpu_losses(module);
   diffmtl::register_cpu_norms(module);
+  diffmtl::register_cpu_panels(module);
   diffmtl::register_cpu_weights(module);
 }

@@ -8,5 +8,6 @@ void register_cpu_convolutions(pybind11::module_& module);
 void register_cpu_ops(pybind11::module_& module);
 void register_cpu_losses(pybind11::module_& module);
 void register_cpu_norms(pybind11::module_& module);
+void register_cpu_panels(pybind11::module_& module);
 void register_cpu_weights(pybind11::module_& module);
 }  // namespace diffmtl

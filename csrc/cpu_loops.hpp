@@ -5,6 +5,7 @@
 #include "cpu_loss_loops.hpp"
 #include "cpu_noise.hpp"
 #include "cpu_norm_loops.hpp"
+#include "cpu_panel_loops.hpp"
 #include "cpu_vector.hpp"
 
 namespace diffmtl::cpu {
@@ -179,6 +180,10 @@ double combine(const Rows& rows, const double* weights, Write write, void* out_d
 constexpr Kernels make_kernels(const char* name) {
   return {name,
           DIFFMTL_PER_DTYPE(gram),
+          {kPanelRows<float>, kPanelRows<double>},
+          {kLeftRows<float>, kLeftRows<double>},
+          DIFFMTL_PER_DTYPE(pack_panel),
+          {multiply_panels<float>, multiply_panels<double>},
           DIFFMTL_PER_PAIR(combine),
           DIFFMTL_PER_LOSS(loss_sum),
           DIFFMTL_PER_LOSS(loss_slope),

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,7 +23,7 @@ from ..clustering import IntervalClustering
 from ..gradients import ClusterJacobian
 from ..gradients.engine import EngineName
 from .projection import RandomProjection, cosine_error_bound
-from .rows import Rows, cosines, gram
+from .rows import Rows, cosines, gram, new_rows
 
 #: (model, t, generator) to the losses [B] of samples at the timesteps t, int64 [B]
 TimestepLoss: TypeAlias = Callable[[Callable[..., Any], Tensor, torch.Generator], Tensor]
@@ -30,6 +31,9 @@ TimestepLoss: TypeAlias = Callable[[Callable[..., Any], Tensor, torch.Generator]
 LoadWeights: TypeAlias = Callable[[nn.Module], object]
 Array: TypeAlias = "NDArray[np.float64]"
 
+# Of norms between these, products are in float32's range, and so are those of all elements that matter.
+_NORMS = (1e-10, 1e10)
+_CHEAP = 16  # samples that the engine may check
 _CURRENT = "current"  # the name of the only checkpoint if there is none
 
 
@@ -114,7 +118,7 @@ def task_affinity(
     TAS(i, j) is the cosine of ∇_θ L_i and ∇_θ L_j, the gradients of the mean losses of two timesteps by all
     trainable parameters, averaged over the checkpoints of a run (Go et al., "Addressing Negative Transfer in
     Diffusion Models", NeurIPS 2023, arXiv 2306.00354). A pass forms the gradients of as many tasks as fill a
-    batch; their Gramian, in panels, holds all pairs.
+    batch; their Gramian holds all pairs.
 
     The samples of a gradient make it noisy, which draws the cosines of different tasks towards 0, and not those of
     all tasks alike: compare matrices of equally many samples, or `TaskAffinity.disattenuated`.
@@ -124,7 +128,8 @@ def task_affinity(
         loss: called as ``loss(model, t, generator)`` with int64 timesteps [B], task by task, on the model's
             device; draws B samples and their noise from the generator (there too), calls ``model(...)`` on them in
             that order and returns the losses [B], each of its own sample alone. It has to do the same for the same
-            generator.
+            generator. B differs from call to call; the first call may be of a few samples, for the engine to check
+            the model, and is not used otherwise.
         tasks: T, for a task per timestep, or a clustering for a task per interval, such as
             ``cluster_timesteps(1000, 100)``; the timestep of every sample is drawn from its interval.
         checkpoints: functions by name that load the weights to measure; default the weights as they are.
@@ -244,8 +249,11 @@ class _Measurement:
     ) -> None:
         self.model, self.loss, self.tasks, self.plan = model, loss, tasks, plan
         self.strided, self.seed = strided, seed
-        self.device = next(p.device for p in model.parameters() if p.requires_grad)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        self.device = parameters[0].device
+        self.dtype = reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
         self.jacobian = ClusterJacobian(model, plan.block * plan.parts, engine=engine)
+        self._checked = False
 
     def settings(self, names: Sequence[str]) -> dict[str, Any]:
         """What a result depends on, for a later run to compare."""
@@ -270,14 +278,14 @@ class _Measurement:
         folder = None if record is None else record.folder(index, name, self.model)
         finished = None if folder is None else folder / "cosines.npy"
         firsts, project = range(0, total, self.plan.block), self._projection()
-        reliability = None if self.plan.parts == 1 else Rows(folder, "reliability")
+        reliability = None if self.plan.parts == 1 else Rows(folder, (total, 1), torch.float64, "reliability")
         if finished is not None and finished.exists():
             report.update(done + total, f"{name}: found")
             return np.load(finished), self._reliability(reliability, firsts)
-        rows = Rows(folder)
+        rows = Rows(folder, (total, self.plan.projection or self.plan.width), self.dtype)
         for first in firsts:
             if not rows.has(first):
-                kept, reliable = self._rows(first, project)
+                kept, reliable = self._rows(first, project, rows)
                 # The rows come last: their presence says that both are there.
                 if reliability is not None:
                     reliability.put(first, reliable)
@@ -299,8 +307,20 @@ class _Measurement:
         size = self.plan.projection
         return None if size is None else RandomProjection(self.plan.width, size, self.seed, self.device)
 
-    def _rows(self, first: int, project: RandomProjection | None) -> tuple[Tensor, Tensor]:
+    def _check(self) -> None:
+        """Have the engine check the model on a few samples: it runs it many times, and larger batches are alike."""
+        each = self.plan.passes[0]
+        if self._checked or self.plan.block * each <= _CHEAP:
+            return
+        generator = torch.Generator(self.device).manual_seed(_seed(self.seed, 0))
+        task = torch.arange(min(self.plan.block, 2), device=self.device).repeat_interleave(min(each, 2))
+        t = self._timesteps(task, generator)
+        self.jacobian(lambda run: self.loss(run, t, generator), task)
+        self._checked = True
+
+    def _rows(self, first: int, project: RandomProjection | None, rows: Rows) -> tuple[Tensor, Tensor]:
         """What is kept of the gradients of the tasks first, first + 1, … of a block, and reliabilities."""
+        self._check()
         number, parts = min(self.plan.block, self.tasks.k - first), self.plan.parts
         done, samples = 0, sum(self.plan.passes)
         for turn, each in enumerate(self.plan.passes):
@@ -316,11 +336,17 @@ class _Measurement:
                 return found * share.to(found.dtype)
 
             self.jacobian(losses, task * parts + part.repeat(number), add=turn > 0)
-        gradients = self.jacobian.matrix()[: number * parts]
-        gradients = gradients.to(torch.promote_types(gradients.dtype, torch.float32))
+        gradients = self.jacobian.matrix(self._place(first, number, rows))
         reliability = gradients.new_full((number,), math.nan, dtype=torch.float64)
         if parts == 2:
             gradients, reliability = _mean_of_halves(gradients.unflatten(0, (number, 2)))
+        norms = torch.linalg.vector_norm(gradients, dim=1)
+        if not bool(((norms > _NORMS[0]) & (norms < _NORMS[1])).all()):
+            self._rescale(gradients, first)
+        return (gradients if project is None else project(gradients)), reliability[:, None]
+
+    def _rescale(self, gradients: Tensor, first: int) -> None:
+        """Divide gradients by their largest elements, which leaves the cosines as they are, or refuse them."""
         largest = torch.linalg.vector_norm(gradients, ord=math.inf, dim=1)
         for wrong, what in ((~largest.isfinite(), "that is not finite"), (largest == 0, "of zeros")):
             if bool(wrong.any()):
@@ -328,8 +354,16 @@ class _Measurement:
                 raise ValueError(
                     f"loss: expected a gradient for timesteps {left} to {right - 1}, found one {what}"
                 )
-        gradients /= largest[:, None]  # products of small ones would vanish in float32; cosines are the same
-        return (gradients if project is None else project(gradients)), reliability[:, None]
+        gradients /= largest[:, None]
+
+    def _place(self, first: int, number: int, rows: Rows) -> Tensor:
+        """Memory for the gradients of a block: where they are kept, if they are kept as they are."""
+        if self.device.type == "cpu" and self.plan.parts == 1 and self.plan.projection is None:
+            return rows.vacant(first, number)
+        shape = number * self.plan.parts, self.plan.width
+        if self.device.type == "cpu":
+            return new_rows(shape, self.dtype)
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def _timesteps(self, task: Tensor, generator: torch.Generator) -> Tensor:
         if not self.strided:

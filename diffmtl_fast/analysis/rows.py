@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .. import ops
 from .._files import remove_leftovers, replacing
 
 _COLUMNS = 2**24  # elements of all rows together that a step of the Gramian takes
-_PANEL = 128  # rows, of whose products those with the rows before are not computed
 
 
 class Rows:
@@ -23,38 +23,55 @@ class Rows:
     Args:
         folder: where each block becomes a file, whole or absent, for a later run to find; None keeps them in
             memory.
+        shape: n and the width of all rows together.
+        dtype: of the rows.
         name: of the files.
     """
 
-    def __init__(self, folder: Path | None, name: str = "rows") -> None:
-        self._folder, self._name = folder, name
-        self._blocks: dict[int, NDArray] = {}
+    def __init__(
+        self, folder: Path | None, shape: tuple[int, int], dtype: torch.dtype, name: str = "rows"
+    ) -> None:
+        self._folder, self._shape, self._dtype, self._name = folder, shape, dtype, name
+        self._memory: Tensor | None = None  # of all rows, if there is no folder
+        self._there: set[int] = set()
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(folder)
 
     def has(self, first: int) -> bool:
         """Whether the block that begins with a row is there."""
-        return first in self._blocks or (self._folder is not None and self._path(first).exists())
+        return first in self._there or (self._folder is not None and self._path(first).exists())
+
+    def vacant(self, first: int, number: int) -> Tensor:
+        """Return memory for a block: who fills it passes it to `put`, which then has nothing to copy."""
+        if self._folder is not None:
+            return new_rows((number, self._shape[1]), self._dtype)
+        if self._memory is None:
+            self._memory = new_rows(self._shape, self._dtype)
+        return self._memory[first : first + number]
 
     def put(self, first: int, rows: Tensor) -> None:
         """Keep a block, [n, width]."""
-        block = rows.cpu().numpy()
-        if self._folder is None:
-            self._blocks[first] = block
+        if self._folder is not None:
+            with replacing(self._path(first)) as aside:
+                np.save(aside, rows.cpu().numpy())
             return
-        with replacing(self._path(first)) as aside:
-            np.save(aside, block)
+        place = self.vacant(first, len(rows))
+        if place.data_ptr() != rows.data_ptr():
+            place.copy_(rows)
+        self._there.add(first)
 
     def blocks(self, firsts: Sequence[int]) -> list[NDArray]:
-        """The blocks that begin with these rows, those in files as maps of them."""
+        """All rows: those in memory as one block, those in files as maps of the blocks with these first rows."""
         if self._folder is None:
-            return [self._blocks[first] for first in firsts]
-        return [np.load(self._path(first), mmap_mode="r") for first in firsts]
+            assert self._memory is not None
+            return [self._memory.numpy()]
+        return [np.load(self._path(first), mmap_mode="c") for first in firsts]
 
     def clear(self) -> None:
         """Delete everything."""
-        self._blocks.clear()
+        self._memory = None
+        self._there.clear()
         if self._folder is not None:
             for path in self._folder.glob(f"{self._name}-*.npy"):
                 path.unlink()
@@ -64,10 +81,19 @@ class Rows:
         return self._folder / f"{self._name}-{first:08d}.npy"
 
 
-def gram(blocks: Sequence[NDArray], device: torch.device | str = "cpu") -> NDArray[np.float64]:
-    """The Gramian of rows that need not fit into memory: every element is read once, some columns at a time.
+def new_rows(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Return memory on the CPU for rows.
 
-    Products are formed in the rows' dtype over some thousands of columns, and added up in float64.
+    NumPy asks Linux for huge pages where PyTorch does not: gigabytes of fresh memory are then written several
+    times as fast.
+    """
+    return torch.from_numpy(np.empty(shape, torch.empty(0, dtype=dtype).numpy().dtype))
+
+
+def gram(blocks: Sequence[NDArray], device: torch.device | str = "cpu") -> NDArray[np.float64]:
+    """The Gramian of rows that need not fit into memory: every element is read once.
+
+    Several blocks, and those for another device, some columns at a time, whose products are added up in float64.
 
     Args:
         blocks: [n_i, P] each, of one dtype; together n rows.
@@ -77,14 +103,17 @@ def gram(blocks: Sequence[NDArray], device: torch.device | str = "cpu") -> NDArr
         float64 [n, n], symmetric.
     """
     number, width = sum(len(block) for block in blocks), blocks[0].shape[1]
+    if len(blocks) == 1 and torch.device(device).type == "cpu":
+        return ops.gram(torch.from_numpy(blocks[0])).double().numpy()
     step = max(1, _COLUMNS // number)
     total = torch.zeros(number, number, dtype=torch.float64)
+    memory = np.empty(number * min(step, width), blocks[0].dtype)
     for start in range(0, width, step):
-        columns = np.concatenate([block[:, start : start + step] for block in blocks])
-        part = torch.from_numpy(columns).to(device)
-        for first in range(0, number, _PANEL):
-            total[first : first + _PANEL, first:] += (part[first : first + _PANEL] @ part[first:].T).cpu()
-    return _mirrored(total).numpy()
+        parts = [block[:, start : start + step] for block in blocks]
+        shape = number, parts[0].shape[1]
+        columns = np.concatenate(parts, out=memory[: math.prod(shape)].reshape(shape))
+        total += ops.gram(torch.from_numpy(columns).to(device)).cpu()
+    return total.numpy()
 
 
 def cosines(gramian: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -94,8 +123,3 @@ def cosines(gramian: NDArray[np.float64]) -> NDArray[np.float64]:
         found = np.clip(gramian / np.outer(norms, norms), -1.0, 1.0)
     np.fill_diagonal(found, np.where(norms > 0.0, 1.0, math.nan))
     return found
-
-
-def _mirrored(matrix: Tensor) -> Tensor:
-    """The symmetric matrix of an upper triangle."""
-    return matrix.triu() + matrix.triu(1).T

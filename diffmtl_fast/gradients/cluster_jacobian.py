@@ -76,6 +76,11 @@ class ClusterJacobian:
             engine.collect(losses.sum(), engine.jacobian)
         return losses.detach()
 
-    def matrix(self) -> Tensor:
-        """Return the gradients, [K, P], in the order of ``model.parameters()``; a copy."""
-        return self._engine.jacobian.matrix()
+    def matrix(self, out: Tensor | None = None) -> Tensor:
+        """Return the gradients in the order of ``model.parameters()``.
+
+        Args:
+            out: floating point [n, P], n <= K: where those of the first n clusters are written; by default a new
+                matrix [K, P], in the dtype that the parameters' promote to.
+        """
+        return self._engine.jacobian.matrix(out)

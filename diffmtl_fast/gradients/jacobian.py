@@ -87,15 +87,21 @@ class Jacobian:
             return torch.zeros(self._num_clusters, self._num_clusters, device=self.blocks[0].device)
         return ops.gram(blocks)
 
-    def matrix(self) -> Tensor:
-        """Return J as one matrix [K, P], a copy, in the dtype that the blocks promote to."""
+    def matrix(self, out: Tensor | None = None) -> Tensor:
+        """Return a copy of J as one matrix.
+
+        Args:
+            out: [n, P], n <= K: where the first n rows go; by default a new matrix [K, P] of all of them, in the
+                dtype that the blocks promote to.
+        """
+        rows = self._num_clusters if out is None else len(out)
         parts = []
         for position, (block, reached) in enumerate(zip(self.blocks, self.touched, strict=True)):
             if reached:
                 self._fill(position)
             part = block if reached else torch.zeros_like(block)
-            parts.append(part.reshape(self._num_clusters, block[0].numel()))
-        return torch.cat(parts, 1)
+            parts.append(part[:rows].reshape(rows, block[0].numel()))
+        return torch.cat(parts, 1, out=out)
 
     def combine_(self, parameters: Sequence[nn.Parameter], weights: Tensor) -> Tensor:
         """Add Σ_k w_k g_k to the parameters' ``.grad`` as autograd would, None where no gradient came.

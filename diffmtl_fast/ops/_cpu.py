@@ -81,12 +81,13 @@ def _members(parts: Sequence[Tensor], k: int) -> list[tuple[int, int, int, int]]
 
 def gram(jacobian: Sequence[Tensor]) -> Tensor:
     """Run `gram`."""
-    if reason := _uncovered(jacobian):
-        return run_plain("gram", reason, jacobian)
     k = jacobian[0].shape[0]
+    if reason := "expected at least 1 row, found 0" if k == 0 else _unsupported(*jacobian):
+        return run_plain("gram", reason, jacobian)
     gramian = torch.empty(k, k, dtype=accumulation_dtype(*jacobian))
     parts = [dense_rows(member) for member in jacobian]  # kept while the kernel reads their memory
-    _C.cpu_gram(_members(parts, k), k, gramian.data_ptr(), _DTYPES[gramian.dtype], torch.get_num_threads())
+    kernel = _C.cpu_gram if k <= _C.CPU_MAX_ROWS else _C.cpu_gram_panels
+    kernel(_members(parts, k), k, gramian.data_ptr(), _DTYPES[gramian.dtype], torch.get_num_threads())
     return gramian
 
 

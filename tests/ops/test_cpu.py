@@ -78,6 +78,39 @@ class TestGramAndCombine:
             assert_combination(ops.combine(jacobian, weights), jacobian, weights)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_more_rows_than_are_read_side_by_side(self, dtype, instruction_set, seeded, threads):
+        # A panel has 6 to 48 rows, and 256 of its columns are multiplied at a time.
+        shapes = (65, 1), (72, 15), (95, 256), (96, 257), (97, 1100), (145, 3000), (301, 700), (70, 0)
+        for k, columns in shapes:
+            jacobian = draw((k, columns), dtype, seeded, offset=1)
+            threads(2)
+            found = ops.gram(jacobian)
+            assert_gramian(found, jacobian)
+            threads(1)
+            assert torch.equal(ops.gram(jacobian), found)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_parts_of_many_rows(self, dtype, instruction_set, seeded):
+        whole = draw((100, 25_000), dtype, seeded)
+        parts = [whole[:, :7], whole[:, 7:20_001], whole[:, 20_001:20_001], whole[:, 20_001:]]
+        assert_gramian(ops.gram(parts), whole)
+        strided = draw((200, 3000), dtype, seeded)[::2, 5:2000:3]
+        assert_gramian(ops.gram(strided), strided)
+        wide = draw((100, 600), torch.float64, seeded)
+        mixed, expected = ops.gram([whole, wide]), whole.double() @ whole.double().T + wide @ wide.T
+        assert mixed.dtype == torch.float64
+        assert relative_error(mixed, expected) < (1e-13 if dtype == torch.float64 else 1e-6)
+
+    def test_what_is_not_finite_stays_in_its_row_of_many(self, instruction_set, seeded):
+        jacobian = draw((70, 600), torch.float32, seeded)
+        jacobian[66, 550] = math.inf
+        jacobian[3, 2] = math.nan
+        wrong = ~ops.gram(jacobian).isfinite()
+        assert wrong.sum() == 2 * 70 + 2 * 68
+        assert wrong[3].all()
+        assert wrong[66].all()
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("columns", [0, 1, 2, 15, 16, 17, 63, 64, 65, 1023, 1024, 1025, 50_001])
     def test_every_end_of_a_row(self, columns, dtype, instruction_set, seeded):
         jacobian, weights = draw((5, columns), dtype, seeded, offset=1), draw((5,), dtype, seeded, offset=1)
@@ -147,11 +180,10 @@ class TestGramAndCombine:
         jacobian, weights = draw((65, 33), torch.float32, seeded), draw((65,), torch.float32, seeded)
         with caplog.at_level(logging.INFO, logger="diffmtl_fast"):
             for _ in range(2):
-                assert_gramian(ops.gram(jacobian), jacobian)
+                assert_combination(ops.combine(jacobian, weights), jacobian, weights)
         assert [record.message for record in caplog.records] == [
-            "diffmtl::gram runs its plain definition: expected 1 to 64 rows, found 65"
+            "diffmtl::combine runs its plain definition: expected 1 to 64 rows, found 65"
         ]
-        assert_combination(ops.combine(jacobian, weights), jacobian, weights)
 
 
 class TestSquaredErrors:
