@@ -19,9 +19,7 @@ constexpr Int kMostLeftRows = 8;
 constexpr Int kMostLeftRows = 4;
 #endif
 template <class Compute>
-constexpr Int kLeftRows = kPanelRows<Compute> % kMostLeftRows == 0   ? kMostLeftRows
-                          : kPanelRows<Compute> % 4 == 0 ? 4
-                                                         : 3;
+constexpr Int kLeftRows = kPanelRows<Compute> % 4 != 0 ? 3 : kPanelRows<Compute> % kMostLeftRows != 0 ? 4 : kMostLeftRows;
 
 // a and b become a0, b0, a1, b1, .. of the first half of their lanes, and of the second. (GCC knows Clang's builtin from
 // version 12 on.)

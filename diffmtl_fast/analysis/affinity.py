@@ -308,7 +308,7 @@ class _Measurement:
         return None if size is None else RandomProjection(self.plan.width, size, self.seed, self.device)
 
     def _check(self) -> None:
-        """Have the engine check the model on a few samples: it runs it many times, and larger batches are alike."""
+        """Have the engine check the model on a few samples: it runs it often, and larger batches are alike."""
         each = self.plan.passes[0]
         if self._checked or self.plan.block * each <= _CHEAP:
             return
