@@ -254,6 +254,7 @@ class _Measurement:
         self.dtype = reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
         self.jacobian = ClusterJacobian(model, plan.block * plan.parts, engine=engine)
         self._checked = False
+        self._memory: Tensor | None = None
 
     def settings(self, names: Sequence[str]) -> dict[str, Any]:
         """What a result depends on, for a later run to compare."""
@@ -278,11 +279,13 @@ class _Measurement:
         folder = None if record is None else record.folder(index, name, self.model)
         finished = None if folder is None else folder / "cosines.npy"
         firsts, project = range(0, total, self.plan.block), self._projection()
-        reliability = None if self.plan.parts == 1 else Rows(folder, (total, 1), torch.float64, "reliability")
+        reliability = None
+        if self.plan.parts == 2:
+            reliability = Rows(folder, torch.empty(total, 1, dtype=torch.float64), "reliability")
         if finished is not None and finished.exists():
             report.update(done + total, f"{name}: found")
             return np.load(finished), self._reliability(reliability, firsts)
-        rows = Rows(folder, (total, self.plan.projection or self.plan.width), self.dtype)
+        rows = Rows(folder, self._memory_of(total if folder is None else self.plan.block))
         for first in firsts:
             if not rows.has(first):
                 kept, reliable = self._rows(first, project, rows)
@@ -297,6 +300,12 @@ class _Measurement:
                 _save(aside, found)
         rows.clear()
         return found, self._reliability(reliability, firsts)
+
+    def _memory_of(self, number: int) -> Tensor:
+        """Memory for so many rows, the same for all checkpoints: it costs most when it is first written."""
+        if self._memory is None:
+            self._memory = new_rows((number, self.plan.projection or self.plan.width), self.dtype)
+        return self._memory
 
     def _reliability(self, blocks: Rows | None, firsts: Sequence[int]) -> Array:
         if blocks is None:

@@ -23,16 +23,12 @@ class Rows:
     Args:
         folder: where each block becomes a file, whole or absent, for a later run to find; None keeps them in
             memory.
-        shape: n and the width of all rows together.
-        dtype: of the rows.
+        memory: on the CPU, written over: [n, width] for all rows, or, with a folder, for one block at a time.
         name: of the files.
     """
 
-    def __init__(
-        self, folder: Path | None, shape: tuple[int, int], dtype: torch.dtype, name: str = "rows"
-    ) -> None:
-        self._folder, self._shape, self._dtype, self._name = folder, shape, dtype, name
-        self._memory: Tensor | None = None  # of all rows, if there is no folder
+    def __init__(self, folder: Path | None, memory: Tensor, name: str = "rows") -> None:
+        self._folder, self._memory, self._name = folder, memory, name
         self._there: set[int] = set()
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -44,11 +40,8 @@ class Rows:
 
     def vacant(self, first: int, number: int) -> Tensor:
         """Return memory for a block: who fills it passes it to `put`, which then has nothing to copy."""
-        if self._folder is not None:
-            return new_rows((number, self._shape[1]), self._dtype)
-        if self._memory is None:
-            self._memory = new_rows(self._shape, self._dtype)
-        return self._memory[first : first + number]
+        start = first if self._folder is None else 0
+        return self._memory[start : start + number]
 
     def put(self, first: int, rows: Tensor) -> None:
         """Keep a block, [n, width]."""
@@ -64,13 +57,11 @@ class Rows:
     def blocks(self, firsts: Sequence[int]) -> list[NDArray]:
         """All rows: those in memory as one block, those in files as maps of the blocks with these first rows."""
         if self._folder is None:
-            assert self._memory is not None
             return [self._memory.numpy()]
         return [np.load(self._path(first), mmap_mode="c") for first in firsts]
 
     def clear(self) -> None:
         """Delete everything."""
-        self._memory = None
         self._there.clear()
         if self._folder is not None:
             for path in self._folder.glob(f"{self._name}-*.npy"):
@@ -84,8 +75,8 @@ class Rows:
 def new_rows(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Return memory on the CPU for rows.
 
-    NumPy asks Linux for huge pages where PyTorch does not: gigabytes of fresh memory are then written several
-    times as fast.
+    NumPy asks Linux for huge pages where PyTorch does not: gigabytes of fresh memory are then written more than
+    twice as fast.
     """
     return torch.from_numpy(np.empty(shape, torch.empty(0, dtype=dtype).numpy().dtype))
 
