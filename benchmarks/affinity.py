@@ -1,14 +1,16 @@
 """Task affinity of all pairs of timesteps: the published loops, one product of normalised gradients, and ours.
 
-The limit is one forward and backward over the same images at the same timesteps, whole batches at a time, without
-telling the timesteps apart. The published time grows with T (gradients) and T² (pairs). At T = 1000, on models
-whose pairs would take from twenty minutes to hours, a part of it is timed and scaled: the only figures here that
+First the pairs of given gradients, with the product of all of them as the limit, then everything, the gradients
+included. There the limit is one forward and backward over the same images at the same timesteps, whole batches at a
+time, without telling the timesteps apart. The published time grows with T (gradients) and T² (pairs). At T = 1000,
+where the pairs would take from half a minute to hours, a part of it is timed and scaled: the only figures here that
 are not measured in full, and marked as such.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ from benchmarks.suite import Benchmark, Options
 from diffmtl_fast import ops
 from diffmtl_fast._extras import require
 from diffmtl_fast.analysis import task_affinity
+from diffmtl_fast.analysis.rows import cosines
 from diffmtl_fast.bench.results import Role
 from diffmtl_fast.study.plan import bundled
 
@@ -41,9 +44,10 @@ LIMIT, OURS, PUBLISHED, BY_HAND, VMAP = (
 )
 TOLERANCE = 1e-4  # float32 gradients of two ways of running the model
 SCALED = "published, scaled from a part"
-PART = (8, 48)  # random timesteps whose cosines with random others are formed, and those others
+PRODUCT = "G @ G.T"
+PART = (24, 48)  # random timesteps whose cosines with random others are formed, and those others
 BATCH = 128
-MEMORY = 8 * 2**30
+MEMORY = 36 * 2**30  # half of it for the gradients that are kept
 SAMPLES = 8  # fewer than a batch of the public script's
 
 
@@ -74,8 +78,7 @@ class Problem:
         self.images = (torch.rand(samples, *shape) * 2 - 1).to(device)
         self.noise = torch.randn(samples, *shape).to(device)
         self.timesteps, self.samples, self.device = timesteps, samples, device
-        chosen = np.random.default_rng(0).permutation(timesteps)[: PART[1]]
-        self.part = chosen[: PART[0]].tolist(), chosen.tolist()
+        self.part = _part(timesteps)
 
     @cached_property
     def exact(self) -> NDArray[np.float64]:
@@ -113,18 +116,14 @@ class Problem:
         left, right = self.part
         gradients: list[Tensor] = []
         forming = wall_clock(lambda: gradients.extend(self.gradients(right)))
-        found: list[Tensor] = []
-        comparing = wall_clock(lambda: found.append(pairwise_cosines(gradients[: len(left)], gradients)))
-        seconds = forming * self.timesteps / len(right)
-        seconds += comparing * self.timesteps**2 / (len(left) * len(right))
-        return Scaled(seconds, found[0].numpy())
+        pairs = _published_pairs(gradients[: len(left)], gradients, self.timesteps)
+        return Scaled(forming * self.timesteps / len(right) + pairs.seconds, pairs.cosines)
 
     def part_in_words(self) -> str:
         """What `published_part` does."""
-        left, right = (len(timesteps) for timesteps in self.part)
         return (
-            f"the time of {right} of {self.timesteps:,} gradients and of {left * right:,} of "
-            f"{self.timesteps**2:,} pairs, random ones, scaled by their numbers"
+            f"the time of {len(self.part[1])} of {self.timesteps:,} gradients and of "
+            f"{_pairs_in_words(self.part, self.timesteps)}, random ones, scaled by their numbers"
         )
 
     def by_hand(self) -> NDArray[np.float64]:
@@ -179,6 +178,63 @@ class Problem:
         self.model.zero_grad(set_to_none=True)
 
 
+class Given:
+    """Random gradients [T, P], one per timestep.
+
+    Args:
+        timesteps: T.
+        parameters: P.
+        device: where they are.
+    """
+
+    def __init__(self, timesteps: int, parameters: int, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.gradients = torch.randn(timesteps, parameters, generator=generator).to(device)
+        self.part = _part(timesteps)
+
+    @cached_property
+    def exact_part(self) -> NDArray[np.float64]:
+        """The cosines of a part of the pairs by their definition in float64."""
+        left, right = self.part
+        return _exact([self.gradients[t] for t in right])[: len(left)]
+
+    def published_part(self) -> Scaled:
+        """The published loop over a part of the pairs."""
+        left, right = ([self.gradients[t] for t in timesteps] for timesteps in self.part)
+        return _published_pairs(left, right, len(self.gradients))
+
+    def part_in_words(self) -> str:
+        """What `published_part` does."""
+        pairs = _pairs_in_words(self.part, len(self.gradients))
+        return f"the time of {pairs}, random ones, scaled by their number"
+
+    def by_hand(self) -> NDArray[np.float64]:
+        """All pairs in one product."""
+        unit = nn.functional.normalize(self.gradients, dim=1)
+        return (unit @ unit.T).cpu().numpy()
+
+    def ours(self) -> NDArray[np.float64]:
+        """As `task_affinity` forms them."""
+        return cosines(ops.gram(self.gradients).double().cpu().numpy())
+
+
+def _part(timesteps: int) -> tuple[list[int], list[int]]:
+    """Random timesteps, and those that they are paired with."""
+    chosen = np.random.default_rng(0).permutation(timesteps)[: PART[1]].tolist()
+    return chosen[: PART[0]], chosen
+
+
+def _pairs_in_words(part: tuple[list[int], list[int]], timesteps: int) -> str:
+    return f"{len(part[0]) * len(part[1]):,} of {timesteps**2:,} pairs"
+
+
+def _published_pairs(left: list[Tensor], right: list[Tensor], timesteps: int) -> Scaled:
+    """The published loop over some pairs, scaled to all of those of so many timesteps."""
+    found: list[Tensor] = []
+    seconds = wall_clock(lambda: found.append(pairwise_cosines(left, right)))
+    return Scaled(seconds * timesteps**2 / (len(left) * len(right)), found[0].numpy())
+
+
 @dataclass(frozen=True)
 class Scaled:
     """A part of some work.
@@ -225,14 +281,65 @@ def _study_unet() -> nn.Module:
     return require("diffusers", "train").UNet2DModel(**arguments)
 
 
+def _digits_dit() -> nn.Module:
+    """The DiT of the other benchmarks, 4.1 million parameters, for images of 8×8: 16 tokens."""
+    return DiT(channels=1, size=8)
+
+
+def _physical_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def benchmarks(options: Options) -> Iterator[Benchmark]:
     """Yield the cases of this group."""
+    timesteps = options.pick(50, 1000)
+    for parameters in options.pick((1000,), (160_000,), (5_000, 20_000, 160_000, 700_000)):
+        yield _pairs(options, timesteps, parameters)
     channels, samples = options.pick((8, 8), (16, 32)), options.pick(2, SAMPLES)
     for timesteps in options.pick((12,), (100,), (100, 300, 1000)):
         yield _benchmark(options, channels, timesteps, samples)
     if options.full:
         yield _thousand(options, "the study's UNet", _study_unet, (1, 8, 8), 1000, in_files=False)
-        yield _thousand(options, "DiT", DiT, (3, 16, 16), 1000, in_files=True)
+        # 16.4 GB of gradients: kept in files where memory is short.
+        small = not options.gpu and _physical_memory() < 22 * 2**30
+        yield _thousand(options, "DiT of the digits", _digits_dit, (1, 8, 8), 1000, in_files=small)
+
+
+def _pairs(options: Options, timesteps: int, parameters: int) -> Benchmark:
+    """Given gradients: the pairs alone."""
+
+    def build() -> list[Candidate]:
+        given = Given(timesteps, parameters, torch.device(options.device))
+
+        def gated(name: str, run: Callable[[], NDArray[np.float64]]) -> Candidate:
+            def error() -> float:
+                return float(np.abs(run()[np.ix_(*given.part)] - given.exact_part).max())
+
+            return Candidate(name, run, error, TOLERANCE)
+
+        def published_error() -> float:
+            return float(np.abs(given.published_part().cosines - given.exact_part).max())
+
+        def notes() -> dict[str, Any]:
+            return {"scaled": [given.part_in_words()]}
+
+        return [
+            Candidate(PRODUCT, lambda: given.gradients @ given.gradients.T),
+            gated(OURS, given.ours),
+            gated(BY_HAND, given.by_hand),
+            Candidate(SCALED, given.published_part, published_error, TOLERANCE, notes=notes),
+        ]
+
+    return Benchmark(
+        GROUP,
+        f"pairs of {timesteps:,} given gradients of {parameters:,} elements",
+        {PRODUCT: "limit", OURS: "ours", BY_HAND: "baseline", SCALED: "reference"},
+        build,
+        options.pick(2, 5),
+        {"T": timesteps, "parameters": parameters, "given": "gradients"},
+        clock=_clock,
+        allowance=math.inf,
+    )
 
 
 def _benchmark(options: Options, channels: tuple[int, int], timesteps: int, samples: int) -> Benchmark:

@@ -165,7 +165,16 @@ def _goals() -> Iterator[Goal]:
         yield Goal(f"{kind} cost / kmeans1d", clustering, (way,), 1 / 4, 1 / 8, million, "kmeans1d")
         yield Goal(f"{kind} cost, T = 10⁷, k = 1000", clustering, (way,), 60, 15, most, measure="seconds")
         yield Goal(f"{kind} cost, T = 10⁷, k = 1000", clustering, (way,), 2, 2, most, measure="gib")
-    for model in ("the study's UNet", "DiT"):
+    yield Goal(
+        "cosines of all pairs of 1,000 given gradients / published loop, scaled",
+        "task affinity",
+        (ours,),
+        1 / 100,
+        1 / 200,
+        {"T": 1000, "given": "gradients"},
+        "published, scaled from a part",
+    )
+    for model in ("the study's UNet", "DiT of the digits"):
         yield Goal(
             f"task affinity of {model} / published loops, scaled",
             "task affinity",

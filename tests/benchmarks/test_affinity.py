@@ -58,6 +58,20 @@ def test_a_thousand_timesteps_in_small(in_files, monkeypatch, device):
     assert "random ones, scaled by their numbers." in table(found)
 
 
+def test_pairs_of_given_gradients(monkeypatch, device):
+    options = Options(device.type, "quick", memory=False)
+    work = affinity._pairs(options, 60, 500)
+    found = measure(work, options)
+    assert [way.name for way in found.ways] == list(work.ways)
+    assert all(way.error <= affinity.TOLERANCE for way in found.ways[1:])
+    assert "the time of 1,152 of 3,600 pairs, random ones, scaled by their number." in table(found)
+    monkeypatch.setattr(affinity, "wall_clock", lambda run, repeats=1: run() or 2.0)
+    assert affinity.Given(60, 500, device).published_part().seconds == 2.0 * 3600 / 1152
+    monkeypatch.setattr(affinity.Given, "ours", lambda given: 1 - np.eye(60))
+    with pytest.raises(GateError, match=r"diffmtl_fast: expected a relative error <= 0\.0001"):
+        measure(work, options)
+
+
 def test_all_ways_agree_before_they_are_timed(monkeypatch, device):
     pytest.importorskip("diffusers")
     options = Options(device.type, "quick", memory=False)
