@@ -1,10 +1,10 @@
 """Task affinity of all pairs of timesteps: the published loops, one product of normalised gradients, and ours.
 
 First the pairs of given gradients, with the product of all of them as the limit, then everything, the gradients
-included. There the limit is one forward and backward over the same images at the same timesteps, whole batches at a
-time, without telling the timesteps apart. The published time grows with T (gradients) and T² (pairs). At T = 1000,
-where the pairs would take from half a minute to hours, a part of it is timed and scaled: the only figures here that
-are not measured in full, and marked as such.
+included. There the limit is one forward and backward over the same images at the same timesteps, whole batches at
+a time, without telling the timesteps apart. The published time grows with T (gradients) and T² (pairs). Where the
+pairs would take from half a minute to hours, a part of it is timed and scaled: the only figures here that are not
+measured in full, and marked as such.
 """
 
 from __future__ import annotations
