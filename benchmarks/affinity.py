@@ -43,6 +43,7 @@ LIMIT, OURS, PUBLISHED, BY_HAND, VMAP = (
     "vmap(grad), then G @ G.T",
 )
 TOLERANCE = 1e-4  # float32 gradients of two ways of running the model
+PAIR_TOLERANCE = 1e-3  # float32 sums over millions of elements
 SCALED = "published, scaled from a part"
 PRODUCT = "G @ G.T"
 PART = (24, 48)  # random timesteps whose cosines with random others are formed, and those others
@@ -327,7 +328,7 @@ def _pairs(options: Options, timesteps: int, parameters: int) -> Benchmark:
             Candidate(PRODUCT, lambda: given.gradients @ given.gradients.T),
             gated(OURS, given.ours),
             gated(BY_HAND, given.by_hand),
-            Candidate(SCALED, given.published_part, published_error, TOLERANCE, notes=notes),
+            Candidate(SCALED, given.published_part, published_error, PAIR_TOLERANCE, notes=notes),
         ]
 
     return Benchmark(
@@ -407,7 +408,7 @@ def _thousand(
         return [
             Candidate(LIMIT, problem.limit),
             Candidate(OURS, run, ours_error, TOLERANCE),
-            Candidate(SCALED, problem.published_part, published_error, TOLERANCE, notes=notes),
+            Candidate(SCALED, problem.published_part, published_error, PAIR_TOLERANCE, notes=notes),
         ]
 
     return Benchmark(
