@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from benchmarks.harness import Candidate, wall_clock
-from benchmarks.models import DiT
+from benchmarks.models import DiT, sinusoidal
 from benchmarks.reference import pairwise_cosines, timestep_gradients
 from benchmarks.suite import Benchmark, Options
 from diffmtl_fast import ops
@@ -61,15 +62,17 @@ class Problem:
         timesteps: T.
         samples: images.
         device: where to.
+        batch: most images in a pass of those ways that take several timesteps at once.
     """
 
     def __init__(
         self,
         model: Callable[[], nn.Module],
-        shape: tuple[int, int, int],
+        shape: tuple[int, ...],
         timesteps: int,
         samples: int,
         device: torch.device,
+        batch: int = BATCH,
     ) -> None:
         torch.manual_seed(0)
         self.model = model().to(device)
@@ -78,7 +81,7 @@ class Problem:
         )
         self.images = (torch.rand(samples, *shape) * 2 - 1).to(device)
         self.noise = torch.randn(samples, *shape).to(device)
-        self.timesteps, self.samples, self.device = timesteps, samples, device
+        self.timesteps, self.samples, self.device, self.batch = timesteps, samples, device, batch
         self.part = _part(timesteps)
 
     @cached_property
@@ -129,7 +132,7 @@ class Problem:
 
     def by_hand(self) -> NDArray[np.float64]:
         """The same gradients; the pairs in one product."""
-        unit = nn.functional.normalize(torch.stack(self.gradients()), dim=1)
+        unit = F.normalize(torch.stack(self.gradients()), dim=1)
         return (unit @ unit.T).numpy()
 
     def by_vmap(self) -> NDArray[np.float64]:
@@ -142,9 +145,9 @@ class Problem:
 
             return self.loss(model, t.expand(self.samples)).mean()
 
-        at_once = vmap(grad(loss), in_dims=(None, 0), chunk_size=max(1, BATCH // self.samples))
+        at_once = vmap(grad(loss), in_dims=(None, 0), chunk_size=max(1, self.batch // self.samples))
         found = at_once(parameters, torch.arange(self.timesteps, device=self.device))
-        unit = nn.functional.normalize(torch.cat([g.flatten(1) for g in found.values()], dim=1), dim=1)
+        unit = F.normalize(torch.cat([g.flatten(1) for g in found.values()], dim=1), dim=1)
         return (unit @ unit.T).cpu().numpy()
 
     def ours(self) -> NDArray[np.float64]:
@@ -153,7 +156,7 @@ class Problem:
             self.loss,
             self.timesteps,
             samples=self.samples,
-            batch_size=BATCH,
+            batch_size=self.batch,
             memory=MEMORY,
         ).cosines
 
@@ -165,16 +168,15 @@ class Problem:
                 self.loss,
                 self.timesteps,
                 samples=self.samples,
-                batch_size=BATCH,
+                batch_size=self.batch,
                 folder=folder,
             ).cosines
 
     def limit(self) -> None:
         """Differentiate by all parameters at once."""
-        for start in range(0, self.timesteps * self.samples, BATCH):
-            sample = torch.arange(
-                start, min(start + BATCH, self.timesteps * self.samples), device=self.device
-            )
+        images = self.timesteps * self.samples
+        for start in range(0, images, self.batch):
+            sample = torch.arange(start, min(start + self.batch, images), device=self.device)
             self.loss(self.model, sample // self.samples).sum().backward()
         self.model.zero_grad(set_to_none=True)
 
@@ -211,7 +213,7 @@ class Given:
 
     def by_hand(self) -> NDArray[np.float64]:
         """All pairs in one product."""
-        unit = nn.functional.normalize(self.gradients, dim=1)
+        unit = F.normalize(self.gradients, dim=1)
         return (unit @ unit.T).cpu().numpy()
 
     def ours(self) -> NDArray[np.float64]:
@@ -258,7 +260,7 @@ def _clock(run: Callable[[], object], repeats: int = 1) -> float:
 
 
 def _exact(gradients: list[Tensor]) -> NDArray[np.float64]:
-    unit = nn.functional.normalize(torch.stack([g.double() for g in gradients]), dim=1, eps=0.0)
+    unit = F.normalize(torch.stack([g.double() for g in gradients]), dim=1, eps=0.0)
     return (unit @ unit.T).numpy()
 
 
@@ -274,6 +276,22 @@ def _unet(channels: tuple[int, int]) -> nn.Module:
         up_block_types=("UpBlock2D", "UpBlock2D"),
         norm_num_groups=8,
     )
+
+
+class _Points(nn.Module):
+    """A denoiser of points in the plane: residual layers, 37,890 parameters."""
+
+    def __init__(self, width: int = 128, depth: int = 2) -> None:
+        super().__init__()
+        self.input, self.time, self.output = nn.Linear(2, width), nn.Linear(32, width), nn.Linear(width, 2)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        hidden = self.input(x) + self.time(sinusoidal(t, 32))
+        for layer in self.layers:
+            hidden = hidden + layer(F.silu(hidden))
+        output: Tensor = self.output(F.silu(hidden))
+        return output
 
 
 def _study_unet() -> nn.Module:
@@ -299,6 +317,9 @@ def benchmarks(options: Options) -> Iterator[Benchmark]:
     channels, samples = options.pick((8, 8), (16, 32)), options.pick(2, SAMPLES)
     for timesteps in options.pick((12,), (100,), (100, 300, 1000)):
         yield _benchmark(options, channels, timesteps, samples)
+    if not options.quick:
+        name = "MLP of points in the plane"
+        yield _thousand(options, name, _Points, (2,), 1000, in_files=False, batch=1024)
     if options.full:
         yield _thousand(options, "the study's UNet", _study_unet, (1, 8, 8), 1000, in_files=False)
         # 16.4 GB of gradients: kept in files where memory is short.
@@ -385,15 +406,16 @@ def _thousand(
     options: Options,
     name: str,
     model: Callable[[], nn.Module],
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     timesteps: int,
     *,
     in_files: bool,
+    batch: int = BATCH,
 ) -> Benchmark:
     """Ours in full beside the published loops, of which a part is timed."""
 
     def build() -> list[Candidate]:
-        problem = Problem(model, shape, timesteps, SAMPLES, torch.device(options.device))
+        problem = Problem(model, shape, timesteps, SAMPLES, torch.device(options.device), batch)
         run = problem.ours_in_files if in_files else problem.ours
 
         def ours_error() -> float:
@@ -413,7 +435,7 @@ def _thousand(
 
     return Benchmark(
         GROUP,
-        f"{name}, T = {timesteps:,}, {SAMPLES} images each",
+        f"{name}, T = {timesteps:,}, {SAMPLES} {'images' if len(shape) == 3 else 'points'} each",
         {LIMIT: "limit", OURS: "ours", SCALED: "reference"},
         build,
         3,

@@ -111,7 +111,7 @@ class DiT(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         tokens = self.position(self.patch(x).flatten(2).transpose(1, 2))
-        condition = F.silu(self.time(_sinusoidal(t, 256).to(self.head.weight.dtype)))
+        condition = F.silu(self.time(sinusoidal(t, 256).to(self.head.weight.dtype)))
         for block in self.blocks:
             tokens = block(tokens, condition)
         patches = (
@@ -150,7 +150,8 @@ class DiTBlock(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-def _sinusoidal(t: Tensor, width: int) -> Tensor:
+def sinusoidal(t: Tensor, width: int) -> Tensor:
+    """Return sines and cosines of timesteps, [B, width]."""
     frequencies = torch.exp(torch.arange(width // 2, device=t.device) * (-math.log(10_000) / (width // 2)))
     angles = t.float().unsqueeze(1) * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)

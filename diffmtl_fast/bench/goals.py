@@ -174,7 +174,7 @@ def _goals() -> Iterator[Goal]:
         {"T": 1000, "given": "gradients"},
         "published, scaled from a part",
     )
-    for model in ("the study's UNet", "DiT of the digits"):
+    for model in ("MLP of points in the plane", "the study's UNet", "DiT of the digits"):
         yield Goal(
             f"task affinity of {model} / published loops, scaled",
             "task affinity",
