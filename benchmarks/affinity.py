@@ -319,7 +319,7 @@ def benchmarks(options: Options) -> Iterator[Benchmark]:
         yield _benchmark(options, channels, timesteps, samples)
     if not options.quick:
         name = "MLP of points in the plane"
-        yield _thousand(options, name, _Points, (2,), 1000, in_files=False, batch=1024)
+        yield _thousand(options, name, _Points, (2,), 1000, in_files=False, batch=1024, rounds=9)
     if options.full:
         yield _thousand(options, "the study's UNet", _study_unet, (1, 8, 8), 1000, in_files=False)
         # 16.4 GB of gradients: kept in files where memory is short.
@@ -411,6 +411,7 @@ def _thousand(
     *,
     in_files: bool,
     batch: int = BATCH,
+    rounds: int = 3,
 ) -> Benchmark:
     """Ours in full beside the published loops, of which a part is timed."""
 
@@ -438,7 +439,7 @@ def _thousand(
         f"{name}, T = {timesteps:,}, {SAMPLES} {'images' if len(shape) == 3 else 'points'} each",
         {LIMIT: "limit", OURS: "ours", SCALED: "reference"},
         build,
-        3,
+        rounds,
         {"T": timesteps, "samples": SAMPLES, "model": name},
         clock=_clock,
         allowance=math.inf,
