@@ -13,13 +13,13 @@ namespace {
 constexpr int kPanelVectors = 3;
 template <class Compute>
 constexpr Int kPanelRows = kPanelVectors * kLanes<Compute>;
-#if defined(__AVX512F__) || defined(__aarch64__)
+#if defined(__AVX512F__)
 constexpr Int kMostLeftRows = 8;
 #else
 constexpr Int kMostLeftRows = 4;
 #endif
 template <class Compute>
-constexpr Int kLeftRows = kPanelRows<Compute> % 4 != 0 ? 3 : kPanelRows<Compute> % kMostLeftRows != 0 ? 4 : kMostLeftRows;
+constexpr Int kLeftRows = kPanelRows<Compute> % kMostLeftRows == 0 ? kMostLeftRows : 3;
 
 // a and b become a0, b0, a1, b1, .. of the first half of their lanes, and of the second. (GCC knows Clang's builtin from
 // version 12 on.)

@@ -25,7 +25,7 @@ namespace {
 using Member = std::tuple<std::uintptr_t, int, Int, Int>;
 
 // Columns of a panel that are multiplied at a time: two such panels fit into the second-level cache, and sums of so many
-// products in float32 are exact to about 1e-6 of the rows' lengths even where all products are positive.
+// products in float32 lose little (about 1e-6 of the rows' lengths where all products are positive and alike).
 constexpr Int kPacked = 256;
 // Elements that are packed before they are multiplied: enough to keep the threads busy for longer than it takes to call
 // them, and few enough for the last cache.

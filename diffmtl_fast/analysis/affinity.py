@@ -33,7 +33,6 @@ Array: TypeAlias = "NDArray[np.float64]"
 
 # Of norms between these, products are in float32's range, and so are those of all elements that matter.
 _NORMS = (1e-10, 1e10)
-_CHEAP = 16  # samples that the engine may check
 _CURRENT = "current"  # the name of the only checkpoint if there is none
 
 
@@ -128,8 +127,7 @@ def task_affinity(
         loss: called as ``loss(model, t, generator)`` with int64 timesteps [B], task by task, on the model's
             device; draws B samples and their noise from the generator (there too), calls ``model(...)`` on them in
             that order and returns the losses [B], each of its own sample alone. It has to do the same for the same
-            generator. B differs from call to call; the first call may be of a few samples, for the engine to check
-            the model, and is not used otherwise.
+            generator. B may differ from call to call.
         tasks: T, for a task per timestep, or a clustering for a task per interval, such as
             ``cluster_timesteps(1000, 100)``; the timestep of every sample is drawn from its interval.
         checkpoints: functions by name that load the weights to measure; default the weights as they are.
@@ -253,7 +251,6 @@ class _Measurement:
         self.device = parameters[0].device
         self.dtype = reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
         self.jacobian = ClusterJacobian(model, plan.block * plan.parts, engine=engine)
-        self._checked = False
         self._memory: Tensor | None = None
 
     def settings(self, names: Sequence[str]) -> dict[str, Any]:
@@ -316,20 +313,8 @@ class _Measurement:
         size = self.plan.projection
         return None if size is None else RandomProjection(self.plan.width, size, self.seed, self.device)
 
-    def _check(self) -> None:
-        """Have the engine check the model on a few samples: it runs it often, and larger batches are alike."""
-        each = self.plan.passes[0]
-        if self._checked or self.plan.block * each <= _CHEAP:
-            return
-        generator = torch.Generator(self.device).manual_seed(_seed(self.seed, 0))
-        task = torch.arange(min(self.plan.block, 2), device=self.device).repeat_interleave(min(each, 2))
-        t = self._timesteps(task, generator)
-        self.jacobian(lambda run: self.loss(run, t, generator), task)
-        self._checked = True
-
     def _rows(self, first: int, project: RandomProjection | None, rows: Rows) -> tuple[Tensor, Tensor]:
         """What is kept of the gradients of the tasks first, first + 1, … of a block, and reliabilities."""
-        self._check()
         number, parts = min(self.plan.block, self.tasks.k - first), self.plan.parts
         done, samples = 0, sum(self.plan.passes)
         for turn, each in enumerate(self.plan.passes):

@@ -82,5 +82,16 @@ class ClusterJacobian:
         Args:
             out: floating point [n, P], n <= K: where those of the first n clusters are written; by default a new
                 matrix [K, P], in the dtype that the parameters' promote to.
+
+        Raises:
+            TypeError, ValueError: ``out`` is not as stated.
         """
+        if out is not None:
+            width = sum(parameter.numel() for parameter in self._engine.parameters)
+            if not out.is_floating_point():
+                raise TypeError(f"out: expected floating point, found {out.dtype}")
+            if out.dim() != 2 or len(out) > self.num_clusters or out.shape[1] != width:
+                raise ValueError(
+                    f"out: expected shape [n, {width}], n <= {self.num_clusters}, found {list(out.shape)}"
+                )
         return self._engine.jacobian.matrix(out)

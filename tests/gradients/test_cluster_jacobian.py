@@ -58,6 +58,32 @@ def test_calls_add_up_where_asked(device):
     torch.testing.assert_close(jacobian.matrix(), total)
 
 
+def test_the_first_rows_go_where_they_are_wanted(device):
+    model, x, t = make(device)
+    jacobian, cluster = ClusterJacobian(model, K), torch.tensor([0, 0, 1, 1, 2, 2], device=device)
+    jacobian(lambda run: (run(x, t) - x).square().sum(1), cluster)
+    expected = jacobian.matrix()
+    whole = torch.zeros(4, expected.shape[1] + 2, dtype=torch.float32, device=device)
+    out = whole[1:3, 1:-1]
+    assert jacobian.matrix(out) is out
+    torch.testing.assert_close(out, expected[:2].float())
+    assert not whole[[0, 3]].any()
+    assert not whole[:, [0, -1]].any()
+
+
+@pytest.mark.parametrize("shape", [(K + 1, 62), (2, 61), (2, 63), (62,)], ids=str)
+def test_a_place_of_another_shape_is_refused(shape, device):
+    model, x, t = make(device)
+    jacobian, cluster = ClusterJacobian(model, K), torch.tensor([0, 0, 1, 1, 2, 2], device=device)
+    jacobian(lambda run: (run(x, t) - x).square().sum(1), cluster)
+    width = jacobian.matrix().shape[1]
+    assert width == 62
+    with pytest.raises(ValueError, match=rf"out: expected shape \[n, 62\], n <= {K}, found"):
+        jacobian.matrix(torch.empty(shape, device=device))
+    with pytest.raises(TypeError, match=r"out: expected floating point, found torch\.int64"):
+        jacobian.matrix(torch.zeros(2, 62, dtype=torch.int64, device=device))
+
+
 def test_gradients_are_formed_where_they_are_disabled(device):
     model, x, t = make(device)
     jacobian, cluster = ClusterJacobian(model, K), torch.tensor([0, 0, 1, 1, 2, 2], device=device)
