@@ -30,7 +30,7 @@ class ClusterJacobian:
         shared: see `ClusteredMTL`.
 
     Raises:
-        ValueError: ``num_clusters < 1``.
+        ValueError: ``num_clusters < 1``, or an unknown engine.
     """
 
     def __init__(
@@ -65,10 +65,21 @@ class ClusterJacobian:
         """
         check_cluster(cluster, self.num_clusters)
         engine, layout = self._engine, BatchLayout(cluster, self.num_clusters)
+        called = False
+
+        def model(*args: Any, **kwargs: Any) -> Any:
+            nonlocal called
+            called = True
+            return engine.forward(layout, args, kwargs)
+
         with torch.enable_grad():
             engine.begin()
-            sample_losses = loss(lambda *args, **kwargs: engine.forward(layout, args, kwargs))
+            sample_losses = loss(model)
             check_loss(sample_losses, cluster)
+            if not called:
+                raise ValueError(
+                    "loss: expected it to call the model that it is given, found that it did not"
+                )
             engine.check_losses(sample_losses)
             losses = ops.cluster_mean(sample_losses, cluster.to(sample_losses.device), self.num_clusters)
             if not add:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -128,8 +128,6 @@ class ClusteredMTL(nn.Module):
             )
         if num_clusters < 1:
             raise ValueError(f"num_clusters: expected at least 1, found {num_clusters}")
-        if engine not in get_args(EngineName):
-            raise ValueError(f"engine: expected one of {list(get_args(EngineName))}, found {engine!r}")
         if memory not in ("full", "lean"):
             raise ValueError(f"memory: expected 'full' or 'lean', found {memory!r}")
         if memory == "lean" and engine == "sliced":

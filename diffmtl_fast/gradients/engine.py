@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,9 @@ class Engine:
         shared: names of keyword arguments (or positions of positional ones) that belong to the whole batch.
         dtype: of the stored gradients; default each parameter's own.
 
+    Raises:
+        ValueError: an unknown name.
+
     Attributes:
         parameters: the trainable parameters, each once.
         receiver: where gradients go.
@@ -52,6 +55,8 @@ class Engine:
         shared: Collection[str | int],
         dtype: torch.dtype | None,
     ) -> None:
+        if name not in get_args(EngineName):
+            raise ValueError(f"engine: expected one of {list(get_args(EngineName))}, found {name!r}")
         self._model = model
         self._num_clusters = num_clusters
         self._name = name

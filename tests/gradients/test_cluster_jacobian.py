@@ -102,5 +102,13 @@ def test_bad_input_is_refused(device):
         jacobian(lambda run: (run(x, t) - x).square().sum(1), cluster.int())
     with pytest.raises(ValueError, match=r"loss: expected per-sample losses of shape \[6\]"):
         jacobian(lambda run: (run(x, t) - x).square().mean(), cluster)
+    with pytest.raises(
+        ValueError, match="loss: expected it to call the model that it is given, found that it did"
+    ):
+        jacobian(lambda run: (model(x, t) - x).square().sum(1), cluster)
+    with pytest.raises(
+        ValueError, match=r"engine: expected one of \['auto', 'grouped', 'sliced'\], found 'x'"
+    ):
+        ClusterJacobian(model, K, engine="x")
     with pytest.raises(ValueError, match="found one without gradient"):
         jacobian(lambda run: x.sum(1), cluster)
