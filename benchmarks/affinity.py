@@ -323,7 +323,7 @@ def benchmarks(options: Options) -> Iterator[Benchmark]:
     if options.full:
         yield _thousand(options, "the study's UNet", _study_unet, (1, 8, 8), 1000, in_files=False)
         # 16.4 GB of gradients: kept in files where memory is short.
-        small = not options.gpu and _physical_memory() < 22 * 2**30
+        small = _physical_memory() < 22 * 2**30
         yield _thousand(options, "DiT of the digits", _digits_dit, (1, 8, 8), 1000, in_files=small)
 
 

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "bindings.hpp"
+#include "cpu_memory.hpp"
 #include "cpu_numbers.hpp"
 #include "cpu_threads.hpp"
 
@@ -84,9 +85,6 @@ void cluster_wgrad(const Handle& grad, const Handle& x, const std::vector<Cluste
 
   std::size_t scratch_bytes = 0;
   for (const WgradBlock& block : blocks) scratch_bytes = std::max(scratch_bytes, wgrad_scratch(block));
-  struct alignas(64) Line {
-    char bytes[64];
-  };
   const std::size_t lines = scratch_bytes / sizeof(Line) + 1;
   const std::unique_ptr<Line[]> scratch(new Line[lines * threads]);
   const auto kernel = kernels().wgrad[wgrad.x.dtype][wgrad.out.dtype];

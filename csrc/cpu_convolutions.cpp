@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "bindings.hpp"
+#include "cpu_memory.hpp"
 #include "cpu_numbers.hpp"
 #include "cpu_threads.hpp"
 
@@ -119,9 +120,6 @@ void cluster_conv_wgrad(const Images& grad_images, const Images& x_images, const
 
   const Int per_sample = (x.channels * x.length + grad.channels * grad.length) * item;
   const Int room = std::clamp<Int>(kScratchBytes / per_sample, 1, std::max<Int>(1, bounds.back()));
-  struct alignas(64) Line {
-    char bytes[64];
-  };
   const Int grad_bytes = grad.channels * grad.length * item, x_bytes = x.channels * x.length * item;
   const std::unique_ptr<Line[]> scratch(new Line[static_cast<std::size_t>(room * (grad_bytes + x_bytes)) / sizeof(Line) + 1]);
   char* const grads = scratch[0].bytes;

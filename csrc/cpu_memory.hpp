@@ -1,4 +1,4 @@
-// Memory that results are written to.
+// Memory that results and intermediate ones are written to.
 #pragma once
 #include <cstdint>
 
@@ -9,6 +9,11 @@
 #include "cpu_kernels.hpp"
 
 namespace diffmtl::cpu {
+
+// What scratch memory is made of, so that it begins at a cache line.
+struct alignas(64) Line {
+  char bytes[64];
+};
 
 // Fresh memory is cleared by the system at the first write, page by page: with small pages that takes as long as
 // computing what is written. A hint only; it changes nothing where the pages are there already.

@@ -11,6 +11,10 @@ namespace {
 // (address, DType, elements from one entry of the first dimension to the next)
 using Handle = std::tuple<std::uintptr_t, int, Int>;
 
+// A Jacobian is a list of members, each K rows over the columns of one parameter: (address, DType, elements from one
+// row to the next, columns).
+using Member = std::tuple<std::uintptr_t, int, Int, Int>;
+
 // The numbers of a tensor: of a vector by their index, of a matrix by their distance from the first one.
 struct Numbers {
   explicit Numbers(const Handle& handle)

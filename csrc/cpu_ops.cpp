@@ -59,9 +59,6 @@ std::vector<std::string> kernel_names() {
 
 // ---- gram and combine ----------------------------------------------------------------------------------------------
 
-// A Jacobian is a list of members, each K rows over the columns of one parameter: (address, DType, elements from one
-// row to the next, columns).
-using Member = std::tuple<std::uintptr_t, int, Int, Int>;
 // Where the combination of a member's rows goes: (address, DType, whether to add to what is there).
 using Target = std::tuple<std::uintptr_t, int, bool>;
 
@@ -128,9 +125,6 @@ Rows rows_of(const Member& member, const Piece& piece, int count) {
 
 void gram(const std::vector<Member>& members, int count, std::uintptr_t out, int out_dtype, int threads) {
   const Tasks tasks(members, count, threads);
-  struct alignas(64) Line {
-    char bytes[64];
-  };
   const std::size_t lines = gram_scratch(count) / sizeof(Line);
   const std::unique_ptr<Line[]> scratch(new Line[lines * tasks.threads()]);
   const Int products = Int{count} * count;

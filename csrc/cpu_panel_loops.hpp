@@ -4,6 +4,8 @@
 // here the rows are transposed into panels, of which tiles of products are formed in registers, as in any product of
 // matrices. The left and the right factor are the same panels.
 #pragma once
+#include <utility>  // for index_sequence, which is a type alone
+
 #include "cpu_vector.hpp"
 
 namespace diffmtl::cpu {

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "bindings.hpp"
+#include "cpu_memory.hpp"
 #include "cpu_numbers.hpp"
 #include "cpu_threads.hpp"
 
@@ -20,9 +21,6 @@ namespace py = pybind11;
 namespace diffmtl {
 namespace cpu {
 namespace {
-
-// Rows over the columns of one parameter: (address, DType, elements from one row to the next, columns).
-using Member = std::tuple<std::uintptr_t, int, Int, Int>;
 
 // Columns of a panel that are multiplied at a time: two such panels fit into the second-level cache, and sums of so many
 // products in float32 lose little (about 1e-6 of the rows' lengths where all products are positive and alike).
@@ -82,9 +80,6 @@ class PanelGramian {
   }
 
  private:
-  struct alignas(64) Line {
-    char bytes[64];
-  };
   struct Pair {
     Int left, right;
   };

@@ -352,12 +352,11 @@ class _Measurement:
 
     def _place(self, first: int, number: int, rows: Rows) -> Tensor:
         """Memory for the gradients of a block: where they are kept, if they are kept as they are."""
-        if self.device.type == "cpu" and self.plan.parts == 1 and self.plan.projection is None:
-            return rows.vacant(first, number)
         shape = number * self.plan.parts, self.plan.width
-        if self.device.type == "cpu":
-            return new_rows(shape, self.dtype)
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+        if self.device.type != "cpu":
+            return torch.empty(shape, dtype=self.dtype, device=self.device)
+        as_they_are = self.plan.parts == 1 and self.plan.projection is None
+        return rows.vacant(first, number) if as_they_are else new_rows(shape, self.dtype)
 
     def _timesteps(self, task: Tensor, generator: torch.Generator) -> Tensor:
         if not self.strided:
