@@ -38,6 +38,11 @@ def find_slots(model: nn.Module) -> tuple[list[Slot], list[nn.Parameter]]:
         for name, parameter in module._parameters.items():
             if parameter is None or not parameter.requires_grad:
                 continue
+            if not parameter.is_floating_point():
+                raise ValueError(
+                    f"model: expected real trainable parameters, found {parameter.dtype} at "
+                    f"'{_join(module_name(model, module), name)}'; keep it as two real ones (torch.view_as_complex)"
+                )
             if id(parameter) not in position:
                 position[id(parameter)] = len(parameters)
                 parameters.append(parameter)
@@ -48,6 +53,12 @@ def find_slots(model: nn.Module) -> tuple[list[Slot], list[nn.Parameter]]:
     if len(devices) > 1:
         raise ValueError(f"model: expected all trainable parameters on one device, found {sorted(devices)}")
     return slots, parameters
+
+
+def parameter_names(model: nn.Module, parameters: Iterable[nn.Parameter]) -> list[str]:
+    """Return the names of parameters of the model, for messages."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return [names[id(p)] for p in parameters]
 
 
 def refuse_hooks(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
@@ -70,9 +81,32 @@ def fingerprint(parameters: Iterable[nn.Parameter]) -> list[tuple[Any, ...]]:
     return [(id(p), p.data_ptr(), p.dtype, p.device, p.stride()) for p in parameters]
 
 
-def grad_versions(parameters: Iterable[nn.Parameter]) -> list[tuple[int, int] | None]:
+def grad_versions(parameters: Iterable[Tensor]) -> list[tuple[int, int] | None]:
     """Tell whether anything is written to the parameters' ``.grad`` from one call to the next."""
     return [None if p.grad is None else (id(p.grad), p.grad._version) for p in parameters]
+
+
+@contextmanager
+def grads_set_aside(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let the parameters have no ``.grad`` for a while."""
+    grads = [p.grad for p in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
+
+
+def take_gradients(values: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+    """Take the gradients of stand-ins of parameters and of the parameters themselves away, added up."""
+    found: list[Tensor | None] = []
+    for value, parameter in zip(values, parameters, strict=True):
+        grads = [t.grad.to_dense() for t in (value, parameter) if t.grad is not None]
+        found.append(sum(grads[1:], grads[0]) if grads else None)
+        value.grad = parameter.grad = None
+    return found
 
 
 @contextmanager
@@ -120,6 +154,20 @@ def module_name(model: nn.Module, wanted: nn.Module) -> str:
     return (
         next((name for name, module in model.named_modules() if module is wanted), "") or "the model itself"
     )
+
+
+def _join(module: str, name: str) -> str:
+    return name if module == "the model itself" else f"{module}.{name}"
+
+
+def raising_module(model: nn.Module, error: BaseException) -> str:
+    """Return the name of the innermost module whose forward an error came from, for messages."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found, trace = "", error.__traceback__
+    while trace is not None:
+        found = names.get(id(trace.tb_frame.f_locals.get("self")), found) or found
+        trace = trace.tb_next
+    return found or "the model itself"
 
 
 def parent_of(model: nn.Module, wanted: nn.Module) -> nn.Module | None:

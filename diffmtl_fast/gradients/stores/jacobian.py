@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .. import ops
+from ... import ops
+from .base import Deferred
 
 _ALIGNMENT = 64  # elements from one parameter's block to the next are a multiple of this: whole cache lines
 
@@ -15,8 +16,8 @@ _ALIGNMENT = 64  # elements from one parameter's block to the next are a multipl
 class Jacobian:
     """J as one block [K, *shape] for every parameter, all in one buffer.
 
-    A row of a block lies in memory like its parameter. Whatever forms gradients writes them straight into a vacant
-    block, or hands them over with `add` and `add_row`.
+    A row of a block lies in memory like its parameter. Whatever forms gradients borrows a block and writes them
+    straight into it, or hands them over with `add` and `add_row`; see `Store`.
 
     Args:
         parameters: the trainable parameters, all on one device.
@@ -27,6 +28,7 @@ class Jacobian:
     def __init__(
         self, parameters: Sequence[nn.Parameter], num_clusters: int, dtype: torch.dtype | None = None
     ) -> None:
+        self._parameters = parameters
         self._num_clusters = num_clusters
         self.blocks = _allocate(parameters, num_clusters, dtype)
         self.clear()
@@ -34,25 +36,39 @@ class Jacobian:
     def clear(self) -> None:
         """Forget the gradients of the last step; their memory is written over."""
         self._written = [[False] * self._num_clusters for _ in self.blocks]
+        self._lent: set[int] = set()
 
-    def vacant(self, position: int) -> Tensor | None:
-        """Return a parameter's block if nothing of this step is in it yet: who fills it passes it to `add`."""
-        return None if any(self._written[position]) else self.blocks[position]
+    def lend(self, position: int) -> Tensor | None:
+        """Lend a parameter's block if nothing of this step is in it yet, and it is contiguous."""
+        block = self.blocks[position]
+        if position in self._lent or any(self._written[position]) or not block.is_contiguous():
+            return None
+        self._lent.add(position)
+        return block
+
+    def accept(self, position: int) -> None:
+        """Take the gradients that the lent block now holds."""
+        self._lent.remove(position)
+        self._written[position] = [True] * self._num_clusters
+
+    def take_back(self, position: int) -> None:
+        """Take a lent block back that holds nothing of worth."""
+        self._lent.remove(position)
 
     def add(self, position: int, gradients: Tensor) -> None:
-        """Add the gradients [K, *shape] of a parameter; they may be the vacant block itself."""
+        """Add the gradients [K, *shape] of a parameter."""
+        self._refuse_lent(position)
         block, written = self.blocks[position], self._written[position]
-        if gradients is block:
-            pass
-        elif not any(written):
-            block.copy_(gradients)
-        else:
+        if any(written):
             self._fill(position)
             block.add_(gradients)
+        else:
+            block.copy_(gradients)
         self._written[position] = [True] * self._num_clusters
 
     def add_row(self, position: int, k: int, gradient: Tensor) -> None:
         """Add the gradient [*shape] of a parameter for one cluster."""
+        self._refuse_lent(position)
         row = self.blocks[position][k]
         if self._written[position][k]:
             row.add_(gradient)
@@ -60,23 +76,25 @@ class Jacobian:
             row.copy_(gradient)
         self._written[position][k] = True
 
-    # J itself forms the update, and operations keep nothing for it.
-    defers = False
+    def _refuse_lent(self, position: int) -> None:
+        if position in self._lent:
+            raise RuntimeError(
+                f"expected the block of parameter {position} back before other gradients are added to it, found "
+                "it still lent"
+            )
 
-    def keeps(self, position: int, size: int) -> bool:
-        """Keep every block."""
-        return True
+    # J itself forms the update: operations keep nothing for it, and nothing is differentiated again.
+    keeps_graph = False
 
-    def defer(self, part: Callable[[Tensor], None]) -> None:
-        """Not called: see `defers`."""
-        raise NotImplementedError
+    def offer(self, positions: Collection[int], size: int, form: Callable[[set[int]], Deferred]) -> None:
+        """Decline."""
 
     @property
     def touched(self) -> list[bool]:
         """For every parameter, whether it got a gradient since `clear`."""
         return [any(written) for written in self._written]
 
-    def gram(self) -> Tensor:
+    def gramian(self) -> Tensor:
         """Return J Jᵀ, [K, K], float32 at least."""
         blocks = []
         for position, written in enumerate(self._written):
@@ -103,13 +121,14 @@ class Jacobian:
             parts.append(part[:rows].reshape(rows, block[0].numel()))
         return torch.cat(parts, 1, out=out)
 
-    def combine_(self, parameters: Sequence[nn.Parameter], weights: Tensor) -> Tensor:
+    def update(self, weights: Tensor, backward: Callable[[Tensor], None]) -> Tensor:
         """Add Σ_k w_k g_k to the parameters' ``.grad`` as autograd would, None where no gradient came.
 
         Returns:
             The squared norm of what is in ``.grad`` of all parameters afterwards.
         """
         touched = [i for i, reached in enumerate(self.touched) if reached]
+        parameters = self._parameters
         squared = accumulate([parameters[i] for i in touched], [self.blocks[i] for i in touched], weights)
         for parameter, reached in zip(parameters, self.touched, strict=True):
             if parameter.grad is not None and not reached:  # left there by an earlier backward

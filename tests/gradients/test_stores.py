@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
-from diffmtl_fast.gradients.jacobian import Jacobian
-from diffmtl_fast.gradients.lean import LeanGramian
+from diffmtl_fast.gradients.stores import Jacobian, LeanGramian
 
 
 def make_parameters(device):
@@ -19,10 +19,10 @@ def make_parameters(device):
 def test_only_what_was_written_counts(device):
     jacobian = Jacobian(make_parameters(device), 2)
     assert jacobian.touched == [False] * 4
-    assert jacobian.gram().tolist() == [[0, 0], [0, 0]]
+    assert jacobian.gramian().tolist() == [[0, 0], [0, 0]]
     jacobian.add_row(1, 1, torch.ones(4, device=device))
     assert jacobian.touched == [False, True, False, False]
-    assert jacobian.gram().tolist() == [[0, 0], [0, 4]]
+    assert jacobian.gramian().tolist() == [[0, 0], [0, 4]]
     jacobian.clear()
     assert jacobian.touched == [False] * 4
 
@@ -31,15 +31,18 @@ def test_parts_add_up_however_they_come(device):
     parameters = make_parameters(device)
     jacobian, whole = Jacobian(parameters, 2), torch.zeros(2, 2, 3, device=device)
     first, row, last = (torch.randn(shape, device=device) for shape in [(2, 2, 3), (2, 3), (2, 2, 3)])
-    block = jacobian.vacant(0)
-    jacobian.add(0, block.copy_(first))
-    assert jacobian.vacant(0) is None
+    jacobian.lend(0).copy_(first)
+    assert jacobian.lend(0) is None
+    with pytest.raises(RuntimeError, match="expected the block of parameter 0 back"):
+        jacobian.add(0, last)
+    jacobian.accept(0)
+    assert jacobian.lend(0) is None
     jacobian.add_row(0, 1, row)
     jacobian.add(0, last)
     whole += first + last
     whole[1] += row
     torch.testing.assert_close(jacobian.blocks[0], whole)
-    torch.testing.assert_close(jacobian.gram(), whole.flatten(1) @ whole.flatten(1).T)
+    torch.testing.assert_close(jacobian.gramian(), whole.flatten(1) @ whole.flatten(1).T)
 
 
 def test_gradients_are_written_like_autograd_writes_them(device):
@@ -50,7 +53,7 @@ def test_gradients_are_written_like_autograd_writes_them(device):
         jacobian.add(position, values[position])
     before = torch.randn(2, 3, device=device)
     parameters[0].grad = before.clone()
-    square = jacobian.combine_(parameters, weights)
+    square = jacobian.update(weights, None)
     assert parameters[1].grad is None
     torch.testing.assert_close(parameters[0].grad, before + values[0][0] - 2 * values[0][1])
     torch.testing.assert_close(parameters[3].grad, values[3][0] - 2 * values[3][1])
@@ -64,10 +67,10 @@ def test_lower_precision_storage(device):
     jacobian, value = Jacobian(parameters, 2, torch.bfloat16), torch.randn(2, 2, 3, device=device)
     jacobian.add(0, value)
     assert jacobian.blocks[0].dtype == torch.bfloat16
-    assert jacobian.gram().dtype == torch.float32
+    assert jacobian.gramian().dtype == torch.float32
     stored = value.bfloat16().float().flatten(1)
-    torch.testing.assert_close(jacobian.gram(), stored @ stored.T)
-    jacobian.combine_(parameters, torch.ones(2, device=device))
+    torch.testing.assert_close(jacobian.gramian(), stored @ stored.T)
+    jacobian.update(torch.ones(2, device=device), None)
     assert parameters[0].grad.dtype == torch.float32
 
 
@@ -82,4 +85,4 @@ def test_lean_waits_for_the_last_use_of_a_parameter(device):
     whole = parts.sum(0).flatten(1)
     expected = whole @ whole.T
     expected[0, 0] += row @ row
-    torch.testing.assert_close(lean.gram(), expected)
+    torch.testing.assert_close(lean.gramian(), expected)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .layout import flatten, replace_rows
+from .model_state import ModelState
+from .trees import flatten, replace_rows
 
 
 def agree(whole: Any, parts: Any) -> bool:
@@ -30,59 +29,6 @@ def agree(whole: Any, parts: Any) -> bool:
                 if not bool(_close(a, b, allowed).all()):
                     return False
     return True
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode, where two runs of it are the same."""
-    training = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, mode in training:
-            m.training = mode
-
-
-class BufferSlot(NamedTuple):
-    """A place where a module keeps a buffer."""
-
-    module: nn.Module
-    name: str
-
-
-class State:
-    """The random states and a model's buffers, to be put back for a forward that must not count.
-
-    Args:
-        model: the model.
-        slots: the buffers to keep; default all.
-    """
-
-    def __init__(self, model: nn.Module, slots: Sequence[BufferSlot] | None = None) -> None:
-        if slots is None:
-            slots = [BufferSlot(m, name) for m in model.modules() for name in m._buffers]
-        found = [(slot, slot.module._buffers.get(slot.name)) for slot in slots]
-        self._buffers = [(slot, b, b.detach().clone()) for slot, b in found if b is not None]
-        device = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0)).device
-        self._accelerator = (torch.cuda.get_rng_state(device), device) if device.type == "cuda" else None
-        self._random = random.getstate()
-        self._torch = torch.get_rng_state()
-
-    def restore(self) -> None:
-        """Put everything back."""
-        for slot, buffer, value in self._buffers:
-            with torch.no_grad():
-                buffer.copy_(value)
-            slot.module._buffers[slot.name] = buffer
-        random.setstate(self._random)
-        torch.set_rng_state(self._torch)
-        if self._accelerator is not None:
-            torch.cuda.set_rng_state(*self._accelerator)
-
-    def changed(self) -> list[BufferSlot]:
-        """Return the buffers that have other values now."""
-        return [slot for slot, _, value in self._buffers if not _same(slot.module._buffers[slot.name], value)]
 
 
 def halves(batch_size: int) -> Iterator[Tensor]:
@@ -162,10 +108,11 @@ def interact(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     batch_size: int,
-    state: State,
+    state: ModelState,
     *,
     shared: Collection[str | int] = (),
     folded: bool = False,
+    sets: int | None = None,
 ) -> bool:
     """Tell whether samples have an effect on each other: whether other arguments for some change others' output.
 
@@ -177,6 +124,7 @@ def interact(
         state: put back before every run.
         shared: arguments that are not the samples'.
         folded: arguments and outputs may have several rows per sample.
+        sets: how many sets of samples get others' arguments; default as many as it takes to be sure.
 
     Raises:
         ValueError: an output that is not one row per sample depends on the samples.
@@ -189,11 +137,74 @@ def interact(
     expected = outputs(args, kwargs)
     tolerances = [tolerance(a, b) for a, b in zip(expected, outputs(args, kwargs), strict=True)]
     following = torch.arange(1, batch_size + 1) % batch_size
-    for disturbed in halves(batch_size):
+    for disturbed in itertools.islice(halves(batch_size), sets):
         source = torch.where(disturbed, following, torch.arange(batch_size))
         found = outputs(*replace_rows(args, kwargs, source, shared=shared, folded=folded))
         if leaks(expected, found, tolerances, disturbed, folded=folded):
             return True
+    return False
+
+
+def mixing_module(
+    model: nn.Module,
+    run: Callable[[Any, Any], Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    batch_size: int,
+    state: ModelState,
+    **options: Any,
+) -> str:
+    """Return the name of the innermost module that is the first in which samples have an effect on each other.
+
+    The arguments are those of `interact`, which must have found that they do.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    found: list[str] = []
+
+    def look(module: nn.Module) -> Callable[..., None]:
+        calls: list[list[Any]] = []
+        number = itertools.count()
+
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            leaves = flatten(output)[0]
+            if quiet:
+                calls.append([leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+                return
+            before = calls[next(number) % len(calls)] if calls else []
+            if len(before) == len(leaves) and _leaks_anywhere(before, leaves, disturbed):
+                found.append(names[module])
+
+        return hook
+
+    hooks = [module.register_forward_hook(look(module)) for module in names]
+    following = torch.arange(1, batch_size + 1) % batch_size
+    try:
+        quiet, disturbed = True, torch.zeros(batch_size, dtype=torch.bool)
+        state.restore()
+        run(args, kwargs)
+        quiet = False
+        for disturbed in itertools.islice(halves(batch_size), options["sets"]):
+            source = torch.where(disturbed, following, torch.arange(batch_size))
+            state.restore()
+            run(*replace_rows(args, kwargs, source, shared=options["shared"]))
+            if found:
+                break
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return (found[0] if found else "") or "the model itself"
+
+
+def _leaks_anywhere(before: list[Any], after: list[Any], disturbed: Tensor) -> bool:
+    """Tell whether a module's outputs changed in undisturbed samples, as far as their shapes tell."""
+    size = disturbed.shape[0]
+    for a, b in zip(before, after, strict=True):
+        if is_measured(a) and a.dim() and a.shape == b.shape and a.shape[0] and a.shape[0] % size == 0:
+            allowed = tolerance(a, a)
+            assert allowed is not None
+            changed = ~_close(a, b.detach(), allowed).reshape(size, -1).all(1)
+            if bool((changed & ~disturbed.to(changed.device)).any()):
+                return True
     return False
 
 
@@ -214,7 +225,3 @@ def is_measured(output: Any) -> bool:
 def _close(a: Tensor, b: Tensor, allowed: Tensor | float) -> Tensor:
     """Compare elements; a change to or from NaN is a difference."""
     return (a == b) | ((a - b).abs() <= allowed) | (a.isnan() & b.isnan())
-
-
-def _same(a: Tensor | None, b: Tensor) -> bool:
-    return a is not None and a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())

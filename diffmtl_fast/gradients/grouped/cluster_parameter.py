@@ -1,4 +1,4 @@
-"""What a module finds in a parameter's place while the grouped engine runs it."""
+"""Cluster parameters: what a module finds in a parameter's place while the grouped engine runs it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .uncompiled import uncompiled
+from ..step import nodes
+from ..uncompiled import uncompiled
 
 if TYPE_CHECKING:
-    from .grouped import GroupedEngine
+    from .engine import GroupedEngine
 
 
-# Of a graph, the engine would see nothing in backward.
+# A compiled function's backward would hand its parameters the gradients of all clusters at once.
 _REASON = (
     "ClusteredMTL's grouped engine runs compiled functions of parameters operation by operation; with "
     "fullgraph=True they need engine='sliced'"
@@ -65,7 +66,7 @@ def _operate(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
                 break
         else:
             handle = next(find_handles((args, kwargs)))
-        return handle.engine.operate(func, args, dict(kwargs))
+        return handle.engine.dispatch.operate(func, args, dict(kwargs))
 
 
 def _refuse_gradient(handle: Tensor) -> None:
@@ -86,16 +87,11 @@ def find_unseen(tensors: Iterable[Tensor], visited: set[Any]) -> ClusterParamete
         tensors: the tensors.
         visited: the nodes that were looked at before; these are added.
     """
-    nodes = [tensor.grad_fn for tensor in tensors]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in visited:
-            continue
-        visited.add(node)
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, ClusterParameter):
-            return leaf
-        nodes.extend(following for following, _ in node.next_functions)
+    for tensor in tensors:
+        for node in nodes(tensor, visited):
+            leaf = getattr(node, "variable", None)
+            if isinstance(leaf, ClusterParameter):
+                return leaf
     return None
 
 

@@ -8,11 +8,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .. import ops
+from ... import ops
+from .base import Deferred
 from .jacobian import accumulate, dense_stride
-
-# Adds an operation's part of Σ_k w_k g_k to the parameters' .grad, given w.
-Deferred = Callable[[Tensor], None]
 
 
 class LeanGramian:
@@ -30,8 +28,8 @@ class LeanGramian:
         num_clusters: K.
         uses: how many operations of the forward each parameter took part in.
         by_row: the parameters of modules in slices.
-        defers: whether operations may keep what forms the update. Where activations are recomputed or fetched in
-            backward, to save memory, keeping them would undo that: the update takes a second backward instead.
+        keeps_graph: whether the update takes a second backward instead of what operations keep for it. Where
+            activations are recomputed or fetched in backward, to save memory, keeping them would undo that.
         dtype: of the blocks while they are kept; default each parameter's own.
     """
 
@@ -41,13 +39,13 @@ class LeanGramian:
         num_clusters: int,
         uses: Mapping[int, int],
         by_row: Collection[int],
-        defers: bool,
+        keeps_graph: bool,
         dtype: torch.dtype | None = None,
     ) -> None:
         self._parameters = parameters
         self._num_clusters = num_clusters
         self._uses = Counter(uses)
-        self.defers = defers
+        self.keeps_graph = keeps_graph
         self._dtype = dtype
         self._kept: dict[int, Tensor] = {}
         self._by_row = frozenset(by_row)
@@ -58,39 +56,62 @@ class LeanGramian:
         self._gramian: Tensor | None = None
         self._deferred: list[Deferred] = []
 
-    def keeps(self, position: int, size: int) -> bool:
+    def clear(self) -> None:
+        """Nothing to forget: every backward has a store of its own."""
+
+    def offer(self, positions: Collection[int], size: int, form: Callable[[set[int]], Deferred]) -> None:
+        """Keep an operation's tensors for the parameters whose blocks are larger than these."""
+        if self.keeps_graph:
+            return
+        later = {position for position in positions if not self._keeps(position, size)}
+        if later:
+            self._deferred.append(form(later))
+
+    def _keeps(self, position: int, size: int) -> bool:
         """Decide whether a parameter's block is kept, rather than an operation's tensors of `size` bytes."""
-        if not self.defers:
-            return False
         parameter = self._parameters[position]
         dtype = self._dtype or parameter.dtype
         if self._uses[position] > 1 or self._num_clusters * parameter.numel() * dtype.itemsize <= size:
             self._keeping.add(position)
         return position in self._keeping or position in self._by_row
 
-    def defer(self, part: Deferred) -> None:
-        """Keep what forms an operation's part of the update."""
-        self._deferred.append(part)
-
-    def vacant(self, position: int) -> Tensor | None:
-        """Lend memory for a block until `add`."""
+    def lend(self, position: int) -> Tensor | None:
+        """Lend memory for a block."""
         if self._uses[position] > 1 or position in self._lent or position in self._by_row:
             return None
         parameter = self._parameters[position]
-        self._lent[position] = memory = self._scratch(parameter)
-        return self._block(memory, parameter)
+        memory = self._scratch(parameter)
+        block = self._block(memory, parameter)
+        if not block.is_contiguous():
+            self._free.append(memory)
+            return None
+        self._lent[position] = memory
+        return block
+
+    def accept(self, position: int) -> None:
+        """Take the gradients that the lent memory now holds."""
+        memory = self._lent.pop(position)
+        self._take_part(position, self._block(memory, self._parameters[position]))
+        if position not in self._keeping:
+            self._free.append(memory)
+
+    def take_back(self, position: int) -> None:
+        """Take lent memory back that holds nothing of worth."""
+        self._free.append(self._lent.pop(position))
 
     def add(self, position: int, gradients: Tensor) -> None:
         """Take gradients [K, *shape] of a parameter from one of its uses."""
+        if position in self._by_row:
+            self._rows(position).add_(gradients)
+        else:
+            self._take_part(position, gradients)
+
+    def _take_part(self, position: int, gradients: Tensor) -> None:
         if position in self._done:
             raise RuntimeError(
                 "memory='lean': expected the last use of a parameter to be known from the forward, found one more "
                 "in the backward; checkpoint with use_reentrant=False, or use memory='full'"
             )
-        if position in self._by_row:
-            self._rows(position).add_(gradients)
-            return
-        memory = self._lent.pop(position, None)
         if position in self._kept:
             gradients = self._kept[position] + gradients  # not in place: parameters may share one tensor
         self._uses[position] -= 1
@@ -102,14 +123,12 @@ class LeanGramian:
             self._kept[position] = gradients if self._dtype is None else gradients.to(self._dtype)
         else:
             self._kept.pop(position, None)
-            if memory is not None:
-                self._free.append(memory)
 
     def add_row(self, position: int, k: int, gradient: Tensor) -> None:
-        """Take the gradient [*shape] of a parameter for one cluster; `gram` counts it in."""
+        """Take the gradient [*shape] of a parameter for one cluster; `gramian` counts it in."""
         self._rows(position)[k].add_(gradient)
 
-    def gram(self) -> Tensor:
+    def gramian(self) -> Tensor:
         """Return J Jᵀ, [K, K], float32 at least, when all gradients have come."""
         for position in sorted(
             self._kept.keys() - self._done
@@ -121,12 +140,16 @@ class LeanGramian:
             return torch.zeros(self._num_clusters, self._num_clusters, device=self._parameters[0].device)
         return self._gramian
 
-    def combine_(self, parameters: Sequence[nn.Parameter], weights: Tensor) -> None:
-        """Add Σ_k w_k g_k to the parameters' ``.grad``."""
+    def update(self, weights: Tensor, backward: Callable[[Tensor], None]) -> None:
+        """Add Σ_k w_k g_k to the parameters' ``.grad``; its norm is not known."""
+        if self.keeps_graph:
+            self._kept.clear()
+            backward(weights)
+            return
         while self._deferred:
             self._deferred.pop()(weights)
         kept = sorted(self._kept)
-        accumulate([parameters[i] for i in kept], [self._kept[i] for i in kept], weights)
+        accumulate([self._parameters[i] for i in kept], [self._kept[i] for i in kept], weights)
         self._kept.clear()
 
     def _rows(self, position: int) -> Tensor:

@@ -1,0 +1,75 @@
+"""The autograd node of an operation that is run by its rule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..rules import RuleContext
+from .deferred import deferred_part
+from .delivery import Use, deliver, no_autocast, no_buffer, run_backward, run_forward
+
+
+class _Apply(torch.autograd.Function):
+    """An operation run by its rule."""
+
+    @staticmethod
+    def forward(ctx: Any, use: Use, *values: Any) -> Tensor:
+        context = RuleContext()
+        out = run_forward(use.registered, context, list(values), use.handles)
+        ctx.save_for_backward(*context.to_save)
+        context.to_save = ()
+        ctx.use, ctx.context, ctx.forward_pass = use, context, use.forward_pass
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        use, context, step = ctx.use, ctx.context, ctx.forward_pass.step
+        store = step.store
+        if use.recomputed and store is not None:
+            use.engine.refuse_ambiguity(step)
+        context.saved_tensors = ctx.saved_tensors
+        context.needs_input_grad = ctx.needs_input_grad[1:]
+        if store is None:
+            step.bypassed = True
+            gradients = _plain_gradients(use, context, grad)
+        else:
+            wanted = [handle for i, handle in use.handles.items() if context.needs_input_grad[i]]
+            positions = {origin for handle in wanted for origin in handle.origins}
+            store.offer(
+                positions, _size(use, context, grad), lambda later: deferred_part(use, context, grad, later)
+            )
+            gradients = deliver(use, context, grad, use.layout.clusters, store)
+        context.saved_tensors = ()
+        return None, *gradients
+
+
+# What `Function.apply` comes to after it has looked for transforms of torch.func, at a third of the time.
+_apply_node = super(torch.autograd.Function, _Apply).apply
+
+
+def apply(use: Use, values: list[Any]) -> Tensor:
+    """Run an operation by its rule, with a node in the graph."""
+    run = _Apply.apply if torch._C._are_functorch_transforms_active() else _apply_node
+    out: Tensor = run(use, *values)
+    return out
+
+
+def _plain_gradients(use: Use, context: RuleContext, grad: Tensor) -> list[Tensor | None]:
+    """Return the gradients that the plain operation would return."""
+    with no_autocast(grad.device.type):
+        gradients = list(run_backward(use, context, grad, use.layout.whole, no_buffer))
+    for position in use.handles:
+        found = gradients[position]
+        gradients[position] = None if found is None else found[0]
+    return gradients
+
+
+def _size(use: Use, context: RuleContext, grad: Tensor) -> int:
+    """Return how many bytes the operation's tensors take that its update can be formed from."""
+    parameters = {value.data_ptr() for value in use.engine.values}
+    tensors = [t for t in (grad, *context.saved_tensors) if t is not None and t.data_ptr() not in parameters]
+    return sum(t.numel() * t.element_size() for t in tensors)
