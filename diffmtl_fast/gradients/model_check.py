@@ -18,7 +18,7 @@ from .grouped import CannotGroup
 from .independence import agree, interact, is_measured, mixing_module, revealing
 from .model_state import ModelState, drawing_module, evaluating
 from .parameters import grads_set_aside, installed, module_name, raising_module, take_gradients
-from .sliced import Aliases
+from .rules import WrongRule
 from .step import Step
 from .trees import flags, flatten, map_tensors
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("diffmtl_fast")
 _Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
-#: Batches of so many sizes are checked before the first step with them; with more sizes, those after these are not.
+#: Batches of so many sizes are checked before the first step with them; sizes that come later are not.
 MAX_BATCH_SIZES = 16
 #: Steps from one spot check to the next. One costs three forwards, so about a thousandth of training.
 SPOT_CHECK_EVERY = 1024
@@ -50,6 +50,7 @@ class ModelCheck:
             tuple[Any, ...], set[int]
         ] = {}  # of the batches that were checked, by the rest of the kind
         self._steps = 0  # since the last check
+        self._differentiates = False  # whether the model forms gradients in its forward
         self.writes = False
 
     def before(self, layout: BatchLayout, given: _Arguments, ordered: _Arguments) -> None:
@@ -94,14 +95,27 @@ class ModelCheck:
 
     def _check(self, layout: BatchLayout, given: _Arguments, ordered: _Arguments) -> None:
         grouped = self._engine.grouped
-        if layout.batch_size > 1:
-            if grouped is None:
+        if grouped is None:
+            if layout.batch_size > 1:
                 self._check_slices(layout, given, ordered)
-            elif layout.order is not None:
-                self._check_order(layout, given, ordered)
-        if grouped is not None:
+            self._check_gradients(layout, ordered)
+            return
+        with self._without_consequences(ordered):
+            pass  # a model that fails by itself does so here
+        if layout.batch_size > 1 and layout.order is not None:
+            self._check_order(layout, given, ordered)
+        try:
             grouped.verify(layout, *ordered)
-        self._check_gradients(layout, ordered)
+            self._check_gradients(layout, ordered)
+        except (CannotGroup, WrongRule, torch.OutOfMemoryError):
+            raise
+        except (
+            RuntimeError,
+            TypeError,
+            LookupError,
+        ) as error:  # of operations that tensor subclasses can't take
+            where = raising_module(self._engine.model, error)
+            raise CannotGroup(f"{where} can't be run by cluster as a whole: {error}") from error
 
     def _spot_check(self, layout: BatchLayout, ordered: _Arguments) -> None:
         """Look again whether samples have an effect on each other.
@@ -151,7 +165,7 @@ class ModelCheck:
                 )
             self.writes = state.writes
             same: Any = [[revealing(p) for p in engine.parameters]] * engine.num_clusters
-            slices = lambda: layout.unsort(engine.run_slices(layout, ordered, same))  # noqa: E731
+            slices = lambda: self._unsorted_slices(layout, ordered, same)  # noqa: E731
             whole, parts, drawn = self._twice(state, given, slices)
         if not agree(whole, parts):
             self._refuse_random(drawn, "the grouped engine can run it on a batch that is sorted by cluster")
@@ -159,6 +173,11 @@ class ModelCheck:
                 "model: expected each sample's output to depend on that sample alone, found that slices of the "
                 "batch give another output than the whole batch"
             )
+
+    def _unsorted_slices(self, layout: BatchLayout, ordered: _Arguments, stand_ins: Any) -> Any:
+        with torch.set_grad_enabled(self._differentiates):
+            output = self._engine.run_slices(layout, ordered, stand_ins)
+        return map_tensors(Tensor.detach, layout.unsort(output))
 
     def _twice(self, state: ModelState, given: _Arguments, other: Any) -> tuple[Any, Any, str | None]:
         """Call the model, and the same in another way, in evaluation mode; and who draws random numbers in it."""
@@ -176,8 +195,8 @@ class ModelCheck:
             except (RuntimeError, IndexError) as error:
                 where = raising_module(model, error)
                 raise ValueError(
-                    f"model: expected a forward that works with any number of samples, found an error in '{where}' "
-                    f"on a part of the batch (a parameter with a row for every sample?): {error}"
+                    f"model: expected a forward that works with any number of samples, found an error in "
+                    f"'{where}' on a part of the batch (a parameter with a row for every sample?): {error}"
                 ) from error
 
     def _refuse_random(self, drawn: str | None, advice: str) -> None:
@@ -192,8 +211,8 @@ class ModelCheck:
         if found is not None:
             raise ValueError(
                 "model: expected each sample's output to depend on that sample's rows of the arguments alone, "
-                f"found that others' rows change it, first in {found}; samples are mixed, or an argument that belongs "
-                "to the whole batch (name it in shared=) has as many rows as there are samples"
+                f"found that others' rows change it, first in {found}; samples are mixed, or an argument that "
+                "belongs to the whole batch (name it in shared=) has as many rows as there are samples"
             )
 
     def _mixing(
@@ -284,7 +303,8 @@ class ModelCheck:
         """Return the plain model's gradients of the weighted loss; None where it has none."""
         engine = self._engine
         with torch.enable_grad(), installed(engine.slots, values):
-            objective = _made_up_loss(self._call(ordered), layout, weights)
+            args, kwargs = ordered
+            objective = _made_up_loss(engine.model(*args, **kwargs), layout, weights)
             if objective is None:
                 return None
             try:
@@ -302,22 +322,15 @@ class ModelCheck:
     ) -> list[Tensor | None]:
         """Return the same gradients as the engine forms them."""
         engine, step = self._engine, Step(by_cluster=True)
-        try:
-            with torch.enable_grad(), engine.standing_for(values):
-                output = engine.run(step, layout, ordered)
-                objective = _made_up_loss(output, layout, None)
-                assert objective is not None
-                store = engine.spare_store(step)
-                with _no_autocast(objective):
-                    engine.collect(step, objective, store)
-                    gramian = store.gramian()
-                    store.update(weights.to(gramian.dtype), lambda w: self._again(output, layout, w))
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            if engine.grouped is not None and not isinstance(error, CannotGroup):
-                raise CannotGroup(f"its gradients can't be formed by cluster: {error}") from error
-            raise
+        with torch.enable_grad(), engine.standing_for(values):
+            output = engine.run(step, layout, ordered)
+            objective = _made_up_loss(output, layout, None)
+            assert objective is not None
+            store = engine.spare_store(step)
+            with _no_autocast(objective):
+                engine.collect(step, objective, store)
+                gramian = store.gramian()
+                store.update(weights.to(gramian.dtype), lambda w: self._again(output, layout, w))
         return take_gradients(values, engine.parameters)
 
     def _again(self, output: Any, layout: BatchLayout, weights: Tensor) -> None:

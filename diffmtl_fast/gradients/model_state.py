@@ -43,8 +43,8 @@ class ModelState:
 
     def __init__(self, model: nn.Module, slots: Sequence[BufferSlot] | None = None) -> None:
         if slots is None:
-            slots = [BufferSlot(m, name) for m in model.modules() for name in m._buffers]
-        found = [(slot, slot.module._buffers.get(slot.name)) for slot in slots]
+            slots = [BufferSlot(m, name) for m in model.modules() for name, _ in m._buffers.items()]
+        found = [(slot, getattr(slot.module, slot.name)) for slot in slots]
         self._buffers = [(slot, b, b.detach().clone()) for slot, b in found if b is not None]
         device = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0)).device
         self._random = RandomState(device)
@@ -63,7 +63,7 @@ class ModelState:
 
     def changed(self) -> list[BufferSlot]:
         """Return the buffers that have other values now."""
-        return [slot for slot, _, value in self._buffers if not _same(slot.module._buffers[slot.name], value)]
+        return [slot for slot, _, value in self._buffers if not _same(getattr(slot.module, slot.name), value)]
 
     @property
     def drawn(self) -> bool:
@@ -159,7 +159,7 @@ class ParameterWrites(TorchFunctionMode):
 
     Args:
         parameters: the parameters, or tensors that share their memory.
-        allow: given the operation and the parameter, whether it is to run; it returns its target unchanged otherwise.
+        allow: given the operation and the parameter, whether it is to run; otherwise it returns its target as it is.
         dtypes: takes the dtypes of the results of all operations.
     """
 
@@ -183,7 +183,8 @@ class ParameterWrites(TorchFunctionMode):
             target = kwargs["out"] if "out" in kwargs else args[0]
             targets = target if isinstance(target, tuple | list) else [target]
             found = [self._by_memory.get(memory(t)) for t in targets if isinstance(t, Tensor)]
-            if not all([self._allow(func, p) for p in found if p is not None]):
+            allowed = [self._allow(func, p) for p in found if p is not None]  # each is asked
+            if not all(allowed):
                 return target
         result = func(*args, **kwargs)
         if type(result) is Tensor:

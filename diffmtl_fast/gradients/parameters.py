@@ -39,9 +39,10 @@ def find_slots(model: nn.Module) -> tuple[list[Slot], list[nn.Parameter]]:
             if parameter is None or not parameter.requires_grad:
                 continue
             if not parameter.is_floating_point():
+                where = _join(module_name(model, module), name)
                 raise ValueError(
-                    f"model: expected real trainable parameters, found {parameter.dtype} at "
-                    f"'{_join(module_name(model, module), name)}'; keep it as two real ones (torch.view_as_complex)"
+                    f"model: expected real trainable parameters, found {parameter.dtype} at '{where}'; keep it as a "
+                    "real one, and use it by torch.view_as_complex"
                 )
             if id(parameter) not in position:
                 position[id(parameter)] = len(parameters)

@@ -35,7 +35,9 @@ def test_checkpoints(dropout, options, device):
 def test_reentrant_checkpoints(dropout, way, device):
     model, *inputs = make(device, dropout=dropout)
     plain = checkpointed(model, use_reentrant=True)
-    mtl = assert_exact(model, *inputs, cluster=SORTED if dropout else UNSORTED, plain=plain, options=WAYS[way])
+    mtl = assert_exact(
+        model, *inputs, cluster=SORTED if dropout else UNSORTED, plain=plain, options=WAYS[way]
+    )
     assert in_slices(mtl) == []
 
 

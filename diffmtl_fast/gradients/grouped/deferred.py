@@ -47,7 +47,7 @@ class _Grads:
 
     def lend(self, position: int) -> Tensor | None:
         parameter = self._parameters[position]
-        if parameter.grad is not None or not parameter.is_contiguous():
+        if parameter.grad is not None or not parameter.numel() or not parameter.is_contiguous():
             return None
         parameter.grad = torch.empty_like(parameter)
         return parameter.grad.unsqueeze(0)

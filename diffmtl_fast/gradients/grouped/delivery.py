@@ -46,13 +46,17 @@ class Use:
 class Target(Protocol):
     """What gradients of parameters are delivered to; see `Store` for the meaning."""
 
-    def lend(self, position: int) -> Tensor | None: ...
+    def lend(self, position: int) -> Tensor | None:
+        """Lend memory for a parameter's first gradients."""
 
-    def accept(self, position: int) -> None: ...
+    def accept(self, position: int) -> None:
+        """Take the gradients that the lent memory now holds."""
 
-    def take_back(self, position: int) -> None: ...
+    def take_back(self, position: int) -> None:
+        """Take lent memory back that holds nothing of worth."""
 
-    def add(self, position: int, gradients: Tensor) -> None: ...
+    def add(self, position: int, gradients: Tensor) -> None:
+        """Add gradients."""
 
 
 def deliver(

@@ -1,4 +1,4 @@
-"""What a use of a parameter means while a model runs as a whole: which rule it takes, or what is derived from it."""
+"""What a use of a parameter means while a model runs as a whole: a rule, or a tensor derived from parameters."""
 
 from __future__ import annotations
 
@@ -66,9 +66,17 @@ class Dispatch:
         """Run an operation with handles among its arguments."""
         if self._engine.layout is None:
             return func(*substitute(args, _value), **substitute(kwargs, _value))
-        if not torch.is_grad_enabled() and writes_in_place(func) and isinstance(args[0], ClusterParameter):
+        if torch.is_grad_enabled():
+            return self._operate(func, args, kwargs)
+        if writes_in_place(func) and isinstance(args[0], ClusterParameter):
             func(*substitute(args, _value), **substitute(kwargs, _value))  # a model that sets its own weights
             return args[0]
+        try:  # in a reentrant checkpoint, which will run it again with gradients
+            return self._operate(func, args, kwargs)
+        except NoRows:  # the model's own no_grad: there is nothing to differentiate
+            return func(*substitute(args, _value), **substitute(kwargs, _value))
+
+    def _operate(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._engine.probe is not None:
             self.check_seen((args, kwargs))
         if registered := registry.RULES.get(func):

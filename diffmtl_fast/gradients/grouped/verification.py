@@ -187,10 +187,10 @@ class Verification:
     def _give_way(self, error: NoRows, layout: BatchLayout, given: _Given, state: ModelState) -> None:
         """Find another way for an operation that can't be grouped."""
         operation, engine = error.operation, self._engine
-        if operation.constant and operation.key not in engine.constant:
-            if not self._depends_on_samples(operation, layout, given, state):
-                engine.constant[operation.key] = self._describe(operation, error)
-                return
+        untried = operation.constant and operation.key not in engine.constant
+        if untried and not self._depends_on_samples(operation, layout, given, state):
+            engine.constant[operation.key] = self._describe(operation, error)
+            return
         engine.slices.add(operation.owners, str(error))
 
     def _describe(self, operation: Operation, error: NoRows) -> str:
@@ -245,11 +245,11 @@ def _checkpoints_run_plainly() -> Iterator[None]:
                 return original.apply(function, preserve, *args)
             return function(*args)
 
-    torch.utils.checkpoint.CheckpointFunction = Plain
+    torch.utils.checkpoint.CheckpointFunction = Plain  # type: ignore[misc]
     try:
         yield
     finally:
-        torch.utils.checkpoint.CheckpointFunction = original
+        torch.utils.checkpoint.CheckpointFunction = original  # type: ignore[misc]
 
 
 def _nothing(tensor: Tensor) -> None:

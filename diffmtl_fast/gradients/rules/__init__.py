@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from . import convolution, embedding, linear, normalisation  # each registers its rules
 from .per_sample import PER_SAMPLE
-from .registry import RULES, ClusterRule, NoClusterRule, Registered, RuleContext, register_cluster_rule
+from .registry import (
+    RULES,
+    ClusterRule,
+    NoClusterRule,
+    Registered,
+    RuleContext,
+    WrongRule,
+    register_cluster_rule,
+)
 
 __all__ = [
     "PER_SAMPLE",
@@ -13,6 +21,7 @@ __all__ = [
     "NoClusterRule",
     "Registered",
     "RuleContext",
+    "WrongRule",
     "convolution",
     "embedding",
     "linear",

@@ -23,8 +23,11 @@ class Linear(ClusterRule):
     @staticmethod
     def forward(ctx: RuleContext, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """See `ClusterRule`."""
-        if input.dim() < 2:
-            raise NoClusterRule(f"linear: expected an input [B, ..., in], found {list(input.shape)}")
+        if input.dim() < 2 or weight.dim() != 2:
+            raise NoClusterRule(
+                f"linear: expected an input [B, ..., in] and a weight [out, in], found {list(input.shape)}, "
+                f"{list(weight.shape)}"
+            )
         ctx.save_for_backward(input, weight)
         return F.linear(input, weight, bias)
 

@@ -20,6 +20,10 @@ class NoClusterRule(RuntimeError):
     """An operation has no rule, or not for these arguments; the module that it is in runs in slices instead."""
 
 
+class WrongRule(TypeError, ValueError):
+    """A rule's backward returned something else than `ClusterRule` says."""
+
+
 class RuleContext:
     """What a rule's `forward` leaves for its `backward`.
 
@@ -125,17 +129,17 @@ class Registered:
             expected: the shapes [K, *shape] of the parameters' gradients that were asked for, by their position.
 
         Raises:
-            TypeError: it is not one gradient or None for every argument.
-            ValueError: a parameter's gradients are missing, or have another shape.
+            WrongRule: it is not one gradient or None for every argument, or a parameter's gradients are missing or
+                have another shape.
         """
         name, count = f"rule {self.rule.__name__} of {self.operation.__name__}", len(self._names)
         if not isinstance(gradients, tuple) or len(gradients) != count:
             found = f"{len(gradients)}" if isinstance(gradients, tuple) else type(gradients).__name__
-            raise TypeError(f"{name}: expected a tuple of {count} gradients, one per argument, found {found}")
+            raise WrongRule(f"{name}: expected a tuple of {count} gradients, one per argument, found {found}")
         for position, shape in expected.items():
             gradient = gradients[position]
             if gradient is None or gradient.shape != shape:
-                raise ValueError(
+                raise WrongRule(
                     f"{name}: expected the gradients of {self._names[position]!r} by cluster, {list(shape)}, "
                     f"found {None if gradient is None else list(gradient.shape)}"
                 )

@@ -41,7 +41,8 @@ class Jacobian:
     def lend(self, position: int) -> Tensor | None:
         """Lend a parameter's block if nothing of this step is in it yet, and it is contiguous."""
         block = self.blocks[position]
-        if position in self._lent or any(self._written[position]) or not block.is_contiguous():
+        usable = block.numel() and block.is_contiguous()
+        if not usable or position in self._lent or any(self._written[position]):
             return None
         self._lent.add(position)
         return block

@@ -80,11 +80,10 @@ class LeanGramian:
         if self._uses[position] > 1 or position in self._lent or position in self._by_row:
             return None
         parameter = self._parameters[position]
+        if not parameter.numel() or not parameter.is_contiguous():
+            return None
         memory = self._scratch(parameter)
         block = self._block(memory, parameter)
-        if not block.is_contiguous():
-            self._free.append(memory)
-            return None
         self._lent[position] = memory
         return block
 
