@@ -8,10 +8,11 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # What an installation depends on: Python sources are read in place, the C++ ones are compiled.
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: help train test bench bench-full figures check check-native clean
+.PHONY: help train test campaign bench bench-full figures check check-native clean
 help:
 	@echo "make train   train on the embedded digits and write pictures and metrics to $(RUN)"
 	@echo "make test    run the test suite (DIFFMTL_TEST_DEVICE=cuda runs it on a GPU)"
+	@echo "make campaign   hold the engines to the whole table of architectures, of which make test runs a part"
 	@echo "make bench   time everything beside the reference, the peers and the limit, a quarter of an hour on 2 cores;"
 	@echo "             bench-full takes hours; both use a GPU where there is one and write benchmarks/results,"
 	@echo "             a part of them, as in make bench BENCH='-k clustering', runs/bench"
@@ -48,6 +49,10 @@ train: $(VENV)/train.stamp
 # One thread per worker: two workers that each used every core would fight for them.
 test: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+campaign: $(VENV)/dev.stamp
+	DIFFMTL_CAMPAIGN=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q tests/gradients/test_architectures.py \
+	  tests/gradients/test_random_programs.py
 
 # The tables come last, and are in the JSON file that it names. BENCH passes options on, such as
 # BENCH='-k clustering' or BENCH='--reference-repo PATH'.
