@@ -140,6 +140,9 @@ def sparse_values(tensor: Tensor) -> Tensor:
 
 # ----- Modules
 
+# The class of all batch normalisations. Replaced by BatchNorm1d, BatchNorm2d, BatchNorm3d and SyncBatchNorm.
+BatchNorm = nn.modules.batchnorm._BatchNorm
+
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """Return the dictionary that holds a module's own parameters. Replaced by `setattr` and `getattr`."""
@@ -188,6 +191,7 @@ __all__ = [
     "AFTER_ADINPLACEORVIEW",
     "AutoDispatchBelowADInplaceOrView",
     "AutoDispatchBelowAutograd",
+    "BatchNorm",
     "DisableAutocast",
     "DisableTorchFunctionSubclass",
     "DispatchKeySet",

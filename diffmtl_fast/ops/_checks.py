@@ -11,6 +11,7 @@ from torch import Tensor
 # The dtypes that ops take numbers in.
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _FLOATING = frozenset(FLOATING)
+_STRIDED = torch.strided
 _SUPPORTED = "float32, float64, bfloat16 or float16"
 
 _Value = TypeVar("_Value")
@@ -35,26 +36,23 @@ def _found(value: Any) -> str:
     """Say what stands where a dense tensor was expected."""
     if not isinstance(value, Tensor):
         return type(value).__name__
-    layout = "" if value.layout is torch.strided else f" with layout {value.layout}"
+    layout = "" if value.layout is _STRIDED else f" with layout {value.layout}"
     return f"{value.dtype}{layout}"
 
 
-def _is_dense_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout is torch.strided
+def _refuse_floating(name: str, value: Any) -> NoReturn:
+    raise TypeError(
+        f"{name}: expected a floating-point tensor, found {_found(value)}; supported are dense tensors of "
+        f"{_SUPPORTED}"
+    )
 
 
-def _check_floating(name: str, value: Any) -> None:
-    if not _is_dense_tensor(value) or value.dtype not in _FLOATING:
-        raise TypeError(
-            f"{name}: expected a floating-point tensor, found {_found(value)}; supported are dense tensors of "
-            f"{_SUPPORTED}"
-        )
-
-
+# Small ops spend much of their time in checks: these call nothing where there is nothing to refuse.
 def check_floating(**tensors: Tensor) -> None:
     """Refuse all but dense tensors of a dtype that ops take numbers in."""
     for name, tensor in tensors.items():
-        _check_floating(name, tensor)
+        if not isinstance(tensor, Tensor) or tensor.dtype not in _FLOATING or tensor.layout is not _STRIDED:
+            _refuse_floating(name, tensor)
 
 
 def check_each_floating(name: str, tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -62,17 +60,16 @@ def check_each_floating(name: str, tensors: Iterable[Tensor]) -> list[Tensor]:
     if not isinstance(tensors, Iterable):
         raise TypeError(f"{name}: expected a sequence of tensors, found {_found(tensors)}")
     members = list(tensors)
-    for i, member in enumerate(members):  # there may be hundreds
-        if not _is_dense_tensor(member) or member.dtype not in _FLOATING:
-            _check_floating(f"{name}[{i}]", member)
+    for i, tensor in enumerate(members):  # there may be hundreds
+        if not isinstance(tensor, Tensor) or tensor.dtype not in _FLOATING or tensor.layout is not _STRIDED:
+            _refuse_floating(f"{name}[{i}]", tensor)
     return members
 
 
-def check_dense(**tensors: Tensor) -> None:
-    """Refuse all but dense tensors, of any dtype."""
-    for name, tensor in tensors.items():
-        if not _is_dense_tensor(tensor):
-            raise TypeError(f"{name}: expected a dense tensor, found {_found(tensor)}")
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Refuse all but a dense tensor, of any dtype."""
+    if not isinstance(tensor, Tensor) or tensor.layout is not _STRIDED:
+        raise TypeError(f"{name}: expected a dense tensor, found {_found(tensor)}")
 
 
 def check_same_device(**tensors: Tensor) -> None:
@@ -125,9 +122,10 @@ def check_weights(weights: Tensor, jacobian: Sequence[Tensor]) -> None:
 
 def check_pair(pred: Tensor, target: Tensor, name: str = "target") -> None:
     """Refuse prediction and target, or what the argument is called, that do not match sample for sample."""
-    given = {"pred": pred, name: target}
-    check_floating(**given)
-    check_same_device(**given)
+    check_floating(pred=pred)
+    check_floating(**{name: target})
+    if pred.device != target.device:
+        check_same_device(**{"pred": pred, name: target})
     if pred.shape != target.shape:
         raise ValueError(
             f"expected pred and {name} of one shape, found {list(pred.shape)} and {list(target.shape)}"
@@ -157,10 +155,11 @@ def check_cluster(cluster: Tensor, k: int, values: Tensor) -> None:
     """
     if k < 1:
         raise ValueError(f"k: expected at least one cluster, found {k}")
-    check_dense(cluster=cluster)
+    check_dense("cluster", cluster)
     if cluster.dtype != torch.int64:
         raise TypeError(f"cluster: expected int64 indices, found {cluster.dtype}")
-    check_same_device(values=values, cluster=cluster)
+    if cluster.device != values.device:
+        raise ValueError(f"cluster: expected it on {values.device}, found {cluster.device}")
     if cluster.shape != values.shape[:1]:
         raise ValueError(f"cluster: expected shape {list(values.shape[:1])}, found {list(cluster.shape)}")
 
@@ -183,7 +182,7 @@ def check_order(order: Tensor, k: int) -> None:
 
 
 def _check_exact(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], what: str) -> None:
-    check_dense(**{name: tensor})
+    check_dense(name, tensor)
     if tensor.dtype != dtype or tensor.shape != shape:
         error = TypeError if tensor.dtype != dtype else ValueError
         found = f"{tensor.dtype} of shape {list(tensor.shape)}"
@@ -192,7 +191,7 @@ def _check_exact(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int
 
 def check_offsets(offsets: Tensor, rows: Tensor) -> None:
     """Refuse offsets that are not int64 [K + 1] with K >= 1, on the CPU or beside the `rows` they divide."""
-    check_dense(offsets=offsets)
+    check_dense("offsets", offsets)
     if offsets.dtype != torch.int64:
         raise TypeError(f"offsets: expected int64, found {offsets.dtype}")
     if offsets.dim() != 1 or offsets.shape[0] < 2:

@@ -79,7 +79,7 @@ def add_noise(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor
 
 def check_noise(noise: Tensor, x0: Tensor) -> None:
     """Refuse anything but noise shaped like `x0` or a seed."""
-    check_dense(noise=noise)
+    check_dense("noise", noise)
     if noise.dtype == torch.int64:
         check_seed(noise, x0)
         return

@@ -71,7 +71,7 @@ def is_seed(noise: Tensor) -> bool:
 
 def check_seed(seed: Tensor, like: Tensor) -> None:
     """Refuse anything but an int64 scalar beside `like`."""
-    check_dense(seed=seed)
+    check_dense("seed", seed)
     if seed.dtype != torch.int64 or seed.dim() != 0:
         raise TypeError(
             f"seed: expected an int64 scalar tensor, found {seed.dtype} of shape {list(seed.shape)}"
