@@ -28,7 +28,8 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """Return the dtype that sums are formed in: the promoted dtype, and float32 at least."""
     sums = torch.float32
     for dtype in {tensor.dtype for tensor in tensors}:
-        sums = torch.promote_types(sums, dtype)
+        if dtype != sums:
+            sums = torch.promote_types(sums, dtype)
     return sums
 
 

@@ -1,4 +1,4 @@
-"""Gradients of the parameters of layers, of every cluster or sample by Triton and PyTorch's libraries."""
+"""Gradients of the parameters of layers, for every cluster or sample, by Triton and PyTorch's libraries."""
 
 from __future__ import annotations
 
