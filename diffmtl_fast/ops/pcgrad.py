@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_present, check_same_device, check_square
+from ._checks import check_order, check_present, check_same_device, check_square
 from ._library import define_op, refuse_autograd
 
 
@@ -55,10 +55,7 @@ def pcgrad_weights(gramian: Tensor, order: Tensor, present: Tensor | None = None
     """
     check_square("gramian", gramian)
     k = gramian.shape[0]
-    if order.dtype != torch.int64 or order.shape != (k, k - 1):
-        raise ValueError(
-            f"order: expected int64 of shape [{k}, {k - 1}], found {order.dtype} of shape {list(order.shape)}"
-        )
+    check_order(order, k)
     present = torch.ones(k, dtype=torch.bool, device=gramian.device) if present is None else present
     check_present(present, k)
     check_same_device(gramian=gramian, order=order, present=present)

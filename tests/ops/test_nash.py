@@ -117,18 +117,19 @@ def test_overflowed_gradients_are_not_hidden(value, device):
 
 
 @pytest.mark.parametrize(
-    ("gramian", "present", "message"),
+    ("gramian", "present", "error", "message"),
     [
-        (torch.zeros(2, 3), None, r"\[K, K\] with K >= 1, found \[2, 3\]"),
-        (torch.zeros(0, 0), None, r"K >= 1, found \[0, 0\]"),
+        (torch.zeros(2, 3), None, ValueError, r"\[K, K\] with K >= 1, found \[2, 3\]"),
+        (torch.zeros(0, 0), None, ValueError, r"K >= 1, found \[0, 0\]"),
         (
             torch.eye(2),
             torch.ones(3, dtype=torch.bool),
+            ValueError,
             r"bool mask of shape \[2\], found torch.bool of shape \[3\]",
         ),
-        (torch.eye(2), torch.ones(2), "bool mask of shape"),
+        (torch.eye(2), torch.ones(2), TypeError, "bool mask of shape"),
     ],
 )
-def test_refuses(gramian, present, message):
-    with pytest.raises(ValueError, match=message):
+def test_refuses(gramian, present, error, message):
+    with pytest.raises(error, match=message):
         ops.nash_weights(gramian, present)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,15 +10,22 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..kernels import parts as part_kernels
-from ..kernels import settings
+from ...kernels import parts as part_kernels
+from ...kernels import settings
+from .._checks import ByDtype
+from .uploads import Uploaded
 
-TRITON_DTYPES = {
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
+TRITON_DTYPES = ByDtype(
+    {
+        torch.float32: tl.float32,
+        torch.float64: tl.float64,
+        torch.bfloat16: tl.bfloat16,
+        torch.float16: tl.float16,
+    }
+)
+
+# What sums are formed in.
+SUM_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 # Address, row stride and length of the rows; address of the output and whether to add to it.
 Record = tuple[int, int, int, int, bool]
@@ -61,7 +67,8 @@ class Launch(NamedTuple):
             _, stride, columns, _, _ = self.records[0]
             named |= {"p_rows": self.rows[0], "size": columns, "stride": stride}
             return named | {"p_record": None, "p_part": None, "ALIGNED": False}
-        records, parts = _tables(tuple(self.records), chunk, self.device)
+        records = _records(self.device, tuple(self.records), chunk)
+        parts = _parts(self.device, tuple(record[2] for record in self.records), chunk)
         named |= {"p_rows": None, "size": None, "stride": None}
         return named | {"p_record": records, "p_part": parts, "ALIGNED": self.aligned}
 
@@ -89,45 +96,19 @@ def plan(rows: Sequence[Tensor], out: Sequence[Tensor], accumulate: Sequence[boo
     return list(launches.values())
 
 
-# What is uploaded while a CUDA graph is captured: every replay reads it again.
-_READ_BY_GRAPHS: list[Tensor] = []
-
-
-def _upload(table: np.ndarray, device: torch.device) -> Tensor:
-    """Copy a table to the device without waiting for it."""
-    host = torch.from_numpy(table)
-    if device.type != "cuda":
-        return host.to(device)
-    if torch.cuda.is_current_stream_capturing():
-        _READ_BY_GRAPHS.append(host)
-        return host.to(device, non_blocking=True)
-    return host.pin_memory().to(device, non_blocking=True)
-
-
-def _make_records(records: tuple[Record, ...], chunk: int, device: torch.device) -> Tensor:
+@Uploaded
+def _records(records: tuple[Record, ...], chunk: int) -> np.ndarray:
     """Return the records as kernels/parts.py reads them, int64 [parts, FIELDS]."""
     rows = np.array(records, dtype=np.int64)
     programs = -(-rows[:, 2] // chunk)
-    return _upload(np.insert(rows, 3, np.cumsum(programs) - programs, axis=1), device)
+    return np.insert(rows, 3, np.cumsum(programs) - programs, axis=1)
 
 
-def _make_parts(columns: tuple[int, ...], chunk: int, device: torch.device) -> Tensor:
+@Uploaded
+def _parts(columns: tuple[int, ...], chunk: int) -> np.ndarray:
     """Return the part of every program, int32."""
     programs = -(-np.array(columns) // chunk)
-    return _upload(np.repeat(np.arange(len(columns), dtype=np.int32), programs), device)
-
-
-# Addresses mostly repeat from step to step; lengths always do.
-_cached_records = functools.lru_cache(maxsize=64)(_make_records)
-_cached_parts = functools.lru_cache(maxsize=64)(_make_parts)
-
-
-def _tables(records: tuple[Record, ...], chunk: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    columns = tuple(record[2] for record in records)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # Memory allocated now belongs to the graph, and a table that is not could be freed before a replay.
-        return _make_records(records, chunk, device), _make_parts(columns, chunk, device)
-    return _cached_records(records, chunk, device), _cached_parts(columns, chunk, device)
+    return np.repeat(np.arange(len(columns), dtype=np.int32), programs)
 
 
 def add_up(partial: Sequence[Tensor], k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
