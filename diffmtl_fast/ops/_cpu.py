@@ -36,7 +36,7 @@ from ._layout import (
 )
 from ._library import register_kernel, run_plain
 from .cluster_conv_wgrad import Geometry, empty_result, multiply_by_library
-from .nash import CONVERGED, LINE_SEARCH_STEPS, NEWTON_STEPS
+from .nash import CONVERGED, LINE_SEARCH_STEPS, NEWTON_STEPS, ridge_unit
 from .philox import is_seed
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -393,7 +393,7 @@ def nash_weights(gramian: Tensor, present: Tensor) -> Tensor:
     _C.cpu_nash_weights(
         _handle(gramian),
         gramian.shape[0],
-        torch.finfo(gramian.dtype).eps,
+        ridge_unit(gramian.dtype),
         present.data_ptr(),
         NEWTON_STEPS,
         LINE_SEARCH_STEPS,

@@ -36,7 +36,7 @@ from ._layout import (
 )
 from ._library import register_kernel, run_plain
 from .cluster_conv_wgrad import Geometry, empty_result, multiply_by_library
-from .nash import CONVERGED, LINE_SEARCH_STEPS, NEWTON_STEPS
+from .nash import CONVERGED, LINE_SEARCH_STEPS, NEWTON_STEPS, ridge_unit
 from .philox import is_seed
 
 # What sums are formed in.
@@ -566,7 +566,7 @@ def nash_weights(gramian: Tensor, present: Tensor) -> Tensor:
         gramian.contiguous(),
         present.contiguous(),
         weights,
-        EPS=torch.finfo(gramian.dtype).eps,
+        DELTA=ridge_unit(gramian.dtype),
         CONVERGED=CONVERGED,
         K=k,
         TILE=tile,
