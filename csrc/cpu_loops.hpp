@@ -61,9 +61,9 @@ inline void multiply(const Compute* const* rows, int count, Int n, double* sums)
   }
 }
 
-template <class T>
+template <class Least, class T>
 void gram(const Rows& rows, double* sums, void* scratch) {
-  using Compute = ComputeOf<T>;
+  using Compute = ComputeOf<Least, T>;
   const T* data = static_cast<const T*>(rows.data);
   Compute* converted = static_cast<Compute*>(scratch);
   // From here on a block stays in the cache while all its products are formed.
@@ -179,10 +179,10 @@ double combine(const Rows& rows, const double* weights, Write write, void* out_d
 
 constexpr Kernels make_kernels(const char* name) {
   return {name,
-          DIFFMTL_PER_DTYPE(gram),
+          {DIFFMTL_PER_LAST(gram, float), DIFFMTL_PER_LAST(gram, double)},
           {kPanelRows<float>, kPanelRows<double>},
           {kLeftRows<float>, kLeftRows<double>},
-          DIFFMTL_PER_DTYPE(pack_panel),
+          {DIFFMTL_PER_LAST(pack_panel, float), DIFFMTL_PER_LAST(pack_panel, double)},
           {multiply_panels<float>, multiply_panels<double>},
           DIFFMTL_PER_PAIR(combine),
           DIFFMTL_PER_LOSS(loss_sum),

@@ -14,8 +14,7 @@ def _unit_gramian(p_gram, p_present, o, K: tl.constexpr):
     m_pair = m_present[:, None] & m_present[None, :]
     m_diagonal = o[:, None] == o[None, :]
     b_gram = tl.load(p_gram + o[:, None] * K + o[None, :], mask=m_pair, other=0.0).to(tl.float64)
-    b_infinite = tl.where(tl.abs(b_gram) < float("inf"), 0, 1)
-    finite = tl.sum(tl.sum(b_infinite, axis=1), axis=0) == 0
+    finite = tl.sum(tl.sum(b_gram * 0.0, axis=1), axis=0) == 0  # else it is NaN
     b_square = tl.sum(tl.where(m_diagonal, b_gram, 0.0), axis=1)
     m_active = b_square > 0
     b_norm = tl.sqrt(tl.where(m_active, b_square, 1.0))
@@ -23,7 +22,7 @@ def _unit_gramian(p_gram, p_present, o, K: tl.constexpr):
     m_pair = m_active[:, None] & m_active[None, :] & ~m_diagonal
     # One norm after the other: their product could overflow.
     b_cosine = tl.where(m_pair, b_gram * b_inverse[:, None] * b_inverse[None, :], 0.0)
-    return tl.where(m_diagonal, 1.0, b_cosine), b_norm, m_active, m_present, finite
+    return b_cosine + m_diagonal.to(tl.float64), b_norm, m_active, m_present, finite
 
 
 @triton.jit
@@ -87,11 +86,6 @@ def _nash_kernel(
     m = o < K
     m_diagonal = o[:, None] == o[None, :]
     b_matrix, b_norm, m_active, _present, finite = _unit_gramian(p_gram, p_present, o, K)
-    largest = tl.max(tl.where(m_active, b_norm, 0.0), axis=0)
-    b_relative = tl.where(m_active, b_norm / largest, 0.0)
-    b_scaled = b_matrix * b_relative[:, None] * b_relative[None, :]
-    frobenius = tl.sqrt(tl.sum(tl.sum(b_scaled * b_scaled, axis=1), axis=0))
-
     b_one = tl.where(m_active, 1.0, 0.0).to(tl.float64)
     n = tl.maximum(tl.sum(b_one, axis=0), 1.0)
     b_start = tl.sum(b_matrix * b_one[None, :], axis=1)
@@ -138,6 +132,11 @@ def _nash_kernel(
         else:
             b_beta += tl.where(descent > 0, b_step, 0.0)
             step_count = NEWTON_STEPS
+    # Here, so that the loop has the registers to itself.
+    largest = tl.max(tl.where(m_active, b_norm, 0.0), axis=0)
+    b_relative = tl.where(m_active, b_norm / largest, 0.0)
+    b_scaled = b_matrix * b_relative[None, :]
+    frobenius = tl.sqrt(tl.sum(tl.sum(b_scaled * b_scaled, axis=1) * b_relative * b_relative, axis=0))
     b_weight = tl.where(m_active, b_beta * tl.sqrt(frobenius) * (largest / b_norm), 0.0)
     b_weight = tl.where(finite, b_weight, float("nan"))
     tl.store(p_weight + o, b_weight.to(p_weight.dtype.element_ty), mask=m)

@@ -79,15 +79,18 @@ def _members(parts: Sequence[Tensor], k: int) -> list[tuple[int, int, int, int]]
     return [(rows.data_ptr(), _DTYPES[rows.dtype], rows.stride(0), rows.numel() // k) for rows in parts]
 
 
-def gram(jacobian: Sequence[Tensor]) -> Tensor:
+def gram(jacobian: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
     """Run `gram`."""
     k = jacobian[0].shape[0]
     if reason := "expected at least 1 row, found 0" if k == 0 else _unsupported(*jacobian):
-        return run_plain("gram", reason, jacobian)
-    gramian = torch.empty(k, k, dtype=accumulation_dtype(*jacobian))
+        return run_plain("gram", reason, jacobian, dtype)
+    gramian = torch.empty(k, k, dtype=dtype or accumulation_dtype(*jacobian))
     parts = [dense_rows(member) for member in jacobian]  # kept while the kernel reads their memory
     kernel = _C.cpu_gram if k <= _C.CPU_MAX_ROWS else _C.cpu_gram_panels
-    kernel(_members(parts, k), k, gramian.data_ptr(), _DTYPES[gramian.dtype], torch.get_num_threads())
+    products = _DTYPES[dtype or torch.float32]  # at least
+    kernel(
+        _members(parts, k), k, products, gramian.data_ptr(), _DTYPES[gramian.dtype], torch.get_num_threads()
+    )
     return gramian
 
 
