@@ -22,8 +22,8 @@ constexpr int kTile = 3;
 constexpr Int kAhead = 512;
 
 // sums[i][j] += <a_i, b_j> for i < R, j < S; on the diagonal, where a is b, for i <= j only. n: whole registers.
-template <class Compute, int R, int S, bool kDiagonal>
-inline void multiply_tile(const Compute* const* a, const Compute* const* b, Int n, double* sums, int stride) {
+template <class Compute, int R, int S, bool kDiagonal, class T>
+inline void multiply_tile(const T* const* a, const T* const* b, Int n, double* sums, int stride) {
   Vector<Compute> acc[R][S] = {};
   for (Int c = 0; c < n; c += kLanes<Compute>) {
     Vector<Compute> x[R];
@@ -41,8 +41,8 @@ inline void multiply_tile(const Compute* const* a, const Compute* const* b, Int 
 }
 
 // The tile of a full group of rows with a group of `size`, or of that group with itself.
-template <class Compute, int S, bool kDiagonal>
-inline void multiply_group(int size, const Compute* const* a, const Compute* const* b, Int n, double* sums, int stride) {
+template <class Compute, int S, bool kDiagonal, class T>
+inline void multiply_group(int size, const T* const* a, const T* const* b, Int n, double* sums, int stride) {
   if (size == S) {
     multiply_tile<Compute, kDiagonal ? S : kTile, S, kDiagonal>(a, b, n, sums, stride);
   } else if constexpr (S > 1) {
@@ -50,8 +50,8 @@ inline void multiply_group(int size, const Compute* const* a, const Compute* con
   }
 }
 
-template <class Compute>
-inline void multiply(const Compute* const* rows, int count, Int n, double* sums) {
+template <class Compute, class T>
+inline void multiply(const T* const* rows, int count, Int n, double* sums) {
   for (int i = 0; i < count; i += kTile) {
     double* tile = sums + i * count + i;
     multiply_group<Compute, kTile, true>(static_cast<int>(smaller(kTile, count - i)), rows + i, rows + i, n, tile, count);
@@ -61,28 +61,29 @@ inline void multiply(const Compute* const* rows, int count, Int n, double* sums)
   }
 }
 
-template <class T>
+template <class Least, class T>
 void gram(const Rows& rows, double* sums, void* scratch) {
-  using Compute = ComputeOf<T>;
+  using Compute = ComputeOf<Least, T>;
   const T* data = static_cast<const T*>(rows.data);
   Compute* converted = static_cast<Compute*>(scratch);
   // From here on a block stays in the cache while all its products are formed.
   for (Int begin = 0; begin < rows.columns; begin += kBlock) {
     const Int n = smaller(kBlock, rows.columns - begin);
     const Int padded = (n + kLanes<Compute> - 1) / kLanes<Compute> * kLanes<Compute>;
+    if constexpr (std::is_same_v<T, Compute> || std::is_same_v<T, float>) {  // floats become doubles on their way
+      if (n == padded) {
+        const T* block[kMaxRows];
+        for (int i = 0; i < rows.count; ++i) block[i] = data + i * rows.stride + begin;
+        multiply<Compute>(block, rows.count, n, sums);
+        continue;
+      }
+    }
     const Compute* block[kMaxRows];
     for (int i = 0; i < rows.count; ++i) {
-      const T* row = data + i * rows.stride + begin;
-      if constexpr (std::is_same_v<T, Compute>) {
-        if (n == padded) {
-          block[i] = row;
-          continue;
-        }
-      }
-      convert(row, n, converted + i * kBlock);
+      convert(data + i * rows.stride + begin, n, converted + i * kBlock);
       block[i] = converted + i * kBlock;
     }
-    multiply(block, rows.count, padded, sums);
+    multiply<Compute>(block, rows.count, padded, sums);
   }
 }
 
@@ -179,10 +180,10 @@ double combine(const Rows& rows, const double* weights, Write write, void* out_d
 
 constexpr Kernels make_kernels(const char* name) {
   return {name,
-          DIFFMTL_PER_DTYPE(gram),
+          {DIFFMTL_PER_LAST(gram, float), DIFFMTL_PER_LAST(gram, double)},
           {kPanelRows<float>, kPanelRows<double>},
           {kLeftRows<float>, kLeftRows<double>},
-          DIFFMTL_PER_DTYPE(pack_panel),
+          {DIFFMTL_PER_LAST(pack_panel, float), DIFFMTL_PER_LAST(pack_panel, double)},
           {multiply_panels<float>, multiply_panels<double>},
           DIFFMTL_PER_PAIR(combine),
           DIFFMTL_PER_LOSS(loss_sum),

@@ -123,7 +123,8 @@ Rows rows_of(const Member& member, const Piece& piece, int count) {
   return {advance(reinterpret_cast<const void*>(data), static_cast<DType>(dtype), piece.begin), stride, piece.columns, count};
 }
 
-void gram(const std::vector<Member>& members, int count, std::uintptr_t out, int out_dtype, int threads) {
+// Every member's products are formed in its own type, and in `least` at least.
+void gram(const std::vector<Member>& members, int count, int least, std::uintptr_t out, int out_dtype, int threads) {
   const Tasks tasks(members, count, threads);
   const std::size_t lines = gram_scratch(count) / sizeof(Line);
   const std::unique_ptr<Line[]> scratch(new Line[lines * tasks.threads()]);
@@ -131,7 +132,7 @@ void gram(const std::vector<Member>& members, int count, std::uintptr_t out, int
   std::vector<double> partial(products * tasks.size()), total(products);
   tasks.run([&](const Piece& piece, Int task, int thread) {
     const Member& member = members[piece.member];
-    kernels().gram[std::get<1>(member)](rows_of(member, piece, count), partial.data() + task * products,
+    kernels().gram[least][std::get<1>(member)](rows_of(member, piece, count), partial.data() + task * products,
                                         scratch.get() + lines * thread);
   });
   for (Int task = 0; task < tasks.size(); ++task)

@@ -58,9 +58,9 @@ DIFFMTL_INLINE_LOOP void transpose(Vector<Compute> (&rows)[kLanes<Compute>]) {
 }
 
 // rows.count rows, at most a panel's, as [columns][panel]; zeros in the place of those that are missing.
-template <class T>
+template <class Least, class T>
 void pack_panel(const Rows& rows, void* out) {
-  using Compute = ComputeOf<T>;
+  using Compute = ComputeOf<Least, T>;
   constexpr Int kLane = kLanes<Compute>, kPanel = kPanelRows<Compute>;
   for (Int first = 0; first < kPanel; first += kLane) {
     const T* data = static_cast<const T*>(rows.data) + first * rows.stride;

@@ -92,7 +92,7 @@ class PanelGramian {
 
   // Packs columns behind those that are there.
   void append(const void* data, DType dtype, Int stride, Int columns) {
-    const auto kernel = kernels().pack_panel[dtype];
+    const auto kernel = kernels().pack_panel[compute_][dtype];
     const Int from = filled_, to = filled_ + columns, piece = from / kPacked;
     const int threads = useful_threads(threads_, count_ * columns * static_cast<Int>(kBytes[dtype]));
     parallel_for((ceil_div(to, kPacked) - piece) * panels_, threads, [&](Int task, int) {
@@ -127,13 +127,13 @@ class PanelGramian {
   Int filled_ = 0;            // columns
 };
 
-void gram_panels(const std::vector<Member>& members, Int count, std::uintptr_t out, int out_dtype, int threads) {
+void gram_panels(const std::vector<Member>& members, Int count, int least, std::uintptr_t out, int out_dtype, int threads) {
   bool written = false;
-  // Every part is accumulated in its own type, and float32 at least.
+  // Every part is accumulated in its own type, and `least` at least.
   for (const DType compute : {kFloat32, kFloat64}) {
     std::vector<Member> parts;
     for (const Member& member : members)
-      if (accumulation_dtype(static_cast<DType>(std::get<1>(member)), kFloat32) == compute) parts.push_back(member);
+      if (accumulation_dtype(static_cast<DType>(std::get<1>(member)), static_cast<DType>(least)) == compute) parts.push_back(member);
     if (parts.empty()) continue;
     PanelGramian gramian(count, compute, threads);
     for (const Member& part : parts) gramian.add(part);

@@ -308,6 +308,17 @@ def test_a_table_is_made_once(generator, device):
     check("combine", (parts, weights), 2e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [1, 5, 8, 9, 20])
+def test_gram_in_float64(k, dtype, generator):
+    scale = 1 if dtype == torch.float16 else 1e30  # products beyond float32
+    parts = [draw((k, n), torch.float32, generator).mul(scale).to(dtype) for n in (1, 300, 513)]
+    for jacobian in (parts, [parts[1] / scale**2], parts[2:]):
+        found = _cuda.LAUNCHERS["gram"](jacobian, torch.float64)
+        assert found.dtype == torch.float64
+        check("gram", (jacobian, torch.float64), 1e-14)
+
+
 def test_gram_of_strided_rows(generator):
     wide = draw((5, 2, 300), torch.float32, generator)
     check("gram", ([wide[:, 1]],), 2e-6)
@@ -327,6 +338,12 @@ def test_weights(k, generator, device):
     for mask in (present, torch.ones_like(present)):
         check("pcgrad_weights", (gramian, order, mask), 1e-12)
         check("nash_weights", (gramian, mask), 1e-8)
+        if k % 2:  # what stands in the rows of absent clusters, and the scale, change nothing
+            far = torch.where(mask.outer(mask), gramian * 2.0**900, float("nan"))
+            for name, rest in (("pcgrad_weights", (order, mask)), ("nash_weights", (mask,))):
+                expected = PLAIN[name](gramian, *rest)
+                found = LAUNCHERS[name](far, *rest)
+                torch.testing.assert_close(found, expected, rtol=1e-8, atol=0)
         found = LAUNCHERS["nash_weights"](gramian.float(), mask)
         torch.testing.assert_close(found, PLAIN["nash_weights"](gramian.float(), mask), rtol=1e-4, atol=0)
 

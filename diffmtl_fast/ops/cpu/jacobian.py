@@ -19,15 +19,16 @@ def _uncovered(k: int) -> str | None:
     return None if 1 <= k <= _C.CPU_MAX_ROWS else f"expected 1 to {_C.CPU_MAX_ROWS} rows, found {k}"
 
 
-def gram(jacobian: Sequence[Tensor]) -> Tensor:
+def gram(jacobian: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
     """Run `gram`."""
     k = jacobian[0].shape[0]
     if k == 0:
-        return run_plain("gram", "expected at least 1 row, found 0", jacobian)
-    gramian = torch.empty(k, k, dtype=accumulation_dtype(*jacobian))
+        return run_plain("gram", "expected at least 1 row, found 0", jacobian, dtype)
+    gramian = torch.empty(k, k, dtype=dtype or accumulation_dtype(*jacobian))
     parts = [dense_rows(member) for member in jacobian]  # kept while the kernel reads their memory
     kernel = _C.cpu_gram if k <= _C.CPU_MAX_ROWS else _C.cpu_gram_panels
-    kernel(members(parts, k), k, gramian.data_ptr(), DTYPES[gramian.dtype], torch.get_num_threads())
+    products = DTYPES[dtype or torch.float32]  # at least
+    kernel(members(parts, k), k, products, gramian.data_ptr(), DTYPES[gramian.dtype], torch.get_num_threads())
     return gramian
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..._native import _C
-from ..nash import CONVERGED, LINE_SEARCH_STEPS, NEWTON_STEPS
+from ..nash import CONVERGED, LINE_SEARCH_STEPS, NEWTON_STEPS, ridge_unit
 from .handles import handle
 
 
@@ -27,7 +27,7 @@ def nash_weights(gramian: Tensor, present: Tensor) -> Tensor:
     _C.cpu_nash_weights(
         handle(gramian),
         gramian.shape[0],
-        torch.finfo(gramian.dtype).eps,
+        ridge_unit(gramian.dtype),
         present.data_ptr(),
         NEWTON_STEPS,
         LINE_SEARCH_STEPS,

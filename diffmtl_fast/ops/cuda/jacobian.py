@@ -21,23 +21,27 @@ def _uncovered(k: int) -> str | None:
     return None if 1 <= k <= settings.MAX_CLUSTERS else f"no kernel for K = {k}"
 
 
-def gram(jacobian: Sequence[Tensor]) -> Tensor:
+def gram(jacobian: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
     """Launch `gram`: partial Gramians of blocks of columns, and their sum."""
-    k, dtype = jacobian[0].shape[0], accumulation_dtype(*jacobian)
+    k, total = jacobian[0].shape[0], dtype or accumulation_dtype(*jacobian)
     if reason := _uncovered(k):
-        return run_plain("gram", reason, jacobian)
+        return run_plain("gram", reason, jacobian, dtype)
     few = k <= settings.MAX_VECTOR_CLUSTERS
-    if dtype == torch.float64 and not few:
-        return run_plain("gram", f"no kernel for K = {k} in {dtype}", jacobian)
+    if total == torch.float64 and not few:
+        return run_plain("gram", f"no kernel for K = {k} in {total}", jacobian, dtype)
     parts = [dense_rows(member) for member in jacobian]
-    launches = plan(parts, parts, [False] * len(parts))
-    partial = [(_gram_vectors if few else _gram_tiles)(launch, k) for launch in launches]
-    return add_up(partial, k, dtype, jacobian[0].device)
+    partial = []
+    for launch in plan(parts, parts, [False] * len(parts)):
+        if few:
+            partial.append(_gram_vectors(launch, k, dtype or accumulation_dtype(launch.rows[0])))
+        else:
+            partial.append(_gram_tiles(launch, k))
+    return add_up(partial, k, total, jacobian[0].device)
 
 
-def _gram_vectors(launch: Launch, k: int) -> Tensor:
-    block, num_warps = settings.gram_settings(k, launch.longest, launch.dtype.itemsize, launch.aligned)
-    dtype, programs = accumulation_dtype(launch.rows[0]), launch.programs(block)
+def _gram_vectors(launch: Launch, k: int, dtype: torch.dtype) -> Tensor:
+    block, num_warps = settings.gram_settings(k, launch.longest, dtype.itemsize, launch.aligned)
+    programs = launch.programs(block)
     partial = torch.empty(k, k, programs, dtype=dtype, device=launch.device)
     gram_kernels._gram_vector_kernel[programs,](
         **launch.arguments(block),
@@ -51,7 +55,7 @@ def _gram_vectors(launch: Launch, k: int) -> Tensor:
 
 
 def _gram_tiles(launch: Launch, k: int) -> Tensor:
-    block, num_warps = settings.gram_settings(k, launch.longest, launch.dtype.itemsize, launch.aligned)
+    block, num_warps = settings.gram_settings(k, launch.longest, 4, launch.aligned)
     run = settings.ceil_div(launch.columns, settings.TILE_PROGRAMS * block)
     programs = launch.programs(run * block)
     partial = torch.empty(k, k, programs, dtype=torch.float32, device=launch.device)

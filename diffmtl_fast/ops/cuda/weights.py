@@ -8,7 +8,7 @@ from torch import Tensor
 from ...kernels import settings
 from ...kernels import weights as weight_kernels
 from .._library import run_plain
-from ..nash import CONVERGED, LINE_SEARCH_STEPS, NEWTON_STEPS
+from ..nash import CONVERGED, LINE_SEARCH_STEPS, NEWTON_STEPS, ridge_unit
 
 
 def pcgrad_weights(gramian: Tensor, order: Tensor, present: Tensor) -> Tensor:
@@ -37,12 +37,12 @@ def nash_weights(gramian: Tensor, present: Tensor) -> Tensor:
     if k > (settings.MAX_FLOAT64_NASH_CLUSTERS if float64 else settings.MAX_CLUSTERS):
         return run_plain("nash_weights", f"no kernel for K = {k} in {gramian.dtype}", gramian, present)
     weights = gramian.new_empty(k)
-    tile, num_warps = settings.weight_settings(k)
+    tile, num_warps = settings.weight_settings(k, settings.NASH_WARPS)
     weight_kernels._nash_kernel[1,](
         gramian.contiguous(),
         present.contiguous(),
         weights,
-        EPS=torch.finfo(gramian.dtype).eps,
+        DELTA=ridge_unit(gramian.dtype),
         CONVERGED=CONVERGED,
         K=k,
         TILE=tile,
