@@ -59,7 +59,7 @@ bench-full: bench
 
 # README's figures and pictures, from the files in benchmarks/results and nothing else.
 figures: $(VENV)/bench.stamp
-	$(BIN)/diffmtl-fast bench report benchmarks/results/*.json --out docs/figures --readme README.md docs/benchmarks.md
+	$(BIN)/python -m benchmarks report benchmarks/results/*.json --out docs/figures --readme README.md docs/benchmarks.md
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -27,12 +27,12 @@ from torch.func import functional_call, grad, vmap
 from benchmarks.harness import Candidate, wall_clock
 from benchmarks.models import DiT, sinusoidal
 from benchmarks.reference import pairwise_cosines, timestep_gradients
+from benchmarks.report.results import Role
 from benchmarks.suite import Benchmark, Options
 from diffmtl_fast import ops
 from diffmtl_fast._extras import require
 from diffmtl_fast.analysis import task_affinity
 from diffmtl_fast.analysis.rows import cosines
-from diffmtl_fast.bench.results import Role
 from diffmtl_fast.study.plan import bundled
 
 GROUP = "task affinity"

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.report.results import Comparison, entry
 from benchmarks.suite import Benchmark
-from diffmtl_fast.bench.results import Comparison, entry
 
 
 def test_way(

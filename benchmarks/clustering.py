@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from benchmarks.harness import Candidate
 from benchmarks.reference.clustering import affinity_cost, optimal_intervals, snr_cost
+from benchmarks.report.results import Role
 from benchmarks.suite import Benchmark, Options
 from diffmtl_fast._extras import require
-from diffmtl_fast.bench.results import Role
 from diffmtl_fast.clustering import (
     AbsoluteDeviation,
     SquaredDeviation,

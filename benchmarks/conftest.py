@@ -3,7 +3,7 @@
 pytest-benchmark times one test after the other, where ways of doing the same work should take turns. So a case is
 measured as a whole when the first of its ways asks for it; every way's test then hands its times to
 pytest-benchmark, whose timer replays them. The JSON that it writes is the suite's format, that of
-`diffmtl_fast.bench.results`.
+`benchmarks.report.results`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import pytest
 import torch
 
 from benchmarks.harness import commit, environment
+from benchmarks.report.results import FORMAT, Comparison, Results
 from benchmarks.suite import SCALES, Benchmark, Options, benchmarks, measure
 from diffmtl_fast._files import replacing
-from diffmtl_fast.bench.results import FORMAT, Comparison, Results
 
 RESULTS = Path(__file__).parent / "results"  # of whole runs only
 PARTS = Path(__file__).parents[1] / "runs" / "bench"
@@ -248,7 +248,7 @@ def one_line_each(record: Mapping[str, Any]) -> str:
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """End with the tables, and nothing for a case that failed."""
-    from diffmtl_fast.bench.tables import report
+    from benchmarks.report.tables import report
 
     session = config.stash[SESSION]
     found = tuple(c for c in session.found.values() if isinstance(c, Comparison))

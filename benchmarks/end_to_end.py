@@ -21,10 +21,10 @@ import diffmtl_fast as dm
 from benchmarks.harness import Candidate, GateError
 from benchmarks.models import Case
 from benchmarks.reference import Batch, pcgrad_step, plain_step, random_orders, uw_step
+from benchmarks.report.results import Role
 from benchmarks.suite import Benchmark, Options
 from benchmarks.ways import project_by_hand, slice_batches
 from diffmtl_fast._extras import require
-from diffmtl_fast.bench.results import Role
 from diffmtl_fast.diffusion import log_snr
 
 GROUP = "end-to-end training to a fixed loss"

@@ -17,8 +17,8 @@ import torch
 from benchmarks import op_cases
 from benchmarks.harness import Candidate, Clock, device_clock, wall_clock
 from benchmarks.op_cases import Bound, Case, Sizes
+from benchmarks.report.results import Role
 from benchmarks.suite import Benchmark, Options
-from diffmtl_fast.bench.results import Role
 
 GROUP = "fused ops"
 OURS, PLAIN, COMPILED = "diffmtl_fast", "PyTorch", "torch.compile"

@@ -98,7 +98,7 @@ else
 fi
 
 if ((${#files[@]})); then
-  "$python" -m diffmtl_fast.cli bench report "${files[@]}" --out "$out" >"$out/report.log" 2>&1 ||
+  "$python" -m benchmarks report "${files[@]}" --out "$out" >"$out/report.log" 2>&1 ||
     { tail -n 5 "$out/report.log"; exit 1; }
   cat "$out/report.md"
 fi

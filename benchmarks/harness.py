@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffmtl_fast.bench.results import Comparison, Role, Way
+from benchmarks.report.results import Comparison, Role, Way
 
 PACKAGES = (
     "torch", "numpy", "triton", "diffusers", "cvxpy", "ecos", "torchjd", "kmeans1d", "ruptures"

@@ -25,6 +25,8 @@ from benchmarks.reference import (
     random_orders,
     update_direction,
 )
+from benchmarks.report.plots import STEP as GROUP
+from benchmarks.report.plots import TYPICAL_K
 from benchmarks.suite import Benchmark, Options
 from benchmarks.ways import (
     SEED,
@@ -37,8 +39,6 @@ from benchmarks.ways import (
     step_ways,
     uncertainty,
 )
-from diffmtl_fast.bench.plots import STEP as GROUP
-from diffmtl_fast.bench.plots import TYPICAL_K
 
 ALLOWANCE = 2.0  # no way takes more than about twice the plain step's time of the whole run
 CHUNK = 8  # samples of a float64 forward

@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.harness import Candidate, Clock, compare, wall_clock
 from benchmarks.memory import in_fresh_process, peak
-from diffmtl_fast.bench.results import Comparison, Role
+from benchmarks.report.results import Comparison, Role
 
 if TYPE_CHECKING:
     from benchmarks.published import Checkout

@@ -18,8 +18,8 @@ import diffmtl_fast as dm
 from benchmarks.harness import GateError
 from benchmarks.models import Case
 from benchmarks.reference import Batch, cluster_gradients, nash_step, pcgrad_step, plain_step
+from benchmarks.report.results import Role
 from diffmtl_fast._extras import require
-from diffmtl_fast.bench.results import Role
 from diffmtl_fast.gradients.cluster_jacobian import ClusterJacobian
 
 SEED = 0

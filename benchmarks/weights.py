@@ -11,10 +11,10 @@ from torch import Tensor
 from benchmarks.fused_ops import Memory, moved
 from benchmarks.harness import Candidate, relative_error
 from benchmarks.reference import nash_weights, pcgrad, random_orders
+from benchmarks.report.results import Role
 from benchmarks.suite import Benchmark, Options
 from diffmtl_fast import ops
 from diffmtl_fast._extras import require
-from diffmtl_fast.bench.results import Role
 
 GROUP = "Nash/PCGrad weights"
 OURS, LOOP, MATMULS = "diffmtl_fast", "published loop over vectors", "J @ J.T and w @ J"

@@ -5,8 +5,8 @@ import torch
 from benchmarks import affinity
 from benchmarks.harness import GateError
 from benchmarks.reference import pairwise_cosines, timestep_gradients
+from benchmarks.report.tables import table
 from benchmarks.suite import Options, measure
-from diffmtl_fast.bench.tables import table
 
 
 def test_pairwise_cosines_and_gradients_by_hand():

@@ -15,9 +15,9 @@ import torch
 
 from benchmarks import suite
 from benchmarks.harness import Candidate
+from benchmarks.report import Results
+from benchmarks.report.goals import GOALS, Goal
 from benchmarks.suite import Benchmark, LeftOut, Options, benchmarks, measure, peak_of
-from diffmtl_fast.bench import Results
-from diffmtl_fast.bench.goals import GOALS, Goal
 
 ROOT = Path(__file__).parents[2]
 GROUPS = [

@@ -10,7 +10,7 @@ from .results import Comparison, Machine, Spread
 from .text import duration, figure, fraction
 
 Measure = Literal["ratio", "share", "seconds", "gib"]
-Verdict = Literal["met", "short", "not told from the bar"]
+Verdict = Literal["met", "short", "within noise of the bar"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Goal:
         """Return whether the bar is reached, or cannot be told from what was: see `Comparison.differs`."""
         timed = self.measure != "gib"  # the noise is that of times
         if timed and not comparison.differs(value / self.bar):
-            return "not told from the bar"
+            return "within noise of the bar"
         return "met" if self.met(value.median) else "short"
 
     @property

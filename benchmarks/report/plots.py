@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .._figures import new_figure, save
-from .._files import replacing
+from diffmtl_fast._figures import new_figure, save
+from diffmtl_fast._files import replacing
+
 from .goals import bandwidths, share
 from .results import Comparison, Machine, Role
 from .tables import told

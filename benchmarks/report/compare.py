@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .._extras import require
+from diffmtl_fast._extras import require
+
 from .results import Comparison, Results, Spread, Way
 
 #: a change below this is never called one: layout of code and memory alone make such differences
