@@ -14,7 +14,7 @@ help:
 	@echo "make test    run the test suite (DIFFMTL_TEST_DEVICE=cuda runs it on a GPU)"
 	@echo "make bench   time everything beside the reference, the peers and the limit, a quarter of an hour on 2 cores;"
 	@echo "             bench-full takes hours; both use a GPU where there is one and write benchmarks/results,"
-	@echo "             a part of them, as in make bench BENCH='-k clustering', runs/bench"
+	@echo "             a part of them, as in make bench BENCH='--groups clustering', runs/bench"
 	@echo "make figures   put what they found into README and docs/figures"
 	@echo "make check   lint, type check, compile the GPU kernels ahead of time (needs no GPU)"
 	@echo "make check-native   fuzz the C++ code under the address and undefined behaviour sanitizers"
@@ -50,7 +50,7 @@ test: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # The tables come last, and are in the JSON file that it names. BENCH passes options on, such as
-# BENCH='-k clustering' or BENCH='--reference-repo PATH'.
+# BENCH='--groups clustering' or BENCH='--reference-repo PATH'.
 bench: $(VENV)/bench.stamp
 	$(BIN)/python -m pytest benchmarks/bench_suite.py -q --scale $(or $(SCALE),default) $(BENCH)
 

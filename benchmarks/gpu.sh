@@ -75,16 +75,15 @@ workers=()
 cores=$(nproc)
 ((cores >= 8)) && "$python" -c "import xdist" 2>/dev/null && workers=(-n 4)
 part required tests 110 "$python" -m pytest -q -p no:cacheprovider "${workers[@]}" "${tests[@]}"
-bench required roofline 80 -k fused --no-memory
+bench required roofline 80 --groups ops --no-memory
 for model in "${models[@]}"; do
-  bench required "step_$model" $((180 / ${#models[@]})) -k "full and training and step and not compile" \
-    --models "$model"
+  bench required "step_$model" $((180 / ${#models[@]})) --groups step --models "$model"
 done
-bench required weights 25 -k "Nash and weights" --no-compile --no-memory
-bench required end_to_end 55 -k "fixed" --no-compile --no-memory
+bench required weights 25 --groups weights --no-compile --no-memory
+bench required end_to_end 55 --groups training --no-compile --no-memory
 
 for model in "${models[@]}"; do
-  bench optional "compiled_$model" "$(share)" -k "full and training and step and compile" --models "$model" --no-memory
+  bench optional "compiled_$model" "$(share)" --groups compiled --models "$model" --no-memory
   ((optional--))
 done
 # Of a block that PyTorch's allocator keeps for later, the sanitizer could not tell the tensor's end, and the driver's

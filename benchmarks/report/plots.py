@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.names import OURS, TYPICAL_K, Group
 from diffmtl_fast._figures import new_figure, save
 from diffmtl_fast._files import replacing
 
@@ -22,10 +23,8 @@ COLOURS: dict[Role, str] = {
     "limit": "0.7",
 }
 STYLES = ("-", "--", ":", "-.")
-STEP = "full training step"
-TYPICAL_K = 5  # of the published experiments
 
-#: of the pictures, for those who cannot see them
+#: what the pictures show, as text for those who cannot see them
 CAPTIONS = {
     "step_ratios.png": "Time of a training step over that of the plain step",
     "step_growth.png": "Time of a training step over that of the plain step, against the number of clusters",
@@ -73,7 +72,7 @@ def draw(machine: Machine, folder: Path) -> list[Path]:
 
 def ratios(machine: Machine) -> Any | None:
     """Bars of the time of a training step over the plain step's, a panel per model at the typical K."""
-    chosen = [c for c in machine.comparisons if c.group == STEP and c.parameters.get("k") == TYPICAL_K]
+    chosen = [c for c in machine.comparisons if c.group == Group.STEP and c.parameters.get("k") == TYPICAL_K]
     return _bars(chosen, machine.title) if chosen else None
 
 
@@ -122,7 +121,7 @@ def growth(machine: Machine) -> Any | None:
 
 def growth_of_steps(machine: Machine) -> Any | None:
     """Time of a training step over the plain step's against K, at the first batch size of every model."""
-    steps = [c for c in machine.comparisons if c.group == STEP]
+    steps = [c for c in machine.comparisons if c.group == Group.STEP]
     titles = list(dict.fromkeys(c.parameters["title"] for c in steps if c.parameters["k"] != TYPICAL_K))
     if not titles:
         return None
@@ -246,7 +245,7 @@ def _shares(axis: Any, comparison: Comparison, place: int, labels: set[str]) -> 
             found = share(comparison, way)
             error = [[found.median - found.low], [found.high - found.median]]
             label = {
-                "ours": "diffmtl_fast",
+                "ours": OURS,
                 "baseline": "by a compiler or hand",
                 "reference": "plain PyTorch; of PCGrad, the published loop",
             }[role]

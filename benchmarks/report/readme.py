@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePosixPath
 from types import MappingProxyType
 
+from benchmarks.names import OURS, TYPICAL_K, Group
+
 from . import goals
 from .goals import bandwidths, share
-from .plots import CAPTIONS, STEP, TYPICAL_K
+from .plots import CAPTIONS
 from .results import Comparison, Machine, Results, machines
 from .tables import told
 from .text import duration
@@ -60,7 +62,7 @@ def steps(found: Sequence[Machine]) -> str:
 
 
 def _typical(machine: Machine) -> list[Comparison]:
-    steps = [c for c in machine.comparisons if c.group == STEP and c.parameters["k"] == TYPICAL_K]
+    steps = [c for c in machine.comparisons if c.group == Group.STEP and c.parameters["k"] == TYPICAL_K]
     batch = steps[0].parameters["batch"] if steps else None
     return [c for c in steps if c.parameters["batch"] == batch]
 
@@ -91,7 +93,7 @@ def _memory(comparison: Comparison, name: str) -> str:
 
 
 def _code(name: str) -> str:
-    return name.replace("diffmtl_fast", "`diffmtl_fast`")
+    return name.replace(OURS, f"`{OURS}`")
 
 
 def reached(found: Sequence[Machine]) -> str:
@@ -123,7 +125,7 @@ def ops(found: Sequence[Machine]) -> str:
 
 
 def _of_ops(machine: Machine) -> list[Comparison]:
-    return [c for c in machine.comparisons if c.group == "fused ops" and c.parameters.get("bytes")]
+    return [c for c in machine.comparisons if c.group == Group.OPS and c.parameters.get("bytes")]
 
 
 def _ops(machine: Machine) -> str:

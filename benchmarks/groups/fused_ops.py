@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 
-from benchmarks import op_cases
+from benchmarks.benchmark import Benchmark, Options
+from benchmarks.groups import op_cases
+from benchmarks.groups.op_cases import Bound, Case, Sizes
 from benchmarks.harness import Candidate, Clock, device_clock, wall_clock
-from benchmarks.op_cases import Bound, Case, Sizes
+from benchmarks.names import OURS, Group
 from benchmarks.report.results import Role
-from benchmarks.suite import Benchmark, Options
 
-GROUP = "fused ops"
-OURS, PLAIN, COMPILED = "diffmtl_fast", "PyTorch", "torch.compile"
+PLAIN, COMPILED = "PyTorch", "torch.compile"
 LIMITS: dict[Bound, str] = {"read": "read memory", "copy": "copy memory"}
-PRODUCTS = ("gram", "combine")  # for which a compiler has little to do
+PRODUCTS = (op_cases.GRAM, "combine")  # for which a compiler has little to do
 PEERS = {"TorchJD, LibMTL": "have no such ops: their losses are PyTorch's"}
 Generate = Callable[[torch.device], Iterator[Case]]
 
@@ -152,7 +152,7 @@ def benchmark(family: Family, index: int, case: Case, options: Options) -> Bench
     if bound is not None:
         parameters |= {"bytes": case.moved, "limit_bytes": moved(megabytes, bound)}
     return Benchmark(
-        GROUP,
+        Group.OPS,
         f"{family.kind}: {case.name}",
         ways,
         build,
