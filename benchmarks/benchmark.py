@@ -1,9 +1,15 @@
 """A benchmark: a piece of work and the ways of doing it; and the options that a run of the suite has.
 
-A way belongs to a role: *limit*, the least that the work consists of, done plainly (a plain step, memory read or
-copied, one small solve), measured and no bound: what stays in the caches or has less overhead can be below it;
-*ours*; *reference*, the published procedure; *baseline*, what an expert writes by hand or lets a compiler make;
-*peer*, other libraries. Names and roles are known before anything is built, so that a way that fails is missed.
+Every way has a role:
+
+- *limit*: the least that the work consists of, done plainly: a plain step, memory read or copied, one small solve.
+  It is measured, and no bound: a way whose data stay in the caches, or that has less overhead, can be faster.
+- *ours*: this library.
+- *reference*: the published procedure.
+- *baseline*: what an expert writes by hand or lets a compiler make.
+- *peer*: another library.
+
+Names and roles are stated before anything is built, so that a way that fails is known to be missing.
 """
 
 from __future__ import annotations
@@ -20,7 +26,7 @@ from benchmarks.names import Group
 from benchmarks.published import Checkout, checkout
 from benchmarks.report.results import Role
 
-#: does it still run · a quarter of an hour on two cores · every curve
+#: sizes that show that everything runs · what takes a quarter of an hour on two cores · every curve
 Scale = Literal["quick", "default", "full"]
 SCALES: tuple[Scale, ...] = ("quick", "default", "full")
 Build: TypeAlias = Callable[[], Sequence[Candidate]]
@@ -64,7 +70,7 @@ class Options:
 
     @property
     def gpu(self) -> bool:
-        """Whether the device is one."""
+        """Whether the device is a GPU."""
         return torch.device(self.device).type == "cuda"
 
     def pick(self, quick: Any, default: Any, full: Any = None) -> Any:
@@ -84,11 +90,11 @@ class Benchmark:
         group: capability.
         case: title, unique in the group.
         ways: name to role, the yardstick first.
-        build: set up the candidates of these names, in any order; cheap, with gates that form what they expect
-            when they are called.
-        rounds: how often each has its turn.
+        build: makes the candidates of these names, in any order. It is cheap: what a gate compares with is
+            computed when the gate is called.
+        rounds: how often every way has its turn.
         parameters: what sets it apart in its group; for curves and tables.
-        absent: ways that cannot be there, and why.
+        absent: ways that cannot do this work, and why.
         memory: measure peak memory. On a CPU every way is then built once more in a process of its own, to which
             `build` is sent, so that it has to be picklable: a function of a module, or a partial of one.
         clock, least, allowance, grace, warmup: see `compare`.

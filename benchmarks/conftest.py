@@ -209,18 +209,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
-    return dict(config.stash[SESSION].environment)  # its own has the name of the host
+    return dict(config.stash[SESSION].environment)  # pytest-benchmark's own has the name of the host
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_benchmark_generate_commit_info(config: pytest.Config) -> dict[str, Any]:
-    return dict(config.stash[SESSION].commit)  # its own has the path of the checkout
+    return dict(config.stash[SESSION].commit)  # pytest-benchmark's own has the path of the checkout
 
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
     session = config.stash[SESSION]
     settings = asdict(session.options)
-    settings["reference_repo"] = session.options.reference_repo is not None  # not where it is
+    settings["reference_repo"] = session.options.reference_repo is not None  # not its path
     output_json |= {"format": FORMAT, "settings": settings, "left_out": session.left_out}
     output_json["benchmarks"] = session.entries  # in place of the rounds of whole cases
 

@@ -2,7 +2,8 @@
 # What a machine with a GPU shows in ten minutes, without a network: installs this checkout, runs the GPU tests, times
 # the kernels against the memory, training steps of DiT-S/2 and DiT-B/2 (bf16 autocast) with their peak memory, the
 # weights and a whole training; then, in what time is left, steps under torch.compile and the kernels' tests under
-# compute-sanitizer. Prints the tables last. Status 1 if a required part, one of those before "then", is missing or cut.
+# compute-sanitizer. Prints the tables last. Ends with status 1 if a required part, one of those named before "then",
+# is missing or was cut.
 #
 #   benchmarks/gpu.sh [FOLDER]          results, logs and report.md go there; default runs/gpu
 #

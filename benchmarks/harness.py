@@ -47,7 +47,7 @@ class Candidate:
     Attributes:
         name: row label.
         run: does the work once.
-        error: relative error of the result against the reference; None for the definition itself.
+        error: forms the relative error of the result against the reference; None if there is no gate.
         tolerance: largest error that passes the gate.
         peer: left out with the reason where it fails or is wrong; work by others.
         begin: called with the number of the round before every turn, untimed.

@@ -233,7 +233,7 @@ def cluster_jacobian(case: Case, engine: EngineName) -> Run:
 
 
 class MatrixRows:
-    """The rows of a Jacobian [K, P], each as one tensor per parameter; copied when they are looked at."""
+    """The rows of a Jacobian [K, P], each as one tensor per parameter; formed when one iterates over them."""
 
     def __init__(self, matrix: Callable[[], Tensor], parameters: Sequence[Tensor]) -> None:
         self._matrix, self._parameters = matrix, parameters
@@ -354,7 +354,7 @@ def project_by_hand(gradients: Sequence[Tensor], parameters: Sequence[nn.Paramet
 
 
 def curriculum(case: Case) -> Run:
-    """Draw timesteps by the curriculum and report losses to it; the batch stays the one that the gate knows."""
+    """Draw timesteps by the curriculum and report losses to it; the batch stays the one whose update is known."""
     sampler = dm.DifficultyCurriculum(dm.cluster_timesteps(1000, 20)).to(case.device)
     size = len(case.batch.target)
 
@@ -431,7 +431,7 @@ def ours(case: Case, mtl: dm.ClusteredMTL, weighting: Weighting) -> Run:
     """Return the library's step.
 
     The gate sees the first step only; a weighting that skips its gradients in later ones would be timed as a
-    plain step, so every step is held to having formed them.
+    plain step, so every step is checked to have formed them.
     """
     balances_gradients = isinstance(weighting, dm.GramianWeighting)
     weighting = weighting.to(case.device)

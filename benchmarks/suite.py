@@ -22,7 +22,7 @@ GROUPS: dict[Group, Callable[[Options], Iterator[Benchmark]]] = {
 
 
 def benchmarks(options: Options) -> Iterator[Benchmark]:
-    """Yield the cases of the chosen groups, with what the options say of all of them."""
+    """Yield the cases of the chosen groups, with as many rounds as the options say, and memory only if they do."""
     for group, cases in GROUPS.items():
         if options.groups is not None and group.key not in options.groups:
             continue

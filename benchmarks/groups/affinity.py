@@ -2,9 +2,9 @@
 
 First the pairs of given gradients, with the product of all of them as the limit, then everything, the gradients
 included. There the limit is one forward and backward over the same images at the same timesteps, whole batches at
-a time, without telling the timesteps apart. The published time grows with T (gradients) and T² (pairs). Where the
-pairs would take from half a minute to hours, a part of it is timed and scaled: the only figures here that are not
-measured in full, and marked as such.
+a time, without keeping the gradients of the timesteps apart. The published time grows with T (gradients) and T²
+(pairs). Where the pairs would take half a minute to hours, a part of them is timed and the time scaled up: the
+only figures that are not measured in full, and marked as scaled.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ TOLERANCE = 1e-4  # float32 gradients of two ways of running the model
 PAIR_TOLERANCE = 1e-3  # float32 sums over millions of elements
 PART = (24, 48)  # random timesteps whose cosines with random others are formed, and those others
 BATCH = 128
-MEMORY = 36 * 2**30  # half of it for the gradients that are kept
-SAMPLES = 8  # fewer than a batch of the public script's
+MEMORY = 36 * 2**30  # bytes, half of them for the gradients that are kept
+SAMPLES = 8  # of a timestep; fewer than in the public script
 
 
 class Problem:
@@ -54,7 +54,7 @@ class Problem:
         shape: of an image.
         timesteps: T.
         samples: images.
-        device: where to.
+        device: where model and images are.
         batch: most images in a pass of those ways that take several timesteps at once.
     """
 
@@ -233,7 +233,7 @@ def _published_pairs(left: list[Tensor], right: list[Tensor], timesteps: int) ->
 
 @dataclass(frozen=True)
 class Scaled:
-    """A part of some work.
+    """The result of a part of some work, and the time that all of it would take.
 
     Attributes:
         seconds: that all of it would take.
@@ -245,7 +245,7 @@ class Scaled:
 
 
 def _clock(run: Callable[[], object], repeats: int = 1) -> float:
-    """Return the seconds of a run, of a part those of the whole."""
+    """Return the seconds of a run; of one that did a part of the work, those that all of it would take."""
     results: list[object] = []
     seconds = wall_clock(lambda: results.append(run()), repeats)
     scaled = [result.seconds for result in results if isinstance(result, Scaled)]
@@ -391,7 +391,7 @@ def _unet_candidates(
         gated(OURS, problem.ours),
         gated(PUBLISHED, problem.published),
         gated(BY_HAND, problem.by_hand),
-        gated(VMAP, problem.by_vmap, peer=True),  # which has no rule for every operation
+        gated(VMAP, problem.by_vmap, peer=True),  # has no rule for some operations
     ]
 
 

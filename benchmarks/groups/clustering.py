@@ -1,4 +1,4 @@
-"""Interval clustering beside the published procedure, a vectorised one, kmeans1d and ruptures; growth.
+"""Interval clustering beside the published procedure, a vectorised one, kmeans1d, ruptures; growth with T and k.
 
 Every result is held to the least cost, on which the library's two solvers and the peers have to agree.
 """
@@ -34,11 +34,11 @@ KINDS: dict[str, type[AbsoluteDeviation] | type[SquaredDeviation]] = {
     "squared": SquaredDeviation,
 }
 LIMIT, NUMPY, RUPTURES = "one pass over the data", "NumPy, by hand", "ruptures"
-ONE_THREAD = f"{SQUARED}, one thread"  # as kmeans1d
+ONE_THREAD = f"{SQUARED}, one thread"  # as kmeans1d has
 NO_ROOM = "needs a matrix of T² costs; see the smaller sizes"
 TOO_SLOW = "too slow at this size; see the smaller sizes"
 ABSENT = {PUBLISHED: TOO_SLOW, RUPTURES: TOO_SLOW}
-EXACT = 1e-9  # of costs added up in another order
+EXACT = 1e-9  # relative difference of costs that are added up in another order
 
 
 def normal(n: int) -> Array:
@@ -233,7 +233,7 @@ def _deviation(n: int, k: int, rounds: int, *, with_one_thread: bool = False) ->
         ]
         return [candidate for candidate in found if candidate.name in ways]
 
-    # Beside kmeans1d's the time of the limit is nothing, so that no share of it could be its allowance.
+    # The limit takes next to no time, so that no multiple of it would let kmeans1d run twice: `grace` does.
     return Benchmark(
         Group.CLUSTERING,
         f"normal draws, T = {n:,}, k = {k:,}",
@@ -298,7 +298,7 @@ def _affinity(n: int, options: Options) -> Benchmark:
 
 
 def _large(options: Options) -> Benchmark:
-    """As large as it gets, with peak memory."""
+    """The largest size, with peak memory."""
     n, k = options.pick((2000, 20), (10_000_000, 1000))
 
     ways: dict[str, Role] = {LIMIT: "limit", OURS: "ours", SQUARED: "ours"}

@@ -83,7 +83,7 @@ class Problem:
         self.clusters = dm.cluster_snr(log_snr(self.scheduler), k=K)
         data = digits()
         self.images, held_out = data.train, data.test
-        generator = torch.Generator().manual_seed(2**31 - 1)  # of no round
+        generator = torch.Generator().manual_seed(2**31 - 1)  # a seed that no round has
         self.held_out = self._batch(held_out[:250], generator)
         self.initial = self.check(self.model)
 

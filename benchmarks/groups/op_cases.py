@@ -58,7 +58,7 @@ class Case:
 
     Attributes:
         op: name of the op, with what distinguishes the case.
-        inputs: arguments of `fused` and `plain`; leaves that require a gradient make it forward and backward.
+        inputs: arguments of `fused` and `plain`; if one requires a gradient, the case is forward and backward.
         fused: the op.
         plain: what one writes without it.
         moved: bytes of the inputs, once for each pass over more than the caches hold, and of the results.

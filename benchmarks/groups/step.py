@@ -38,7 +38,7 @@ from benchmarks.step_implementations import (
     uncertainty,
 )
 
-ALLOWANCE = 2.0  # no way takes more than about twice the plain step's time of the whole run
+ALLOWANCE = 2.0  # times the plain step's time of all rounds; see `compare`
 CHUNK = 8  # samples of a float64 forward
 
 Expected = dict[Outcome, Tensor]  # rows in float64: [1, P], the Jacobian [K, P]
@@ -46,7 +46,7 @@ Expected = dict[Outcome, Tensor]  # rows in float64: [1, P], the Jacobian [K, P]
 
 @dataclass(frozen=True)
 class Setting:
-    """What one table is about; a fresh process builds its case from it."""
+    """What a case is about, and what any process can build it from."""
 
     model: str
     batch: int
@@ -137,9 +137,10 @@ class Expectations:
         return expected, excused
 
     def candidate(self, way: StepWay) -> Candidate:
-        """Return a way behind its gate: it must find what is expected, but for what autocast excuses.
+        """Return a way with its gate: it must find what is expected, but for what autocast excuses.
 
-        What it excuses is known only then, so that the gate is in here, not in the candidate's own tolerance.
+        How much that is takes a step under autocast to find out. The gate does so when it is called, and compares
+        by itself; the candidate's own tolerance is infinite.
         """
         prepared = cache(lambda: way.prepare(self.case))
 
@@ -179,7 +180,10 @@ def benchmarks(options: Options) -> Iterator[Benchmark]:
 
 
 def settings(options: Options) -> list[Setting]:
-    """Return what to measure: every K at the first batch size, by default of one model; else the typical K."""
+    """Return what to measure: the typical K of every model and batch size, and other K at the first batch size.
+
+    Unless everything is measured, other K are of one model alone.
+    """
     large = ("dit-s2", "dit-b2") if options.gpu else ("dit", "unet", "diffusers-dit")
     models = options.models or options.pick(("tiny",), large)
     ks = options.pick((TYPICAL_K,), (2, TYPICAL_K, 10, 20))

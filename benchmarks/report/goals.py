@@ -65,8 +65,8 @@ class Goal:
         return value >= self.bar if self.measure == "share" else value <= self.bar
 
     def verdict(self, comparison: Comparison, value: Spread) -> Verdict:
-        """Return whether the bar is reached, or cannot be told from what was: see `Comparison.differs`."""
-        timed = self.measure != "gib"  # the noise is that of times
+        """Return whether the bar is reached; closer to it than the noise is neither: see `Comparison.differs`."""
+        timed = self.measure != "gib"  # noise is known of times alone
         if timed and not comparison.differs(value / self.bar):
             return "within noise of the bar"
         return "met" if self.met(value.median) else "short"
@@ -85,11 +85,11 @@ class Goal:
         return f"{'≥' if self.measure == 'share' else '≤'} {self._text(value, 3, short=True)}"
 
     def text(self, value: float, digits: int | None = None) -> str:
-        """Format what was reached, by default with as many digits as set it apart from the bar."""
+        """Format what was reached, by default with as many digits as let it read differently from the bar."""
         return self._text(value, self.digits(value) if digits is None else digits)
 
     def digits(self, value: float) -> int:
-        """Return how many digits set a value apart from the bar: three, unless it is closer."""
+        """Return how many digits let a value read differently from the bar, at least three."""
         apart = (n for n in range(3, 7) if self._text(value, n) != self._text(self.bar, n))
         return next(apart, 3)
 

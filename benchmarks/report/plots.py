@@ -13,7 +13,7 @@ from diffmtl_fast._files import replacing
 
 from .goals import bandwidths, share
 from .results import Comparison, Machine, Role
-from .tables import told
+from .tables import ratio_text
 
 COLOURS: dict[Role, str] = {
     "ours": "tab:blue",
@@ -50,7 +50,7 @@ def captions(folder: Path, names: Sequence[str], beside: Path) -> dict[str, str]
 
 
 def draw(machine: Machine, folder: Path) -> list[Path]:
-    """Draw what the machine's runs have something for.
+    """Draw the pictures for which the machine's runs have figures.
 
     Args:
         machine: with what its runs measured.
@@ -90,7 +90,7 @@ def _bars(comparisons: Sequence[Comparison], machine: str) -> Any:
             axis.barh(place, found.median, xerr=error, color=COLOURS[roles[name]], error_kw={"lw": 0.8})
             if name != comparison.yardstick.name:
                 axis.annotate(
-                    told(comparison, found),
+                    ratio_text(comparison, found),
                     (found.high, place),
                     (3, 0),
                     textcoords="offset points",
@@ -100,7 +100,7 @@ def _bars(comparisons: Sequence[Comparison], machine: str) -> Any:
         # With room for the figures.
         axis.set_xlim(0, 1.25 * max(comparison.ratio(way).high for way in comparison.ways))
         noise = comparison.noise
-        axis.axvspan(1 / (1 + noise), 1 + noise, color="0.85", zorder=0)  # says nothing
+        axis.axvspan(1 / (1 + noise), 1 + noise, color="0.85", zorder=0)  # ratios in it show no difference
         axis.axvline(1, color="black", lw=0.8, ls="--")
         axis.set(
             title=comparison.case.replace(", batch", "\nbatch"), xlabel=f"time / {comparison.yardstick.name}"

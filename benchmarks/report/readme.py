@@ -16,7 +16,7 @@ from . import goals
 from .goals import bandwidths, share
 from .plots import CAPTIONS
 from .results import Comparison, Machine, Results, machines
-from .tables import told
+from .tables import ratio_text
 from .text import duration
 
 _SECTION = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
@@ -76,7 +76,7 @@ def _steps(machine: Machine) -> str:
         "|---" * (1 + len(titles)) + "|",
     ]
     for name in names:
-        cells = [told(c, c.ratio(c[name])) + _memory(c, name) if name in c else "–" for c in chosen]
+        cells = [ratio_text(c, c.ratio(c[name])) + _memory(c, name) if name in c else "–" for c in chosen]
         lines.append(f"| {_code(name)} | " + " | ".join(cells) + " |")
     noises = ", ".join(f"{c.noise:.0%}" for c in chosen)
     seconds = ", ".join(duration(c.yardstick.time.median) for c in chosen)
@@ -148,9 +148,9 @@ def _ops(machine: Machine) -> str:
 def _speeds(comparison: Comparison) -> list[str]:
     (ours,) = comparison.of("ours")
     others = (comparison.of(role) for role in ("reference", "baseline"))
-    ratios = (told(comparison, comparison.ratio(way[0], ours), 2) if way else "–" for way in others)
+    ratios = (ratio_text(comparison, comparison.ratio(way[0], ours), 2) if way else "–" for way in others)
     return [
-        f"{told(comparison, share(comparison, ours.name))} ({bandwidths(comparison, ours.name)})",
+        f"{ratio_text(comparison, share(comparison, ours.name))} ({bandwidths(comparison, ours.name)})",
         *ratios,
     ]
 

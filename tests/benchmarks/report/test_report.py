@@ -19,7 +19,7 @@ from benchmarks.report.goals import table as goals_table
 from benchmarks.report.plots import CAPTIONS, PLOTS, captions, draw
 from benchmarks.report.readme import rewrite
 from benchmarks.report.results import FORMAT, entry
-from benchmarks.report.tables import report, table, told
+from benchmarks.report.tables import ratio_text, report, table
 from benchmarks.report.text import duration, figure, fraction
 
 STEP = "full training step"
@@ -122,10 +122,10 @@ def test_noise_is_how_far_the_yardstick_is_from_itself(jitter: Sequence[float], 
 
 def test_a_ratio_within_the_noise_is_not_called_a_difference() -> None:
     noisy = comparison(1.05, jitter=(1.1, 1.1, 1.1, 1.1, 1.1))
-    assert told(noisy, noisy.ratio(noisy[OURS])) == "1.05 ≈"
+    assert ratio_text(noisy, noisy.ratio(noisy[OURS])) == "1.05 ≈"
     assert "| 1.05 ≈ |" in table(noisy)
     quiet = comparison(1.05, jitter=(1.0,) * 5)
-    assert told(quiet, quiet.ratio(quiet[OURS])) == "1.05"
+    assert ratio_text(quiet, quiet.ratio(quiet[OURS])) == "1.05"
 
 
 def test_a_ratio_whose_rounds_lie_on_both_sides_of_one_is_no_difference() -> None:
@@ -133,9 +133,9 @@ def test_a_ratio_whose_rounds_lie_on_both_sides_of_one_is_no_difference() -> Non
     assert not quiet.differs(Spread(1.08, 0.99, 1.13))
     assert not quiet.differs(Spread(0.93, 0.90, 1.0))
     assert quiet.differs(Spread(1.08, 1.01, 1.13))
-    assert told(quiet, Spread(1.08, 0.99, 1.13)) == "1.08 ≈"
-    # What is told from 1 does not read as 1.
-    assert told(quiet, Spread(1.0042, 1.003, 1.005)) == "1.004"
+    assert ratio_text(quiet, Spread(1.08, 0.99, 1.13)) == "1.08 ≈"
+    # What differs from 1 does not read as 1.
+    assert ratio_text(quiet, Spread(1.0042, 1.003, 1.005)) == "1.004"
 
 
 def test_files_hold_everything(tmp_path: Path) -> None:
