@@ -28,7 +28,7 @@ LEVEL = 0.05
 #: peak memory has grown if it did by more than this share and by more than so many bytes
 MEMORY, MEMORY_BYTES = 0.1, 4 * 2**20
 #: settings that choose the cases of a run
-CHOOSING = ("scale", "models", "batch")
+CHOOSING = ("scale", "groups", "models", "batch")
 
 _MEDIAN_VARIANCE = math.pi / 2  # of a median over that of a mean, for many normal values; fewer have less
 # Variance of the nine tenths of normal values that are closest to their mean, over that of all.
@@ -249,8 +249,8 @@ def _drift(pairs: _Pairs) -> float:
     if not others:
         return 0.0
     moved, variances = np.array([d**2 for d, _, _ in others]), np.array([v for _, v, _ in others])
-    # The half with the quieter rounds shows the drift best. Too small a variance of the rounds makes the drift seem
-    # larger, which is the cautious side.
+    # The half with the quieter rounds shows the drift best. Too small a variance of the rounds makes the drift
+    # seem larger, which is the cautious side.
     quiet = variances <= np.median(variances)
     moved, variances = moved[quiet], variances[quiet] / _MEDIAN_VARIANCE
     low, high = 0.0, float(moved.max()) / _CHI_SQUARED_80

@@ -164,3 +164,5 @@ def test_what_another_scale_leaves_out_is_no_regression() -> None:
     assert not found.regressed
     assert found.apart == {"not in the later run (scale default, then quick)": ("group: 0",)}
     assert changes(quiet(), quiet(comparisons=())).regressed
+    part = quiet(comparisons=(), settings={"device": "cpu", "scale": "default", "groups": ["step"]})
+    assert not changes(quiet(), part).regressed
