@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -96,3 +97,11 @@ def test_a_part_leaves_the_stored_results_alone(
     assert finish(tmp_path, options, collected, status) == tmp_path / "parts" / "machine.json"
     assert stored.read_text() == "old"
     assert "new" in (tmp_path / "parts" / "machine.json").read_text()
+
+
+def test_groups_are_named_by_their_keys() -> None:
+    assert conftest.groups("step,weights") == ("step", "weights")
+    with pytest.raises(
+        argparse.ArgumentTypeError, match=r"expected some of clustering, ops, .*, found steps"
+    ):
+        conftest.groups("step,steps")
