@@ -18,7 +18,7 @@ help:
 	@echo "make campaign   hold the engines to the whole table of architectures, of which make test runs a part"
 	@echo "make bench   time everything beside the reference, the peers and the limit, a quarter of an hour on 2 cores;"
 	@echo "             bench-full takes hours; both use a GPU where there is one and write benchmarks/results,"
-	@echo "             a part of them, as in make bench BENCH='-k clustering', runs/bench"
+	@echo "             a part of them, as in make bench BENCH='--groups clustering', runs/bench"
 	@echo "make figures   put what they found into README and docs/figures"
 	@echo "make check   lint, type check, compile the GPU kernels ahead of time (needs no GPU)"
 	@echo "make check-native   fuzz the C++ code under the address and undefined behaviour sanitizers"
@@ -62,7 +62,7 @@ campaign: $(VENV)/dev.stamp
 	  tests/gradients/test_random_programs.py
 
 # The tables come last, and are in the JSON file that it names. BENCH passes options on, such as
-# BENCH='-k clustering' or BENCH='--reference-repo PATH'.
+# BENCH='--groups clustering' or BENCH='--reference-repo PATH'.
 bench: $(VENV)/bench.stamp
 	$(BIN)/python -m pytest benchmarks/bench_suite.py -q --scale $(or $(SCALE),default) $(BENCH)
 
@@ -71,7 +71,7 @@ bench-full: bench
 
 # README's figures and pictures, from the files in benchmarks/results and nothing else.
 figures: $(VENV)/bench.stamp
-	$(BIN)/diffmtl-fast bench report benchmarks/results/*.json --out docs/figures --readme README.md docs/benchmarks.md
+	$(BIN)/python -m benchmarks report benchmarks/results/*.json --out docs/figures --readme README.md docs/benchmarks.md
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

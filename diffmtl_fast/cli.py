@@ -1,9 +1,8 @@
-"""The command line: ``diffmtl-fast train | sample | evaluate | cluster | analyze | study | bench``.
+"""The command line: ``diffmtl-fast train | sample | evaluate | cluster | analyze | study``.
 
 Parsing needs jsonargparse alone; diffusers, scikit-learn and matplotlib load when a command needs them.
 What the user can put right is reported as one line on standard error, with exit status 2; training that diverges
-likewise, with exit status 1, which is also that of `bench compare` after a regression. Anything else is a defect
-and keeps its traceback.
+likewise, with exit status 1. Anything else is a defect and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -29,13 +28,12 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from .bench import Results
     from .train.trained import Trained
 
 # A command's name to what makes its parser, and what it is for.
 _Subcommands: TypeAlias = "dict[str, tuple[Callable[[Any], Any], str]]"
 
-DIVERGED, REGRESSED, USAGE, INTERRUPTED = 1, 1, 2, 130
+DIVERGED, USAGE, INTERRUPTED = 1, 2, 130
 # The machine's fault or the path's, not the program's.
 FILE_ERRORS = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR,
@@ -144,15 +142,12 @@ def _parser(jsonargparse: Any, training: dict[str, Any] | None = None) -> Any:
         "cluster": (_cluster_parser, "group the timesteps of a noise schedule"),
         "analyze": (_analyze_parser, "measure how the denoising tasks of a run agree and differ"),
         "study": (_study_parser, "train every method and clustering, and report what they gain"),
-        "bench": (_bench_parser, "read what the benchmark suite measured"),
     }.items():
         more = (training,) if name == "train" else ()
         command = make(jsonargparse, *more)
         commands.add_subcommand(name, command, help=text)
         if name == "analyze":
             _add_analyses(jsonargparse, command)  # jsonargparse wants the outer level added first
-        if name == "bench":
-            _add_bench_commands(jsonargparse, command)
     return parser
 
 
@@ -391,53 +386,10 @@ def _add_expert_arguments(parser: Any) -> None:
     parser.add_argument("--iterations", type=int, help="of every expert; as many as the run's if not given")
 
 
-def _bench_parser(jsonargparse: Any) -> Any:
-    about = "Read the JSON files of the benchmark suite, which `make bench` in a checkout writes."
-    return _subparser(jsonargparse, "bench", about)
-
-
-def _add_bench_commands(jsonargparse: Any, parser: Any) -> None:
-    commands: _Subcommands = {
-        "report": (_report_parser, "Markdown tables and plots of any number of runs"),
-        "compare": (
-            _compare_parser,
-            "what became slower from one run to another; exit status 1 if anything did",
-        ),
-    }
-    _add_subcommands(jsonargparse, parser, "bench", commands)
-
-
 def _add_subcommands(jsonargparse: Any, parser: Any, dest: str, commands: _Subcommands) -> None:
     found = parser.add_subcommands(dest=dest, help="one of these; each has its own --help")
     for name, (make, text) in commands.items():
         found.add_subcommand(name, make(jsonargparse), help=text)
-
-
-def _report_parser(jsonargparse: Any) -> Any:
-    parser = _subparser(
-        jsonargparse,
-        "bench report FILE ...",
-        "Print what runs measured as Markdown tables. Files of one machine are put together, the latest run of a "
-        "case counts. With --out, write them to report.md in a folder, with plots of ratios, growth and roofline; "
-        "with --readme, rewrite the marked sections of a Markdown file.",
-    )
-    parser.add_argument("files", nargs="+", help="JSON files of runs")
-    parser.add_argument("--out", help="folder for report.md, and for a folder of plots for every machine")
-    parser.add_argument("--readme", nargs="+", default=[], help="Markdown files to rewrite, after the plots")
-    return parser
-
-
-def _compare_parser(jsonargparse: Any) -> Any:
-    parser = _subparser(
-        jsonargparse,
-        "bench compare BEFORE AFTER",
-        "Compare two runs on one machine, by ratios to the yardstick of the same round and by peak memory. Exit "
-        "status 1 if one grew by more than between runs of the same code, or if something is no longer measured. "
-        "What cannot be compared, and settings and versions that differ, are named.",
-    )
-    parser.add_argument("before", help="JSON file of the earlier run")
-    parser.add_argument("after", help="JSON file of the later run")
-    return parser
 
 
 def _subparser(jsonargparse: Any, name: str, description: str) -> Any:
@@ -657,66 +609,6 @@ def _study_command(options: Any) -> str:
     return shlex.join(words)
 
 
-def _bench(options: Any) -> int | None:
-    command = options.bench
-    return _BENCH_COMMANDS[command](options[command])
-
-
-def _report(options: Any) -> None:
-    from .bench import machines
-    from .bench.plots import captions, draw
-    from .bench.readme import rewrite
-    from .bench.tables import report
-
-    results = [_read_results("files", file) for file in options.files]
-    text = report(results)
-    if options.out is None and not options.readme:
-        print(text)
-    if options.out is not None:
-        for found in machines(results):
-            folder = Path(options.out) / found.name
-            folder.mkdir(parents=True, exist_ok=True)
-            for path in draw(found, folder):
-                print(f"wrote {path}")
-        with _writing("out", Path(options.out) / "report.md") as aside:
-            aside.write_text(text, encoding="utf-8")
-        print(f"wrote {Path(options.out) / 'report.md'}")
-    for readme in map(Path, options.readme):
-        names = [machine.name for machine in machines(results)]
-        pictures = captions(Path(options.out), names, readme.parent) if options.out else {}
-        try:
-            rewritten = rewrite(readme.read_text(encoding="utf-8"), results, pictures)
-        except (ValueError, FileNotFoundError) as error:
-            raise UserError(f"readme: {readme}: {error}") from error
-        with _writing("readme", readme) as aside:
-            aside.write_text(rewritten, encoding="utf-8")
-        print(f"wrote {readme}")
-
-
-def _compare(options: Any) -> int:
-    from .bench import changes
-    from .bench.compare import table
-
-    before, after = _read_results("before", options.before), _read_results("after", options.after)
-    try:
-        found = changes(before, after)
-    except ValueError as error:
-        raise UserError(f"after: {error}") from error
-    print(table(found))
-    return REGRESSED if found.regressed else 0
-
-
-def _read_results(name: str, file: str) -> Results:
-    from .bench import Results
-
-    try:
-        return Results.read(Path(file))
-    except FileNotFoundError as error:
-        raise UserError(f"{name}: expected a file, found none at {file}") from error
-    except ValueError as error:
-        raise UserError(f"{name}: {error}") from error
-
-
 def _log_snr(options: Any) -> NDArray[np.float64]:
     """The log-SNR of the schedule that was named, or that the file holds."""
     import numpy as np
@@ -806,11 +698,6 @@ _COMMANDS: dict[str, Callable[[Any], int | None]] = {
     "cluster": _cluster,
     "analyze": _analyze,
     "study": _study,
-    "bench": _bench,
-}
-_BENCH_COMMANDS: dict[str, Callable[[Any], int | None]] = {
-    "report": _report,
-    "compare": _compare,
 }
 _ANALYSES: dict[str, Callable[[Any], None]] = {
     "affinity": _affinity,

@@ -66,9 +66,9 @@ def test_make_targets_exist():
 
 
 def test_figures_are_what_the_command_makes_of_the_stored_results():
-    from diffmtl_fast.bench import Results, machines
-    from diffmtl_fast.bench.plots import captions
-    from diffmtl_fast.bench.readme import rewrite
+    from benchmarks.report import Results, machines
+    from benchmarks.report.plots import captions
+    from benchmarks.report.readme import rewrite
 
     results = [Results.read(path) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))]
     for file in (ROOT / "README.md", ROOT / "docs" / "benchmarks.md"):

@@ -17,17 +17,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .._extras import require
+from diffmtl_fast._extras import require
+
 from .results import Comparison, Results, Spread, Way
 
-#: a change below this is never called one: layout of code and memory alone make such differences
+#: smaller changes are never reported: where code and data happen to lie in memory makes such differences
 FLOOR = 0.03
-#: how often two runs of the same code may be told apart in any of their ratios
+#: how often a change of any ratio may be reported of two runs of the same code
 LEVEL = 0.05
 #: peak memory has grown if it did by more than this share and by more than so many bytes
 MEMORY, MEMORY_BYTES = 0.1, 4 * 2**20
 #: settings that choose the cases of a run
-CHOOSING = ("scale", "models", "batch")
+CHOOSING = ("scale", "groups", "models", "batch")
 
 _MEDIAN_VARIANCE = math.pi / 2  # of a median over that of a mean, for many normal values; fewer have less
 # Variance of the nine tenths of normal values that are closest to their mean, over that of all.
@@ -98,7 +99,7 @@ class Changes:
     Attributes:
         times: of all our ways that both runs have.
         memory: of those whose peak both measured.
-        missing: what only the earlier run has: what can no longer be measured is no improvement.
+        missing: what only the earlier run has; it counts as a regression.
         apart: reason to cases that cannot be compared.
         differing: settings and versions that differ, with both values.
         drift: by how much the others' ratios moved from run to run beyond what the rounds explain, as a standard
@@ -167,7 +168,7 @@ def _name(comparison: Comparison, way: Way) -> str:
 
 
 def _obstacle(before: Results, after: Results, old: Comparison, new: Comparison | None) -> str | None:
-    """Return why a case cannot be compared, if it cannot; one that is gone without a reason is no such case."""
+    """Return why a case cannot be compared, or nothing; one that is gone for no such reason is missing."""
     if before.environment["threads"] != after.environment["threads"]:
         return _both("threads", before.environment["threads"], after.environment["threads"])
     if new is None:
@@ -223,7 +224,7 @@ def _moved(old: Comparison, new: Comparison, name: str) -> tuple[float, float, f
     controls = np.log(np.concatenate([np.divide(run.again, run.yardstick.seconds) for run in (old, new)]))
     own = np.concatenate([values - np.median(values) for values in ratios])
     freedom = len(own) - 2 + len(controls)
-    # A way may spread more than the yardstick does, and then the pool would hide it.
+    # Where a way spreads more than the yardstick does, its own variance counts, not the smaller one of both.
     square = max(_square(np.concatenate([own, controls]), freedom), _square(own, len(own) - 2))
     variance = _MEDIAN_VARIANCE * square * sum(1 / len(values) for values in ratios)
     return float(np.median(ratios[1]) - np.median(ratios[0])), variance, _EFFICIENCY * freedom
@@ -248,7 +249,8 @@ def _drift(pairs: _Pairs) -> float:
     if not others:
         return 0.0
     moved, variances = np.array([d**2 for d, _, _ in others]), np.array([v for _, v, _ in others])
-    # Those with quiet rounds tell; and too small a variance of the rounds errs towards too large a drift.
+    # The half with the quieter rounds shows the drift best. Too small a variance of the rounds makes the drift
+    # seem larger, which is the cautious side.
     quiet = variances <= np.median(variances)
     moved, variances = moved[quiet], variances[quiet] / _MEDIAN_VARIANCE
     low, high = 0.0, float(moved.max()) / _CHI_SQUARED_80

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import fused_ops, op_cases
-from benchmarks.fused_ops import COMPILED, OURS, PLAIN
+from benchmarks.benchmark import Benchmark, Options
+from benchmarks.groups import fused_ops, op_cases
+from benchmarks.groups.fused_ops import COMPILED, OURS, PLAIN
+from benchmarks.groups.op_cases import QUICK, TOLERANCE, Case
 from benchmarks.harness import GateError, compare
-from benchmarks.op_cases import QUICK, TOLERANCE, Case
-from benchmarks.suite import Benchmark, Options
 
 CPU = torch.device("cpu")
 OPTIONS = Options("cpu", "quick", compile=False, memory=False)

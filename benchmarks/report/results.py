@@ -54,8 +54,8 @@ class Way:
         name: label of its row.
         role: what it stands for.
         seconds: time of every run.
-        turns: the rounds of these runs; all if there are as many.
-        error: relative error at the gate; None for the definition itself.
+        turns: the number of the round that each of these times was taken in.
+        error: relative error at the gate; None if there was none.
         memory: peak bytes above what was held before, where they were measured.
         notes: further findings, for example how many iterations a training took.
     """
@@ -146,7 +146,7 @@ class Comparison:
         return max(repeat.high, 1.0 / repeat.low, 1.0) - 1.0
 
     def differs(self, ratio: Spread) -> bool:
-        """Return whether a ratio is told from 1: further away than the noise, and not between 20 and 80 %."""
+        """Return whether a ratio differs from 1 by more than the noise, and 1 is not between its quantiles."""
         beyond = abs(math.log(ratio.median)) > math.log1p(self.noise)
         return beyond and not ratio.low <= 1.0 <= ratio.high
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import sys
 from importlib.util import find_spec
 from typing import Any
@@ -9,13 +10,22 @@ import torch
 from torch import Tensor
 
 import diffmtl_fast as dm
-from benchmarks import models, step
+from benchmarks import models
+from benchmarks.benchmark import Options
+from benchmarks.groups import compiled, step
+from benchmarks.groups.step import Expectations, Setting
 from benchmarks.harness import GateError, compare
 from benchmarks.models import Case
 from benchmarks.reference import cluster_gradients, pcgrad
-from benchmarks.step import Expectations, Setting
-from benchmarks.suite import Options
-from benchmarks.ways import Way, gradient_ways, ours, projecting, slices, step_ways
+from benchmarks.step_implementations import (
+    StepWay,
+    compiled_ways,
+    gradient_ways,
+    ours,
+    projecting,
+    slices,
+    step_ways,
+)
 
 
 def small_dit(batch_size: int, num_clusters: int) -> Case:
@@ -49,7 +59,7 @@ def case(tiny: None, device: torch.device) -> Case:
     return Setting("dit", 10, 5, str(device), autocast=False).case()
 
 
-def errors(setting: Setting, ways: list[Way]) -> dict[str, float | str]:
+def errors(setting: Setting, ways: list[StepWay]) -> dict[str, float | str]:
     """Return the error of every way that passes its gate, and of the others why not."""
     expectations = Expectations(setting.case())
     chosen = [expectations.candidate(way) for way in ways]
@@ -62,7 +72,7 @@ def errors(setting: Setting, ways: list[Way]) -> dict[str, float | str]:
 def test_every_way_is_right(tiny: None, model: str, k: int, group: Any, device: torch.device) -> None:
     pytest.importorskip("ecos")
     found = errors(Setting(model, 10, k, str(device), autocast=False), group())
-    assert len(found) == {step_ways: 14, gradient_ways: 8}[group]
+    assert len(found) == {step_ways: 15, gradient_ways: 8}[group]
     left_out = {name: why for name, why in found.items() if isinstance(why, str)}
     if find_spec("torchjd") is None:
         for name in [name for name in left_out if name.startswith("TorchJD")]:
@@ -92,10 +102,44 @@ def test_under_autocast_ours_are_as_right_as_a_backward_per_cluster(tiny: None, 
         assert error > 1e-5 or "grouped" not in name
 
 
-def test_unequal_clusters_leave_out_only_vmap(tiny: None, device: torch.device) -> None:
-    found = errors(Setting("dit", 11, 5, str(device), autocast=False), gradient_ways())
-    left_out = {name: why for name, why in found.items() if isinstance(why, str) and "TorchJD" not in name}
-    assert left_out == {"vmap(grad)": "ValueError: expected clusters of one size, found 2 to 3 samples"}
+def test_unequal_clusters_leave_out_nobody(tiny: None, device: torch.device) -> None:
+    setting = Setting("dit", 11, 5, str(device), autocast=False)
+    assert setting.case().sizes == [3, 2, 2, 2, 2]
+    found = errors(setting, [way for way in gradient_ways() + step_ways() if "TorchJD" not in way.name])
+    assert [why for why in found.values() if isinstance(why, str)] == []
+    assert {"vmap(grad)", "vmap(grad), PCGrad"} < found.keys()
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("model", ["dit", "unet"])
+def test_compiled_ways_are_right(
+    tiny: None, model: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    found = errors(Setting(model, 10, 5, str(device), autocast=False), compiled_ways())
+    assert len(found) == len(compiled_ways())
+    left_out = {name: why for name, why in found.items() if isinstance(why, str)}
+    # The compiler's vmap has no rule for the memory format in which the UNet upsamples.
+    assert left_out.keys() == ({"torch.compile(vmap(grad)), PCGrad"} if model == "unet" else set())
+    assert all("memory_format) inside vmap" in why for why in left_out.values())
+
+
+def test_gradients_that_the_compiler_refuses_are_left_out_by_name(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(function: Any, **options: Any) -> Any:
+        assert options["fullgraph"]
+
+        def run(*inputs: Any) -> Any:
+            raise RuntimeError("no rule for this model")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", refusing)
+    (way,) = (way for way in compiled_ways() if "compile(vmap(grad))" in way.name)
+    expectations = Expectations(case)
+    found = compare([expectations.candidate(step_ways()[0]), expectations.candidate(way)], rounds=1)
+    assert found.left_out == {"torch.compile(vmap(grad)), PCGrad": "RuntimeError: no rule for this model"}
 
 
 def test_without_torchjd_the_command_is_named(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +205,7 @@ def test_a_wrong_direction_is_not_timed(case: Case) -> None:
 
     expectations = Expectations(case)
     candidates = [
-        expectations.candidate(way) for way in (step_ways()[0], Way("wrong", "mean", "ours", doubled))
+        expectations.candidate(way) for way in (step_ways()[0], StepWay("wrong", "mean", "ours", doubled))
     ]
     with pytest.raises(GateError, match="wrong: expected a relative error <= 1e-05, found 1"):
         compare(candidates, rounds=1)
@@ -182,10 +226,11 @@ def test_settings_follow_the_device() -> None:
 
 
 def test_the_compiler_takes_part_on_a_gpu_or_in_a_full_run() -> None:
-    def compiled(options: Options) -> bool:
-        return any("torch.compile" in name for b in step.benchmarks(options) for name in b.ways)
+    def ks(options: Options) -> set[int]:
+        return {b.parameters["k"] for b in compiled.benchmarks(options)}
 
-    assert compiled(Options("cuda"))
-    assert compiled(Options("cpu", "full"))
-    assert not compiled(Options("cpu"))
-    assert not compiled(Options("cuda", compile=False))
+    assert ks(Options("cuda")) == {5}
+    assert ks(Options("cpu", "full")) == {5, 20}
+    assert ks(Options("cpu", groups=("compiled",))) == {5, 20}
+    assert not ks(Options("cpu"))
+    assert not ks(Options("cuda", compile=False))

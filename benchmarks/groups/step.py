@@ -6,17 +6,19 @@ float64, over models, numbers of clusters and batch sizes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from itertools import product
 
 import torch
 from torch import Tensor
 
 import diffmtl_fast as dm
+from benchmarks.benchmark import Benchmark, Options
 from benchmarks.harness import Candidate, GateError, relative_error
 from benchmarks.models import MODELS, TITLES, Case
+from benchmarks.names import TYPICAL_K, Group
 from benchmarks.reference import (
     cluster_gradients,
     nash_residual,
@@ -25,22 +27,18 @@ from benchmarks.reference import (
     random_orders,
     update_direction,
 )
-from benchmarks.suite import Benchmark, Options
-from benchmarks.ways import (
+from benchmarks.step_implementations import (
     SEED,
     Outcome,
     Rows,
-    Way,
-    compiled_ways,
+    StepWay,
     projecting,
     slice_batches,
     step_ways,
     uncertainty,
 )
-from diffmtl_fast.bench.plots import STEP as GROUP
-from diffmtl_fast.bench.plots import TYPICAL_K
 
-ALLOWANCE = 2.0  # no way takes more than about twice the plain step's time of the whole run
+ALLOWANCE = 2.0  # times the plain step's time of all rounds; see `compare`
 CHUNK = 8  # samples of a float64 forward
 
 Expected = dict[Outcome, Tensor]  # rows in float64: [1, P], the Jacobian [K, P]
@@ -48,7 +46,7 @@ Expected = dict[Outcome, Tensor]  # rows in float64: [1, P], the Jacobian [K, P]
 
 @dataclass(frozen=True)
 class Setting:
-    """What one table is about; a fresh process builds its case from it."""
+    """What a case is about, and what any process can build it from."""
 
     model: str
     batch: int
@@ -138,10 +136,11 @@ class Expectations:
         expected["jacobian"] = jacobian.cpu()  # [K, P] in float64 is more than a GPU should keep
         return expected, excused
 
-    def candidate(self, way: Way) -> Candidate:
-        """Return a way behind its gate: it must find what is expected, but for what autocast excuses.
+    def candidate(self, way: StepWay) -> Candidate:
+        """Return a way with its gate: it must find what is expected, but for what autocast excuses.
 
-        What it excuses is known only then, so that the gate is in here, not in the candidate's own tolerance.
+        How much that is takes a step under autocast to find out. The gate does so when it is called, and compares
+        by itself; the candidate's own tolerance is infinite.
         """
         prepared = cache(lambda: way.prepare(self.case))
 
@@ -177,17 +176,14 @@ def _flat(row: Sequence[Tensor | None], case: Case) -> Tensor:
 def benchmarks(options: Options) -> Iterator[Benchmark]:
     """Yield the cases of this group."""
     for setting in settings(options):
-        yield benchmark(GROUP, setting, step_ways(), options)
-    if options.compile and not options.quick and (options.gpu or options.full):
-        for setting in settings(options):
-            if setting.k == TYPICAL_K:
-                # A case of its own: the compiler takes minutes.
-                found = benchmark(GROUP, setting, compiled_ways(), options, ", torch.compile")
-                yield replace(found, memory=False)
+        yield benchmark(Group.STEP, setting, step_ways, options)
 
 
 def settings(options: Options) -> list[Setting]:
-    """Return what to measure: every K at the first batch size, by default of one model; else the typical K."""
+    """Return what to measure: the typical K of every model and batch size, and other K at the first batch size.
+
+    Unless everything is measured, other K are of one model alone.
+    """
     large = ("dit-s2", "dit-b2") if options.gpu else ("dit", "unet", "diffusers-dit")
     models = options.models or options.pick(("tiny",), large)
     ks = options.pick((TYPICAL_K,), (2, TYPICAL_K, 10, 20))
@@ -203,36 +199,39 @@ def settings(options: Options) -> list[Setting]:
 
 
 def benchmark(
-    group: str, setting: Setting, ways: Sequence[Way], options: Options, suffix: str = ""
+    group: Group, setting: Setting, ways: Callable[[], Sequence[StepWay]], options: Options
 ) -> Benchmark:
     """Return the benchmark of the ways that count at one setting."""
     typical = setting.k == TYPICAL_K
-    chosen = [way for way in ways if typical or not way.detail]
-    published = options.published()
-    if published is not None:
-        chosen = [replace(way, **published.step(way)) for way in chosen]
-
-    def build() -> list[Candidate]:
-        case = setting.case()
-        # A sample brings in what any step needs once: code, the threads' stacks, scratch memory of libraries.
-        plain_step(case.model, case.losses, case.batch.narrow(0, 1))
-        case.model.zero_grad(set_to_none=True)
-        expectations = Expectations(case)
-        return [expectations.candidate(way) for way in chosen]
-
     title, precision = TITLES[setting.model], "bf16 autocast" if setting.autocast else "float32"
-    rounds = options.pick(2, 5, 9) if typical else 3
     # A fresh process for every way takes longer than timing them.
     with_memory = options.full or setting.model == settings(options)[0].model
     return Benchmark(
         group,
-        f"{title}, K = {setting.k}, batch {setting.batch}, {precision}{suffix}",
-        {way.name: way.role for way in chosen},
-        build,
-        rounds,
+        f"{title}, K = {setting.k}, batch {setting.batch}, {precision}",
+        {way.name: way.role for way in _chosen(setting, ways, options)},
+        partial(_candidates, setting, ways, options),
+        options.pick(2, 5, 9) if typical else 3,
         {"title": title} | {name: value for name, value in asdict(setting).items() if name != "device"},
         memory=typical and with_memory and not options.quick,
         allowance=ALLOWANCE,
         grace=0.0,
-        warmup=0,  # the gate was one
+        warmup=0,  # the gate ran every way once
     )
+
+
+def _chosen(setting: Setting, ways: Callable[[], Sequence[StepWay]], options: Options) -> list[StepWay]:
+    """Return the ways that are measured at a setting, with the authors' code where there is any."""
+    chosen = [way for way in ways() if setting.k == TYPICAL_K or not way.detail]
+    published = options.published()
+    return chosen if published is None else [replace(way, **published.step(way)) for way in chosen]
+
+
+def _candidates(setting: Setting, ways: Callable[[], Sequence[StepWay]], options: Options) -> list[Candidate]:
+    case = setting.case()
+    # A step of one sample first: what any step allocates once (code, the threads' stacks, scratch memory of
+    # libraries) would otherwise count as the memory of the way that is measured.
+    plain_step(case.model, case.losses, case.batch.narrow(0, 1))
+    case.model.zero_grad(set_to_none=True)
+    expectations = Expectations(case)
+    return [expectations.candidate(way) for way in _chosen(setting, ways, options)]

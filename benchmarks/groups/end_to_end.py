@@ -18,19 +18,26 @@ import torch
 from torch import Tensor, nn
 
 import diffmtl_fast as dm
+from benchmarks.benchmark import Benchmark, Options
 from benchmarks.harness import Candidate, GateError
-from benchmarks.models import Case
+from benchmarks.models import Case, as_sampled
+from benchmarks.names import (
+    AUTOJAC_PCGRAD,
+    K_BACKWARDS_PCGRAD,
+    OURS,
+    SLICES_PCGRAD,
+    TYPICAL_K,
+    UNCERTAINTY,
+    Group,
+)
 from benchmarks.reference import Batch, pcgrad_step, plain_step, random_orders, uw_step
-from benchmarks.suite import Benchmark, Options
-from benchmarks.ways import project_by_hand, slice_batches
+from benchmarks.report.results import Role
+from benchmarks.step_implementations import project_by_hand, slice_batches, stacked
 from diffmtl_fast._extras import require
-from diffmtl_fast.bench.results import Role
 from diffmtl_fast.diffusion import log_snr
 
-GROUP = "end-to-end training to a fixed loss"
-K = 5
-PLAIN = "plain training"
-OURS = "diffmtl_fast"
+K = TYPICAL_K
+PLAIN, PUBLISHED_UNCERTAINTY = "plain training", "uncertainty weighting, published"
 Update = Callable[[nn.Module, Batch], object]
 
 
@@ -76,7 +83,7 @@ class Problem:
         self.clusters = dm.cluster_snr(log_snr(self.scheduler), k=K)
         data = digits()
         self.images, held_out = data.train, data.test
-        generator = torch.Generator().manual_seed(2**31 - 1)  # of no round
+        generator = torch.Generator().manual_seed(2**31 - 1)  # a seed that no round has
         self.held_out = self._batch(held_out[:250], generator)
         self.initial = self.check(self.model)
 
@@ -84,9 +91,7 @@ class Problem:
         t, cluster = self.clusters.sample(len(images), generator=generator)
         noise = torch.randn(images.shape, generator=generator)
         noisy = self.scheduler.add_noise(images, noise, t)
-        return Batch(
-            (noisy.to(self.device), t.to(self.device)), noise.to(self.device), cluster.to(self.device)
-        )
+        return Batch((noisy.to(self.device), t.to(self.device)), noise.to(self.device), as_sampled(cluster))
 
     def batches(self, seed: int) -> Iterator[Batch]:
         """Draw batches without end, the same for the same seed."""
@@ -104,7 +109,7 @@ class Problem:
     def check(self, model: nn.Module) -> float:
         """Return the loss on held-out images, the mean of the clusters'."""
         losses = self.losses(model, self.held_out)
-        return float(dm.ops.cluster_mean(losses, self.held_out.cluster, K).mean())
+        return float(dm.ops.cluster_mean(losses, self.held_out.cluster.to(losses.device), K).mean())
 
 
 class Training:
@@ -188,11 +193,11 @@ def benchmarks(options: Options) -> Iterator[Benchmark]:
     )
     ways: dict[str, Role] = {
         PLAIN: "limit",
-        "K backwards, PCGrad": "reference",
-        "uncertainty weighting, published": "reference",
-        "slices by hand, PCGrad": "baseline",
-        "TorchJD autojac, PCGrad": "peer",
-        f"{OURS}, UncertaintyWeighting": "ours",
+        K_BACKWARDS_PCGRAD: "reference",
+        PUBLISHED_UNCERTAINTY: "reference",
+        SLICES_PCGRAD: "baseline",
+        AUTOJAC_PCGRAD: "peer",
+        UNCERTAINTY: "ours",
         f"{OURS}, PCGrad": "ours",
         f"{OURS}, NashMTL": "ours",
     }
@@ -201,11 +206,11 @@ def benchmarks(options: Options) -> Iterator[Benchmark]:
         problem = Problem(scale, torch.device(options.device))
         found = {
             PLAIN: _plain,
-            "K backwards, PCGrad": _k_backwards,
-            "uncertainty weighting, published": _published_uncertainty,
-            "slices by hand, PCGrad": _by_hand,
-            "TorchJD autojac, PCGrad": _torchjd,
-            f"{OURS}, UncertaintyWeighting": _ours(lambda: dm.UncertaintyWeighting(K)),
+            K_BACKWARDS_PCGRAD: _k_backwards,
+            PUBLISHED_UNCERTAINTY: _published_uncertainty,
+            SLICES_PCGRAD: _by_hand,
+            AUTOJAC_PCGRAD: _torchjd,
+            UNCERTAINTY: _ours(lambda: dm.UncertaintyWeighting(K)),
             f"{OURS}, PCGrad": _ours(dm.PCGrad),
             f"{OURS}, NashMTL": _ours(lambda: dm.NashMTL(update_every=1)),
         }
@@ -215,7 +220,7 @@ def benchmarks(options: Options) -> Iterator[Benchmark]:
     return iter(
         [
             Benchmark(
-                GROUP,
+                Group.TRAINING,
                 f"digits, UNet of {scale.channels[0]} and {scale.channels[1]} channels, batch {scale.batch}, "
                 f"loss {scale.target:g}",
                 ways,
@@ -248,7 +253,7 @@ def _published_uncertainty(model: nn.Module) -> Prepared:
 
 
 def _by_hand(model: nn.Module) -> Prepared:
-    """Slices, J @ J.T, the projections on vectors of K elements, w @ J."""
+    """Gradients of slices, Gramian, weights, combination."""
     parameters = list(model.parameters())
     weighting = dm.PCGrad()
 
@@ -258,7 +263,7 @@ def _by_hand(model: nn.Module) -> Prepared:
             torch.autograd.grad(Problem.losses(model, part).mean(), parameters)
             for part in slice_batches(case)
         ]
-        project_by_hand(rows, parameters, weighting.draw_order(K, parameters[0].device))
+        project_by_hand(stacked(rows), parameters, weighting.draw_order(K, parameters[0].device))
 
     return update, []
 

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.fused_ops import Memory, moved
+from benchmarks.benchmark import Benchmark, Options
+from benchmarks.groups.fused_ops import LIMITS, Memory, moved
 from benchmarks.harness import Candidate, relative_error
+from benchmarks.names import COMPILED_ONCE, LOOP, NASH_WEIGHTS, OURS, PCGRAD_GIVEN_J, REBUILT, Group
 from benchmarks.reference import nash_weights, pcgrad, random_orders
-from benchmarks.suite import Benchmark, Options
+from benchmarks.report.results import Role
 from diffmtl_fast import ops
 from diffmtl_fast._extras import require
-from diffmtl_fast.bench.results import Role
 
-GROUP = "Nash/PCGrad weights"
-OURS, LOOP, MATMULS = "diffmtl_fast", "published loop over vectors", "J @ J.T and w @ J"
-TORCHJD = "TorchJD"
+MATMULS, TORCHJD = "J @ J.T and w @ J", "TorchJD"
 SOLVE, PLAIN = "one K x K solve", "the same Newton method in PyTorch"
-REBUILT, ONCE = "cvxpy + ECOS, as published", "cvxpy + ECOS, compiled once"
 SEED = 0
 
 
@@ -41,62 +39,14 @@ def jacobian(k: int, parameters: int, device: torch.device) -> Tensor:
 def _pcgrad(options: Options, k: int, parameters: int) -> Benchmark:
     published = options.published()
     name = LOOP if published is None else published.label
-    megabytes = options.pick(1, 1024 if options.gpu else 256)
-    limit = "copy memory"
+    megabytes = _megabytes(options)
     ways: dict[str, Role] = {
-        limit: "limit",
+        LIMITS["copy"]: "limit",
         OURS: "ours",
         name: "reference",
         MATMULS: "baseline",
         TORCHJD: "peer",
     }
-
-    def build() -> list[Candidate]:
-        device = torch.device(options.device)
-        given = jacobian(k, parameters, device)
-        orders = random_orders(k, torch.Generator().manual_seed(SEED))
-        on_device = orders.to(device)
-        weights = torch.rand(k, device=device)
-        # Inner products of millions of float32 numbers are known to their rounding only; those of PyTorch lose two
-        # digits more, in the loop as published and in what is written by hand.
-        tolerance, published_tolerance = 1e-4, 2e-2
-
-        @cache
-        def expected() -> Tensor:
-            return pcgrad(given.double(), orders)
-
-        def ours() -> Tensor:
-            return ops.combine(given, ops.pcgrad_weights(ops.gram(given), on_device))
-
-        def loop() -> Tensor:
-            return pcgrad(given, orders)
-
-        def matmuls() -> tuple[Tensor, Tensor]:
-            return given @ given.T, weights @ given
-
-        def torchjd() -> Tensor:
-            torch.manual_seed(SEED)  # of the orders, which are then the same
-            return require("torchjd.aggregation", "bench").PCGrad()(given)
-
-        def gated(way: str, run: Callable[[], Tensor], most: float, peer: bool = False) -> Candidate:
-            return Candidate(way, run, lambda: relative_error(run(), expected()), most, peer)
-
-        def products_error() -> float:
-            gramian, combined = matmuls()
-            wide = given.double()
-            return max(
-                relative_error(gramian, wide @ wide.T), relative_error(combined, weights.double() @ wide)
-            )
-
-        return [
-            Memory(megabytes, device).candidate("copy"),
-            gated(OURS, ours, tolerance),
-            gated(name, loop, published_tolerance)
-            if published is None
-            else published.projection(name, given, published_tolerance),
-            Candidate(MATMULS, matmuls, products_error, published_tolerance),
-            gated(TORCHJD, torchjd, published_tolerance, peer=True),
-        ]
 
     row = 4 * parameters
     settings = {
@@ -106,20 +56,72 @@ def _pcgrad(options: Options, k: int, parameters: int) -> Benchmark:
         "limit_bytes": moved(megabytes, "copy"),
         "bound": "copy",
         "kind": "memory",
-        "op": "PCGrad given J",
+        "op": PCGRAD_GIVEN_J,
         "dtype": "float32",
     }
     return Benchmark(
-        GROUP,
-        f"PCGrad given J, K = {k}, P = {parameters:,}",
+        Group.WEIGHTS,
+        f"{PCGRAD_GIVEN_J}, K = {k}, P = {parameters:,}",
         ways,
-        build,
+        partial(_pcgrad_candidates, options, k, parameters, name),
         options.pick(2, 9),
         settings,
         {"LibMTL": "its loop over vectors is the published one"},
         memory=True,
         grace=15.0,
     )
+
+
+def _megabytes(options: Options) -> int:
+    megabytes: int = options.pick(1, 1024 if options.gpu else 256)
+    return megabytes
+
+
+def _pcgrad_candidates(options: Options, k: int, parameters: int, name: str) -> list[Candidate]:
+    published = options.published()
+    device = torch.device(options.device)
+    given = jacobian(k, parameters, device)
+    orders = random_orders(k, torch.Generator().manual_seed(SEED))
+    on_device = orders.to(device)
+    weights = torch.rand(k, device=device)
+    # Inner products of millions of float32 numbers are known to their rounding only; those of PyTorch lose two
+    # digits more, in the loop as published and in what is written by hand.
+    tolerance, published_tolerance = 1e-4, 2e-2
+
+    @cache
+    def expected() -> Tensor:
+        return pcgrad(given.double(), orders)
+
+    def ours() -> Tensor:
+        return ops.combine(given, ops.pcgrad_weights(ops.gram(given), on_device))
+
+    def loop() -> Tensor:
+        return pcgrad(given, orders)
+
+    def matmuls() -> tuple[Tensor, Tensor]:
+        return given @ given.T, weights @ given
+
+    def torchjd() -> Tensor:
+        torch.manual_seed(SEED)  # of the orders, which are then the same
+        return require("torchjd.aggregation", "bench").PCGrad()(given)
+
+    def gated(way: str, run: Callable[[], Tensor], most: float, peer: bool = False) -> Candidate:
+        return Candidate(way, run, lambda: relative_error(run(), expected()), most, peer)
+
+    def products_error() -> float:
+        gramian, combined = matmuls()
+        wide = given.double()
+        return max(relative_error(gramian, wide @ wide.T), relative_error(combined, weights.double() @ wide))
+
+    return [
+        Memory(_megabytes(options), device).candidate("copy"),
+        gated(OURS, ours, tolerance),
+        gated(name, loop, published_tolerance)
+        if published is None
+        else published.projection(name, given, published_tolerance),
+        Candidate(MATMULS, matmuls, products_error, published_tolerance),
+        gated(TORCHJD, torchjd, published_tolerance, peer=True),
+    ]
 
 
 def _nash(options: Options, k: int) -> Benchmark:
@@ -129,7 +131,7 @@ def _nash(options: Options, k: int) -> Benchmark:
         SOLVE: "limit",
         OURS: "ours",
         name: "reference",
-        ONCE: "reference",
+        COMPILED_ONCE: "reference",
         PLAIN: "baseline",
     }
 
@@ -169,17 +171,17 @@ def _nash(options: Options, k: int) -> Benchmark:
             Candidate(SOLVE, lambda: torch.linalg.solve(gramian, ones)),
             Candidate(OURS, ours, residual(ours), 1e-3),
             reference,
-            Candidate(ONCE, once, residual(once), 1e-3, peer=True),
+            Candidate(COMPILED_ONCE, once, residual(once), 1e-3, peer=True),
             Candidate(PLAIN, plain, residual(plain), 1e-3),
         ]
 
     return Benchmark(
-        GROUP,
-        f"Nash weights, K = {k}",
+        Group.WEIGHTS,
+        f"{NASH_WEIGHTS}, K = {k}",
         ways,
         build,
         options.pick(2, 9),
-        {"op": "Nash weights", "k": k},
+        {"op": NASH_WEIGHTS, "k": k},
         {
             "TorchJD": "calls the same solver; its weights are scaled otherwise",
             "LibMTL": "the published solver",

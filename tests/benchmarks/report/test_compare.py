@@ -1,4 +1,4 @@
-"""`bench compare` on made-up runs, whose noise, drift and slowdowns are known. No time is taken here."""
+"""Comparing made-up runs, whose noise, drift and slowdowns are known. No time is taken here."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diffmtl_fast.bench import Comparison, Results, Way, changes
-from diffmtl_fast.bench.compare import MEMORY, MEMORY_BYTES, table
+from benchmarks.report import Comparison, Results, Way, changes
+from benchmarks.report.compare import MEMORY, MEMORY_BYTES, table
 
 pytest.importorskip("scipy")
 
@@ -164,3 +164,5 @@ def test_what_another_scale_leaves_out_is_no_regression() -> None:
     assert not found.regressed
     assert found.apart == {"not in the later run (scale default, then quick)": ("group: 0",)}
     assert changes(quiet(), quiet(comparisons=())).regressed
+    part = quiet(comparisons=(), settings={"device": "cpu", "scale": "default", "groups": ["step"]})
+    assert not changes(quiet(), part).regressed

@@ -3,10 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks import clustering
-from benchmarks.clustering import EXACT, Work
+from benchmarks.benchmark import Options
+from benchmarks.groups import clustering
+from benchmarks.groups.clustering import EXACT, Work
 from benchmarks.harness import GateError, compare
-from benchmarks.suite import Options, find, measure
+from benchmarks.measure import measure
 
 
 @pytest.mark.parametrize(("n", "k"), [(30, 3), (60, 5), (12, 5), (9, 1)])
@@ -41,7 +42,8 @@ def test_total_is_the_definition() -> None:
 def test_a_dearer_partition_is_refused() -> None:
     work = Work(clustering.normal(20), 2)
     options = Options("cpu", "quick", memory=False)
-    found = find(options, clustering.GROUP, "normal draws, T = 400, k = 2")
+    title = "normal draws, T = 400, k = 2"
+    found = next(b for b in clustering.benchmarks(options) if b.case == title)
     wrong = work.candidate(clustering.OURS, "absolute", lambda: [0, 1, 20])
     assert wrong.error is not None
     assert wrong.error() > 0.01

@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 
-from benchmarks import op_cases
+from benchmarks.benchmark import Benchmark, Options
+from benchmarks.groups import op_cases
+from benchmarks.groups.op_cases import Bound, Case, Sizes
 from benchmarks.harness import Candidate, Clock, device_clock, wall_clock
-from benchmarks.op_cases import Bound, Case, Sizes
-from benchmarks.suite import Benchmark, Options
-from diffmtl_fast.bench.results import Role
+from benchmarks.names import OURS, Group
+from benchmarks.report.results import Role
 
-GROUP = "fused ops"
-OURS, PLAIN, COMPILED = "diffmtl_fast", "PyTorch", "torch.compile"
+PLAIN, COMPILED = "PyTorch", "torch.compile"
 LIMITS: dict[Bound, str] = {"read": "read memory", "copy": "copy memory"}
-PRODUCTS = ("gram", "combine")  # for which a compiler has little to do
+PRODUCTS = (op_cases.GRAM, "combine")  # soon compiled
 PEERS = {"TorchJD, LibMTL": "have no such ops: their losses are PyTorch's"}
 Generate = Callable[[torch.device], Iterator[Case]]
 
@@ -58,7 +58,7 @@ class Family:
     """Cases that are measured alike.
 
     Attributes:
-        kind: "memory" stands beside the memory, the others beside plain PyTorch.
+        kind: "memory" is compared with the speed of the memory, the others with plain PyTorch.
         generate: makes the cases on a device.
         clock: what takes the time.
     """
@@ -114,9 +114,9 @@ def _generated(generate: Generate, device: torch.device) -> list[Case]:
 
 
 def benchmark(family: Family, index: int, case: Case, options: Options) -> Benchmark:
-    """Return the benchmark of one case, given as on no device."""
+    """Return the benchmark of one case, which is given without data, on PyTorch's meta device."""
     bound, megabytes = case.bound, options.pick(1, 1024 if options.gpu else 256)
-    # The compiler is timed where its work can be judged: once per op, the other dtype where that is soon done.
+    # Every op is compiled in float32, and in bfloat16 where that is soon done or in a full run.
     soon = case.dtype == torch.float32 or case.op in PRODUCTS or options.full
     compiles = options.compile and bound is not None and case.compiles and soon and not options.quick
     ways: dict[str, Role] = {}
@@ -133,7 +133,9 @@ def benchmark(family: Family, index: int, case: Case, options: Options) -> Bench
 
     def build() -> list[Candidate]:
         device = torch.device(options.device)
-        chosen = replace(_generated(family.generate, device)[index])  # of which no result is kept
+        chosen = replace(
+            _generated(family.generate, device)[index]
+        )  # a copy: what its gate computes is not kept
         found = [chosen.plain_candidate(PLAIN, chosen.plain), chosen.fused_candidate()]
         if bound is not None:
             found.append(Memory(megabytes, device).candidate(bound))
@@ -152,7 +154,7 @@ def benchmark(family: Family, index: int, case: Case, options: Options) -> Bench
     if bound is not None:
         parameters |= {"bytes": case.moved, "limit_bytes": moved(megabytes, bound)}
     return Benchmark(
-        GROUP,
+        Group.OPS,
         f"{family.kind}: {case.name}",
         ways,
         build,

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from benchmarks.step import TYPICAL_K, benchmark, settings
-from benchmarks.suite import Benchmark, Options
-from benchmarks.ways import gradient_ways
-
-GROUP = "per-cluster gradients"
+from benchmarks.benchmark import Benchmark, Options
+from benchmarks.groups.step import benchmark, settings
+from benchmarks.names import TYPICAL_K, Group
+from benchmarks.step_implementations import gradient_ways
 
 
 def benchmarks(options: Options) -> Iterator[Benchmark]:
@@ -17,6 +16,6 @@ def benchmarks(options: Options) -> Iterator[Benchmark]:
     for setting in settings(options):
         if setting.k != TYPICAL_K and not options.full:
             continue
-        found = benchmark(GROUP, setting, gradient_ways(), options)
-        # Memory is looked at where the whole step is.
+        found = benchmark(Group.GRADIENTS, setting, gradient_ways, options)
+        # Memory is measured of the whole step alone.
         yield replace(found, rounds=options.pick(2, 3, 5) if found.rounds > 3 else found.rounds, memory=False)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import end_to_end
-from benchmarks.end_to_end import Problem, Scale, Training
+from benchmarks.groups import end_to_end
+from benchmarks.groups.end_to_end import Problem, Scale, Training
 from benchmarks.harness import GateError, compare
 
 

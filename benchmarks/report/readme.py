@@ -10,11 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePosixPath
 from types import MappingProxyType
 
+from benchmarks.names import OURS, TYPICAL_K, Group
+
 from . import goals
 from .goals import bandwidths, share
-from .plots import CAPTIONS, STEP, TYPICAL_K
+from .plots import CAPTIONS
 from .results import Comparison, Machine, Results, machines
-from .tables import told
+from .tables import ratio_text
 from .text import duration
 
 _SECTION = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
@@ -60,7 +62,7 @@ def steps(found: Sequence[Machine]) -> str:
 
 
 def _typical(machine: Machine) -> list[Comparison]:
-    steps = [c for c in machine.comparisons if c.group == STEP and c.parameters["k"] == TYPICAL_K]
+    steps = [c for c in machine.comparisons if c.group == Group.STEP and c.parameters["k"] == TYPICAL_K]
     batch = steps[0].parameters["batch"] if steps else None
     return [c for c in steps if c.parameters["batch"] == batch]
 
@@ -74,7 +76,7 @@ def _steps(machine: Machine) -> str:
         "|---" * (1 + len(titles)) + "|",
     ]
     for name in names:
-        cells = [told(c, c.ratio(c[name])) + _memory(c, name) if name in c else "–" for c in chosen]
+        cells = [ratio_text(c, c.ratio(c[name])) + _memory(c, name) if name in c else "–" for c in chosen]
         lines.append(f"| {_code(name)} | " + " | ".join(cells) + " |")
     noises = ", ".join(f"{c.noise:.0%}" for c in chosen)
     seconds = ", ".join(duration(c.yardstick.time.median) for c in chosen)
@@ -91,7 +93,7 @@ def _memory(comparison: Comparison, name: str) -> str:
 
 
 def _code(name: str) -> str:
-    return name.replace("diffmtl_fast", "`diffmtl_fast`")
+    return name.replace(OURS, f"`{OURS}`")
 
 
 def reached(found: Sequence[Machine]) -> str:
@@ -123,7 +125,7 @@ def ops(found: Sequence[Machine]) -> str:
 
 
 def _of_ops(machine: Machine) -> list[Comparison]:
-    return [c for c in machine.comparisons if c.group == "fused ops" and c.parameters.get("bytes")]
+    return [c for c in machine.comparisons if c.group == Group.OPS and c.parameters.get("bytes")]
 
 
 def _ops(machine: Machine) -> str:
@@ -146,9 +148,9 @@ def _ops(machine: Machine) -> str:
 def _speeds(comparison: Comparison) -> list[str]:
     (ours,) = comparison.of("ours")
     others = (comparison.of(role) for role in ("reference", "baseline"))
-    ratios = (told(comparison, comparison.ratio(way[0], ours), 2) if way else "–" for way in others)
+    ratios = (ratio_text(comparison, comparison.ratio(way[0], ours), 2) if way else "–" for way in others)
     return [
-        f"{told(comparison, share(comparison, ours.name))} ({bandwidths(comparison, ours.name)})",
+        f"{ratio_text(comparison, share(comparison, ours.name))} ({bandwidths(comparison, ours.name)})",
         *ratios,
     ]
 

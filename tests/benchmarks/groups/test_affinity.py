@@ -2,11 +2,12 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import affinity
+from benchmarks.benchmark import Options
+from benchmarks.groups import affinity
 from benchmarks.harness import GateError
+from benchmarks.measure import measure
 from benchmarks.reference import pairwise_cosines, timestep_gradients
-from benchmarks.suite import Options, measure
-from diffmtl_fast.bench.tables import table
+from benchmarks.report.tables import table
 
 
 def test_pairwise_cosines_and_gradients_by_hand():

@@ -2,9 +2,9 @@
 
 First the pairs of given gradients, with the product of all of them as the limit, then everything, the gradients
 included. There the limit is one forward and backward over the same images at the same timesteps, whole batches at
-a time, without telling the timesteps apart. The published time grows with T (gradients) and T² (pairs). Where the
-pairs would take from half a minute to hours, a part of it is timed and scaled: the only figures here that are not
-measured in full, and marked as such.
+a time, without keeping the gradients of the timesteps apart. The published time grows with T (gradients) and T²
+(pairs). Where the pairs would take half a minute to hours, a part of them is timed and the time scaled up: the
+only figures that are not measured in full, and marked as scaled.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -24,33 +24,26 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from benchmarks.benchmark import Benchmark, Options
 from benchmarks.harness import Candidate, wall_clock
 from benchmarks.models import DiT, sinusoidal
+from benchmarks.names import DIGITS_DIT, OURS, POINTS, PUBLISHED, SCALED, STUDY_UNET, Group
 from benchmarks.reference import pairwise_cosines, timestep_gradients
-from benchmarks.suite import Benchmark, Options
+from benchmarks.report.results import Role
 from diffmtl_fast import ops
 from diffmtl_fast._extras import require
 from diffmtl_fast.analysis import task_affinity
 from diffmtl_fast.analysis.rows import cosines
-from diffmtl_fast.bench.results import Role
 from diffmtl_fast.study.plan import bundled
 
-GROUP = "task affinity"
-LIMIT, OURS, PUBLISHED, BY_HAND, VMAP = (
-    "gradient of everything",
-    "diffmtl_fast",
-    "published",
-    "normalise, then G @ G.T",
-    "vmap(grad), then G @ G.T",
-)
+PRODUCT = "G @ G.T"
+LIMIT, BY_HAND, VMAP = "gradient of everything", f"normalise, then {PRODUCT}", f"vmap(grad), then {PRODUCT}"
 TOLERANCE = 1e-4  # float32 gradients of two ways of running the model
 PAIR_TOLERANCE = 1e-3  # float32 sums over millions of elements
-SCALED = "published, scaled from a part"
-PRODUCT = "G @ G.T"
 PART = (24, 48)  # random timesteps whose cosines with random others are formed, and those others
 BATCH = 128
-MEMORY = 36 * 2**30  # half of it for the gradients that are kept
-SAMPLES = 8  # fewer than a batch of the public script's
+MEMORY = 36 * 2**30  # bytes, half of them for the gradients that are kept
+SAMPLES = 8  # of a timestep; fewer than in the public script
 
 
 class Problem:
@@ -61,7 +54,7 @@ class Problem:
         shape: of an image.
         timesteps: T.
         samples: images.
-        device: where to.
+        device: where model and images are.
         batch: most images in a pass of those ways that take several timesteps at once.
     """
 
@@ -240,7 +233,7 @@ def _published_pairs(left: list[Tensor], right: list[Tensor], timesteps: int) ->
 
 @dataclass(frozen=True)
 class Scaled:
-    """A part of some work.
+    """The result of a part of some work, and the time that all of it would take.
 
     Attributes:
         seconds: that all of it would take.
@@ -252,7 +245,7 @@ class Scaled:
 
 
 def _clock(run: Callable[[], object], repeats: int = 1) -> float:
-    """Return the seconds of a run, of a part those of the whole."""
+    """Return the seconds of a run; of one that did a part of the work, those that all of it would take."""
     results: list[object] = []
     seconds = wall_clock(lambda: results.append(run()), repeats)
     scaled = [result.seconds for result in results if isinstance(result, Scaled)]
@@ -318,13 +311,12 @@ def benchmarks(options: Options) -> Iterator[Benchmark]:
     for timesteps in options.pick((12,), (100,), (100, 300, 1000)):
         yield _benchmark(options, channels, timesteps, samples)
     if not options.quick:
-        name = "MLP of points in the plane"
-        yield _thousand(options, name, _Points, (2,), 1000, in_files=False, batch=1024, rounds=9)
+        yield _thousand(options, POINTS, _Points, (2,), 1000, in_files=False, batch=1024, rounds=9)
     if options.full:
-        yield _thousand(options, "the study's UNet", _study_unet, (1, 8, 8), 1000, in_files=False)
+        yield _thousand(options, STUDY_UNET, _study_unet, (1, 8, 8), 1000, in_files=False)
         # 16.4 GB of gradients: kept in files where memory is short.
         small = _physical_memory() < 22 * 2**30
-        yield _thousand(options, "DiT of the digits", _digits_dit, (1, 8, 8), 1000, in_files=small)
+        yield _thousand(options, DIGITS_DIT, _digits_dit, (1, 8, 8), 1000, in_files=small)
 
 
 def _pairs(options: Options, timesteps: int, parameters: int) -> Benchmark:
@@ -353,7 +345,7 @@ def _pairs(options: Options, timesteps: int, parameters: int) -> Benchmark:
         ]
 
     return Benchmark(
-        GROUP,
+        Group.AFFINITY,
         f"pairs of {timesteps:,} given gradients of {parameters:,} elements",
         {PRODUCT: "limit", OURS: "ours", BY_HAND: "baseline", SCALED: "reference"},
         build,
@@ -368,30 +360,11 @@ def _benchmark(options: Options, channels: tuple[int, int], timesteps: int, samp
     ways: dict[str, Role] = {LIMIT: "limit", OURS: "ours", PUBLISHED: "reference"}
     ways |= {BY_HAND: "baseline", VMAP: "baseline"}
 
-    def build() -> list[Candidate]:
-        problem = Problem(
-            lambda: _unet(channels), (1, 8, 8), timesteps, samples, torch.device(options.device)
-        )
-
-        def gated(name: str, run: Callable[[], NDArray[np.float64]], peer: bool = False) -> Candidate:
-            def error() -> float:
-                return float(np.abs(run() - problem.exact).max())
-
-            return Candidate(name, run, error, TOLERANCE, peer)
-
-        return [
-            Candidate(LIMIT, problem.limit),
-            gated(OURS, problem.ours),
-            gated(PUBLISHED, problem.published),
-            gated(BY_HAND, problem.by_hand),
-            gated(VMAP, problem.by_vmap, peer=True),  # which has no rule for every operation
-        ]
-
     return Benchmark(
-        GROUP,
+        Group.AFFINITY,
         f"UNet of {channels[0]} and {channels[1]} channels, T = {timesteps}, {samples} images each",
         ways,
-        build,
+        partial(_unet_candidates, channels, timesteps, samples, torch.device(options.device)),
         options.pick(2, 3),
         {"T": timesteps, "samples": samples},
         {"TorchJD, LibMTL": "have no task affinity"},
@@ -400,6 +373,26 @@ def _benchmark(options: Options, channels: tuple[int, int], timesteps: int, samp
         grace=10.0,
         warmup=0,
     )
+
+
+def _unet_candidates(
+    channels: tuple[int, int], timesteps: int, samples: int, device: torch.device
+) -> list[Candidate]:
+    problem = Problem(lambda: _unet(channels), (1, 8, 8), timesteps, samples, device)
+
+    def gated(name: str, run: Callable[[], NDArray[np.float64]], peer: bool = False) -> Candidate:
+        def error() -> float:
+            return float(np.abs(run() - problem.exact).max())
+
+        return Candidate(name, run, error, TOLERANCE, peer)
+
+    return [
+        Candidate(LIMIT, problem.limit),
+        gated(OURS, problem.ours),
+        gated(PUBLISHED, problem.published),
+        gated(BY_HAND, problem.by_hand),
+        gated(VMAP, problem.by_vmap, peer=True),  # has no rule for some operations
+    ]
 
 
 def _thousand(
@@ -435,7 +428,7 @@ def _thousand(
         ]
 
     return Benchmark(
-        GROUP,
+        Group.AFFINITY,
         f"{name}, T = {timesteps:,}, {SAMPLES} {'images' if len(shape) == 3 else 'points'} each",
         {LIMIT: "limit", OURS: "ours", SCALED: "reference"},
         build,

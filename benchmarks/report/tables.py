@@ -8,7 +8,7 @@ from . import goals
 from .results import Comparison, Machine, Results, Spread, Way, machines
 from .text import duration, figure
 
-SAME = "≈"  # not told from 1
+SAME = "≈"  # within noise of 1
 
 
 def report(results: Sequence[Results]) -> str:
@@ -41,7 +41,7 @@ def _circumstances(machine: Machine) -> str:
         [
             *runs,
             "Times are medians of interleaved rounds with 20 and 80 % quantiles, ratios are formed within a "
-            f"round; {SAME} marks a ratio that is not told from 1: it differs from 1 by no more than timing the "
+            f"round; {SAME} marks a ratio that is within noise of 1: it differs from 1 by no more than timing the "
             "yardstick twice does, or 1 is between its quantiles.",
         ]
     )
@@ -95,7 +95,7 @@ def _row(comparison: Comparison, way: Way) -> str:
         ratio, spread = "1", ""
     else:
         found = comparison.ratio(way)
-        ratio, spread = told(comparison, found), f"{figure(found.low)} to {figure(found.high)}"
+        ratio, spread = ratio_text(comparison, found), f"{figure(found.low)} to {figure(found.high)}"
     memory = "" if way.memory is None else f"{way.memory / 2**20:,.0f} MiB"
     error = "" if way.error is None else f"{way.error:.0e}"
     cells = [
@@ -111,8 +111,8 @@ def _row(comparison: Comparison, way: Way) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def told(comparison: Comparison, ratio: Spread, digits: int = 3) -> str:
-    """Format a ratio: one that is not told from 1 is no difference, and one that is does not read as 1."""
+def ratio_text(comparison: Comparison, ratio: Spread, digits: int = 3) -> str:
+    """Format a ratio: marked where it is within noise of 1, else with as many digits as let it not read as 1."""
     if not comparison.differs(ratio):
         return f"{figure(ratio.median, digits)} {SAME}"
     texts = [(figure(ratio.median, more), figure(1.0, more)) for more in range(digits, 7)]

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .._figures import new_figure, save
-from .._files import replacing
+from benchmarks.names import OURS, TYPICAL_K, Group
+from diffmtl_fast._figures import new_figure, save
+from diffmtl_fast._files import replacing
+
 from .goals import bandwidths, share
 from .results import Comparison, Machine, Role
-from .tables import told
+from .tables import ratio_text
 
 COLOURS: dict[Role, str] = {
     "ours": "tab:blue",
@@ -21,10 +23,8 @@ COLOURS: dict[Role, str] = {
     "limit": "0.7",
 }
 STYLES = ("-", "--", ":", "-.")
-STEP = "full training step"
-TYPICAL_K = 5  # of the published experiments
 
-#: of the pictures, for those who cannot see them
+#: what the pictures show, as text for those who cannot see them
 CAPTIONS = {
     "step_ratios.png": "Time of a training step over that of the plain step",
     "step_growth.png": "Time of a training step over that of the plain step, against the number of clusters",
@@ -50,7 +50,7 @@ def captions(folder: Path, names: Sequence[str], beside: Path) -> dict[str, str]
 
 
 def draw(machine: Machine, folder: Path) -> list[Path]:
-    """Draw what the machine's runs have something for.
+    """Draw the pictures for which the machine's runs have figures.
 
     Args:
         machine: with what its runs measured.
@@ -72,7 +72,7 @@ def draw(machine: Machine, folder: Path) -> list[Path]:
 
 def ratios(machine: Machine) -> Any | None:
     """Bars of the time of a training step over the plain step's, a panel per model at the typical K."""
-    chosen = [c for c in machine.comparisons if c.group == STEP and c.parameters.get("k") == TYPICAL_K]
+    chosen = [c for c in machine.comparisons if c.group == Group.STEP and c.parameters.get("k") == TYPICAL_K]
     return _bars(chosen, machine.title) if chosen else None
 
 
@@ -90,7 +90,7 @@ def _bars(comparisons: Sequence[Comparison], machine: str) -> Any:
             axis.barh(place, found.median, xerr=error, color=COLOURS[roles[name]], error_kw={"lw": 0.8})
             if name != comparison.yardstick.name:
                 axis.annotate(
-                    told(comparison, found),
+                    ratio_text(comparison, found),
                     (found.high, place),
                     (3, 0),
                     textcoords="offset points",
@@ -100,7 +100,7 @@ def _bars(comparisons: Sequence[Comparison], machine: str) -> Any:
         # With room for the figures.
         axis.set_xlim(0, 1.25 * max(comparison.ratio(way).high for way in comparison.ways))
         noise = comparison.noise
-        axis.axvspan(1 / (1 + noise), 1 + noise, color="0.85", zorder=0)  # says nothing
+        axis.axvspan(1 / (1 + noise), 1 + noise, color="0.85", zorder=0)  # ratios in it show no difference
         axis.axvline(1, color="black", lw=0.8, ls="--")
         axis.set(
             title=comparison.case.replace(", batch", "\nbatch"), xlabel=f"time / {comparison.yardstick.name}"
@@ -121,7 +121,7 @@ def growth(machine: Machine) -> Any | None:
 
 def growth_of_steps(machine: Machine) -> Any | None:
     """Time of a training step over the plain step's against K, at the first batch size of every model."""
-    steps = [c for c in machine.comparisons if c.group == STEP]
+    steps = [c for c in machine.comparisons if c.group == Group.STEP]
     titles = list(dict.fromkeys(c.parameters["title"] for c in steps if c.parameters["k"] != TYPICAL_K))
     if not titles:
         return None
@@ -245,7 +245,7 @@ def _shares(axis: Any, comparison: Comparison, place: int, labels: set[str]) -> 
             found = share(comparison, way)
             error = [[found.median - found.low], [found.high - found.median]]
             label = {
-                "ours": "diffmtl_fast",
+                "ours": OURS,
                 "baseline": "by a compiler or hand",
                 "reference": "plain PyTorch; of PCGrad, the published loop",
             }[role]

@@ -14,6 +14,7 @@ from torch.nn.grad import conv2d_weight
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from benchmarks.harness import Candidate, relative_error
+from benchmarks.names import GRAM, OURS
 from diffmtl_fast import ops
 
 K = 5
@@ -57,7 +58,7 @@ class Case:
 
     Attributes:
         op: name of the op, with what distinguishes the case.
-        inputs: arguments of `fused` and `plain`; leaves that require a gradient make it forward and backward.
+        inputs: arguments of `fused` and `plain`; if one requires a gradient, the case is forward and backward.
         fused: the op.
         plain: what one writes without it.
         moved: bytes of the inputs, once for each pass over more than the caches hold, and of the results.
@@ -111,7 +112,7 @@ class Case:
     def fused_candidate(self) -> Candidate:
         """Return the op behind its gate."""
         tolerance = TOLERANCE[self.dtype] if self.tolerance is None else self.tolerance
-        return self.candidate("diffmtl_fast", self.fused, tolerance)
+        return self.candidate(OURS, self.fused, tolerance)
 
     def plain_candidate(self, way: str, function: Function) -> Candidate:
         """Return the plain composition, or what a compiler made of it; left out where it is wrong."""
@@ -299,7 +300,7 @@ def jacobian_cases(parameters: int, dtype: torch.dtype, device: torch.device) ->
 
     long = max(LONG_SUMS, PLAIN_TOLERANCE[dtype])
 
-    yield Case("gram", (jacobian,), ops.gram, gram, once, "read", plain_tolerance=long)
+    yield Case(GRAM, (jacobian,), ops.gram, gram, once, "read", plain_tolerance=long)
     yield Case("combine", (jacobian, weights), ops.combine, combine, once + row, "copy")
     parts = list(jacobian.split(_split(parameters), dim=1))
     parts = [part.contiguous() for part in parts]

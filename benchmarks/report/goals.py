@@ -6,11 +6,32 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from benchmarks.names import (
+    COMPILED_ONCE,
+    CURRICULUM,
+    DIGITS_DIT,
+    GRAM,
+    KMEANS1D,
+    LOOP,
+    NASH_WEIGHTS,
+    OURS,
+    PCGRAD_GIVEN_J,
+    POINTS,
+    REBUILT,
+    SCALED,
+    SQUARED,
+    STUDY_UNET,
+    TYPICAL_K,
+    UNCERTAINTY,
+    Group,
+    engine_step,
+)
+
 from .results import Comparison, Machine, Spread
 from .text import duration, figure, fraction
 
 Measure = Literal["ratio", "share", "seconds", "gib"]
-Verdict = Literal["met", "short", "not told from the bar"]
+Verdict = Literal["met", "short", "within noise of the bar"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +51,7 @@ class Goal:
     """
 
     title: str
-    group: str
+    group: Group
     ways: tuple[str, ...]
     bar: float
     stretch: float | str
@@ -44,10 +65,10 @@ class Goal:
         return value >= self.bar if self.measure == "share" else value <= self.bar
 
     def verdict(self, comparison: Comparison, value: Spread) -> Verdict:
-        """Return whether the bar is reached, or cannot be told from what was: see `Comparison.differs`."""
-        timed = self.measure != "gib"  # the noise is that of times
+        """Return whether the bar is reached; closer to it than the noise is neither: see `Comparison.differs`."""
+        timed = self.measure != "gib"  # noise is known of times alone
         if timed and not comparison.differs(value / self.bar):
-            return "not told from the bar"
+            return "within noise of the bar"
         return "met" if self.met(value.median) else "short"
 
     @property
@@ -64,11 +85,11 @@ class Goal:
         return f"{'≥' if self.measure == 'share' else '≤'} {self._text(value, 3, short=True)}"
 
     def text(self, value: float, digits: int | None = None) -> str:
-        """Format what was reached, by default with as many digits as set it apart from the bar."""
+        """Format what was reached, by default with as many digits as let it read differently from the bar."""
         return self._text(value, self.digits(value) if digits is None else digits)
 
     def digits(self, value: float) -> int:
-        """Return how many digits set a value apart from the bar: three, unless it is closer."""
+        """Return how many digits let a value read differently from the bar, at least three."""
         apart = (n for n in range(3, 7) if self._text(value, n) != self._text(self.bar, n))
         return next(apart, 3)
 
@@ -122,73 +143,66 @@ def bandwidths(comparison: Comparison, name: str) -> str:
 
 
 def _engines(weighting: str) -> tuple[str, ...]:
-    return tuple(f"diffmtl_fast {engine}, {weighting}" for engine in ("grouped", "sliced", "lean"))
+    return tuple(engine_step(engine, weighting) for engine in ("grouped", "sliced", "lean"))
 
 
 def _goals() -> Iterator[Goal]:
-    step, ops, weights, clustering = (
-        "full training step",
-        "fused ops",
-        "Nash/PCGrad weights",
-        "interval clustering",
-    )
-    ours, squared = "diffmtl_fast", "diffmtl_fast, squared"
-    five = {"k": 5}
+    step, ops, weights, clustering = Group.STEP, Group.OPS, Group.WEIGHTS, Group.CLUSTERING
+    five = {"k": TYPICAL_K}
     for weighting in ("PCGrad", "NashMTL"):
         title = f"{weighting} step / plain step"
         yield Goal(title, step, _engines(weighting), 1.15, 1.05, five, device="cpu")
         yield Goal(title, step, _engines(weighting), 1.10, 1.03, five, device="cuda")
-    for way in ("UncertaintyWeighting", "DifficultyCurriculum"):
-        yield Goal(f"{way} step / plain step", step, (f"diffmtl_fast, {way}",), 1.02, 1.01, five)
-    one_pass = {"op": "gram", "dtype": "float32", "kind": "memory"}
-    yield Goal("Gramian's bandwidth / that of reading J", ops, (ours,), 0.7, 0.9, one_pass, measure="share")
-    loop = "published loop over vectors"
+    for title, way in (("UncertaintyWeighting", UNCERTAINTY), ("DifficultyCurriculum", CURRICULUM)):
+        yield Goal(f"{title} step / plain step", step, (way,), 1.02, 1.01, five)
+    one_pass = {"op": GRAM, "dtype": "float32", "kind": "memory"}
+    yield Goal("Gramian's bandwidth / that of reading J", ops, (OURS,), 0.7, 0.9, one_pass, measure="share")
     yield Goal(
-        "PCGrad given J / published loop", weights, (ours,), 1 / 8, 1 / 12, {"op": "PCGrad given J"}, loop
+        "PCGrad given J / published loop", weights, (OURS,), 1 / 8, 1 / 12, {"op": PCGRAD_GIVEN_J}, LOOP
     )
-    for solver in ("as published", "compiled once"):
+    for solver in (REBUILT, COMPILED_ONCE):
         yield Goal(
-            f"Nash weights / cvxpy + ECOS, {solver}",
+            f"Nash weights / {solver}",
             weights,
-            (ours,),
+            (OURS,),
             1 / 200,
             "on device, no host sync",
-            {"op": "Nash weights"},
-            f"cvxpy + ECOS, {solver}",
+            {"op": NASH_WEIGHTS},
+            solver,
         )
     thousand = {"T": 1000, "k": 5, "cost": "log-SNR"}
     yield Goal(
-        "cluster_snr, T = 1000, the whole call", clustering, (ours,), 1e-3, 2e-4, thousand, measure="seconds"
+        "cluster_snr, T = 1000, the whole call", clustering, (OURS,), 1e-3, 2e-4, thousand, measure="seconds"
     )
-    for way, kind in ((ours, "absolute"), (squared, "squared")):
+    for way, kind in ((OURS, "absolute"), (SQUARED, "squared")):
         million, most = {"T": 1_000_000, "k": 8}, {"T": 10_000_000, "k": 1000}
-        yield Goal(f"{kind} cost / kmeans1d", clustering, (way,), 1 / 4, 1 / 8, million, "kmeans1d")
+        yield Goal(f"{kind} cost / kmeans1d", clustering, (way,), 1 / 4, 1 / 8, million, KMEANS1D)
         yield Goal(f"{kind} cost, T = 10⁷, k = 1000", clustering, (way,), 60, 15, most, measure="seconds")
         yield Goal(f"{kind} cost, T = 10⁷, k = 1000", clustering, (way,), 2, 2, most, measure="gib")
     yield Goal(
         "cosines of all pairs of 1,000 given gradients / published loop, scaled",
-        "task affinity",
-        (ours,),
+        Group.AFFINITY,
+        (OURS,),
         1 / 100,
         1 / 200,
         {"T": 1000, "given": "gradients"},
-        "published, scaled from a part",
+        SCALED,
     )
-    for model in ("MLP of points in the plane", "the study's UNet", "DiT of the digits"):
+    for model in (POINTS, STUDY_UNET, DIGITS_DIT):
         yield Goal(
             f"task affinity of {model} / published loops, scaled",
-            "task affinity",
-            (ours,),
+            Group.AFFINITY,
+            (OURS,),
             1 / 100,
             1 / 200,
             {"T": 1000, "model": model},
-            "published, scaled from a part",
+            SCALED,
         )
     kernels = {"kind": "memory"}
     yield Goal(
         "GPU kernel's bandwidth / that of memory",
         ops,
-        (ours,),
+        (OURS,),
         0.8,
         0.9,
         kernels,

@@ -1,6 +1,6 @@
-"""The ways of doing one training step that balances K clusters: published, by peers, by hand, and ours.
+"""Implementations of a training step that balances K clusters: published, of other libraries, by hand, and ours.
 
-The ways of a step end with the update in ``.grad``, those of the gradients alone with every cluster's gradient.
+Those of a whole step end with the update in ``.grad``, those of the gradients alone with every cluster's gradient.
 """
 
 from __future__ import annotations
@@ -16,15 +16,24 @@ from torch.func import functional_call, grad, vmap
 
 import diffmtl_fast as dm
 from benchmarks.harness import GateError
-from benchmarks.models import Case
+from benchmarks.models import Case, as_sampled
+from benchmarks.names import (
+    AUTOJAC_PCGRAD,
+    CURRICULUM,
+    K_BACKWARDS_PCGRAD,
+    OURS,
+    PLAIN_STEP,
+    SLICES_PCGRAD,
+    UNCERTAINTY,
+    engine_step,
+)
 from benchmarks.reference import Batch, cluster_gradients, nash_step, pcgrad_step, plain_step
+from benchmarks.report.results import Role
 from diffmtl_fast._extras import require
-from diffmtl_fast.bench.results import Role
 from diffmtl_fast.gradients.cluster_jacobian import ClusterJacobian
 
 SEED = 0
-OURS = "diffmtl_fast"
-# of gradients, one tensor per parameter; a row is an update or a cluster
+#: gradients, one tensor per parameter in each row; a row is an update or a cluster
 Rows = Iterable[Sequence[Tensor | None]]
 Run = Callable[[], Rows]
 Weighting = dm.LossWeighting | dm.GramianWeighting
@@ -34,17 +43,17 @@ Outcome = Literal["mean", "uncertainty", "pcgrad", "pcgrad, torchjd's order", "n
 
 
 @dataclass(frozen=True)
-class Way:
+class StepWay:
     """One way of doing the step.
 
     Attributes:
         name: row label.
         outcome: what it computes: an update direction by that method, or every cluster's gradient and no update.
-        role: what it stands for.
+        role: limit, ours, reference, baseline or peer; see `benchmark`.
         prepare: set up what lasts from step to step, and return the step.
         tolerance: largest relative error in float32; a step that adds up its inner products in float32 needs more.
         peer: may be absent or refuse a model: the work of others, and what a compiler makes.
-        detail: of interest at the typical K and batch size alone.
+        detail: measured at the typical K alone.
     """
 
     name: str
@@ -56,66 +65,68 @@ class Way:
     detail: bool = False
 
 
-PLAIN = "plain step"
 ROUNDED = 1e-3
 PROJECTED: Outcome = "pcgrad, torchjd's order"
+VMAP = "vmap(grad)"
+COMPILED = "torch.compile"
 
 
-def step_ways() -> list[Way]:
+def step_ways() -> list[StepWay]:
     """Return the ways of a whole step, the plain one first."""
     return [
-        Way(PLAIN, "mean", "limit", lambda case: plain(case)),
-        Way("K backwards, PCGrad", "pcgrad", "reference", k_backwards, ROUNDED),
-        Way("K backwards, NashMTL", "nash", "reference", k_backwards_nash, 1e-2, peer=True, detail=True),
-        Way("slices by hand, PCGrad", "pcgrad", "baseline", slices_pcgrad, ROUNDED),
-        Way("TorchJD autojac, PCGrad", PROJECTED, "peer", autojac, ROUNDED, peer=True),
-        Way("TorchJD autogram, PCGrad", PROJECTED, "peer", autogram, ROUNDED, peer=True),
-        Way(
-            f"{OURS}, UncertaintyWeighting",
-            "uncertainty",
-            "ours",
-            _step("grouped", "full", uncertainty),
-            detail=True,
-        ),
-        Way(f"{OURS}, DifficultyCurriculum", "mean", "ours", curriculum, detail=True),
-        Way(f"{OURS} grouped, PCGrad", "pcgrad", "ours", _step("grouped", "full", projecting)),
-        Way(f"{OURS} grouped, NashMTL", "nash", "ours", _step("grouped", "full", bargaining)),
-        Way(f"{OURS} sliced, PCGrad", "pcgrad", "ours", _step("sliced", "full", projecting)),
-        Way(f"{OURS} sliced, NashMTL", "nash", "ours", _step("sliced", "full", bargaining), detail=True),
-        Way(f"{OURS} lean, PCGrad", "pcgrad", "ours", _step("grouped", "lean", projecting)),
-        Way(f"{OURS} lean, NashMTL", "nash", "ours", _step("grouped", "lean", bargaining), detail=True),
+        StepWay(PLAIN_STEP, "mean", "limit", plain),
+        StepWay(K_BACKWARDS_PCGRAD, "pcgrad", "reference", k_backwards, ROUNDED),
+        StepWay("K backwards, NashMTL", "nash", "reference", k_backwards_nash, 1e-2, peer=True, detail=True),
+        StepWay(SLICES_PCGRAD, "pcgrad", "baseline", slices_pcgrad, ROUNDED),
+        StepWay(f"{VMAP}, PCGrad", "pcgrad", "baseline", vmap_pcgrad, ROUNDED, peer=True),
+        StepWay(AUTOJAC_PCGRAD, PROJECTED, "peer", autojac, ROUNDED, peer=True),
+        StepWay("TorchJD autogram, PCGrad", PROJECTED, "peer", autogram, ROUNDED, peer=True),
+        StepWay(UNCERTAINTY, "uncertainty", "ours", _step("grouped", "full", uncertainty), detail=True),
+        StepWay(CURRICULUM, "mean", "ours", curriculum, detail=True),
+        _ours("grouped", "PCGrad"),
+        _ours("grouped", "NashMTL"),
+        _ours("sliced", "PCGrad"),
+        _ours("sliced", "NashMTL", detail=True),
+        _ours("lean", "PCGrad"),
+        _ours("lean", "NashMTL", detail=True),
     ]
 
 
-def compiled_ways() -> list[Way]:
-    """Return what becomes of the step where torch.compile takes the model, beside the plain one without it."""
+def compiled_ways() -> list[StepWay]:
+    """Return the ways of a step with torch.compile, beside the plain step and the best without it."""
     return [
-        Way(PLAIN, "mean", "limit", lambda case: plain(case)),
-        Way(
-            "plain step, torch.compile",
-            "mean",
-            "baseline",
-            lambda case: plain(case, compiled=True),
-            1e-4,
-            True,
+        StepWay(PLAIN_STEP, "mean", "limit", plain),
+        StepWay(f"{PLAIN_STEP}, {COMPILED}", "mean", "baseline", compiled_plain, 1e-4, peer=True),
+        StepWay(f"{VMAP}, PCGrad", "pcgrad", "baseline", vmap_pcgrad, ROUNDED, peer=True),
+        StepWay(
+            f"{COMPILED}({VMAP}), PCGrad", "pcgrad", "baseline", compiled_vmap_pcgrad, ROUNDED, peer=True
         ),
-        Way(f"{OURS} grouped, PCGrad", "pcgrad", "ours", _step("grouped", "full", projecting)),
-        Way(f"{OURS} sliced, PCGrad, torch.compile", "pcgrad", "ours", _compiled_step, ROUNDED, peer=True),
+        _ours("grouped", "PCGrad"),
+        StepWay(f"{OURS} sliced, PCGrad, {COMPILED}", "pcgrad", "ours", _compiled_step, ROUNDED, peer=True),
     ]
 
 
-def gradient_ways() -> list[Way]:
+def gradient_ways() -> list[StepWay]:
     """Return the ways of forming the gradients of all clusters and nothing else, beside the plain step."""
     return [
-        Way(PLAIN, "mean", "limit", lambda case: plain(case)),
-        Way(f"{OURS} grouped", "jacobian", "ours", lambda case: cluster_jacobian(case, "grouped")),
-        Way(f"{OURS} sliced", "jacobian", "ours", lambda case: cluster_jacobian(case, "sliced")),
-        Way("K backwards", "jacobian", "reference", k_gradients),
-        Way("slices by hand", "jacobian", "baseline", slices),
-        Way("vmap(grad)", "jacobian", "baseline", vmap_of_grad, peer=True),
-        Way("is_grads_batched", "jacobian", "baseline", batched_gradients, peer=True),
-        Way("TorchJD autojac", "jacobian", "peer", autojac_gradients, peer=True),
+        StepWay(PLAIN_STEP, "mean", "limit", plain),
+        StepWay(f"{OURS} grouped", "jacobian", "ours", lambda case: cluster_jacobian(case, "grouped")),
+        StepWay(f"{OURS} sliced", "jacobian", "ours", lambda case: cluster_jacobian(case, "sliced")),
+        StepWay("K backwards", "jacobian", "reference", k_gradients),
+        StepWay("slices by hand", "jacobian", "baseline", slices),
+        StepWay(VMAP, "jacobian", "baseline", vmap_gradients, peer=True),
+        StepWay("is_grads_batched", "jacobian", "baseline", batched_gradients, peer=True),
+        StepWay("TorchJD autojac", "jacobian", "peer", autojac_gradients, peer=True),
     ]
+
+
+def _ours(engine: str, method: Literal["PCGrad", "NashMTL"], detail: bool = False) -> StepWay:
+    """Return our step with an engine, or "lean" for the grouped one with lean memory, and a weighting."""
+    outcome: Outcome = "pcgrad" if method == "PCGrad" else "nash"
+    weighting = projecting if method == "PCGrad" else bargaining
+    lean = engine == "lean"
+    step = _step("grouped" if lean else cast(EngineName, engine), "lean" if lean else "full", weighting)
+    return StepWay(engine_step(engine, method), outcome, "ours", step, detail=detail)
 
 
 def _step(
@@ -139,10 +150,17 @@ def _compiled_step(case: Case) -> Run:
     )
 
 
-def plain(case: Case, *, compiled: bool = False) -> Run:
+def plain(case: Case) -> Run:
     """Train on the mean loss of the batch."""
-    model = cast(nn.Module, torch.compile(case.model)) if compiled else case.model
+    return _plain(case, case.model)
 
+
+def compiled_plain(case: Case) -> Run:
+    """Train on the mean loss of the batch, with a compiled model."""
+    return _plain(case, cast(nn.Module, torch.compile(case.model)))
+
+
+def _plain(case: Case, model: nn.Module) -> Run:
     def run() -> Rows:
         model.zero_grad(set_to_none=True)
         plain_step(model, case.losses, case.batch)
@@ -202,7 +220,7 @@ def batched_gradients(case: Case) -> Run:
 def cluster_jacobian(case: Case, engine: EngineName) -> Run:
     """Form the gradients with the library."""
     former = ClusterJacobian(case.model, case.num_clusters, engine=engine)
-    parameters, cluster = list(case.model.parameters()), case.batch.cluster.cpu()
+    parameters, cluster = list(case.model.parameters()), as_sampled(case.batch.cluster)
 
     def loss(model: Callable[..., object]) -> Tensor:
         return dm.ops.sample_mse(case.predict(model, case.batch), case.batch.target)
@@ -215,7 +233,7 @@ def cluster_jacobian(case: Case, engine: EngineName) -> Run:
 
 
 class MatrixRows:
-    """The rows of a Jacobian [K, P], each as one tensor per parameter; copied when they are looked at."""
+    """The rows of a Jacobian [K, P], each as one tensor per parameter; formed when one iterates over them."""
 
     def __init__(self, matrix: Callable[[], Tensor], parameters: Sequence[Tensor]) -> None:
         self._matrix, self._parameters = matrix, parameters
@@ -302,30 +320,41 @@ def slices(case: Case) -> Run:
 
 
 def slices_pcgrad(case: Case) -> Run:
-    """Do by hand what the library does: slices, J @ J.T, the projections on vectors of K elements, w @ J."""
+    """Do by hand what the library does: gradients of slices, Gramian, weights, combination."""
     gradients, parameters = slices(case), list(case.model.parameters())
     orders = projecting(case).draw_order(case.num_clusters, case.device)
 
     def run() -> Rows:
         case.model.zero_grad(set_to_none=True)
-        project_by_hand(gradients(), parameters, orders)
+        project_by_hand(stacked(gradients()), parameters, orders)
         return update(case.model)
 
     return run
 
 
-def project_by_hand(rows: Rows, parameters: Sequence[nn.Parameter], orders: Tensor) -> None:
-    """Write PCGrad's direction into ``.grad``: J @ J.T, projections of vectors of K elements, w @ J."""
-    jacobian = torch.stack([torch.cat([g.flatten() for g in row if g is not None]) for row in rows])
-    present = torch.ones(len(jacobian), dtype=torch.bool, device=jacobian.device)
-    weights = dm.ops.PLAIN["pcgrad_weights"](jacobian @ jacobian.T, orders, present)
-    direction = weights @ jacobian / len(jacobian)
-    for parameter, part in zip(parameters, direction.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = part.view_as(parameter)
+def stacked(rows: Rows) -> list[Tensor]:
+    """Return every parameter's gradients of all clusters in one tensor, [K, ...], of one row for each cluster."""
+    return [torch.stack([g for g in column if g is not None]) for column in zip(*rows, strict=True)]
+
+
+def project_by_hand(gradients: Sequence[Tensor], parameters: Sequence[nn.Parameter], orders: Tensor) -> None:
+    """Write PCGrad's direction into ``.grad``: J @ J.T, projections of vectors of K elements, w @ J.
+
+    Args:
+        gradients: of every parameter those of all clusters, [K, ...]; together they are the Jacobian J.
+        parameters: what they are the gradients of.
+        orders: of the projections, [K, K-1].
+    """
+    parts = [gradient.flatten(1) for gradient in gradients]
+    gramian = torch.stack([part @ part.T for part in parts]).sum(0)
+    present = torch.ones(len(gramian), dtype=torch.bool, device=gramian.device)
+    weights = dm.ops.PLAIN["pcgrad_weights"](gramian, orders, present) / len(gramian)
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad = (weights @ part).view_as(parameter)
 
 
 def curriculum(case: Case) -> Run:
-    """Draw timesteps by the curriculum and report losses to it; the batch stays the one that the gate knows."""
+    """Draw timesteps by the curriculum and report losses to it; the batch stays the one whose update is known."""
     sampler = dm.DifficultyCurriculum(dm.cluster_timesteps(1000, 20)).to(case.device)
     size = len(case.batch.target)
 
@@ -339,38 +368,74 @@ def curriculum(case: Case) -> Run:
     return run
 
 
-def vmap_of_grad(case: Case) -> Run:
-    """Vectorise the gradient over the clusters, which must be of one size."""
-    sizes = case.sizes
-    if len(set(sizes)) > 1:
-        raise ValueError(f"expected clusters of one size, found {min(sizes)} to {max(sizes)} samples")
-    parameters = {name: p.detach() for name, p in case.model.named_parameters()}
+def vmap_gradients(case: Case) -> Run:
+    """Vectorise the gradient over the clusters."""
+    gradients = vectorised(case)
+    return lambda: list(zip(*gradients(), strict=True))
 
-    def loss(parameters: dict[str, Tensor], target: Tensor, *inputs: Tensor) -> Tensor:
+
+def vmap_pcgrad(case: Case) -> Run:
+    """Do the whole step by hand, with the gradient vectorised over the clusters."""
+    return _vmap_pcgrad(case, vectorised(case))
+
+
+def compiled_vmap_pcgrad(case: Case) -> Run:
+    """Do the same with compiled gradients, or fail where the compiler cannot take all of them as one graph."""
+    return _vmap_pcgrad(case, torch.compile(vectorised(case), fullgraph=True, dynamic=False))
+
+
+def _vmap_pcgrad(case: Case, gradients: Callable[[], list[Tensor]]) -> Run:
+    parameters = list(case.model.parameters())
+    orders = projecting(case).draw_order(case.num_clusters, case.device)
+
+    def run() -> Rows:
+        case.model.zero_grad(set_to_none=True)
+        project_by_hand(gradients(), parameters, orders)
+        return update(case.model)
+
+    return run
+
+
+def vectorised(case: Case) -> Callable[[], list[Tensor]]:
+    """Return ``vmap(grad(loss))`` over the clusters: every parameter's gradients of all clusters, [K, ...].
+
+    Clusters smaller than the largest are filled up with repetitions of their last sample, which have no weight.
+    """
+    parameters = {name: p.detach() for name, p in case.model.named_parameters()}
+    sample, weight = _filled_up(case)
+    tensors = [x[sample] for x in (case.batch.target, *case.batch.inputs)]
+
+    def loss(parameters: dict[str, Tensor], weight: Tensor, target: Tensor, *inputs: Tensor) -> Tensor:
         def model(*args: Tensor, **kwargs: object) -> object:
             return functional_call(case.model, parameters, args, kwargs)
 
-        return case.losses(model, Batch(inputs, target, case.batch.cluster)).mean()
+        return case.losses(model, Batch(inputs, target, case.batch.cluster)) @ weight
 
-    per_cluster = vmap(grad(loss), in_dims=(None, 0, *[0] * len(case.batch.inputs)))
-    tensors = [x.unflatten(0, (case.num_clusters, -1)) for x in (case.batch.target, *case.batch.inputs)]
+    per_cluster = vmap(grad(loss), in_dims=(None, 0, *[0] * len(tensors)))
 
-    def run() -> Rows:
-        found = per_cluster(parameters, *tensors)
-        return list(zip(*(found[name] for name in parameters), strict=True))
+    def gradients() -> list[Tensor]:
+        return list(per_cluster(parameters, weight, *tensors).values())
 
-    return run
+    return gradients
+
+
+def _filled_up(case: Case) -> tuple[Tensor, Tensor]:
+    """Return every cluster's samples and their weights in its mean loss, both [K, size of the largest cluster]."""
+    sizes = torch.tensor(case.sizes, device=case.device).unsqueeze(1)
+    first, place = sizes.cumsum(0) - sizes, torch.arange(int(sizes.max()), device=case.device)
+    weight = (place < sizes) / sizes
+    return first + torch.minimum(place, sizes - 1), weight.to(case.batch.target.dtype)
 
 
 def ours(case: Case, mtl: dm.ClusteredMTL, weighting: Weighting) -> Run:
     """Return the library's step.
 
     The gate sees the first step only; a weighting that skips its gradients in later ones would be timed as a
-    plain step, so every step is held to having formed them.
+    plain step, so every step is checked to have formed them.
     """
     balances_gradients = isinstance(weighting, dm.GramianWeighting)
     weighting = weighting.to(case.device)
-    cluster = case.batch.cluster.cpu()  # where a sampler has it anyway, and no step waits for the device
+    cluster = as_sampled(case.batch.cluster)
 
     def run() -> Rows:
         case.model.zero_grad(set_to_none=True)
