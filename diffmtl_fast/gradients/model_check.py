@@ -30,7 +30,9 @@ _Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 #: Batches of so many sizes are checked before the first step with them; sizes that come later are not.
 MAX_BATCH_SIZES = 16
-#: Steps from one spot check to the next. One costs three forwards, so about a thousandth of training.
+#: After so many steps, and then every so many, a spot check follows. It costs three forwards, about a plain step, so
+#: a thousandth of training and three steps more.
+SPOT_CHECKS = (16, 64, 256)
 SPOT_CHECK_EVERY = 1024
 
 
@@ -49,7 +51,8 @@ class ModelCheck:
         self._sizes: dict[
             tuple[Any, ...], set[int]
         ] = {}  # of the batches that were checked, by the rest of the kind
-        self._steps = 0  # since the last check
+        self._steps = 0  # since the last whole check
+        self._checked_at = 0  # the step of the last check of any kind
         self._differentiates = False  # whether the model forms gradients in its forward
         self.writes = False
 
@@ -69,7 +72,7 @@ class ModelCheck:
         sizes = self._sizes.setdefault(self._kind(layout, given), set())
         if layout.batch_size in sizes or len(sizes) >= MAX_BATCH_SIZES:
             self._steps += 1
-            if self._steps % SPOT_CHECK_EVERY == 0:
+            if self._steps in SPOT_CHECKS or self._steps % SPOT_CHECK_EVERY == 0:
                 self._spot_check(layout, ordered)
             return
         began = time.perf_counter()
@@ -80,7 +83,7 @@ class ModelCheck:
             time.perf_counter() - began,
         )
         sizes.add(layout.batch_size)
-        self._steps = 0
+        self._steps = self._checked_at = 0
 
     def _kind(self, layout: BatchLayout, given: _Arguments) -> tuple[Any, ...]:
         """Name what a check holds for, beside the size of the batch."""
@@ -123,9 +126,10 @@ class ModelCheck:
         Raises:
             ValueError: they do.
         """
-        grouped, steps, self._steps = self._engine.grouped, self._steps, 0
         if layout.batch_size == 1:
             return
+        grouped = self._engine.grouped
+        steps, self._checked_at = self._steps - self._checked_at, self._steps
         if grouped is not None:
             found = grouped.spot_check(layout, *ordered)
         else:

@@ -65,6 +65,8 @@ def _runs(sizes: Sequence[int]) -> Iterator[tuple[int, slice]]:
 
 def cluster_wgrad_out(grad_out: Tensor, x: Tensor, offsets: Tensor, out: Tensor, accumulate: bool) -> None:
     """Run `cluster_wgrad_out`."""
+    if not out.numel():
+        return
     longest = _longest_own(x.dtype, out.dtype)
     bounds = host_offsets(offsets, x.shape[0])
     sizes = [end - begin for begin, end in pairwise(bounds)]
