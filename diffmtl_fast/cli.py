@@ -22,15 +22,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from . import __version__
 from ._extras import require
+from .diffusion.schedules import SCHEDULES, named_log_snr
 from .train.errors import TrainingDiverged, UserError
-from .train.schedules import SCHEDULES, named_log_snr
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from .bench import Results
-    from .train.trained import Trained
+    from .train.trained_denoiser import TrainedDenoiser
 
 # A command's name to what makes its parser, and what it is for.
 _Subcommands: TypeAlias = "dict[str, tuple[Callable[[Any], Any], str]]"
@@ -533,7 +533,7 @@ def _cluster(options: Any) -> None:
             clusters = cluster_intervals(cost, k=_number_of_clusters(options.k), **limits)
     if options.plot is not None:
         from .train import plots
-        from .train.trained import COST_TITLES
+        from .train.titles import COST_TITLES
 
         title = f"{clusters.k} {COST_TITLES[options.cost]} clusters, {options.scheduler}"
         with _writing("plot", Path(options.plot)) as aside, blame("plot"):
@@ -552,12 +552,12 @@ def _analyze(options: Any) -> None:
 
 
 def _affinity(options: Any) -> None:
-    from .train import analysis
+    from .train import run_analysis
     from .train.folder import RunFolder
 
     if not options.memory > 0:
         raise UserError(f"memory: expected a number > 0, found {options.memory}")
-    written = analysis.affinity(
+    written = run_analysis.affinity(
         RunFolder(Path(options.run_dir)),
         options.device,
         _path(options.checkpoint),
@@ -574,11 +574,11 @@ def _affinity(options: Any) -> None:
 
 
 def _negative_transfer(options: Any) -> None:
-    from .train import analysis
+    from .train import run_analysis
     from .train.config import Clusters
     from .train.folder import RunFolder
 
-    written = analysis.negative_transfer(
+    written = run_analysis.negative_transfer(
         RunFolder(Path(options.run_dir)),
         options.device,
         _path(options.checkpoint),
@@ -594,11 +594,11 @@ def _negative_transfer(options: Any) -> None:
 
 
 def _difficulty(options: Any) -> None:
-    from .train import analysis
+    from .train import run_analysis
     from .train.config import Clusters
     from .train.folder import RunFolder
 
-    written = analysis.difficulty(
+    written = run_analysis.difficulty(
         RunFolder(Path(options.run_dir)),
         options.device,
         intervals=Clusters(options.cost, options.intervals),
@@ -766,9 +766,9 @@ def _number_of_clusters(text: str) -> int:
         raise UserError(f"k: expected an integer or auto, found {text!r}") from error
 
 
-def _load(options: Any) -> Trained:
+def _load(options: Any) -> TrainedDenoiser:
     from .train.folder import RunFolder
-    from .train.trained import load
+    from .train.trained_denoiser import load
 
     run = RunFolder(Path(options.run_dir))
     config = replace(run.read_config(), device=options.device)

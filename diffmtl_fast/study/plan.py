@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 from .._files import write_json
-from ..train.config import Checkpoints, Config, differences, from_dict, to_dict
+from ..train.config import PLAIN, Checkpoints, Config, differences, from_dict, to_dict
 from ..train.errors import UserError
+from ..train.titles import METHOD_TITLES
+from ..weighting import METHODS, Method
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Variant:
 
     name: str
     title: str
-    method: Literal["vanilla", "uw", "pcgrad", "nash"]
+    method: str
     cost: Literal["timestep", "snr", "affinity"] | None = None
     order: Literal["none", "easy_to_hard", "hard_to_easy"] = "none"
 
@@ -42,24 +44,29 @@ class Variant:
         """The claims that it is a case of."""
         if self.order != "none":
             return "curriculum"
-        return "baseline" if self.method == "vanilla" else "clusters"
+        return "baseline" if self.method == PLAIN else "clusters"
 
 
-_METHODS: tuple[tuple[Literal["uw", "pcgrad", "nash"], str], ...] = (
-    ("uw", "UW"), ("pcgrad", "PCGrad"), ("nash", "NashMTL"),
-)  # fmt: skip
+def listed(methods: Sequence[Method], last: str = "and") -> str:
+    """Methods by their short names, such as "A, B and C"."""
+    *names, end = [method.short for method in methods]
+    return f"{', '.join(names)} {last} {end}" if names else end
+
+
+#: The weightings that a study compares with plain training.
+STUDIED = tuple(method for method in METHODS.values() if method.studied)
 _COSTS: tuple[tuple[Literal["timestep", "snr", "affinity"], str], ...] = (
     ("timestep", "timestep"), ("snr", "log-SNR"), ("affinity", "affinity"),
 )  # fmt: skip
 
-VANILLA = Variant("vanilla", "plain training", "vanilla")
-CURRICULUM = Variant("curriculum", "curriculum", "vanilla", order="easy_to_hard")
-ANTI_CURRICULUM = Variant("anti-curriculum", "anti-curriculum", "vanilla", order="hard_to_easy")
+VANILLA = Variant(PLAIN, METHOD_TITLES[PLAIN], PLAIN)
+CURRICULUM = Variant("curriculum", "curriculum", PLAIN, order="easy_to_hard")
+ANTI_CURRICULUM = Variant("anti-curriculum", "anti-curriculum", PLAIN, order="hard_to_easy")
 VARIANTS = (
     VANILLA,
     *(
-        Variant(f"{method}-{cost}", f"{name}, {kind} clusters", method, cost)
-        for method, name in _METHODS
+        Variant(f"{method.name}-{cost}", f"{method.short}, {kind} clusters", method.name, cost)
+        for method in STUDIED
         for cost, kind in _COSTS
     ),
     CURRICULUM,

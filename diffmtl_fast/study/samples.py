@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..train import checkpoint
 from ..train.sampling import balanced_labels
-from ..train.trained import Trained, load
+from ..train.trained_denoiser import TrainedDenoiser, load
 from .folder import StudyFolder
 from .results import Results
 
@@ -60,7 +60,7 @@ def draw_samples(results: Results, study: StudyFolder) -> Samples | None:
     return Samples(seed, found, parameters) if found else None
 
 
-def _real(trained: Trained, labels: Tensor | None) -> Tensor:
+def _real(trained: TrainedDenoiser, labels: Tensor | None) -> Tensor:
     """The first real picture of every class."""
     data = trained.data
     if labels is None or data.train_labels is None:

@@ -179,6 +179,13 @@ def read(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
+def describe(line: dict[str, Any]) -> str:
+    """The losses of a line of the history, and the phase of a curriculum, in words."""
+    losses = " ".join("-" if loss is None else f"{loss:.3f}" for loss in line["losses"])
+    phase = f"  phase {line['phase']}" if "phase" in line else ""
+    return f"loss {line['loss']:.4f}  clusters {losses}{phase}"
+
+
 def _masked_mean(values: list[Tensor], present: list[Tensor]) -> Tensor:
     mask = torch.stack(present)
     total = torch.where(mask, torch.stack(values).float(), 0.0).sum(0)

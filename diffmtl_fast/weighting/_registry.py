@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,11 +28,13 @@ class Option:
         name: of the constructor's parameter.
         type: its annotation.
         default: its default.
+        about: its first sentence in the class's docstring.
     """
 
     name: str
     type: Any
     default: Any
+    about: str
 
 
 @dataclass(frozen=True)
@@ -65,12 +68,14 @@ class Method:
     def options(self) -> tuple[Option, ...]:
         """The parameters of the constructor that a user may set, in their order."""
         hints = typing.get_type_hints(self.cls.__init__)
-        return tuple(
-            Option(name, hints[name], parameter.default)
-            for name, parameter in inspect.signature(self.cls).parameters.items()
-            if name not in SUPPLIED
-            and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        )
+        found = []
+        for name, parameter in inspect.signature(self.cls).parameters.items():
+            if name in SUPPLIED or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                continue
+            if parameter.default is parameter.empty:
+                raise ValueError(f"{self.cls.__name__}: expected a default of the option {name}, found none")
+            found.append(Option(name, hints[name], parameter.default, _about(self.cls, name)))
+        return tuple(found)
 
     @property
     def call(self) -> str:
@@ -80,9 +85,14 @@ class Method:
         return f"{self.cls.__name__}({', '.join([*required, *settings])})"
 
     @property
+    def forms_gramian(self) -> bool:
+        """Whether it balances by the Gramian of the cluster gradients, not by the losses."""
+        return issubclass(self.cls, GramianWeighting)
+
+    @property
     def cost(self) -> str:
         """What a training step costs, in words."""
-        if issubclass(self.cls, LossWeighting):
+        if not issubclass(self.cls, GramianWeighting):
             return "a plain step"
         pauses = self.cls.needs_gramian is not GramianWeighting.needs_gramian
         return "one forward and backward" + "; a plain step between updates" * pauses
@@ -105,6 +115,14 @@ class Method:
         if "generator" in parameters:
             options["generator"] = torch.Generator(device).manual_seed(seed)
         return self.cls(**options).to(device)
+
+
+def _about(cls: type, parameter: str) -> str:
+    """The first sentence on a parameter in the ``Args`` of a class's docstring."""
+    found = re.search(rf"^ +{parameter}: (.*?)(?:\.|\n\n|\Z)", cls.__doc__ or "", re.DOTALL | re.MULTILINE)
+    if found is None:
+        raise ValueError(f"{cls.__name__}: expected a docstring with the option {parameter} under Args")
+    return " ".join(found[1].split())
 
 
 _methods: dict[str, Method] = {}
@@ -132,11 +150,7 @@ def register(
                 f"name: expected one that is free, found {name!r} of {_methods[name].cls.__name__}"
             )
         method = Method(name, cls, title, short or cls.__name__, update, **more)
-        for option in method.options:
-            if option.default is inspect.Parameter.empty:
-                raise ValueError(
-                    f"{cls.__name__}: expected a default of the option {option.name}, found none"
-                )
+        _ = method.options  # refuses what a run could not build
         _methods[name] = method
         return cls
 

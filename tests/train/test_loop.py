@@ -248,7 +248,7 @@ def test_loss_weights_with_every_method_and_the_curriculum(tiny, tmp_path, metho
         ({"weight": "min_snr", "args": {"k": 1}}, "loss.args: "),
         ({"weight": "p2", "args": {"gamma": -1}}, "loss.args: expected gamma >= 0 and k > 0"),
         ({"args": {"gamma": 1}}, "loss.args: expected none without a loss.weight"),
-        ({"weight": "best"}, "loss.weight: expected one of none, min_snr, p2, found 'best'"),
+        ({"weight": "best"}, "loss.weight: expected one of 'none', 'min_snr', 'p2', found best"),
     ],
 )
 def test_bad_loss_weights(tiny, loss, message):

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from diffmtl_fast.clustering import cluster_snr
+from diffmtl_fast.diffusion.schedules import named_log_snr
 from diffmtl_fast.train import plots
-from diffmtl_fast.train.schedules import named_log_snr
 
 PNG = b"\x89PNG"
 

@@ -17,7 +17,7 @@ from diffmtl_fast.train.errors import UserError
 from diffmtl_fast.train.folder import RunFolder
 from diffmtl_fast.train.loop import Trainer
 from diffmtl_fast.train.run import train
-from diffmtl_fast.train.trained import load
+from diffmtl_fast.train.trained_denoiser import load
 
 
 class Killed(BaseException):

@@ -10,7 +10,9 @@ from diffmtl_fast.weighting._registry import register
 
 
 def test_options_are_the_parameters_that_a_run_does_not_supply():
-    assert METHODS["nash"].options == (Option("update_every", int, 1),)
+    assert METHODS["nash"].options == (
+        Option("update_every", int, 1, "steps from one refresh of the weights to the next"),
+    )
     assert METHODS["pcgrad"].options == METHODS["uw"].options == METHODS["equal"].options == ()
 
 

@@ -51,7 +51,8 @@ from .experts import expert_checkpoint, load_expert, train_expert
 from .folder import RunFolder
 from .run import LOG_SNR_DRAWN
 from .sampling import draw
-from .trained import load, method_title
+from .titles import method_title
+from .trained_denoiser import load
 
 
 def affinity(
