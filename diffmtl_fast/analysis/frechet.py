@@ -14,7 +14,7 @@ class FrechetDistance:
     |μ_a - μ_b|² + tr(Σ_a + Σ_b - 2 (Σ_a^½ Σ_b Σ_a^½)^½), where the trace of the root is the sum of the roots of
     the eigenvalues of a symmetric matrix: no general matrix root, which singular covariances upset.
 
-    Source: Heusel et al., "GANs TrainedDenoiser by a Two Time-Scale Update Rule", NeurIPS 2017.
+    Source: Heusel et al., "GANs Trained by a Two Time-Scale Update Rule", NeurIPS 2017.
 
     Args:
         features: [N, D], those of the real pictures for example.

@@ -22,7 +22,7 @@ from ..clustering import (
     cluster_snr,
     cluster_timesteps,
 )
-from ..clustering.report import load_values
+from ..clustering.inputs import load_values
 from ..curriculum import (
     DifficultyCurriculum,
     DistributionSampler,

@@ -44,8 +44,10 @@ def readable(message: str) -> str:
     found = re.search(r"(?:Given|Got) value: (.*)$", message) or re.search(
         r"Not of type \w+: (?:invalid literal.*: )?(.*?)(?: does not conform.*| not an? \w+)?$", message
     )
-    if option is None or kinds is None or found is None:
+    if option is None:
         return message
+    if kinds is None or found is None:
+        return f"{option[1]}: {message[option.end() :]}"
     named = re.findall(
         r"Literal\[(.*?)\]|(?:\w+\.)*([A-Za-z]+(?:\[\w+\])?)(?:'>|[],]|$)", kinds[kinds.lastindex or 0]
     )
