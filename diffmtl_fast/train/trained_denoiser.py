@@ -19,6 +19,7 @@ from .folder import RunFolder
 from .titles import method_title
 
 PICTURES_PER_CLASS = 10
+MOST_CLASSES_DRAWN = 20  # of data with more of them, classes evenly spread
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,13 @@ class TrainedDenoiser:
         return metrics
 
     def write_samples(self, path: Path) -> None:
-        """Draw ten pictures per class into a picture file."""
-        count = PICTURES_PER_CLASS * max(self.data.num_classes, PICTURES_PER_CLASS)
-        labels = sampling.balanced_labels(count, self.data.num_classes)
+        """Draw ten pictures per class, of 20 classes at most, into a picture file; 100 without classes."""
+        number = self.data.num_classes
+        drawn = min(number, MOST_CLASSES_DRAWN)
+        count = PICTURES_PER_CLASS * max(drawn, PICTURES_PER_CLASS)
+        labels = sampling.balanced_labels(count, drawn)
+        if labels is not None:
+            labels = labels * number // drawn
         pictures = self.draw(labels, count, self.config.seed)
         with replacing(path) as aside:
             plots.samples(aside, pictures, labels, self.title)
