@@ -16,12 +16,15 @@ def test_bundled_configuration_is_complete_and_survives_yaml():
     assert from_dict(yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
 
 
+CHOICES = ", ".join(f"'{name}'" for name in METHODS)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (
             {"method": "best"},
-            "method: expected one of 'vanilla', 'equal', 'uw', 'pcgrad', 'nash', found best",
+            f"method: expected one of 'vanilla', {CHOICES}, found best",
         ),
         ({"metod": "uw"}, "metod: unknown option"),
         ({"clusters": {"cots": "snr"}}, "clusters.cots: unknown option"),
