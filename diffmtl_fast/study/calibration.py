@@ -1,4 +1,4 @@
-"""What a step of each method costs, in plain steps: measured in turns, on a machine whose speed varies."""
+"""What a step of each method costs, in plain steps: all are timed in turn, as the speed of a machine varies."""
 
 from __future__ import annotations
 

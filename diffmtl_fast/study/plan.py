@@ -36,12 +36,15 @@ class Variant:
 
     @property
     def kind(self) -> str:
-        """What its steps cost depends on: not on which timesteps a cluster holds, all clusters getting as many."""
+        """Variants of a kind cost the same per step: the method, or the order of the curriculum.
+
+        Which timesteps a cluster holds does not matter, as all clusters get equally many images.
+        """
         return self.method if self.order == "none" else self.order
 
     @property
     def family(self) -> Literal["baseline", "clusters", "curriculum"]:
-        """The claims that it is a case of."""
+        """Which of the papers' claims it is evidence for."""
         if self.order != "none":
             return "curriculum"
         return "baseline" if self.method == PLAIN else "clusters"
@@ -123,9 +126,9 @@ class Plan:
 
     @property
     def exposures(self) -> tuple[int, ...]:
-        """The checkpoints of an expert that bracket equal exposure, or the one that meets it.
+        """Iterations of an expert's checkpoints just before and after equal exposure, or of one exactly at it.
 
-        Empty if the first comes later: then an expert only is there that has seen more.
+        Empty if its first checkpoint comes after equal exposure.
         """
         every = self.iterations // self.evaluations
         below = self.iterations // (self.intervals * every) * every

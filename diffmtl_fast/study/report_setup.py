@@ -1,4 +1,4 @@
-"""The sections of the report on the conditions of a study: what its steps cost, and what its settings favour."""
+"""The sections of the report on the set-up of a study: its command, the cost of its steps, its settings."""
 
 from __future__ import annotations
 

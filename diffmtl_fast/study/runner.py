@@ -24,7 +24,7 @@ from .report import write_report
 
 @dataclass(frozen=True)
 class Job:
-    """A piece of work.
+    """A piece of work for a process of the pool.
 
     Attributes:
         name: for messages and the file of its output.
@@ -57,7 +57,7 @@ def study(
         folder: where.
         jobs: runs at a time.
         threads: of each.
-        only: do the work whose name matches this pattern alone, for example ``uw-*``.
+        only: do the work whose name matches this pattern alone, for example ``vanilla-*``.
         report: folder of the report; by default the study's own.
         command: that this was asked for by, to be named in the report.
 
@@ -93,7 +93,7 @@ def study(
 
 
 def _stages(folder: StudyFolder, plan: Plan) -> list[list[Job]]:
-    """The work in the order of its needs: nothing needs anything of its own stage."""
+    """The jobs by stage: each needs results of earlier stages only, so those of a stage may run in any order."""
     runs = all_runs(plan)
 
     def run_jobs(*, by_affinity: bool) -> list[Job]:
@@ -169,7 +169,7 @@ def _run(pool: Executor, todo: list[Job], folder: StudyFolder, progress: _Progre
 
 
 def _pool(jobs: int, threads: int) -> Executor:
-    # A forked process would inherit torch's thread pool without its threads.
+    # A forked process would take over torch's thread pool, but not the threads in it.
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(jobs, mp_context=context, initializer=_set_threads, initargs=(threads,))
 
@@ -180,7 +180,7 @@ def _set_threads(threads: int) -> None:
 
 
 def _work(job: Job, output: Path) -> tuple[float, float, str | None]:
-    """Do it in a process of the pool, what it prints into a file.
+    """Do a job in a process of the pool; what it prints goes to a file.
 
     Returns:
         When it began, the seconds that it took, and what went wrong if the user can put it right.

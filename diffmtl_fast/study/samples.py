@@ -1,4 +1,4 @@
-"""Digits, or whatever the data are, that every method draws from the same noise."""
+"""Pictures that every method draws from the same noise."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Samples:
 def draw_samples(results: Results, study: StudyFolder) -> Samples | None:
     """Draw a picture of each class with every method's averaged weights.
 
-    Of the first seed that all methods have in common, or else that plain training has.
+    They are those of the first seed that all methods have, or else of the first that plain training has.
 
     Returns:
         The pictures; None where no checkpoint is left of plain training.

@@ -1,4 +1,4 @@
-"""The pieces of work of a study. Each goes on where it was, and does nothing if it is done."""
+"""The pieces of work of a study. Each continues where it was interrupted, and does nothing if it is complete."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ def measure_costs(study: StudyFolder, plan: Plan, rounds: int = CALIBRATION_ROUN
 
 
 def train_and_evaluate(study: StudyFolder, plan: Plan, variant: Variant, seed: int) -> None:
-    """Train a run, then evaluate its checkpoints. Neither's time counts as the other's.
+    """Train a run, then evaluate its checkpoints; the recorded time is that of training alone.
 
-    Of its checkpoints the last one stays, of plain training with the first seed all, for the affinities.
+    Only the last checkpoint is kept, except of plain training with the first seed: the task affinities are
+    measured on all of its checkpoints.
     """
     if study.evaluations(variant, seed).exists():
         return
@@ -94,8 +95,8 @@ def measure_gaps(study: StudyFolder, plan: Plan, seed: int) -> None:
 def measure_early_gaps(study: StudyFolder, plan: Plan, seed: int, iteration: int) -> None:
     """Measure negative transfer by the same experts as they were at an iteration.
 
-    Nothing is trained for it: it takes as long as drawing the evaluation's pictures once for every interval and
-    once more.
+    Nothing is trained: the time goes into drawing the evaluation's pictures, once per interval and once without an
+    expert.
     """
     if study.gaps(seed, iteration).exists():
         return

@@ -24,7 +24,7 @@ class History:
     Args:
         path: the JSONL file; lines are appended.
         tensorboard: folder of the TensorBoard event files, or None.
-        start: iterations done before, for TensorBoard to forget what came after them.
+        start: iterations done before; TensorBoard drops events of later ones.
     """
 
     def __init__(self, path: Path, tensorboard: Path | None = None, start: int = 0) -> None:
