@@ -44,18 +44,20 @@ class Method:
     Attributes:
         name: as typed on the command line.
         cls: the class.
+        options: the parameters of its constructor that a user may set.
         title: in words, for pictures.
-        short: the name in tables, where many stand beside each other; the class's name by default.
+        short: the name in tables, where many stand beside each other.
         update: what the update direction is, in a few words.
         year: of publication; methods are listed in this order.
         clip: gradient norm to which its published training clips; 0 for none.
         published_every: for a method with an option `update_every`, its value in the paper of the timestep
             clusters.
-        studied: whether the bundled study trains it: so are those of the paper of the timestep clusters.
+        studied: whether the bundled study trains it.
     """
 
     name: str
     cls: type[Weighting]
+    options: tuple[Option, ...]
     title: str
     short: str
     update: str
@@ -65,37 +67,9 @@ class Method:
     studied: bool = False
 
     @property
-    def options(self) -> tuple[Option, ...]:
-        """The parameters of the constructor that a user may set, in their order."""
-        hints = typing.get_type_hints(self.cls.__init__)
-        found = []
-        for name, parameter in inspect.signature(self.cls).parameters.items():
-            if name in SUPPLIED or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                continue
-            if parameter.default is parameter.empty:
-                raise ValueError(f"{self.cls.__name__}: expected a default of the option {name}, found none")
-            found.append(Option(name, hints[name], parameter.default, _about(self.cls, name)))
-        return tuple(found)
-
-    @property
-    def call(self) -> str:
-        """How the class is called, such as ``NashMTL(update_every=1)``; a required number of clusters is k."""
-        required = ["k"] * ("num_clusters" in inspect.signature(self.cls).parameters)
-        settings = [f"{option.name}={option.default}" for option in self.options]
-        return f"{self.cls.__name__}({', '.join([*required, *settings])})"
-
-    @property
     def forms_gramian(self) -> bool:
         """Whether it balances by the Gramian of the cluster gradients, not by the losses."""
         return issubclass(self.cls, GramianWeighting)
-
-    @property
-    def cost(self) -> str:
-        """What a training step costs, in words."""
-        if not issubclass(self.cls, GramianWeighting):
-            return "a plain step"
-        pauses = self.cls.needs_gramian is not GramianWeighting.needs_gramian
-        return "one forward and backward" + "; a plain step between updates" * pauses
 
     def build(self, num_clusters: int, device: torch.device, seed: int, **options: Any) -> Weighting:
         """Make the weighting of a run.
@@ -104,7 +78,7 @@ class Method:
             num_clusters: K.
             device: of its parameters and random numbers.
             seed: of its random numbers.
-            **options: see `options`.
+            **options: values of `options`.
 
         Raises:
             ValueError: an option is out of range.
@@ -117,41 +91,39 @@ class Method:
         return self.cls(**options).to(device)
 
 
-def _about(cls: type, parameter: str) -> str:
-    """The first sentence on a parameter in the ``Args`` of a class's docstring."""
-    found = re.search(rf"^ +{parameter}: (.*?)(?:\.|\n\n|\Z)", cls.__doc__ or "", re.DOTALL | re.MULTILINE)
-    if found is None:
-        raise ValueError(f"{cls.__name__}: expected a docstring with the option {parameter} under Args")
-    return " ".join(found[1].split())
+def _options(cls: type[Weighting]) -> tuple[Option, ...]:
+    """The parameters of a constructor that a user may set, each with its first sentence under ``Args``."""
+    hints, found = typing.get_type_hints(cls.__init__), []
+    for name, parameter in inspect.signature(cls).parameters.items():
+        if name in SUPPLIED or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        about = re.search(rf"^ +{name}: (.*?)(?:\.|\n\n|\Z)", cls.__doc__ or "", re.DOTALL | re.MULTILINE)
+        if parameter.default is parameter.empty or about is None:
+            raise ValueError(f"{cls.__name__}: expected a default and a docstring of the option {name}")
+        found.append(Option(name, hints[name], parameter.default, " ".join(about[1].split())))
+    return tuple(found)
 
 
 _methods: dict[str, Method] = {}
 
 
-def register(
-    name: str, *, title: str, update: str, short: str = "", **more: Any
-) -> Callable[[_Class], _Class]:
+def register(name: str, *, short: str = "", **about: Any) -> Callable[[_Class], _Class]:
     """Enter a weighting into the registry.
 
     Args:
-        name: see `Method`, as for the rest.
-        title: see there.
-        update: see there.
-        short: see there.
-        **more: further attributes of `Method`.
+        name: see `Method`.
+        short: see there; the class's name by default.
+        **about: `title`, `update` and what else `Method` has.
 
     Raises:
-        ValueError: the name is taken, or a parameter of the constructor is neither supplied nor has a default.
+        ValueError: the name is taken, or an option of the class lacks a default or a docstring.
     """
 
     def enter(cls: _Class) -> _Class:
         if name in _methods:
-            raise ValueError(
-                f"name: expected one that is free, found {name!r} of {_methods[name].cls.__name__}"
-            )
-        method = Method(name, cls, title, short or cls.__name__, update, **more)
-        _ = method.options  # refuses what a run could not build
-        _methods[name] = method
+            taken = _methods[name].cls.__name__
+            raise ValueError(f"name: expected one that is free, found {name!r} of {taken}")
+        _methods[name] = Method(name, cls, _options(cls), short=short or cls.__name__, **about)
         return cls
 
     return enter

@@ -166,6 +166,16 @@ def test_it_is_a_name_of_the_package_and_trains_a_model(name, device):
     assert losses[-1] < 0.9 * losses[0]
 
 
+def readme_row(method):
+    """A line of README's table: how the class is called, its update, and what a step costs."""
+    arguments = ["k"] * ("num_clusters" in inspect.signature(method.cls).parameters)
+    arguments += [f"{option.name}={option.default}" for option in method.options]
+    cost = "one forward and backward" if method.forms_gramian else "a plain step"
+    if method.forms_gramian and method.cls.needs_gramian is not dm.GramianWeighting.needs_gramian:
+        cost += "; a plain step between updates"
+    return f"| `{method.cls.__name__}({', '.join(arguments)})` | {method.update} | {cost} |"
+
+
 def test_what_readme_says_is_what_is_registered():
     text = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
     table = text.partition("| weighting | update direction | a step costs |\n")[2].partition("\n\n")[0]
@@ -173,9 +183,6 @@ def test_what_readme_says_is_what_is_registered():
         re.match(r"\| `(\w+)\(", row)[1]: row  # type: ignore[index]
         for row in table.splitlines()[1:]
     }
-    registered = {
-        method.cls.__name__: f"| `{method.call}` | {method.update} | {method.cost} |"
-        for method in METHODS.values()
-    }
+    registered = {method.cls.__name__: readme_row(method) for method in METHODS.values()}
     assert len(rows) >= 4
     assert rows == {name: registered[name] for name in registered if name in rows}

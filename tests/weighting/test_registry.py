@@ -32,6 +32,6 @@ def test_refuses():
         def __init__(self, rate: float) -> None:
             super().__init__()
 
-    with pytest.raises(ValueError, match="Needy: expected a default of the option rate, found none"):
+    with pytest.raises(ValueError, match="Needy: expected a default and a docstring of the option rate"):
         register("needy", title="", update="")(Needy)
     assert "needy" not in METHODS
