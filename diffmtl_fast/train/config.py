@@ -200,7 +200,7 @@ class Config:
     """A training run.
 
     Attributes:
-        method: balancing of the clusters; none: vanilla
+        method: how the clusters are balanced; vanilla: not at all
         iterations: optimizer steps
         batch_size: images per backward pass
         accumulate: backward passes per optimizer step
