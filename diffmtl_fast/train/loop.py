@@ -36,8 +36,7 @@ from .data import EpochSampler
 from .denoising import Denoising
 from .ema import Ema
 from .errors import TrainingDiverged, UserError, blame
-from .history import History
-from .progress import describe
+from .history import History, describe
 
 
 class Trainer:

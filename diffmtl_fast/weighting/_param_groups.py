@@ -17,7 +17,7 @@ def param_groups(
 
     Args:
         model: the model that is trained, wrapped or not; its trainable parameters form the first group.
-        weighting: its learned parameters (the log-variances of uncertainty weighting) form a second group with
+        weighting: its learned parameters, such as log-variances, form a second group with
             a learning rate of their own and no weight decay; a weighting without any adds no group.
         weighting_lr: that learning rate.
         **options: options of the first group, such as ``lr`` or ``weight_decay``.

@@ -12,7 +12,7 @@ import torch
 
 from diffmtl_fast.analysis import FrechetDistance, SwitchedModel, task_affinity
 from diffmtl_fast.clustering import cluster_timesteps
-from diffmtl_fast.train import analysis, history
+from diffmtl_fast.train import history, run_analysis
 from diffmtl_fast.train.checkpoint import checkpoints, load_module
 from diffmtl_fast.train.components import build_data, build_model, build_scheduler
 from diffmtl_fast.train.config import Clusters
@@ -22,7 +22,7 @@ from diffmtl_fast.train.experts import expert_config, expert_folder, load_expert
 from diffmtl_fast.train.folder import RunFolder
 from diffmtl_fast.train.loop import Trainer
 from diffmtl_fast.train.run import train
-from diffmtl_fast.train.trained import load
+from diffmtl_fast.train.trained_denoiser import load
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def run(tiny, tmp_path):
 
 
 def test_affinity(run, tiny, tmp_path, device, capsys):
-    paths = analysis.affinity(run, str(device), tasks=5, samples=3, batch_size=12)
+    paths = run_analysis.affinity(run, str(device), tasks=5, samples=3, batch_size=12)
     assert [path.name for path in paths] == ["affinity.npy", "affinity.json", "affinity.png"]
     assert sorted(path.name for path in run.analysis.iterdir()) == sorted(path.name for path in paths)
     matrix = np.load(paths[0])
@@ -53,19 +53,19 @@ def test_affinity_is_the_mean_over_the_checkpoints_raw_weights(run, device):
     config = run.read_config()
     data, scheduler = build_data(config), build_scheduler(config)
     model = build_model(config, data, device)
-    loss, expected = analysis.denoising_loss(data, scheduler, device), []
+    loss, expected = run_analysis.denoising_loss(data, scheduler, device), []
     for path in checkpoints(run.checkpoints):
         load_module(path, "model", model)
         expected.append(task_affinity(model, loss, cluster_timesteps(20, 4), samples=2).matrix)
-    both = np.load(analysis.affinity(run, str(device), tasks=4, samples=2)[0])
+    both = np.load(run_analysis.affinity(run, str(device), tasks=4, samples=2)[0])
     np.testing.assert_array_equal(both, np.mean(expected, axis=0))
-    last = np.load(analysis.affinity(run, str(device), path, tasks=4, samples=2)[0])
+    last = np.load(run_analysis.affinity(run, str(device), path, tasks=4, samples=2)[0])
     np.testing.assert_array_equal(last, expected[-1])
 
 
 def test_disattenuated_affinity(run, device):
     options = {"tasks": 4, "samples": 6}
-    paths = analysis.affinity(run, str(device), disattenuate=True, **options)
+    paths = run_analysis.affinity(run, str(device), disattenuate=True, **options)
     assert [path.name for path in paths] == [
         f"affinity-disattenuated.{end}" for end in ("npy", "json", "png")
     ]
@@ -75,10 +75,12 @@ def test_disattenuated_affinity(run, device):
     data, scheduler = build_data(config), build_scheduler(config)
     model = build_model(config, data, device)
     load_module(checkpoints(run.checkpoints)[0], "model", model)
-    loss = analysis.denoising_loss(data, scheduler, device)
+    loss = run_analysis.denoising_loss(data, scheduler, device)
     expected = task_affinity(model, loss, cluster_timesteps(20, 4), samples=6, reliability=True)
     np.testing.assert_array_equal(reliability[0], expected.reliability[0])
-    one = analysis.affinity(run, str(device), checkpoints(run.checkpoints)[0], disattenuate=True, **options)
+    one = run_analysis.affinity(
+        run, str(device), checkpoints(run.checkpoints)[0], disattenuate=True, **options
+    )
     np.testing.assert_array_equal(np.load(one[0]), expected.disattenuated.matrix)
 
 
@@ -92,14 +94,16 @@ def test_disattenuated_affinity(run, device):
 )
 def test_affinity_refuses(run, device, options, message):
     with pytest.raises(UserError, match=message):
-        analysis.affinity(run, str(device), **options)
+        run_analysis.affinity(run, str(device), **options)
 
 
 EQUAL = Clusters(cost="timestep", k=2)
 
 
 def test_negative_transfer_is_that_of_the_experts_put_to_use(run, device):
-    paths = analysis.negative_transfer(run, str(device), intervals=EQUAL, iterations=3, num=70, resamples=5)
+    paths = run_analysis.negative_transfer(
+        run, str(device), intervals=EQUAL, iterations=3, num=70, resamples=5
+    )
     assert [path.name for path in paths] == ["negative-transfer.json", "negative-transfer.png"]
     found = json.loads(paths[0].read_text())
     assert found["boundaries"] == [0, 10, 20]
@@ -121,7 +125,7 @@ def test_negative_transfer_is_that_of_the_experts_put_to_use(run, device):
 
 def test_negative_transfer_by_experts_as_they_were(run, device):
     options = {"intervals": EQUAL, "num": 20, "resamples": 2}
-    paths = analysis.negative_transfer(run, str(device), expert_iteration=4, **options)
+    paths = run_analysis.negative_transfer(run, str(device), expert_iteration=4, **options)
     assert [path.name for path in paths] == ["negative-transfer-at-4.json", "negative-transfer-at-4.png"]
     early = json.loads(paths[0].read_text())
     assert (early["iterations"], early["expert_iterations"]) == (6, 4)
@@ -131,14 +135,16 @@ def test_negative_transfer_by_experts_as_they_were(run, device):
         assert load_expert(folder, str(device)).iteration == 6
         shutil.rmtree(last)
         assert load_expert(folder, str(device)).iteration == 4
-    same = json.loads(analysis.negative_transfer(run, str(device), iterations=4, **options)[0].read_text())
+    same = json.loads(
+        run_analysis.negative_transfer(run, str(device), iterations=4, **options)[0].read_text()
+    )
     assert same == early
     with pytest.raises(UserError, match=r"expert_iteration: .* a checkpoint of \(4, 6\), found 5"):
-        analysis.negative_transfer(run, str(device), expert_iteration=5, **options)
+        run_analysis.negative_transfer(run, str(device), expert_iteration=5, **options)
 
 
 def test_difficulty_and_negative_transfer_share_their_experts(run, device, capsys):
-    paths = analysis.difficulty(run, str(device), intervals=EQUAL, iterations=4, fraction=0.5)
+    paths = run_analysis.difficulty(run, str(device), intervals=EQUAL, iterations=4, fraction=0.5)
     assert [path.name for path in paths] == ["difficulty.json", "convergence.png", "relative-entropy.png"]
     found = json.loads(paths[0].read_text())
     log = history.read(expert_folder(run, 0, 10).log)
@@ -150,7 +156,7 @@ def test_difficulty_and_negative_transfer_share_their_experts(run, device, capsy
 
     capsys.readouterr()
     options = {"intervals": EQUAL, "iterations": 4, "num": 20, "resamples": 2}
-    analysis.negative_transfer(run, str(device), **options)
+    run_analysis.negative_transfer(run, str(device), **options)
     assert capsys.readouterr().out.count("is already complete") == 2
 
 
@@ -167,7 +173,7 @@ def test_difficulty_and_negative_transfer_share_their_experts(run, device, capsy
     ],
 )
 def test_experts_refuse(run, device, options, message):
-    measure = analysis.difficulty if "fraction" in options else analysis.negative_transfer
+    measure = run_analysis.difficulty if "fraction" in options else run_analysis.negative_transfer
     with pytest.raises(UserError) as caught:
         measure(run, str(device), **({} if "fraction" in options else {"num": 20}) | options)
     assert str(caught.value).startswith(message)
@@ -188,6 +194,6 @@ def test_no_checkpoint(tiny, tmp_path, device):
     folder.create()
     folder.write_config(tiny())
     with pytest.raises(UserError, match="expected a checkpoint, found none yet"):
-        analysis.affinity(folder, str(device))
+        run_analysis.affinity(folder, str(device))
     with pytest.raises(UserError, match="expected a checkpoint, found none yet"):
-        analysis.negative_transfer(folder, str(device), intervals=EQUAL)
+        run_analysis.negative_transfer(folder, str(device), intervals=EQUAL)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diffmtl_fast.clustering import cluster_timesteps
-from diffmtl_fast.study import conditions, journal
+from diffmtl_fast.study import journal, report_setup
 from diffmtl_fast.study.folder import all_runs, run_name
 from diffmtl_fast.study.plan import bundled, make_plan
 from diffmtl_fast.study.results import load_results
@@ -27,11 +27,11 @@ from diffmtl_fast.study.results import load_results
     ],
 )
 def test_a_command_that_makes_the_same_plan(options, command):
-    assert conditions.command_of(make_plan(**options)) == command
+    assert report_setup.command_of(make_plan(**options)) == command
 
 
 def test_origin_without_a_record_adds_up_what_is_stored(study):
-    text = conditions.origin(load_results(study), study)
+    text = report_setup.origin(load_results(study), study)
     assert "the plan of `diffmtl-fast study --quick --seeds 3`; the command itself was not recorded" in text
     assert "How long it took was not recorded; training alone took 2 min in all for the runs and 0 s" in text
 
@@ -42,14 +42,14 @@ def test_origin_with_a_record(study):
     runs = all_runs(results.plan)
     for place, run in enumerate(runs[:-1]):
         journal.add_work(study.journal, run_name(*run), 100.0 * (place // 2), 100.0)
-    text = conditions.origin(results, study)
+    text = report_setup.origin(results, study)
     assert text.startswith("Made by `diffmtl-fast study --jobs 4`. The times of 1 runs were not recorded;")
     journal.add_work(study.journal, run_name(*runs[-1]), 1700.0, 100.0)
-    assert "It took 30 min, in which 60 min of work were done." in conditions.origin(results, study)
+    assert "It took 30 min, in which 60 min of work were done." in report_setup.origin(results, study)
 
 
 def test_costs_name_the_noise_and_what_it_does(study):
-    text = conditions.costs(load_results(study), 1234)
+    text = report_setup.costs(load_results(study), 1234)
     assert "| nash | 1.500 | 1.500 to 1.500 | 0.300 |" in text
     assert "this model of 1,234 parameters with 20 images a step" in text
     assert "a second time: 1.000 (1.000 to 1.000) where 1 is true" in text
@@ -59,7 +59,7 @@ def test_costs_name_the_noise_and_what_it_does(study):
 def test_settings(study):
     results = load_results(study)
     clusters = {"timestep": cluster_timesteps(100, 4), "curriculum": cluster_timesteps(100, 100)}
-    text = conditions.settings(results, clusters)
+    text = report_setup.settings(results, clusters)
     plain = [results.curves["vanilla", seed].figures["frechet_distance"] for seed in range(3)]
     before, end = np.mean(plain, axis=0)[-2:]
     assert f"went from {before:.2f} to {end:.2f}" in text
@@ -72,6 +72,6 @@ def test_settings(study):
 def test_phases_that_never_ended(study):
     log = study.run(next(v for v, _ in all_runs(load_results(study).plan) if v.name == "curriculum"), 1).log
     log.write_text(json.dumps({"iteration": 4, "phase": 2}) + "\n")
-    text = conditions.phases(load_results(study), cluster_timesteps(100, 3))
+    text = report_setup.phases(load_results(study), cluster_timesteps(100, 3))
     assert "| curriculum | 6, never (it ended in phase 2), 6 |" in text
     assert "phase 4 in the pictures" in text

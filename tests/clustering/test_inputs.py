@@ -3,27 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from diffmtl_fast.clustering import IntervalClustering, cluster_intervals, cluster_path
-from diffmtl_fast.clustering.report import as_dict, load_values, named_cost, plot_path, table
-
-CLUSTERS = IntervalClustering([0, 2, 12], 1.5)
-
-
-def test_table():
-    expected = (
-        "cluster  timesteps  size     log-SNR\n"
-        "      0        0–1     2     11 … 10\n"
-        "      1       2–11    10  9 … -0.125\n"
-        "cost 1.5"
-    )
-    values = np.append(np.arange(11, 0, -1.0), -0.125)
-    assert table(CLUSTERS, values) == expected
-    assert table(CLUSTERS).splitlines()[0] == "cluster  timesteps  size"
-
-
-def test_dict_is_json():
-    state = json.loads(json.dumps(as_dict(CLUSTERS, scheduler="linear")))
-    assert state == {"scheduler": "linear", "k": 2, "sizes": [2, 10], "boundaries": [0, 2, 12], "cost": 1.5}
+from diffmtl_fast.clustering import cluster_intervals
+from diffmtl_fast.clustering.inputs import load_values, named_cost
 
 
 def test_load_values(tmp_path):
@@ -87,15 +68,3 @@ def test_bad_names_and_shapes():
         named_cost("l2", np.zeros(3))
     with pytest.raises(ValueError, match=r"snr cost: expected one value per timestep, found shape \[2, 2\]"):
         named_cost("snr", np.zeros((2, 2)))
-
-
-def test_plot_shows_the_choice(tmp_path):
-    figure = pytest.importorskip("matplotlib.figure").Figure()
-    path = cluster_path(named_cost("timestep", np.arange(30.0)), 9)
-    axes = figure.subplots()
-    plot_path(path, axes)
-    curve, chosen = axes.lines
-    np.testing.assert_array_equal(curve.get_ydata(), path.costs)
-    assert chosen.get_xdata() == [path.chosen.k]
-    plot_path(path, tmp_path / "curve.png")
-    assert (tmp_path / "curve.png").stat().st_size > 1000

@@ -1,4 +1,4 @@
-"""The pieces of work of a study. Each goes on where it was, and does nothing if it is done."""
+"""The pieces of work of a study. Each continues where it was interrupted, and does nothing if it is complete."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from .._files import remove, write_json
 from ..clustering import cluster_timesteps
-from ..train import analysis, checkpoint
+from ..train import checkpoint, run_analysis
 from ..train.components import build, build_scheduler
 from ..train.config import Clusters, Component
 from ..train.errors import UserError
@@ -18,7 +18,7 @@ from ..train.evaluation import Judge
 from ..train.experts import train_expert
 from ..train.folder import RunFolder
 from ..train.run import train
-from ..train.trained import load
+from ..train.trained_denoiser import load
 from .calibration import calibrate
 from .folder import StudyFolder
 from .plan import VANILLA, Plan, Variant
@@ -33,9 +33,10 @@ def measure_costs(study: StudyFolder, plan: Plan, rounds: int = CALIBRATION_ROUN
 
 
 def train_and_evaluate(study: StudyFolder, plan: Plan, variant: Variant, seed: int) -> None:
-    """Train a run, then evaluate its checkpoints. Neither's time counts as the other's.
+    """Train a run, then evaluate its checkpoints; the recorded time is that of training alone.
 
-    Of its checkpoints the last one stays, of plain training with the first seed all, for the affinities.
+    Only the last checkpoint is kept, except of plain training with the first seed: the task affinities are
+    measured on all of its checkpoints.
     """
     if study.evaluations(variant, seed).exists():
         return
@@ -54,13 +55,13 @@ def measure_affinity(study: StudyFolder, plan: Plan) -> None:
     """Measure the task affinities of plain training."""
     if not study.affinity.exists():
         run = _plain_run(study, 0)
-        analysis.affinity(run, plan.base.device, tasks=plan.tasks, samples=plan.samples)
+        run_analysis.affinity(run, plan.base.device, tasks=plan.tasks, samples=plan.samples)
 
 
 def measure_disattenuated_affinity(study: StudyFolder, plan: Plan) -> None:
     """Measure the task affinities of plain training with more images, corrected for their noise."""
     if not study.disattenuated.exists():
-        analysis.affinity(
+        run_analysis.affinity(
             _plain_run(study, 0),
             plan.base.device,
             tasks=plan.tasks,
@@ -87,19 +88,19 @@ def measure_gaps(study: StudyFolder, plan: Plan, seed: int) -> None:
     if study.gaps(seed).exists():
         return
     run, intervals = _plain_run(study, seed), Clusters("timestep", plan.intervals)
-    analysis.difficulty(run, plan.base.device, intervals=intervals)
-    analysis.negative_transfer(run, plan.base.device, intervals=intervals, seed=seed)
+    run_analysis.difficulty(run, plan.base.device, intervals=intervals)
+    run_analysis.negative_transfer(run, plan.base.device, intervals=intervals, seed=seed)
 
 
 def measure_early_gaps(study: StudyFolder, plan: Plan, seed: int, iteration: int) -> None:
     """Measure negative transfer by the same experts as they were at an iteration.
 
-    Nothing is trained for it: it takes as long as drawing the evaluation's pictures once for every interval and
-    once more.
+    Nothing is trained: the time goes into drawing the evaluation's pictures, once per interval and once without an
+    expert.
     """
     if study.gaps(seed, iteration).exists():
         return
-    analysis.negative_transfer(
+    run_analysis.negative_transfer(
         _plain_run(study, seed),
         plan.base.device,
         intervals=Clusters("timestep", plan.intervals),

@@ -1,4 +1,4 @@
-"""The sections of the report on the conditions of a study: what its steps cost, and what its settings favour."""
+"""The sections of the report on the set-up of a study: its command, the cost of its steps, its settings."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from ..train import history
 from . import journal
 from .calibration import CONTROL, Cost
 from .folder import StudyFolder
-from .plan import VANILLA, Plan, Variant, make_plan
+from .plan import STUDIED, VANILLA, Plan, Variant, make_plan
 from .results import Results
 from .tables import duration, intervals, table, timesteps
 
 #: Iterations without improvement that end a phase in the paper of the curriculum.
 PAPER_PATIENCE = 200
-#: Steps between two solutions of NashMTL in the paper of the clusters.
-PAPER_NASH_EVERY = 25
 
 
 def origin(results: Results, study: StudyFolder) -> str:
@@ -141,7 +139,7 @@ def settings(results: Results, clusters: dict[str, IntervalClustering]) -> str:
     points = [
         _undertraining(results),
         _curriculum(results.plan, clusters["curriculum"]),
-        _nash(results.plan),
+        *_updates(results.plan),
         _distribution({name: each for name, each in clusters.items() if name != "curriculum"}),
     ]
     return "\n\n".join(
@@ -189,15 +187,18 @@ def _curriculum(plan: Plan, clusters: IntervalClustering) -> str:
     return text
 
 
-def _nash(plan: Plan) -> str:
-    every = plan.base.nash_update_every
-    if every == PAPER_NASH_EVERY:
-        return ""
-    when = "at every step" if every == 1 else f"every {every} steps"
-    return (
-        f"NashMTL solves for its weights {when}, in the paper every {PAPER_NASH_EVERY}: its steps cost "
-        "more here than they need to, which counts against it at equal time."
-    )
+def _updates(plan: Plan) -> list[str]:
+    """The methods that refresh their weights more or less often than in the paper of the clusters."""
+    points = []
+    for method in STUDIED:
+        every = getattr(plan.base, f"{method.name}_update_every", None)
+        if every != method.published_every:
+            when = "at every step" if every == 1 else f"every {every} steps"
+            points.append(
+                f"{method.short} solves for its weights {when}, in the paper every {method.published_every}: its "
+                "steps cost more here than they need to, which counts against it at equal time."
+            )
+    return points
 
 
 def _distribution(clusters: dict[str, IntervalClustering]) -> str:

@@ -51,7 +51,8 @@ from .experts import expert_checkpoint, load_expert, train_expert
 from .folder import RunFolder
 from .run import LOG_SNR_DRAWN
 from .sampling import draw
-from .trained import load, method_title
+from .titles import method_title
+from .trained_denoiser import load
 
 
 def affinity(
@@ -150,9 +151,9 @@ def negative_transfer(
 ) -> list[Path]:
     """Measure the negative transfer gaps of a run's averaged weights, with experts that are trained where missing.
 
-    After as many iterations as the run an expert of one of K equal intervals has seen each timestep K times as
-    often, so that a gap below 0 may show no more than that. After a K-th of the iterations it has seen them as
-    often, in a K-th of the optimizer's steps: a gap below 0 then is harm that the other timesteps do.
+    An expert of one of K equal intervals that is trained for as many iterations as the run has seen each of its
+    timesteps K times as often, which alone may explain a gap below 0. After a K-th of the iterations it has seen
+    them equally often: a gap below 0 at that point is harm that training on the other timesteps does.
 
     Args:
         run: the run.

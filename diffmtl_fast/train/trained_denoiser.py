@@ -12,38 +12,18 @@ from torch import Tensor, nn
 from .._files import replacing
 from . import checkpoint, evaluation, plots, sampling
 from .components import build_data, build_model, build_scheduler, resolve_device
-from .config import NEIGHBOURS, Clusters, Config
+from .config import NEIGHBOURS, Config
 from .data import ImageData
 from .errors import UserError
 from .folder import RunFolder
+from .titles import method_title
 
 PICTURES_PER_CLASS = 10
-
-METHOD_TITLES = {
-    "vanilla": "plain training",
-    "uw": "uncertainty weighting",
-    "pcgrad": "PCGrad",
-    "nash": "NashMTL",
-}
-ORDER_TITLES = {"none": "", "easy_to_hard": ", curriculum", "hard_to_easy": ", anti-curriculum"}
-LOSS_TITLES = {"none": "", "min_snr": ", Min-SNR", "p2": ", P2"}
-COST_TITLES = {"snr": "log-SNR", "squared": "k-means log-SNR", "timestep": "timestep", "affinity": "affinity"}
-
-
-def clusters_title(clusters: Clusters) -> str:
-    """The clusters in words."""
-    number = "" if clusters.k == "auto" else f"{clusters.k} "
-    return f"{number}{COST_TITLES[clusters.cost]} cluster" + "s" * (clusters.k != 1)
-
-
-def method_title(config: Config) -> str:
-    """The method, its clusters, the curriculum and the loss weights in words."""
-    more = ORDER_TITLES[config.curriculum.order] + LOSS_TITLES[config.loss.weight]
-    return f"{METHOD_TITLES[config.method]}, {clusters_title(config.clusters)}{more}"
+MOST_CLASSES_DRAWN = 20  # of data with more of them, classes evenly spread
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedDenoiser:
     """The averaged weights and what belongs to them.
 
     Attributes:
@@ -114,9 +94,13 @@ class Trained:
         return metrics
 
     def write_samples(self, path: Path) -> None:
-        """Draw ten pictures per class into a picture file."""
-        count = PICTURES_PER_CLASS * max(self.data.num_classes, PICTURES_PER_CLASS)
-        labels = sampling.balanced_labels(count, self.data.num_classes)
+        """Draw ten pictures per class, of 20 classes at most, into a picture file; 100 without classes."""
+        number = self.data.num_classes
+        drawn = min(number, MOST_CLASSES_DRAWN)
+        count = PICTURES_PER_CLASS * max(drawn, PICTURES_PER_CLASS)
+        labels = sampling.balanced_labels(count, drawn)
+        if labels is not None:
+            labels = labels * number // drawn
         pictures = self.draw(labels, count, self.config.seed)
         with replacing(path) as aside:
             plots.samples(aside, pictures, labels, self.title)
@@ -132,7 +116,7 @@ class Trained:
                 checkpoint.save_module(aside / "model.safetensors", self.model)
 
 
-def load(run: RunFolder, config: Config, chosen: Path | None = None) -> Trained:
+def load(run: RunFolder, config: Config, chosen: Path | None = None) -> TrainedDenoiser:
     """Read the averaged weights of a run's newest checkpoint.
 
     Args:
@@ -150,4 +134,4 @@ def load(run: RunFolder, config: Config, chosen: Path | None = None) -> Trained:
     if path is None:
         raise UserError(f"run folder {run}: expected a checkpoint, found none yet")
     checkpoint.load_module(path, "ema", model)
-    return Trained(config, data, build_scheduler(config), model.eval(), checkpoint.iteration(path))
+    return TrainedDenoiser(config, data, build_scheduler(config), model.eval(), checkpoint.iteration(path))
