@@ -30,8 +30,8 @@ _Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 #: Batches of so many sizes are checked before the first step with them; sizes that come later are not.
 MAX_BATCH_SIZES = 16
-#: After so many steps, and then every so many, a spot check follows. It costs three forwards, about a plain step, so
-#: a thousandth of training and three steps more.
+#: After so many steps, and then every so many, a spot check follows. It costs three forwards, about a plain step:
+#: a thousandth of training, and three steps more.
 SPOT_CHECKS = (16, 64, 256)
 SPOT_CHECK_EVERY = 1024
 
@@ -118,7 +118,9 @@ class ModelCheck:
             LookupError,
         ) as error:  # of operations that tensor subclasses can't take
             where = raising_module(self._engine.model, error)
-            raise CannotGroup(f"{where} can't be run by cluster as a whole: {error}") from error
+            raise CannotGroup(
+                f"{where}: its operations can't be run by cluster as a whole: {error}"
+            ) from error
 
     def _spot_check(self, layout: BatchLayout, ordered: _Arguments) -> None:
         """Look again whether samples have an effect on each other.
@@ -226,13 +228,23 @@ class ModelCheck:
         engine = self._engine
         call = lambda args, kwargs: self._call((args, kwargs))  # noqa: E731
         options: Any = {"shared": engine.shared, "sets": sets}
-        if not interact(call, *given, layout.batch_size, state, **options):
-            return None
+        try:
+            if not interact(call, *given, layout.batch_size, state, **options):
+                return None
+        except (RuntimeError, LookupError) as error:
+            where = raising_module(engine.model, error)
+            raise ValueError(
+                f"model: expected a forward that works when samples exchange their arguments, found an error in "
+                f"'{where}' (an argument of the whole batch that has as many rows as there are samples? Name it "
+                f"in shared=): {error}"
+            ) from error
         return f"'{mixing_module(engine.model, call, *given, layout.batch_size, state, **options)}'"
 
     def _call(self, given: _Arguments) -> Any:
+        """Call the model for an output that nobody differentiates."""
         args, kwargs = given
-        return self._engine.model(*args, **kwargs)
+        with torch.set_grad_enabled(self._differentiates):
+            return map_tensors(Tensor.detach, self._engine.model(*args, **kwargs))
 
     @contextmanager
     def _without_consequences(self, given: _Arguments) -> Iterator[ModelState]:
@@ -246,7 +258,12 @@ class ModelCheck:
                 installed(engine.slots, values),
                 before.watching(engine.parameters),
             ):
-                self._call(given)
+                try:
+                    self._call(given)
+                except RuntimeError:  # it may form gradients in its forward, or ask for hooks on them
+                    before.restore()
+                    self._differentiates = True
+                    self._call(given)
                 warm = ModelState(engine.model)
                 with warm.watching(engine.parameters):
                     yield warm
@@ -292,7 +309,7 @@ class ModelCheck:
         ]
         if wrong and engine.grouped is not None:
             raise CannotGroup(
-                f"gradients of {wrong} that are formed by cluster do not add up to the plain ones"
+                f"{', '.join(wrong)}: gradients formed by cluster do not add up to the plain ones"
             )
         if wrong:
             raise ValueError(

@@ -159,7 +159,7 @@ class ParameterWrites(TorchFunctionMode):
 
     Args:
         parameters: the parameters, or tensors that share their memory.
-        allow: given the operation and the parameter, whether it is to run; otherwise it returns its target as it is.
+        allow: given the operation and the parameter, whether it is to run; otherwise it returns its target.
         dtypes: takes the dtypes of the results of all operations.
     """
 
@@ -182,7 +182,8 @@ class ParameterWrites(TorchFunctionMode):
         if writes_in_place(func) or "out" in kwargs:
             target = kwargs["out"] if "out" in kwargs else args[0]
             targets = target if isinstance(target, tuple | list) else [target]
-            found = [self._by_memory.get(memory(t)) for t in targets if isinstance(t, Tensor)]
+            memories = [memory(t) for t in targets if isinstance(t, Tensor)]
+            found = [self._by_memory.get(m) for m in memories if m is not None]
             allowed = [self._allow(func, p) for p in found if p is not None]  # each is asked
             if not all(allowed):
                 return target
@@ -206,10 +207,13 @@ def written_once(parameters: Sequence[Tensor]) -> ParameterWrites:
     return ParameterWrites(parameters, lambda func, _: func is torch.embedding_renorm_)
 
 
-def memory(tensor: Tensor) -> int:
-    """Name the memory that a tensor lies in."""
-    with torch._C.DisableTorchFunctionSubclass():
-        return tensor.untyped_storage().data_ptr()
+def memory(tensor: Tensor) -> int | None:
+    """Name the memory that a tensor lies in; None where it has none of its own, as within torch.vmap."""
+    try:
+        with torch._C.DisableTorchFunctionSubclass():
+            return tensor.untyped_storage().data_ptr()
+    except NotImplementedError:
+        return None
 
 
 def _differ(a: Any, b: Any) -> bool:

@@ -110,7 +110,6 @@ def test_every_method_on_every_clustering(tiny, tmp_path, method, cost):
     assert ("gradient_norm" in lines[0]) == (trainer.config.clip > 0)
 
 
-@pytest.mark.xfail(reason="ClusteredMTL keeps the Jacobian of a measured step", strict=True)
 def test_measuring_cosines_keeps_no_jacobian(tiny, tmp_path):
     """A method that needs the losses alone takes no K times the parameters' memory for what is logged."""
     trainer = Trainer(tiny(method="uw", clusters={"k": 3}))

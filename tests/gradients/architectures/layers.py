@@ -136,7 +136,22 @@ class BatchSecond(nn.Module):
 
 
 #: Layers without a rule: a model that is one of them alone runs in slices.
-UNRULED = ["conv2d-same", "conv-transpose1d", "conv-transpose2d", "conv-transpose2d-padded", "conv-transpose3d", "instance-norm", "instance-norm2d", "prelu", "prelu-by-channel", "gru-cell", "rnn-cell", "time-distributed-gru", "time-distributed-attention", "time-distributed-encoder"]
+UNRULED = [
+    "conv2d-same",
+    "conv-transpose1d",
+    "conv-transpose2d",
+    "conv-transpose2d-padded",
+    "conv-transpose3d",
+    "instance-norm",
+    "instance-norm2d",
+    "prelu",
+    "prelu-by-channel",
+    "gru-cell",
+    "rnn-cell",
+    "time-distributed-gru",
+    "time-distributed-attention",
+    "time-distributed-encoder",
+]
 for name, (layer, shape) in GRADED.items():
     add(name, layer, rows(*shape), slices=NO_RULE if name in UNRULED else None)
     before = functools.partial(nn.Linear, shape[-1], shape[-1])
