@@ -41,8 +41,8 @@ def find_slots(model: nn.Module) -> tuple[list[Slot], list[nn.Parameter]]:
             if not parameter.is_floating_point():
                 where = _join(module_name(model, module), name)
                 raise ValueError(
-                    f"model: expected real trainable parameters, found {parameter.dtype} at '{where}'; keep a real "
-                    "one, and use it by torch.view_as_complex"
+                    f"model: expected real trainable parameters, found {parameter.dtype} at '{where}'; keep "
+                    "a real one, and use it by torch.view_as_complex"
                 )
             if id(parameter) not in position:
                 position[id(parameter)] = len(parameters)

@@ -387,7 +387,7 @@ add(
     "spectral-norm",
     chain(lambda: parametrizations.spectral_norm(linear()), nn.Tanh, lambda: nn.Linear(5, 3)),
     rows(4),
-    refused="'_u'",
+    whole="'_u'",
 )
 add(
     "spectral-norm-eval",

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import nn
 
-from .case import NO_RULE, Family, chain, indices, rows, written
+from .case import BY_NAME, NO_RULE, Family, chain, indices, rows, written
 
 add = Family("layers")
 CASES = add.cases
@@ -153,7 +153,7 @@ UNRULED = [
     "time-distributed-encoder",
 ]
 for name, (layer, shape) in GRADED.items():
-    add(name, layer, rows(*shape), slices=NO_RULE if name in UNRULED else None)
+    add(name, layer, rows(*shape), slices=BY_NAME if name in UNRULED else None)
     before = functools.partial(nn.Linear, shape[-1], shape[-1])
     add(f"{name}-second", chain(before, nn.Tanh, layer), rows(*shape))
 
@@ -185,7 +185,7 @@ add(
     "embedding-bag-sparse",
     lambda: nn.EmbeddingBag(7, 4, sparse=True),
     indices(7, 3),
-    refused="sparse",
+    refused="sparse|embedding_bag",
     slices=NO_RULE,
 )
 add("embedding-max-norm", chain(lambda: nn.Embedding(7, 4, max_norm=1.0), nn.Tanh), indices(7, 3))

@@ -382,7 +382,7 @@ add(
     slices=NO_RULE,
 )
 add("f-linear-no-bias", written(lambda m, x: F.linear(x, m.w), w=(5, 4)), rows(4))
-add("f-linear-vector", written(lambda m, x: F.linear(x, m.w)[:, None].sin(), w=(4,)), rows(4))
+add("f-linear-vector", written(lambda m, x: F.linear(x, m.w)[:, None].sin(), w=(4,)), rows(4), slices=BY_NAME)
 add(
     "f-linear-keywords",
     written(lambda m, x: F.linear(input=x, weight=m.w, bias=m.b), w=(5, 4), b=(5,)),
