@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .._torch import sparse_values
 from ..weighting import GramianWeighting, LossWeighting
 from . import diagnostics
 from .batch import BatchLayout
@@ -309,7 +310,9 @@ class ClusteredMTL(nn.Module):
         if norm is None:
             grads = [p.grad for p in self.module.parameters() if p.grad is not None]
             # The largest element, unlike a sum of squares, overflows in no dtype.
-            norm = torch.nn.utils.get_total_norm([g._values() if g.is_sparse else g for g in grads], math.inf)
+            norm = torch.nn.utils.get_total_norm(
+                [sparse_values(g) if g.is_sparse else g for g in grads], math.inf
+            )
         # Reading it costs no more than the scaler's own step, which reads such a flag right after.
         if not bool(norm.isfinite()):
             self.weighting.load_state_dict(before)

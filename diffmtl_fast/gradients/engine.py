@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
+from .._torch import compiled_modules, parametrize_cached
 from .batch import BatchLayout
 from .grouped import CannotGroup, GroupedEngine
 from .independence import is_measured
@@ -135,7 +134,7 @@ class Engine:
                 batches.
             RuntimeError: engine="grouped", and the model can't be grouped; or in `parametrize.cached`.
         """
-        if parametrize._cache_enabled:
+        if parametrize_cached():
             raise RuntimeError(
                 "expected a forward outside of torch.nn.utils.parametrize.cached(), found it inside, where "
                 "clusters would share the tensors that gradients are told apart by"
@@ -292,9 +291,4 @@ class Engine:
 
 def _compiled_module(model: nn.Module) -> str | None:
     """Return the name of a compiled module, if there is one."""
-    dynamo = sys.modules.get("torch._dynamo")  # takes seconds to import, and nothing is compiled without it
-    for name, module in model.named_modules():
-        wrapped = dynamo is not None and isinstance(module, dynamo.OptimizedModule)
-        if wrapped or module._compiled_call_impl is not None:
-            return name or type(module).__name__
-    return None
+    return next((name or type(model).__name__ for name in compiled_modules(model)), None)

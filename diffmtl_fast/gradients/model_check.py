@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
+from .._torch import dynamo
 from .batch import BatchLayout
 from .grouped import CannotGroup
 from .independence import agree, interact, is_measured, mixing_module, revealing
@@ -408,7 +408,7 @@ def _no_autocast(tensor: Tensor) -> Any:
 def _quietly() -> Iterator[None]:
     """Run models as they are written, and without their warnings, which the real forward will repeat."""
     # Without dynamo, slow to import, nothing is compiled.
-    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    eager = torch.compiler.set_stance("force_eager") if dynamo() is not None else nullcontext()
     with warnings.catch_warnings(), eager:
         warnings.simplefilter("ignore")
         yield

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .._torch import DisableTorchFunctionSubclass, own_buffers
+
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
@@ -43,7 +45,7 @@ class ModelState:
 
     def __init__(self, model: nn.Module, slots: Sequence[BufferSlot] | None = None) -> None:
         if slots is None:
-            slots = [BufferSlot(m, name) for m in model.modules() for name, _ in m._buffers.items()]
+            slots = [BufferSlot(m, name) for m in model.modules() for name, _ in own_buffers(m).items()]
         found = [(slot, getattr(slot.module, slot.name)) for slot in slots]
         self._buffers = [(slot, b, b.detach().clone()) for slot, b in found if b is not None]
         device = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0)).device
@@ -56,7 +58,7 @@ class ModelState:
         for slot, buffer, value in self._buffers:
             with torch.no_grad():
                 buffer.copy_(value)
-            slot.module._buffers[slot.name] = buffer
+            own_buffers(slot.module)[slot.name] = buffer
         for parameter, value in self._written.values():
             parameter.data.copy_(value)  # by .data: a graph that waits for its backward is none the wiser
         self._random.restore()
@@ -210,7 +212,7 @@ def written_once(parameters: Sequence[Tensor]) -> ParameterWrites:
 def memory(tensor: Tensor) -> int | None:
     """Name the memory that a tensor lies in; None where it has none of its own, as within torch.vmap."""
     try:
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             return tensor.untyped_storage().data_ptr()
     except NotImplementedError:
         return None

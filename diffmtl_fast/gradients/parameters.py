@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-_BATCH_NORMS = nn.modules.batchnorm._BatchNorm
+from .._torch import BatchNorm, has_hooks, own_parameters, refresh_flat_weights, version
 
 
 class Slot(NamedTuple):
@@ -30,12 +30,12 @@ def find_slots(model: nn.Module) -> tuple[list[Slot], list[nn.Parameter]]:
     parameters: list[nn.Parameter] = []
     position: dict[int, int] = {}
     for module in model.modules():
-        if isinstance(module, _BATCH_NORMS) and module.training:
+        if isinstance(module, BatchNorm) and module.training:
             raise ValueError(
                 f"model: expected layers that treat each sample by itself, found {type(module).__name__} in "
                 f"training mode at '{module_name(model, module)}'; use GroupNorm, or put it into eval mode"
             )
-        for name, parameter in module._parameters.items():
+        for name, parameter in own_parameters(module).items():
             if parameter is None or not parameter.requires_grad:
                 continue
             if not parameter.is_floating_point():
@@ -68,7 +68,7 @@ def refuse_hooks(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
     Raises:
         ValueError: a parameter has one.
     """
-    hooked = {id(p) for p in parameters if p._backward_hooks or p._post_accumulate_grad_hooks}
+    hooked = {id(p) for p in parameters if has_hooks(p)}
     if hooked:
         names = [name for name, p in model.named_parameters() if id(p) in hooked]
         raise ValueError(
@@ -84,7 +84,7 @@ def fingerprint(parameters: Iterable[nn.Parameter]) -> list[tuple[Any, ...]]:
 
 def grad_versions(parameters: Iterable[Tensor]) -> list[tuple[int, int] | None]:
     """Tell whether anything is written to the parameters' ``.grad`` from one call to the next."""
-    return [None if p.grad is None else (id(p.grad), p.grad._version) for p in parameters]
+    return [None if p.grad is None else (id(p.grad), version(p.grad)) for p in parameters]
 
 
 @contextmanager
@@ -116,23 +116,23 @@ def installed(slots: Iterable[Slot], stand_ins: Sequence[Tensor]) -> Iterator[No
 
     That function walks the whole module tree on each call, 2 ms for a small UNet; one step makes several calls.
     """
-    changed = [(slot, slot.module._parameters[slot.name]) for slot in slots]
+    changed = [(slot, own_parameters(slot.module)[slot.name]) for slot in slots]
     recurrent = {slot.module for slot, _ in changed if isinstance(slot.module, nn.RNNBase)}
     try:
         for slot, _ in changed:
-            slot.module._parameters[slot.name] = stand_ins[slot.position]  # type: ignore[assignment]
+            own_parameters(slot.module)[slot.name] = stand_ins[slot.position]  # type: ignore[assignment]
         _refresh(recurrent)
         yield
     finally:
         for slot, original in changed:
-            slot.module._parameters[slot.name] = original
+            own_parameters(slot.module)[slot.name] = original
         _refresh(recurrent)
 
 
 def _refresh(recurrent: Iterable[nn.RNNBase]) -> None:
     """Let recurrent layers, which keep a list of their parameters, look them up again."""
     for module in recurrent:
-        module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+        refresh_flat_weights(module)
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .._torch import tree_flatten, tree_unflatten
 
 
 def flags(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

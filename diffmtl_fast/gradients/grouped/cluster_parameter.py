@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..._torch import DisableTorchFunctionSubclass, make_subclass, tree_flatten, tree_unflatten
 from ..step import nodes
 from ..uncompiled import uncompiled
 
@@ -43,9 +43,9 @@ class ClusterParameter(Tensor):
         value: Tensor, origins: tuple[int, ...], source: tuple[Call, int] | None, engine: GroupedEngine
     ) -> ClusterParameter:
         """Wrap a tensor; the handle shares its memory."""
-        handle: ClusterParameter = torch.Tensor._make_subclass(ClusterParameter, value.detach(), True)
+        handle: ClusterParameter = make_subclass(ClusterParameter, value.detach(), True)
         handle.value, handle.origins, handle.source, handle.engine = value, origins, source, engine
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             handle.register_post_accumulate_grad_hook(_refuse_gradient)
         return handle
 
@@ -60,7 +60,7 @@ class ClusterParameter(Tensor):
 
 
 def _operate(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    with torch._C.DisableTorchFunctionSubclass():
+    with DisableTorchFunctionSubclass():
         for handle in args:  # where they nearly always are
             if isinstance(handle, ClusterParameter):
                 break
@@ -72,7 +72,7 @@ def _operate(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
 def _refuse_gradient(handle: Tensor) -> None:
     """Stop a backward that hands a handle a gradient: it is one of all clusters, and the parameter's is lost."""
     assert isinstance(handle, ClusterParameter)
-    with torch._C.DisableTorchFunctionSubclass():
+    with DisableTorchFunctionSubclass():
         handle.grad = None
     handle.engine.refuse_unseen(handle)
 

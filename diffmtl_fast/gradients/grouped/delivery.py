@@ -140,11 +140,11 @@ def run_backward(
     buffer: Callable[[int], Tensor | None],
 ) -> tuple[Tensor | None, ...]:
     """Run a rule's backward, and refuse gradients that lack a parameter's."""
-    context._buffers = buffer
+    context._lend = buffer
     try:
         gradients = use.registered.rule.backward(context, grad, clusters)
     finally:
-        context._buffers = no_buffer
+        context._lend = no_buffer
     wanted = {i: handle for i, handle in use.handles.items() if context.needs_input_grad[i]}
     use.registered.check_gradients(
         gradients, {i: (clusters.num, *handle.value.shape) for i, handle in wanted.items()}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..._torch import saved_tensors_are_packed
 from ..model_state import writes_in_place
 from ..parameters import module_name
 from ..rules import PER_SAMPLE, NoClusterRule, Registered, RuleContext, registry
@@ -119,7 +120,7 @@ class Dispatch:
                 raise Unverified(registered.operation.__name__, names)
             forward_pass = self._engine.forward_pass
             assert forward_pass is not None
-            if not torch.is_grad_enabled() or _packs_activations():
+            if not torch.is_grad_enabled() or saved_tensors_are_packed():
                 forward_pass.recomputes = True
             for handle in handles.values():
                 forward_pass.uses.update(handle.origins)
@@ -246,11 +247,6 @@ def shape_per_sample(batch: Tensor | int, batch_size: int) -> tuple[float, ...]:
     if isinstance(batch, int):
         return (batch / batch_size,)
     return (batch.shape[0] / batch_size, *batch.shape[1:]) if batch.dim() else ()
-
-
-def _packs_activations() -> bool:
-    """Tell whether saved tensors are packed, as non-reentrant checkpoints and offloading do."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def _value(handle: ClusterParameter) -> Tensor:

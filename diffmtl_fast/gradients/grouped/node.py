@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._torch import function_apply, functorch_transforms_active
 from ..rules import RuleContext
 from .deferred import deferred_part
 from .delivery import Use, deliver, no_autocast, no_buffer, run_backward, run_forward
@@ -47,13 +48,12 @@ class _Apply(torch.autograd.Function):
         return None, *gradients
 
 
-# What `Function.apply` comes to after it has looked for transforms of torch.func, at a third of the time.
-_apply_node = super(torch.autograd.Function, _Apply).apply
+_apply_node = function_apply(_Apply)
 
 
 def apply(use: Use, values: list[Any]) -> Tensor:
     """Run an operation by its rule, with a node in the graph."""
-    run = _Apply.apply if torch._C._are_functorch_transforms_active() else _apply_node
+    run = _Apply.apply if functorch_transforms_active() else _apply_node
     out: Tensor = run(use, *values)
     return out
 

@@ -7,11 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import ops
+from ..._torch import unsafe_view
 from ..batch import Clusters
 from .precision import lower_precision
 from .registry import ClusterRule, NoClusterRule, RuleContext, register_cluster_rule
-
-_aten = torch.ops.aten
 
 
 @register_cluster_rule(F.linear)
@@ -64,7 +63,7 @@ class Matmul(ClusterRule):
         rows = input.reshape(-1, input.shape[-1])
         ctx.save_for_backward(rows, other)
         ctx.shape = input.shape
-        return _aten._unsafe_view(rows @ other, [*input.shape[:-1], other.shape[1]])
+        return unsafe_view(rows @ other, [*input.shape[:-1], other.shape[1]])
 
     @staticmethod
     def backward(ctx: RuleContext, grad: Tensor, clusters: Clusters) -> tuple[Tensor | None, ...]:

@@ -10,9 +10,9 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
+from ..._torch import OpOverloadPacket, op_of
 from ..batch import Clusters
 
 
@@ -43,7 +43,7 @@ class RuleContext:
 
     def __init__(self) -> None:
         self.to_save: tuple[Tensor | None, ...] = ()
-        self._buffers: Callable[[int], Tensor | None] = lambda position: None
+        self._lend: Callable[[int], Tensor | None] = lambda position: None
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         """Keep tensors, as `torch.autograd.Function` does."""
@@ -51,7 +51,7 @@ class RuleContext:
 
     def buffer(self, position: int) -> Tensor | None:
         """Return memory [K, *shape] that the gradients of an argument may be written to and returned, or None."""
-        return self._buffers(position)
+        return self._lend(position)
 
 
 class ClusterRule:
@@ -187,8 +187,8 @@ def register_cluster_rule(
 
 def _called(operation: Any) -> list[Any]:
     """Return the functions that a call of an operation may arrive as: of a custom operator, one per overload."""
-    operation = getattr(operation, "_opoverload", operation)  # of what torch.library.custom_op returns
+    operation = op_of(operation)
     packet = getattr(operation, "overloadpacket", operation)
-    if not isinstance(packet, torch._ops.OpOverloadPacket):
+    if not isinstance(packet, OpOverloadPacket):
         return [operation]
     return [packet, *(getattr(packet, name) for name in packet.overloads())]
