@@ -45,7 +45,7 @@ def test_blocks_of_the_guide_run_in_order(monkeypatch, caplog):
     assert all("every parameter has a rule" in message for message in chosen)
     for name in ("mtl", "lean", "half", "saving", "ruled"):
         assert namespace[name].last.gramian.shape == (5, 5)
-    assert namespace["squared_gain"] in rules
+    assert namespace["squared_gain"] in registry.RULES
 
 
 def test_names_and_links_exist():
