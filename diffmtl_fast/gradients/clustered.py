@@ -72,8 +72,8 @@ class ClusteredMTL(nn.Module):
     each sample's loss depends on that sample alone; models in which samples mix are refused. An output or an
     argument is taken to hold one row per sample if its dimension 0 has the size of the batch.
 
-    Any other backward through the output (``loss.backward()``, `torch.autograd.grad`) behaves as if the model were
-    not wrapped.
+    Any other backward through the output (``loss.backward()``) behaves as if the model were not wrapped. So does
+    `torch.autograd.grad`, but in slices it finds no way from the output to the parameters.
 
     Args:
         model: any module; its parameters are trained through their ``.grad`` as usual.

@@ -48,6 +48,7 @@ class Engine:
         model: the model.
         parameters: the trainable parameters, each once.
         names: their names.
+        training: of every module, whether it is in training mode.
         slots: where the model's modules look them up.
         grouped: the grouped engine, where the model is run by it.
         jacobian_in_use: whether the Jacobian holds gradients that a check of the model must not write over.
@@ -75,10 +76,13 @@ class Engine:
     def _forget(self) -> None:
         self._key: list[tuple[Any, ...]] = []
         self._values: Sequence[Tensor] = ()  # of the parameters, or in checks others
+        self._aliases: list[Aliases] = []  # of every cluster
+        self._step: Step | None = None  # of the last forward in slices
         self.slots: list[Slot] = []
         self.names: list[str] = []
         self.parameters: list[nn.Parameter] = []
         self.grouped: GroupedEngine | None = None
+        self.training: tuple[bool, ...] = ()
         self._jacobian: Jacobian | None = None
         self.jacobian_in_use = False
         self._model_check = ModelCheck(self)
@@ -101,15 +105,24 @@ class Engine:
             ValueError: see `find_slots`.
         """
         self.slots, self.parameters = find_slots(self.model)
+        self.training = tuple([module.training for module in self.model.modules()])
         self._values = self.parameters
         key = fingerprint(self.parameters)
         if key != self._key:
             self._key, self._jacobian = key, None
             self._model_check, self._loss_check = ModelCheck(self), LossCheck()
             self.names = parameter_names(self.model, self.parameters)
+            self._aliases = self._make_aliases()
             self.grouped = self._make_grouped()
         if self.grouped is not None:
-            self.grouped.begin()
+            self.grouped.begin(self.training)
+
+    def _make_aliases(self) -> list[Aliases]:
+        def step() -> Step:
+            assert self._step is not None
+            return self._step
+
+        return [Aliases(self._values, self.names, k, step) for k in range(self.num_clusters)]
 
     def _make_grouped(self) -> GroupedEngine | None:
         if self._name == "sliced":
@@ -162,9 +175,8 @@ class Engine:
             output = self.grouped.forward(layout, step, args, kwargs)
             self._tell("grouped", self.grouped.describe())
             return output
-        forward_pass = step.begin_pass(layout.clusters)
-        aliases = [Aliases(self._values, self.names, k, forward_pass) for k in range(self.num_clusters)]
-        return self.run_slices(layout, ordered, aliases)
+        self._step = step
+        return self.run_slices(layout, ordered, self._aliases)
 
     def run_slices(self, layout: BatchLayout, ordered: _Arguments, stand_ins: Any) -> Any:
         """Run the model once per cluster, with stand-ins of the parameters for every one."""
@@ -225,11 +237,13 @@ class Engine:
     def standing_for(self, values: Sequence[Tensor]) -> Iterator[None]:
         """Run the model with other values of the parameters, for a check."""
         with nullcontext() if self.grouped is None else self.grouped.standing_for(values):
+            aliases = self._aliases
             self._values = values
+            self._aliases = self._make_aliases()
             try:
                 yield
             finally:
-                self._values = self.parameters
+                self._values, self._aliases = self.parameters, aliases
 
     @property
     def eps(self) -> float:

@@ -92,9 +92,8 @@ class ModelCheck:
             for leaf in flatten(given)[0]
             if isinstance(leaf, Tensor)
         ]
-        modes = tuple(module.training for module in self._engine.model.modules())
         grouped = self._engine.grouped is not None
-        return (grouped, layout.order is None, modes, flags(*given), *shapes)
+        return (grouped, layout.order is None, self._engine.training, flags(*given), *shapes)
 
     def _check(self, layout: BatchLayout, given: _Arguments, ordered: _Arguments) -> None:
         grouped = self._engine.grouped

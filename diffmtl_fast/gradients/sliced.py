@@ -12,66 +12,64 @@ from torch import Tensor, nn
 from .batch import BatchLayout
 from .model_state import written_once
 from .parameters import Slot, installed
-from .step import Pass
+from .step import Step
 from .trees import cut, join, map_tensors
 
 
 class Aliases(Sequence[Tensor]):
-    """Stand-ins of the parameters for one cluster in one forward, whose gradients are a row of J.
+    """Stand-ins of the parameters for one cluster: leaves that share their memory, with gradients that are a row of J.
 
-    They share the parameters' memory, and their graphs end at the parameters: any backward but
-    `ClusteredMTL.backward`'s own finds the parameters at the end of the graph, as in the plain model.
+    In any backward but `ClusteredMTL.backward`'s own their gradients are added to the parameters' ``.grad``, as in
+    the plain model.
 
     Args:
         parameters: the trainable parameters, or other values of them.
         names: their names, for messages.
         k: the cluster.
-        forward_pass: the forward.
+        step: returns the step that a backward belongs to.
     """
 
     def __init__(
-        self, parameters: Sequence[Tensor], names: Sequence[str], k: int, forward_pass: Pass
+        self, parameters: Sequence[Tensor], names: Sequence[str], k: int, step: Callable[[], Step]
     ) -> None:
-        self._parameters, self._names, self._k = parameters, names, k
-        self._pass = forward_pass
-        self._made: dict[int, Tensor] = {}  # when asked for: a slice of one module needs few
+        self._parameters, self._names, self._k, self._step = parameters, names, k, step
+        self._leaves: dict[int, Tensor] = {}  # made when asked for: a slice of one module needs few
 
     def __len__(self) -> int:
         return len(self._parameters)
 
     def __getitem__(self, position: int) -> Tensor:  # type: ignore[override]
-        if position not in self._made:
-            alias: Tensor = _Alias.apply(self._parameters[position], self, position)
-            self._made[position] = alias
-        return self._made[position]
+        if position not in self._leaves:
+            leaf = self._parameters[position].detach().requires_grad_()
+            leaf.register_post_accumulate_grad_hook(self._hand_over(position))
+            self._leaves[position] = leaf
+        return self._leaves[position]
 
-    def take(self, position: int, gradient: Tensor) -> Tensor | None:
-        """Hand the gradient of an alias to the store; where there is none, it is the parameter's own."""
+    def _hand_over(self, position: int) -> Callable[[Tensor], None]:
+        def hook(leaf: Tensor) -> None:
+            gradient, leaf.grad = leaf.grad, None
+            if gradient is not None:
+                self._take(position, gradient)
+
+        return hook
+
+    def _take(self, position: int, gradient: Tensor) -> None:
         if gradient.is_sparse:
             raise RuntimeError(
                 f"model: expected dense gradients, found a sparse one of '{self._names[position]}'; make its "
                 "embedding with sparse=False"
             )
-        step = self._pass.step
-        if step.store is None:
-            step.bypassed = True
-            return gradient
-        step.store.add_row(position, self._k, gradient)
-        return None
-
-
-class _Alias(torch.autograd.Function):
-    """A parameter itself in forward; in backward its gradient is one cluster's."""
-
-    @staticmethod
-    def forward(ctx: Any, parameter: Tensor, aliases: Aliases, position: int) -> Tensor:
-        ctx.aliases, ctx.position, ctx.forward_pass = aliases, position, aliases._pass
-        return parameter.detach()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
-        return ctx.aliases.take(ctx.position, gradient), None, None
+        step = self._step()
+        if step.store is not None:
+            step.store.add_row(position, self._k, gradient)
+            return
+        step.bypassed = True
+        parameter = self._parameters[position]
+        if parameter.grad is None:
+            parameter.grad = gradient
+        else:
+            with torch.no_grad():
+                parameter.grad.add_(gradient)
 
 
 def run_slices(

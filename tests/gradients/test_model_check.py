@@ -415,13 +415,17 @@ def test_a_skipped_plain_step_is_no_lost_gradient(device):
     mtl.backward(sample_losses(mtl(x, cluster=cluster)))
 
 
-def test_any_other_backward_finds_the_parameters(options, device):
+def test_gradients_of_parameters_by_autograd(options, device):
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)).to(device).double()
     x, cluster = torch.randn(6, 4, dtype=torch.float64, device=device), torch.tensor(UNSORTED, device=device)
     expected = torch.autograd.grad(sample_losses(model(x)).sum(), list(model.parameters()))
     mtl = dm.ClusteredMTL(model, K, Given(), **options)
-    found = torch.autograd.grad(sample_losses(mtl(x, cluster=cluster)).sum(), list(model.parameters()))
-    for a, b in zip(found, expected, strict=True):
+    losses = sample_losses(mtl(x, cluster=cluster))
+    if options == WAYS["sliced"]:  # as the docstring says
+        with pytest.raises(RuntimeError, match="not have been used in the graph"):
+            torch.autograd.grad(losses.sum(), list(model.parameters()))
+        return
+    for a, b in zip(torch.autograd.grad(losses.sum(), list(model.parameters())), expected, strict=True):
         torch.testing.assert_close(a, b)
 
 

@@ -115,21 +115,27 @@ def _settle(
 
     A parameter may be several arguments of one operation, raw in one and computed with in another.
     """
-    memory = {block.untyped_storage().data_ptr() for block in loans.values()}
-    for position, found in enumerate(gradients):
-        if found is not None and position not in loans and found.untyped_storage().data_ptr() in memory:
-            gradients[position] = found.clone()  # a rule returned one argument's memory for another one
     settled = set()
     for position, block in loans.items():
-        found, origin = gradients[position], handles[position].origins[0]
-        if found is not None and found.data_ptr() == block.data_ptr() and found.stride() == block.stride():
-            target.accept(origin)
+        if _is(gradients[position], block):
+            target.accept(handles[position].origins[0])
             settled.add(position)
         else:
-            if found is not None and found.untyped_storage().data_ptr() in memory:
-                gradients[position] = found.clone()
-            target.take_back(origin)
+            target.take_back(handles[position].origins[0])
+    rest = [i for i in handles if i not in settled and gradients[i] is not None]
+    memory = {block.untyped_storage().data_ptr() for block in loans.values()} if rest else ()
+    for position in rest:
+        found = gradients[position]
+        if found is not None and found.untyped_storage().data_ptr() in memory:
+            gradients[position] = found.clone()  # a rule returned one argument's memory for another one
     return settled
+
+
+def _is(gradient: Tensor | None, block: Tensor) -> bool:
+    """Tell whether a gradient is in a block's memory, element by element."""
+    if gradient is block or gradient is None:
+        return gradient is block
+    return gradient.data_ptr() == block.data_ptr() and gradient.stride() == block.stride()
 
 
 def run_backward(

@@ -65,16 +65,15 @@ class GroupedEngine:
         )
         self.verified: set[tuple[Any, ...]] = set()
         self.constant: dict[tuple[Any, ...], str] = {}
-        self._training: list[bool] = []
+        self._training: tuple[bool, ...] = ()
         self.layout: BatchLayout | None = None
         self.forward_pass: Pass | None = None
         self.probe: Probe | None = None
         self.recomputing = False
         self._last: tuple[BatchLayout, Pass] | None = None
 
-    def begin(self) -> None:
-        """Start a step."""
-        training = [module.training for module in self.model.modules()]
+    def begin(self, training: tuple[bool, ...]) -> None:
+        """Start a step, with the modes of all modules."""
         if training != self._training:  # the same operations may now have other effects
             self.verified.clear()
             self._training = training
@@ -131,7 +130,6 @@ class GroupedEngine:
         self.layout, self.forward_pass = layout, forward_pass
         if forward_pass is not None:
             self._last = layout, forward_pass
-        self.slices.begin_pass()
         try:
             with installed(self.slots, self.handles), forwards_replaced(self.slices.forwards()):
                 yield
@@ -150,8 +148,14 @@ class GroupedEngine:
 
     def _stand_for(self, values: Sequence[Tensor]) -> None:
         self.values = values
+        self.slices.stand_for(values)
         for handle, value in zip(self.handles, values, strict=True):
             handle.value = value
+
+    def current_step(self) -> Step:
+        """Return the step of the last forward."""
+        assert self._last is not None
+        return self._last[1].step
 
     def owners(self, handles: Iterable[ClusterParameter]) -> list[nn.Module]:
         """Return the modules whose parameters these are, or are computed from."""

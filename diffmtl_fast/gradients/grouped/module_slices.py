@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,15 +36,19 @@ class ModuleSlices:
     def __init__(self, engine: GroupedEngine) -> None:
         self._engine = engine
         self.reasons: dict[nn.Module, str] = {}
-        self._aliases: list[Any] = []  # of the forward that is running
+        self._values: Sequence[Tensor] = engine.parameters
+        self._aliases: list[Aliases] = []  # of every cluster, made when there is such a module
         self._writing: set[nn.Module] = set()  # modules that write their own parameters
 
-    def begin_pass(self) -> None:
-        """Start a forward."""
-        engine, forward_pass = self._engine, self._engine.forward_pass
-        if forward_pass is not None:
-            num = forward_pass.clusters.num
-            self._aliases = [Aliases(engine.values, engine.names, k, forward_pass) for k in range(num)]
+    def stand_for(self, values: Sequence[Tensor]) -> None:
+        """Let the modules in slices see these values of the parameters."""
+        self._aliases, self._values = [], values
+
+    def _of_clusters(self, num: int) -> list[Aliases]:
+        if len(self._aliases) != num:
+            engine = self._engine
+            self._aliases = [Aliases(self._values, engine.names, k, engine.current_step) for k in range(num)]
+        return self._aliases
 
     @property
     def positions(self) -> set[int]:
@@ -112,7 +116,7 @@ class ModuleSlices:
                 raise Unverified("slices", [module_name(engine.model, module)])
             if not torch.is_grad_enabled():
                 return run_on([engine.values] * layout.clusters.num)
-            return run_on(self._aliases)
+            return run_on(self._of_clusters(layout.clusters.num))
 
         return run
 

@@ -40,9 +40,8 @@ class _Apply(torch.autograd.Function):
         else:
             wanted = [handle for i, handle in use.handles.items() if context.needs_input_grad[i]]
             positions = {origin for handle in wanted for origin in handle.origins}
-            store.offer(
-                positions, _size(use, context, grad), lambda later: deferred_part(use, context, grad, later)
-            )
+            tensors = [tensor for tensor in (grad, *context.saved_tensors) if tensor is not None]
+            store.offer(positions, tensors, lambda later: deferred_part(use, context, grad, later))
             gradients = deliver(use, context, grad, use.layout.clusters, store)
         context.saved_tensors = ()
         return None, *gradients
@@ -66,10 +65,3 @@ def _plain_gradients(use: Use, context: RuleContext, grad: Tensor) -> list[Tenso
         found = gradients[position]
         gradients[position] = None if found is None else found[0]
     return gradients
-
-
-def _size(use: Use, context: RuleContext, grad: Tensor) -> int:
-    """Return how many bytes the operation's tensors take that its update can be formed from."""
-    parameters = {value.data_ptr() for value in use.engine.values}
-    tensors = [t for t in (grad, *context.saved_tensors) if t is not None and t.data_ptr() not in parameters]
-    return sum(t.numel() * t.element_size() for t in tensors)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -45,12 +45,14 @@ class Store(Protocol):
     def add_row(self, position: int, k: int, gradient: Tensor) -> None:
         """Add the gradient [*shape] of a parameter for one cluster."""
 
-    def offer(self, positions: Collection[int], size: int, form: Callable[[set[int]], Deferred]) -> None:
+    def offer(
+        self, positions: Collection[int], tensors: Sequence[Tensor], form: Callable[[set[int]], Deferred]
+    ) -> None:
         """Hear which parameters an operation is about to add gradients of, and what else could form their update.
 
         Args:
             positions: the parameters.
-            size: bytes of the operation's tensors that would have to be kept for it.
+            tensors: the operation's tensors that would have to be kept for it.
             form: given some of the parameters, returns what forms their part of the update from these tensors.
         """
 

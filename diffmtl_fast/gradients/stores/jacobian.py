@@ -87,7 +87,9 @@ class Jacobian:
     # J itself forms the update: operations keep nothing for it, and nothing is differentiated again.
     keeps_graph = False
 
-    def offer(self, positions: Collection[int], size: int, form: Callable[[set[int]], Deferred]) -> None:
+    def offer(
+        self, positions: Collection[int], tensors: Sequence[Tensor], form: Callable[[set[int]], Deferred]
+    ) -> None:
         """Decline."""
 
     @property

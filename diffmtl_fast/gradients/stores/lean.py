@@ -43,6 +43,7 @@ class LeanGramian:
         dtype: torch.dtype | None = None,
     ) -> None:
         self._parameters = parameters
+        self._memory = {parameter.data_ptr() for parameter in parameters}  # kept anyway
         self._num_clusters = num_clusters
         self._uses = Counter(uses)
         self.keeps_graph = keeps_graph
@@ -59,10 +60,13 @@ class LeanGramian:
     def clear(self) -> None:
         """Nothing to forget: every backward has a store of its own."""
 
-    def offer(self, positions: Collection[int], size: int, form: Callable[[set[int]], Deferred]) -> None:
+    def offer(
+        self, positions: Collection[int], tensors: Sequence[Tensor], form: Callable[[set[int]], Deferred]
+    ) -> None:
         """Keep an operation's tensors for the parameters whose blocks are larger than these."""
         if self.keeps_graph:
             return
+        size = sum(t.numel() * t.element_size() for t in tensors if t.data_ptr() not in self._memory)
         later = {position for position in positions if not self._keeps(position, size)}
         if later:
             self._deferred.append(form(later))
