@@ -17,7 +17,7 @@ from .trees import cut, join, map_tensors
 
 
 class Aliases(Sequence[Tensor]):
-    """Stand-ins of the parameters for one cluster: leaves that share their memory, with gradients that are a row of J.
+    """Stand-ins of the parameters for one cluster: leaves in the same memory, whose gradients are a row of J.
 
     In any backward but `ClusteredMTL.backward`'s own their gradients are added to the parameters' ``.grad``, as in
     the plain model.

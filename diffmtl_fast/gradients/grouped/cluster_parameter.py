@@ -13,7 +13,7 @@ from ..step import nodes
 from ..uncompiled import uncompiled
 
 if TYPE_CHECKING:
-    from .engine import GroupedEngine
+    from .grouped_engine import GroupedEngine
 
 
 # A compiled function's backward would hand its parameters the gradients of all clusters at once.

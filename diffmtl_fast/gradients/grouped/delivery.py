@@ -15,7 +15,7 @@ from ..step import Pass
 from .cluster_parameter import ClusterParameter, pull_back
 
 if TYPE_CHECKING:
-    from .engine import GroupedEngine
+    from .grouped_engine import GroupedEngine
 
 
 class Use:

@@ -29,7 +29,7 @@ from .node import apply
 from .operation import NoRows, Operation, Unverified
 
 if TYPE_CHECKING:
-    from .engine import GroupedEngine
+    from .grouped_engine import GroupedEngine
 
 # Operations that broadcast: a parameter among their arguments may be given once per row of the batch instead.
 _BROADCASTING = frozenset(

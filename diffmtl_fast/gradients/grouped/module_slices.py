@@ -18,7 +18,7 @@ from .dispatch import shape_per_sample
 from .operation import CannotGroup, NoRows, Operation, Unverified
 
 if TYPE_CHECKING:
-    from .engine import GroupedEngine
+    from .grouped_engine import GroupedEngine
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 

@@ -20,7 +20,7 @@ from .cluster_parameter import find_handles
 from .operation import CannotGroup, Differentiated, NoRows, Operation
 
 if TYPE_CHECKING:
-    from .engine import GroupedEngine
+    from .grouped_engine import GroupedEngine
 
 _Given = tuple[tuple[Any, ...], dict[str, Any]]
 
