@@ -111,7 +111,8 @@ class Dispatch:
         plain = [handles[i].value if i in handles else v for i, v in enumerate(values)]
         try:
             if self._engine.probe is not None:
-                self._check_derived(handles)
+                if self._engine.probe.derivations:
+                    self._check_derived(handles)
                 with torch.no_grad():
                     out = run_forward(registered, RuleContext(), plain, handles)
                 return self._engine.probe.disturb(out, self._operation(key, values))

@@ -31,10 +31,13 @@ class Probe:
     Args:
         disturbed: bool [B], the samples whose rows get noise.
         operations: how many operations, the first ones, add it; default all.
+        derivations: whether to look, besides, that gradients can be pulled back through what is computed from
+            parameters.
     """
 
-    def __init__(self, disturbed: Tensor, operations: float = math.inf) -> None:
+    def __init__(self, disturbed: Tensor, operations: float = math.inf, *, derivations: bool = False) -> None:
         self.disturbed = disturbed
+        self.derivations = derivations
         self.operations = operations
         self.seen: list[Operation] = []
         self.visited: set[Any] = set()  # nodes of the graph
@@ -135,7 +138,8 @@ class Verification:
             return self._forward(layout, given, state, Probe(disturbed, operations))
 
         quiet = torch.zeros(layout.batch_size, dtype=torch.bool)
-        (first, expected), (_, repeated) = run(quiet), run(quiet)
+        first, expected = self._forward(layout, given, state, Probe(quiet, derivations=True))
+        _, repeated = run(quiet)
         self.volatile = state.changed()
         tolerances = [tolerance(a, b) for a, b in zip(expected, repeated, strict=True)]
         keys = [operation.key for operation in first.seen]
@@ -201,12 +205,10 @@ class Verification:
         self, operation: Operation, layout: BatchLayout, given: _Given, state: ModelState
     ) -> bool:
         """Tell whether an operation's other arguments change when the samples do."""
-        found = []
+        quiet, found = torch.zeros(layout.batch_size, dtype=torch.bool), []
         for arguments in (given, _vary(given, layout.batch_size)):
             try:
-                self._forward(
-                    layout, arguments, state, Probe(torch.zeros(layout.batch_size, dtype=torch.bool))
-                )
+                self._forward(layout, arguments, state, Probe(quiet, derivations=True))
                 return True
             except NoRows as error:
                 if error.operation.key != operation.key:
