@@ -6,7 +6,7 @@ RUN    ?= runs/digits
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # What an installation depends on: Python sources are read in place, the C++ ones are compiled.
-BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*)
 
 .PHONY: help train test bench bench-full figures check check-native clean
 help:

@@ -1,15 +1,14 @@
-// The loops of the CPU ops, compiled for the instruction set of the including file.
+// The loops of the ops over a Jacobian, compiled for the instruction set of the including file.
 #pragma once
-#include "cpu_cluster_loops.hpp"
-#include "cpu_conv_loops.hpp"
-#include "cpu_loss_loops.hpp"
-#include "cpu_noise.hpp"
-#include "cpu_norm_loops.hpp"
-#include "cpu_panel_loops.hpp"
-#include "cpu_vector.hpp"
+#include <utility>  // for index_sequence, which is a type alone
+
+#include "vector.hpp"
 
 namespace diffmtl::cpu {
 namespace {
+
+// ---- Few rows ------------------------------------------------------------------------------------------------------
+// Every element is read once and the products are few: memory is the limit.
 
 // Rows per tile of a Gramian: R x R products are accumulated in registers, next to R + 1 rows.
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -165,37 +164,107 @@ double combine(const Rows& rows, const double* weights, Write write, void* out_d
   return square;
 }
 
-// One entry for every element type, in the order of DType; for the last template argument, and for the last two.
-#define DIFFMTL_PER_DTYPE(kernel) {kernel<float>, kernel<double>, kernel<BFloat16>, kernel<Float16>}
-#define DIFFMTL_PER_LAST(kernel, ...) \
-  {kernel<__VA_ARGS__, float>, kernel<__VA_ARGS__, double>, kernel<__VA_ARGS__, BFloat16>, kernel<__VA_ARGS__, Float16>}
-#define DIFFMTL_PER_LAST_TWO(kernel, ...)                                                    \
-  {DIFFMTL_PER_LAST(kernel, __VA_ARGS__, float), DIFFMTL_PER_LAST(kernel, __VA_ARGS__, double), \
-   DIFFMTL_PER_LAST(kernel, __VA_ARGS__, BFloat16), DIFFMTL_PER_LAST(kernel, __VA_ARGS__, Float16)}
-#define DIFFMTL_PER_PAIR(kernel)                                                                   \
-  {DIFFMTL_PER_LAST(kernel, float), DIFFMTL_PER_LAST(kernel, double), DIFFMTL_PER_LAST(kernel, BFloat16), \
-   DIFFMTL_PER_LAST(kernel, Float16)}
-#define DIFFMTL_PER_LOSS(kernel) {DIFFMTL_PER_LAST_TWO(kernel, Squared), DIFFMTL_PER_LAST_TWO(kernel, Huber)}
+// ---- Many rows -----------------------------------------------------------------------------------------------------
+// The products are the limit: the rows are transposed into panels, of which tiles of products are formed in registers, as
+// in any product of matrices. The left and the right factor are the same panels.
 
-constexpr Kernels make_kernels(const char* name) {
-  return {name,
-          DIFFMTL_PER_DTYPE(gram),
-          {kPanelRows<float>, kPanelRows<double>},
-          {kLeftRows<float>, kLeftRows<double>},
-          DIFFMTL_PER_DTYPE(pack_panel),
-          {multiply_panels<float>, multiply_panels<double>},
-          DIFFMTL_PER_PAIR(combine),
-          DIFFMTL_PER_LOSS(loss_sum),
-          DIFFMTL_PER_LOSS(loss_slope),
-          {DIFFMTL_PER_LAST_TWO(mix, float), DIFFMTL_PER_LAST_TWO(mix, double), DIFFMTL_PER_LAST_TWO(mix, BFloat16),
-           DIFFMTL_PER_LAST_TWO(mix, Float16)},
-          DIFFMTL_PER_PAIR(wgrad),
-          DIFFMTL_PER_PAIR(sum_rows),
-          DIFFMTL_PER_DTYPE(group_norm),
-          DIFFMTL_PER_DTYPE(conv_plane),
-          {conv_tile<float>, conv_tile<double>},
-          normals,
-          box_muller_of_words};
+// A tile is as many rows to the left by a panel of rows to the right; its sums stay in registers, beside the right rows.
+constexpr int kPanelVectors = 3;
+template <class Compute>
+constexpr Int kPanelRows = kPanelVectors * kLanes<Compute>;
+#if defined(__AVX512F__)
+constexpr Int kMostLeftRows = 8;
+#else
+constexpr Int kMostLeftRows = 4;
+#endif
+template <class Compute>
+constexpr Int kLeftRows = kPanelRows<Compute> % kMostLeftRows == 0 ? kMostLeftRows : 3;
+
+// a and b become a0, b0, a1, b1, .. of the first half of their lanes, and of the second. (GCC knows Clang's builtin from
+// version 12 on.)
+template <class Compute, std::size_t... kLane>
+DIFFMTL_INLINE_LOOP void interleave(Vector<Compute>& a, Vector<Compute>& b, std::index_sequence<kLane...>) {
+  constexpr std::size_t kCount = sizeof...(kLane);
+#if defined(__clang__)
+  const Vector<Compute> low = __builtin_shufflevector(a, b, (kLane / 2 + kLane % 2 * kCount)...);
+  const Vector<Compute> high = __builtin_shufflevector(a, b, (kCount / 2 + kLane / 2 + kLane % 2 * kCount)...);
+#else
+  using Index = std::conditional_t<std::is_same_v<Compute, float>, std::int32_t, std::int64_t>;
+  typedef Index Indices __attribute__((vector_size(kVectorBytes)));
+  const Vector<Compute> low = __builtin_shuffle(a, b, Indices{(kLane / 2 + kLane % 2 * kCount)...});
+  const Vector<Compute> high = __builtin_shuffle(a, b, Indices{(kCount / 2 + kLane / 2 + kLane % 2 * kCount)...});
+#endif
+  a = low;
+  b = high;
+}
+
+// Rows become columns: interleaving the first half of them with the second moves one bit of a row's number into the
+// lane's, so as many rounds as it has bits move all.
+template <class Compute>
+DIFFMTL_INLINE_LOOP void transpose(Vector<Compute> (&rows)[kLanes<Compute>]) {
+  constexpr int kCount = kLanes<Compute>, kHalf = kCount / 2;
+  for (int round = 1; round < kCount; round *= 2) {
+    Vector<Compute> next[kCount];
+    for (int i = 0; i < kHalf; ++i) {
+      next[2 * i] = rows[i];
+      next[2 * i + 1] = rows[i + kHalf];
+      interleave<Compute>(next[2 * i], next[2 * i + 1], std::make_index_sequence<kCount>());
+    }
+    for (int i = 0; i < kCount; ++i) rows[i] = next[i];
+  }
+}
+
+// rows.count rows, at most a panel's, as [columns][panel]; zeros in the place of those that are missing.
+template <class T>
+void pack_panel(const Rows& rows, void* out) {
+  using Compute = ComputeOf<T>;
+  constexpr Int kLane = kLanes<Compute>, kPanel = kPanelRows<Compute>;
+  for (Int first = 0; first < kPanel; first += kLane) {
+    const T* data = static_cast<const T*>(rows.data) + first * rows.stride;
+    const Int count = smaller(kLane, rows.count - first);
+    Compute* panel = static_cast<Compute*>(out) + first;
+    for (Int c = 0; c < rows.columns; c += kLane, data += kLane) {
+      const Int n = smaller(kLane, rows.columns - c);
+      Vector<Compute> square[kLane] = {};
+      for (Int i = 0; i < count; ++i) square[i] = load_first<Compute>(data + i * rows.stride, n);
+      transpose<Compute>(square);
+      for (Int i = 0; i < n; ++i, panel += kPanel) store<Compute>(panel, square[i]);
+    }
+  }
+}
+
+// The products of kLeftRows rows with the vectors of a panel from kFirst on.
+template <int kFirst, class Compute>
+DIFFMTL_INLINE_LOOP void multiply_rows(const Compute* left, const Compute* right, Int n, double* sums) {
+  constexpr Int kLane = kLanes<Compute>, kPanel = kPanelRows<Compute>, kLeft = kLeftRows<Compute>;
+  // The sums have left the caches since the last columns; they are back by the time they are needed.
+  for (Int i = 0; i < kLeft * kPanel; i += 64 / sizeof(double)) __builtin_prefetch(sums + i, 1);
+  Vector<Compute> tile[kLeft][kPanelVectors] = {};
+  for (Int c = 0; c < n; ++c, left += kPanel, right += kPanel) {
+    Vector<Compute> x[kPanelVectors];
+    for (int v = kFirst; v < kPanelVectors; ++v) x[v] = load<Compute>(right + v * kLane);
+    for (Int i = 0; i < kLeft; ++i)
+      for (int v = kFirst; v < kPanelVectors; ++v) tile[i][v] += left[i] * x[v];
+  }
+  for (Int i = 0; i < kLeft; ++i)
+    for (int v = kFirst; v < kPanelVectors; ++v) {
+      Compute lanes[kLane];
+      store<Compute>(lanes, tile[i][v]);
+      for (Int lane = 0; lane < kLane; ++lane) sums[i * kPanel + v * kLane + lane] += lanes[lane];
+    }
+}
+
+// sums[i][j] += <left row i, right row j> over n columns: kLeftRows rows of a panel from `first` on, and all rows of a
+// panel; of a panel with itself for i <= j at least.
+template <class Compute>
+void multiply_panels(const void* left_data, Int first, const void* right_data, Int n, double* sums) {
+  const Compute* left = static_cast<const Compute*>(left_data) + first;
+  const Compute* right = static_cast<const Compute*>(right_data);
+  sums += first * kPanelRows<Compute>;
+  const Int below = left_data == right_data ? first / kLanes<Compute> : 0;  // whole registers below the diagonal
+  if (below == 0) multiply_rows<0>(left, right, n, sums);
+  if (below == 1) multiply_rows<1>(left, right, n, sums);
+  if (below == 2) multiply_rows<2>(left, right, n, sums);
 }
 
 }  // namespace

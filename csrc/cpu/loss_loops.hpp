@@ -1,6 +1,6 @@
 // The loops over a prediction and what it is compared with, compiled for the instruction set of the including file.
 #pragma once
-#include "cpu_vector.hpp"
+#include "vector.hpp"
 
 namespace diffmtl::cpu {
 namespace {

@@ -1,8 +1,7 @@
 // The streaming kernels of the CPU ops and how one set of them is chosen.
 //
-// cpu_loops.hpp is compiled once for every instruction set, each time into a table of this type. A kernel runs on
-// one thread over one chunk of memory; cpu_ops.cpp and cpu_losses.cpp divide tensors into chunks and add up what those
-// return.
+// The *_loops.hpp are compiled once for every instruction set, each time into a table of this type. A kernel runs on one
+// thread over one chunk of memory; the .cpp file of its family divides tensors into chunks and adds up what those return.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -1,0 +1,45 @@
+// The table of kernels, compiled for the instruction set of the including file.
+#pragma once
+#include "jacobian_loops.hpp"
+#include "layer_loops.hpp"
+#include "loss_loops.hpp"
+#include "noise_loops.hpp"
+
+namespace diffmtl::cpu {
+namespace {
+
+// One entry for every element type, in the order of DType; for the last template argument, and for the last two.
+#define DIFFMTL_PER_DTYPE(kernel) {kernel<float>, kernel<double>, kernel<BFloat16>, kernel<Float16>}
+#define DIFFMTL_PER_LAST(kernel, ...) \
+  {kernel<__VA_ARGS__, float>, kernel<__VA_ARGS__, double>, kernel<__VA_ARGS__, BFloat16>, kernel<__VA_ARGS__, Float16>}
+#define DIFFMTL_PER_LAST_TWO(kernel, ...)                                                    \
+  {DIFFMTL_PER_LAST(kernel, __VA_ARGS__, float), DIFFMTL_PER_LAST(kernel, __VA_ARGS__, double), \
+   DIFFMTL_PER_LAST(kernel, __VA_ARGS__, BFloat16), DIFFMTL_PER_LAST(kernel, __VA_ARGS__, Float16)}
+#define DIFFMTL_PER_PAIR(kernel)                                                                   \
+  {DIFFMTL_PER_LAST(kernel, float), DIFFMTL_PER_LAST(kernel, double), DIFFMTL_PER_LAST(kernel, BFloat16), \
+   DIFFMTL_PER_LAST(kernel, Float16)}
+#define DIFFMTL_PER_LOSS(kernel) {DIFFMTL_PER_LAST_TWO(kernel, Squared), DIFFMTL_PER_LAST_TWO(kernel, Huber)}
+
+constexpr Kernels make_kernels(const char* name) {
+  return {name,
+          DIFFMTL_PER_DTYPE(gram),
+          {kPanelRows<float>, kPanelRows<double>},
+          {kLeftRows<float>, kLeftRows<double>},
+          DIFFMTL_PER_DTYPE(pack_panel),
+          {multiply_panels<float>, multiply_panels<double>},
+          DIFFMTL_PER_PAIR(combine),
+          DIFFMTL_PER_LOSS(loss_sum),
+          DIFFMTL_PER_LOSS(loss_slope),
+          {DIFFMTL_PER_LAST_TWO(mix, float), DIFFMTL_PER_LAST_TWO(mix, double), DIFFMTL_PER_LAST_TWO(mix, BFloat16),
+           DIFFMTL_PER_LAST_TWO(mix, Float16)},
+          DIFFMTL_PER_PAIR(wgrad),
+          DIFFMTL_PER_PAIR(sum_rows),
+          DIFFMTL_PER_DTYPE(group_norm),
+          DIFFMTL_PER_DTYPE(conv_plane),
+          {conv_tile<float>, conv_tile<double>},
+          normals,
+          box_muller_of_words};
+}
+
+}  // namespace
+}  // namespace diffmtl::cpu
