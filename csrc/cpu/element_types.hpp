@@ -22,6 +22,8 @@ constexpr int kVectorBytes = 16;
 #endif
 
 #define DIFFMTL_INLINE_LOOP inline __attribute__((always_inline))
+// Of a loop that kernels for several types have in common: compiled once, not into each of them.
+#define DIFFMTL_SHARED __attribute__((noinline))
 
 struct BFloat16 {
   std::uint16_t bits;
@@ -45,6 +47,11 @@ constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(Compute));
 // Sums over elements of these types are formed in this type.
 template <class A, class B = A>
 using ComputeOf = std::conditional_t<std::is_same_v<A, double> || std::is_same_v<B, double>, double, float>;
+
+// The pairs of types that there are loops for: one type, or the second one is what the first is computed in. Numbers of
+// other pairs are brought into the computing type block by block, or go one register at a time.
+template <class A, class B>
+constexpr bool kDirect = std::is_same_v<B, A> || std::is_same_v<B, ComputeOf<A>>;
 
 DIFFMTL_INLINE_LOOP Int smaller(Int a, Int b) { return b < a ? b : a; }
 

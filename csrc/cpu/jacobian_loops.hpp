@@ -50,7 +50,7 @@ inline void multiply_group(int size, const Compute* const* a, const Compute* con
 }
 
 template <class Compute>
-inline void multiply(const Compute* const* rows, int count, Int n, double* sums) {
+DIFFMTL_SHARED void multiply(const Compute* const* rows, int count, Int n, double* sums) {
   for (int i = 0; i < count; i += kTile) {
     double* tile = sums + i * count + i;
     multiply_group<Compute, kTile, true>(static_cast<int>(smaller(kTile, count - i)), rows + i, rows + i, n, tile, count);
@@ -112,7 +112,7 @@ DIFFMTL_INLINE_LOOP Vector<Compute> add_registers(const T* data, Int stride, int
 
 // The same over n columns, n <= kBlock. Returns |out|^2.
 template <bool kStreamed, class Compute, class T, class Start, class Out>
-inline double add_rows(const T* data, Int stride, int count, const Compute* weights, const Start* start, Int n, Out* out) {
+DIFFMTL_SHARED double add_rows(const T* data, Int stride, int count, const Compute* weights, const Start* start, Int n, Out* out) {
   constexpr int kUnroll = 4;
   constexpr Int kLane = kLanes<Compute>;
   Vector<Compute> squares = {};
@@ -143,6 +143,25 @@ inline double combine_block(const T* data, Int stride, int count, const Compute*
   return add_rows<kStreamed>(data + i * stride, stride, count - i, weights + i, total, n, out);
 }
 
+// The same of types without a loop: by way of copies in the computing type.
+template <class Compute, class T, class Out>
+inline double combine_copies(const T* data, Int stride, int count, const Compute* weights, bool add, Int n, Compute* total,
+                             Out* out) {
+  Compute rows[kStreams * kBlock];
+  if (add) convert(out, n, total);
+  for (int first = 0; first < count; first += kStreams) {
+    const int some = static_cast<int>(smaller(kStreams, count - first));
+    for (int i = 0; i < some; ++i) convert(data + (first + i) * stride, n, rows + i * kBlock);
+    add_rows<false>(rows, kBlock, some, weights + first, add || first ? total : nullptr, n, total);
+  }
+  convert_back(total, n, out);
+  convert(out, n, total);
+  const Compute* written = total;
+  double square = 0;
+  multiply(&written, 1, (n + kLanes<Compute> - 1) / kLanes<Compute> * kLanes<Compute>, &square);
+  return square;
+}
+
 template <class T, class Out>
 double combine(const Rows& rows, const double* weights, Write write, void* out_data) {
   using Compute = ComputeOf<T, Out>;
@@ -150,17 +169,26 @@ double combine(const Rows& rows, const double* weights, Write write, void* out_d
   Out* out = static_cast<Out*>(out_data);
   Compute w[kMaxRows], total[kBlock];
   for (int i = 0; i < rows.count; ++i) w[i] = static_cast<Compute>(weights[i]);
-  // Streaming begins where the registers that it writes are aligned.
-  const Int misplaced = static_cast<Int>(-reinterpret_cast<std::uintptr_t>(out) % kVectorBytes);
-  const Int head = write == kStream ? smaller(misplaced / static_cast<Int>(sizeof(Out)), rows.columns) : 0;
-  const bool streamed = write == kStream && reinterpret_cast<std::uintptr_t>(out + head) % kVectorBytes == 0;
-  double square = combine_block<false>(data, rows.stride, rows.count, w, false, head, total, out);
-  for (Int begin = head; begin < rows.columns; begin += kBlock) {
-    const auto block = streamed ? combine_block<true, Compute, T, Out> : combine_block<false, Compute, T, Out>;
-    square += block(data + begin, rows.stride, rows.count, w, write == kAdd, smaller(kBlock, rows.columns - begin), total,
-                    out + begin);
+  double square = 0;
+  Int begin = 0;
+  const auto next = [&](auto block, Int n) {
+    square += block(data + begin, rows.stride, rows.count, w, write == kAdd, n, total, out + begin);
+    begin += n;
+  };
+  if constexpr (kDirect<T, Out>) {
+    if (write == kStream) {
+      // Streaming begins where the registers that it writes are aligned.
+      const Int misplaced = static_cast<Int>(-reinterpret_cast<std::uintptr_t>(out) % kVectorBytes);
+      next(combine_block<false, Compute, T, Out>, smaller(misplaced / static_cast<Int>(sizeof(Out)), rows.columns));
+      if (reinterpret_cast<std::uintptr_t>(out + begin) % kVectorBytes == 0) {
+        while (begin < rows.columns) next(combine_block<true, Compute, T, Out>, smaller(kBlock, rows.columns - begin));
+        end_stream();
+      }
+    }
+    while (begin < rows.columns) next(combine_block<false, Compute, T, Out>, smaller(kBlock, rows.columns - begin));
+  } else {
+    while (begin < rows.columns) next(combine_copies<Compute, T, Out>, smaller(kBlock, rows.columns - begin));
   }
-  if (streamed) end_stream();
   return square;
 }
 

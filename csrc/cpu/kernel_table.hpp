@@ -18,6 +18,17 @@ namespace {
 #define DIFFMTL_PER_PAIR(kernel)                                                                   \
   {DIFFMTL_PER_LAST(kernel, float), DIFFMTL_PER_LAST(kernel, double), DIFFMTL_PER_LAST(kernel, BFloat16), \
    DIFFMTL_PER_LAST(kernel, Float16)}
+template <class A, class B, class Out>
+constexpr auto find_mix() {
+  void (*kernel)(const void*, double, const void*, double, void*, Int) = nullptr;
+  if constexpr (std::is_same_v<Out, A> || (std::is_same_v<Out, ComputeOf<A, Out>> &&
+                                           (std::is_same_v<B, A> || std::is_same_v<B, float>)))
+    kernel = mix<A, B, Out>;
+  return kernel;
+}
+template <class A, class B, class Out>
+constexpr auto kMix = find_mix<A, B, Out>();
+
 #define DIFFMTL_PER_LOSS(kernel) {DIFFMTL_PER_LAST_TWO(kernel, Squared), DIFFMTL_PER_LAST_TWO(kernel, Huber)}
 
 constexpr Kernels make_kernels(const char* name) {
@@ -30,8 +41,8 @@ constexpr Kernels make_kernels(const char* name) {
           DIFFMTL_PER_PAIR(combine),
           DIFFMTL_PER_LOSS(loss_sum),
           DIFFMTL_PER_LOSS(loss_slope),
-          {DIFFMTL_PER_LAST_TWO(mix, float), DIFFMTL_PER_LAST_TWO(mix, double), DIFFMTL_PER_LAST_TWO(mix, BFloat16),
-           DIFFMTL_PER_LAST_TWO(mix, Float16)},
+          {DIFFMTL_PER_LAST_TWO(kMix, float), DIFFMTL_PER_LAST_TWO(kMix, double), DIFFMTL_PER_LAST_TWO(kMix, BFloat16),
+           DIFFMTL_PER_LAST_TWO(kMix, Float16)},
           DIFFMTL_PER_PAIR(wgrad),
           DIFFMTL_PER_PAIR(sum_rows),
           DIFFMTL_PER_DTYPE(group_norm),

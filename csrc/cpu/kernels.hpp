@@ -105,7 +105,9 @@ struct Kernels {
   // to by_target.
   void (*loss_slope[kLosses][kDTypes][kDTypes])(const void* pred, const void* target, double delta, double scale,
                                                 void* by_pred, void* by_target, Int n);
-  // out = a_share * a + b_share * b in three roundings, computed in the type of out, but at least in that of a.
+  // out = a_share * a + b_share * b in three roundings, computed in the type of out, but at least in that of a. Null where
+  // b is neither of the type of a nor float32, unless out is of the type of a; or out is of neither that type nor one that
+  // is computed in.
   void (*mix[kDTypes][kDTypes][kDTypes])(const void* a, double a_share, const void* b, double b_share, void* out, Int n);
   // By the types of the rows and of the output. scratch: wgrad_scratch(block) bytes, aligned to 64.
   void (*wgrad[kDTypes][kDTypes])(const WgradBlock& block, void* scratch);

@@ -20,7 +20,7 @@ constexpr int kTileInputs = kTileVectors * kLanes<Compute>;
 // Copies n rows in the computing type as strips of kWidth columns, [strips][n][kWidth], which the tiles read from
 // beginning to end. The last strip is filled up with zeros.
 template <int kWidth, class Compute, class T>
-inline void pack(const T* rows, Int stride, Int n, Int columns, Compute* strips) {
+DIFFMTL_SHARED void pack(const T* rows, Int stride, Int n, Int columns, Compute* strips) {
   constexpr Int kPiece = 256 / kWidth * kWidth;
   Compute converted[kPiece + kLanes<Compute>];
   for (Int row = 0; row < n; ++row, rows += stride, strips += kWidth)
@@ -42,7 +42,7 @@ inline void pack(const T* rows, Int stride, Int n, Int columns, Compute* strips)
 
 // out = (add ? out : 0) + the products of one strip of outputs with one of inputs, summed over n rows.
 template <bool kPastCaches, class Compute, class Out>
-inline void multiply_strips(const Compute* grad, const Compute* x, Int n, bool add, Out* out, Int out_stride) {
+DIFFMTL_SHARED void multiply_strips(const Compute* grad, const Compute* x, Int n, bool add, Out* out, Int out_stride) {
   Vector<Compute> sums[kTileOutputs][kTileVectors] = {};
   for (Int row = 0; row < n; ++row, grad += kTileOutputs, x += kTileInputs<Compute>) {
     Vector<Compute> inputs[kTileVectors];
@@ -64,7 +64,7 @@ inline void multiply_strips(const Compute* grad, const Compute* x, Int n, bool a
 
 // The same at the end of the outputs or inputs, where a tile sticks out.
 template <class Compute, class Out>
-inline void multiply_last_strips(const Compute* grad, const Compute* x, Int n, bool add, Out* out, Int out_stride,
+DIFFMTL_SHARED void multiply_last_strips(const Compute* grad, const Compute* x, Int n, bool add, Out* out, Int out_stride,
                                  Int outputs, Int inputs) {
   Compute tile[kTileOutputs * kTileInputs<Compute>];
   multiply_strips<false>(grad, x, n, false, tile, kTileInputs<Compute>);
@@ -77,18 +77,22 @@ inline void multiply_last_strips(const Compute* grad, const Compute* x, Int n, b
 }
 
 template <bool kPastCaches, class Compute, class Out>
-inline void multiply_block(const WgradBlock& block, const Compute* grad, const Compute* x) {
+DIFFMTL_SHARED void multiply_block(const WgradBlock& block, const Compute* grad, const Compute* x) {
   constexpr Int kOutputs = kTileOutputs, kInputs = kTileInputs<Compute>;
+  // Products in float64 seldom go into a shorter type: there, every tile is written as the last ones are.
+  constexpr bool kWholeTiles = std::is_same_v<Compute, float> || std::is_same_v<Out, double>;
   for (Int o = 0; o < block.outputs; o += kOutputs)
     for (Int i = 0; i < block.inputs; i += kInputs) {
       Out* out = static_cast<Out*>(block.out) + o * block.out_stride + i;
       const Int outputs = smaller(kOutputs, block.outputs - o), inputs = smaller(kInputs, block.inputs - i);
-      if (outputs == kOutputs && inputs == kInputs) {
-        multiply_strips<kPastCaches>(grad + o * block.rows, x + i * block.rows, block.rows, block.add, out, block.out_stride);
-      } else {
-        multiply_last_strips(grad + o * block.rows, x + i * block.rows, block.rows, block.add, out, block.out_stride,
-                             outputs, inputs);
+      if constexpr (kWholeTiles) {
+        if (outputs == kOutputs && inputs == kInputs) {
+          multiply_strips<kPastCaches>(grad + o * block.rows, x + i * block.rows, block.rows, block.add, out, block.out_stride);
+          continue;
+        }
       }
+      multiply_last_strips(grad + o * block.rows, x + i * block.rows, block.rows, block.add, out, block.out_stride, outputs,
+                           inputs);
     }
 }
 
@@ -134,7 +138,7 @@ inline void add_up(const T* rows, Int stride, Int count, bool first, Int n, Comp
 
 // Sums of at most kBlock columns: in the computing precision within a block of rows, over the blocks in float64.
 template <class Compute, class T>
-inline void sum_columns(const T* rows, Int stride, Int count, Int n, Compute* total) {
+DIFFMTL_SHARED void sum_columns(const T* rows, Int stride, Int count, Int n, Compute* total) {
   constexpr Int kRows = 8;  // read side by side
   double sums[kBlock];
   for (Int begin = 0; begin == 0 || begin < count; begin += kBlock) {
@@ -148,23 +152,29 @@ inline void sum_columns(const T* rows, Int stride, Int count, Int n, Compute* to
   for (Int c = 0; c < n; ++c) total[c] = static_cast<Compute>(sums[c]);
 }
 
+// out = (add ? out : 0) + total
+template <class Compute, class Out>
+DIFFMTL_SHARED void write_total(const Compute* total, Int n, bool add, Out* out) {
+  constexpr Int kLane = kLanes<Compute>;
+  Int c = 0;
+  for (; c + kLane <= n; c += kLane) {
+    Vector<Compute> sum = load<Compute>(total + c);
+    if (add) sum += load<Compute>(out + c);
+    store<Compute>(out + c, sum);
+  }
+  for (; c < n; ++c) out[c] = from_number<Out>(add ? total[c] + static_cast<Compute>(to_number(out[c])) : total[c]);
+}
+
 template <class T, class Out>
 void sum_rows(const void* rows, Int stride, Int count, Int columns, bool add, void* out_data) {
   using Compute = ComputeOf<T, Out>;
-  constexpr Int kLane = kLanes<Compute>;
   const T* data = static_cast<const T*>(rows);
   Out* out = static_cast<Out*>(out_data);
   Compute total[kBlock];
   for (Int begin = 0; begin < columns; begin += kBlock, out += kBlock) {
     const Int n = smaller(kBlock, columns - begin);
     sum_columns(data + begin, stride, count, n, total);
-    Int c = 0;
-    for (; c + kLane <= n; c += kLane) {
-      Vector<Compute> sum = load<Compute>(total + c);
-      if (add) sum += load<Compute>(out + c);
-      store<Compute>(out + c, sum);
-    }
-    for (; c < n; ++c) out[c] = from_number<Out>(add ? total[c] + static_cast<Compute>(to_number(out[c])) : total[c]);
+    write_total(total, n, add, out);
   }
 }
 

@@ -30,11 +30,17 @@ struct Huber {
 };
 
 template <template <class> class Loss, class A, class B>
-double loss_sum(const void* pred_data, const void* target_data, double delta, Int n) {
+DIFFMTL_SHARED double loss_sum(const void* pred_data, const void* target_data, double delta, Int n) {
   using Compute = ComputeOf<A, B>;
   constexpr int kUnroll = 4, kWidth = kLanes<Compute>;
   const A* pred = static_cast<const A*>(pred_data);
   const B* target = static_cast<const B*>(target_data);
+  if constexpr (!kDirect<A, B>) {
+    Compute a[kBlock], b[kBlock];
+    convert(pred, n, a);
+    convert(target, n, b);
+    return loss_sum<Loss, Compute, Compute>(a, b, delta, n);
+  }
   const Loss<Compute> loss(delta);
   Vector<Compute> sums[kUnroll] = {};
   Int i = 0;
@@ -47,12 +53,22 @@ double loss_sum(const void* pred_data, const void* target_data, double delta, In
 }
 
 template <template <class> class Loss, class A, class B>
-void loss_slope(const void* pred_data, const void* target_data, double delta, double scale, void* by_pred, void* by_target, Int n) {
+DIFFMTL_SHARED void loss_slope(const void* pred_data, const void* target_data, double delta, double scale, void* by_pred,
+                               void* by_target, Int n) {
   using Compute = ComputeOf<A, B>;
   const A* pred = static_cast<const A*>(pred_data);
   const B* target = static_cast<const B*>(target_data);
   A* out = static_cast<A*>(by_pred);
   B* mirrored = static_cast<B*>(by_target);
+  if constexpr (!kDirect<A, B>) {
+    Compute a[kBlock], b[kBlock];
+    convert(pred, n, a);
+    convert(target, n, b);
+    loss_slope<Loss, Compute, Compute>(a, b, delta, scale, a, mirrored ? b : nullptr, n);
+    convert_back(a, n, out);
+    if (mirrored) convert_back(b, n, mirrored);
+    return;
+  }
   const Loss<Compute> loss(delta);
   const Compute factor = static_cast<Compute>(scale);
   Int i = 0;
@@ -68,11 +84,19 @@ void loss_slope(const void* pred_data, const void* target_data, double delta, do
 }
 
 template <class A, class B, class Out>
-void mix(const void* a_data, double a_share, const void* b_data, double b_share, void* out_data, Int n) {
+DIFFMTL_SHARED void mix(const void* a_data, double a_share, const void* b_data, double b_share, void* out_data, Int n) {
   using Compute = ComputeOf<A, Out>;
   const A* a = static_cast<const A*>(a_data);
   const B* b = static_cast<const B*>(b_data);
   Out* out = static_cast<Out*>(out_data);
+  if constexpr (!(kDirect<A, B> && kDirect<A, Out>)) {
+    Compute x[kBlock], y[kBlock];
+    convert(a, n, x);
+    convert(b, n, y);
+    mix<Compute, Compute, Compute>(x, a_share, y, b_share, x, n);
+    convert_back(x, n, out);
+    return;
+  }
   const Compute share = static_cast<Compute>(a_share), other = static_cast<Compute>(b_share);
   // Rounded as in the definition, with every instruction set.
   const auto mixed = [&](Vector<Compute> x, Vector<Compute> y) { return rounded(share * x) + rounded(other * y); };

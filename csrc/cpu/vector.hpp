@@ -137,7 +137,7 @@ DIFFMTL_INLINE_LOOP void end_stream() {
 
 // Copies n elements in the computing type and fills up the last register with zeros.
 template <class Compute, class T>
-inline void convert(const T* from, Int n, Compute* to) {
+DIFFMTL_SHARED void convert(const T* from, Int n, Compute* to) {
   Int c = 0;
   for (; c + kLanes<Compute> <= n; c += kLanes<Compute>) store<Compute>(to + c, load<Compute>(from + c));
   if (c == n) return;
@@ -158,6 +158,14 @@ DIFFMTL_INLINE_LOOP void store_first(T* p, Vector<Compute> v, Int n) {
   T all[kLanes<Compute>];
   store<Compute>(all, v);
   std::memcpy(p, all, static_cast<std::size_t>(n) * sizeof(T));
+}
+
+// And back: n elements of whole registers, rounded.
+template <class T, class Compute>
+DIFFMTL_SHARED void convert_back(const Compute* from, Int n, T* to) {
+  Int c = 0;
+  for (; c + kLanes<Compute> <= n; c += kLanes<Compute>) store<Compute>(to + c, load<Compute>(from + c));
+  if (c < n) store_first<Compute>(to + c, load<Compute>(from + c), n - c);
 }
 
 // The same value, in a register of its own that the compiler knows nothing of.
