@@ -147,12 +147,18 @@ inline double combine_block(const T* data, Int stride, int count, const Compute*
 template <class Compute, class T, class Out>
 inline double combine_copies(const T* data, Int stride, int count, const Compute* weights, bool add, Int n, Compute* total,
                              Out* out) {
-  Compute rows[kStreams * kBlock];
   if (add) convert(out, n, total);
   for (int first = 0; first < count; first += kStreams) {
     const int some = static_cast<int>(smaller(kStreams, count - first));
-    for (int i = 0; i < some; ++i) convert(data + (first + i) * stride, n, rows + i * kBlock);
-    add_rows<false>(rows, kBlock, some, weights + first, add || first ? total : nullptr, n, total);
+    const Compute* start = add || first ? total : nullptr;
+    const T* rows = data + first * stride;
+    if constexpr (std::is_same_v<T, Compute>) {
+      add_rows<false>(rows, stride, some, weights + first, start, n, total);
+    } else {
+      Compute copies[kStreams * kBlock];
+      for (int i = 0; i < some; ++i) convert(rows + i * stride, n, copies + i * kBlock);
+      add_rows<false>(copies, kBlock, some, weights + first, start, n, total);
+    }
   }
   convert_back(total, n, out);
   convert(out, n, total);

@@ -18,9 +18,12 @@ namespace {
 #define DIFFMTL_PER_PAIR(kernel)                                                                   \
   {DIFFMTL_PER_LAST(kernel, float), DIFFMTL_PER_LAST(kernel, double), DIFFMTL_PER_LAST(kernel, BFloat16), \
    DIFFMTL_PER_LAST(kernel, Float16)}
+#define DIFFMTL_PER_LOSS(kernel) {DIFFMTL_PER_LAST_TWO(kernel, Squared), DIFFMTL_PER_LAST_TWO(kernel, Huber)}
+
+// What add_noise and denoising_loss ask for, or null.
 template <class A, class B, class Out>
 constexpr auto find_mix() {
-  void (*kernel)(const void*, double, const void*, double, void*, Int) = nullptr;
+  MixKernel kernel = nullptr;
   if constexpr (std::is_same_v<Out, A> || (std::is_same_v<Out, ComputeOf<A, Out>> &&
                                            (std::is_same_v<B, A> || std::is_same_v<B, float>)))
     kernel = mix<A, B, Out>;
@@ -28,8 +31,6 @@ constexpr auto find_mix() {
 }
 template <class A, class B, class Out>
 constexpr auto kMix = find_mix<A, B, Out>();
-
-#define DIFFMTL_PER_LOSS(kernel) {DIFFMTL_PER_LAST_TWO(kernel, Squared), DIFFMTL_PER_LAST_TWO(kernel, Huber)}
 
 constexpr Kernels make_kernels(const char* name) {
   return {name,

@@ -64,6 +64,7 @@ void add_blocks(const Wgrad& wgrad, const Cluster& cluster, Int parts, std::vect
 void cluster_wgrad(const Handle& grad, const Handle& x, const std::vector<Cluster>& clusters, Int outputs, Int inputs,
                    const Handle& out, bool add, int threads) {
   Wgrad wgrad{Numbers(grad), Numbers(x), Numbers(out), outputs, inputs, add, false};
+  check_one_dtype("cluster_wgrad", wgrad.grad.dtype, wgrad.x.dtype);
   const Int count = static_cast<Int>(clusters.size());
   wgrad.past_caches = !add && count * wgrad.bytes() >= kBytesPastCaches && in_cache_lines(wgrad.out, inputs);
   Int products = 0, longest = 0;
@@ -175,6 +176,9 @@ void cluster_conv_wgrad(const Images& grad_images, const Images& x_images, const
   const auto& [kernel, steps, padding, dilation] = geometry;
   const Numbers out(out_handle);
   const Int item = static_cast<Int>(kBytes[out.dtype]), lanes = kLongestRegister / item;
+  const DType dtype = static_cast<DType>(std::get<1>(x_images));
+  check_one_dtype("cluster_conv_wgrad", static_cast<DType>(std::get<1>(grad_images)), dtype);
+  check_one_dtype("cluster_conv_wgrad: out", accumulation_dtype(dtype, dtype), out.dtype);
   const auto& x_sizes = std::get<2>(x_images);
   const auto& grad_sizes = std::get<2>(grad_images);
   Sizes spans;
@@ -246,6 +250,7 @@ void group_norm_backward(const Handle& grad, const Handle& x, const Handle& mean
                          const std::optional<Handle>& weight, Int samples, Int channels, Int size, Int groups, const Handle& by_x,
                          std::uintptr_t by_weight, std::uintptr_t by_bias, int threads) {
   const Numbers slopes(grad), values(x), out(by_x), means(mean), rstds(rstd);
+  check_one_dtype("group_norm_backward", slopes.dtype, values.dtype);
   std::vector<double> weights(static_cast<std::size_t>(channels), 1.0);
   if (weight)
     for (Int c = 0; c < channels; ++c) weights[c] = Numbers(*weight)[c];

@@ -37,9 +37,7 @@ DIFFMTL_SHARED double loss_sum(const void* pred_data, const void* target_data, d
   const B* target = static_cast<const B*>(target_data);
   if constexpr (!kDirect<A, B>) {
     Compute a[kBlock], b[kBlock];
-    convert(pred, n, a);
-    convert(target, n, b);
-    return loss_sum<Loss, Compute, Compute>(a, b, delta, n);
+    return loss_sum<Loss, Compute, Compute>(converted(pred, n, a), converted(target, n, b), delta, n);
   }
   const Loss<Compute> loss(delta);
   Vector<Compute> sums[kUnroll] = {};
@@ -62,9 +60,7 @@ DIFFMTL_SHARED void loss_slope(const void* pred_data, const void* target_data, d
   B* mirrored = static_cast<B*>(by_target);
   if constexpr (!kDirect<A, B>) {
     Compute a[kBlock], b[kBlock];
-    convert(pred, n, a);
-    convert(target, n, b);
-    loss_slope<Loss, Compute, Compute>(a, b, delta, scale, a, mirrored ? b : nullptr, n);
+    loss_slope<Loss, Compute, Compute>(converted(pred, n, a), converted(target, n, b), delta, scale, a, mirrored ? b : nullptr, n);
     convert_back(a, n, out);
     if (mirrored) convert_back(b, n, mirrored);
     return;
@@ -91,9 +87,7 @@ DIFFMTL_SHARED void mix(const void* a_data, double a_share, const void* b_data, 
   Out* out = static_cast<Out*>(out_data);
   if constexpr (!(kDirect<A, B> && kDirect<A, Out>)) {
     Compute x[kBlock], y[kBlock];
-    convert(a, n, x);
-    convert(b, n, y);
-    mix<Compute, Compute, Compute>(x, a_share, y, b_share, x, n);
+    mix<Compute, Compute, Compute>(converted(a, n, x), a_share, converted(b, n, y), b_share, x, n);
     convert_back(x, n, out);
     return;
   }

@@ -27,8 +27,11 @@ class Target {
          const std::optional<Handle>& second_share, DType pred)
       : first_(first), dtype_(first_.dtype()) {
     if (!second) return;
-    mix_.emplace(Mix{Elements(*second), Numbers(first_share.value()), Numbers(second_share.value())});
+    const Elements other(*second);
     dtype_ = accumulation_dtype(pred, dtype_);
+    const auto kernel = kernels().mix[first_.dtype()][other.dtype()][dtype_];
+    if (!kernel) refuse_dtypes("target", "tensors of one dtype or a seed to mix", first_.dtype(), other.dtype());
+    mix_.emplace(Mix{kernel, other, Numbers(first_share.value()), Numbers(second_share.value())});
   }
 
   DType dtype() const { return dtype_; }
@@ -38,13 +41,13 @@ class Target {
     const void* first = first_.at(sample, begin, n, scratch.first);
     if (!mix_) return first;
     const void* second = mix_->second.at(sample, begin, n, scratch.second);
-    kernels().mix[first_.dtype()][mix_->second.dtype()][dtype_](first, mix_->first_share[sample], second,
-                                                                mix_->second_share[sample], scratch.mixed, n);
+    mix_->kernel(first, mix_->first_share[sample], second, mix_->second_share[sample], scratch.mixed, n);
     return scratch.mixed;
   }
 
  private:
   struct Mix {
+    MixKernel kernel;
     Elements second;
     Numbers first_share, second_share;
   };

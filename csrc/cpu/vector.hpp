@@ -160,6 +160,17 @@ DIFFMTL_INLINE_LOOP void store_first(T* p, Vector<Compute> v, Int n) {
   std::memcpy(p, all, static_cast<std::size_t>(n) * sizeof(T));
 }
 
+// The elements themselves where they are of the computing type, or a copy, in `copy`.
+template <class Compute, class T>
+DIFFMTL_INLINE_LOOP const Compute* converted(const T* from, Int n, Compute* copy) {
+  if constexpr (std::is_same_v<T, Compute>) {
+    return from;
+  } else {
+    convert(from, n, copy);
+    return copy;
+  }
+}
+
 // And back: n elements of whole registers, rounded.
 template <class T, class Compute>
 DIFFMTL_SHARED void convert_back(const Compute* from, Int n, T* to) {
