@@ -58,7 +58,8 @@ std::string select_kernels(const std::optional<std::string>& name) {
     if (!name || *name == table->name) active = table;
     if (name && *name == table->name) return *name;
   }
-  if (name) throw std::invalid_argument("DIFFMTL_CPU_KERNELS: expected one of " + names + " on this processor, found " + *name);
+  if (name)
+    throw std::invalid_argument("DIFFMTL_CPU_KERNELS: expected one of " + names + " on this processor, found " + *name);
   return kernels().name;
 }
 

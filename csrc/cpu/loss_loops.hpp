@@ -60,7 +60,8 @@ DIFFMTL_SHARED void loss_slope(const void* pred_data, const void* target_data, d
   B* mirrored = static_cast<B*>(by_target);
   if constexpr (!kDirect<A, B>) {
     Compute a[kBlock], b[kBlock];
-    loss_slope<Loss, Compute, Compute>(converted(pred, n, a), converted(target, n, b), delta, scale, a, mirrored ? b : nullptr, n);
+    loss_slope<Loss, Compute, Compute>(converted(pred, n, a), converted(target, n, b), delta, scale, a,
+                                       mirrored ? b : nullptr, n);
     convert_back(a, n, out);
     if (mirrored) convert_back(b, n, mirrored);
     return;
