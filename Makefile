@@ -1,44 +1,52 @@
 # `make train` and `make test` set up everything they need: a virtual environment of their own,
 # torch at the pinned version first, then this package with its extras.
 PYTHON ?= python3
-VENV   ?= .venv
+# A version of PyTorch instead of the pinned one, in an environment of its own: make test TORCH=2.9.1
+TORCH  ?=
+VENV   ?= .venv$(TORCH:%=-torch-%)
 RUN    ?= runs/digits
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # What an installation depends on: Python sources are read in place, the C++ ones are compiled.
-BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*)
+CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
+BUILD_INPUTS := pyproject.toml $(CONSTRAINTS) CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*)
 
-.PHONY: help train test bench bench-full figures check check-native clean
+.PHONY: help train test campaign bench bench-full figures check check-native clean
 help:
 	@echo "make train   train on the embedded digits and write pictures and metrics to $(RUN)"
-	@echo "make test    run the test suite (DIFFMTL_TEST_DEVICE=cuda runs it on a GPU)"
+	@echo "make test    run the test suite (DIFFMTL_TEST_DEVICE=cuda runs it on a GPU, TORCH=2.9.1 with that PyTorch)"
+	@echo "make campaign   hold the engines to the whole table of architectures, of which make test runs a part"
 	@echo "make bench   time everything beside the reference, the peers and the limit, a quarter of an hour on 2 cores;"
 	@echo "             bench-full takes hours; both use a GPU where there is one and write benchmarks/results,"
-	@echo "             a part of them, as in make bench BENCH='-k clustering', runs/bench"
+	@echo "             a part of them, as in make bench BENCH='--groups clustering', runs/bench"
 	@echo "make figures   put what they found into README and docs/figures"
 	@echo "make check   lint, type check, compile the GPU kernels ahead of time (needs no GPU)"
 	@echo "make check-native   fuzz the C++ code under the address and undefined behaviour sanitizers"
-	@echo "make clean   remove the virtual environment and build outputs (runs/ is kept)"
+	@echo "make clean   remove the virtual environments and build outputs (runs/ is kept)"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 14) else f"expected Python 3.11 to 3.13, found {v.major}.{v.minor}; choose one with make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/torch.stamp: constraints.txt | $(BIN)/python
-	$(PIP) install --quiet -c constraints.txt torch
+# Another PyTorch brings its own triton, or needs none.
+$(VENV)/constraints.txt: constraints.txt | $(BIN)/python
+	(grep -vE '^(torch|triton)==' constraints.txt; echo 'torch==$(TORCH)') > $@
+
+$(VENV)/torch.stamp: $(CONSTRAINTS) | $(BIN)/python
+	$(PIP) install --quiet -c $(CONSTRAINTS) torch
 	@touch $@
 
 $(VENV)/train.stamp: $(BUILD_INPUTS) | $(VENV)/torch.stamp
-	$(PIP) install --quiet -c constraints.txt -e '.[train]'
+	$(PIP) install --quiet -c $(CONSTRAINTS) -e '.[train]'
 	@touch $@
 
 $(VENV)/dev.stamp: $(BUILD_INPUTS) | $(VENV)/torch.stamp
-	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	$(PIP) install --quiet -c $(CONSTRAINTS) -e '.[dev]'
 	@touch $@ $(VENV)/train.stamp
 
 # The baselines and pytest-benchmark; torch.compile and the models need what the trainer does.
 $(VENV)/bench.stamp: $(BUILD_INPUTS) | $(VENV)/torch.stamp
-	$(PIP) install --quiet -c constraints.txt -e '.[train,bench]'
+	$(PIP) install --quiet -c $(CONSTRAINTS) -e '.[train,bench]'
 	@touch $@ $(VENV)/train.stamp
 
 # An interrupted run continues from its last checkpoint; a finished one is left alone.
@@ -49,8 +57,12 @@ train: $(VENV)/train.stamp
 test: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
+campaign: $(VENV)/dev.stamp
+	DIFFMTL_CAMPAIGN=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q tests/gradients/test_architectures.py \
+	  tests/gradients/test_random_programs.py
+
 # The tables come last, and are in the JSON file that it names. BENCH passes options on, such as
-# BENCH='-k clustering' or BENCH='--reference-repo PATH'.
+# BENCH='--groups clustering' or BENCH='--reference-repo PATH'.
 bench: $(VENV)/bench.stamp
 	$(BIN)/python -m pytest benchmarks/bench_suite.py -q --scale $(or $(SCALE),default) $(BENCH)
 
@@ -59,7 +71,7 @@ bench-full: bench
 
 # README's figures and pictures, from the files in benchmarks/results and nothing else.
 figures: $(VENV)/bench.stamp
-	$(BIN)/diffmtl-fast bench report benchmarks/results/*.json --out docs/figures --readme README.md docs/benchmarks.md
+	$(BIN)/python -m benchmarks report benchmarks/results/*.json --out docs/figures --readme README.md docs/benchmarks.md
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -72,4 +84,4 @@ check-native: $(VENV)/dev.stamp
 	$(BIN)/python tests/native/check.py --seconds 60
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-torch-* $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,1 +1,1 @@
-"""Benchmarks of diffmtl_fast, run from the repository root: ``python -m benchmarks.step``."""
+"""Benchmarks of diffmtl_fast: ``benchmarks/bench_suite.py`` measures, ``python -m benchmarks`` reports."""

@@ -1,8 +1,11 @@
-"""The suite as pytest-benchmark sees it: one benchmark for every way of every piece of work.
+"""The suite as pytest-benchmark sees it: one benchmark for every case, whose rounds it runs and times.
+
+In a round all ways of the case take their turns, each timed on its own by `harness.compare`.
 
 python -m pytest benchmarks/bench_suite.py                      # a quarter of an hour on two cores
 python -m pytest benchmarks/bench_suite.py --scale full
-python -m pytest benchmarks/bench_suite.py -k "clustering"      # names hold group, case and way
+python -m pytest benchmarks/bench_suite.py --groups step,weights
+python -m pytest benchmarks/bench_suite.py -k "clustering"      # names of groups, cases and ways
 python -m pytest benchmarks/bench_suite.py --reference-repo PATH
 """
 
@@ -11,23 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytest
-
-from benchmarks.suite import Benchmark
-from diffmtl_fast.bench.results import Comparison, entry
+from benchmarks.benchmark import Benchmark
+from benchmarks.harness import Repeat
 
 
-def test_way(
-    benchmark: Any,
-    replay: Any,
-    measured: Callable[[Benchmark], Comparison],
-    work: Benchmark,
-    way: str,
-) -> None:
-    comparison = measured(work)
-    if way in comparison.left_out:
-        pytest.skip(f"{way}: {comparison.left_out[way]}")
-    found = comparison[way]
-    replay.load(found.seconds)
-    benchmark.extra_info.update(entry(comparison, found))
-    benchmark.pedantic(lambda: None, rounds=len(found.seconds))
+def test_case(benchmark: Any, measured: Callable[[Benchmark, Repeat], None], work: Benchmark) -> None:
+    def repeat(one_round: Callable[[], object], rounds: int) -> None:
+        benchmark.pedantic(one_round, rounds=rounds)
+
+    measured(work, repeat)

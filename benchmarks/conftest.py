@@ -1,13 +1,13 @@
-"""pytest-benchmark runs the suite and keeps what it finds; the rounds themselves are `harness.compare`'s.
+"""How pytest runs the suite, and the JSON file that is left of a run.
 
-pytest-benchmark times one test after the other, where ways of doing the same work should take turns. So a case is
-measured as a whole when the first of its ways asks for it; every way's test then hands its times to
-pytest-benchmark, whose timer replays them. The JSON that it writes is the suite's format, that of
-`diffmtl_fast.bench.results`.
+pytest-benchmark runs the rounds of every case and times them as a whole; a way's own times are taken within the
+rounds, by `harness.compare`. The file has one entry for each way, in pytest-benchmark's format, which
+`report.results` reads.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import signal
@@ -18,14 +18,21 @@ from typing import Any
 
 import pytest
 import torch
+from pytest_benchmark.stats import Stats
 
-from benchmarks.harness import commit, environment
-from benchmarks.suite import SCALES, Benchmark, Options, benchmarks, measure
+from benchmarks.benchmark import SCALES, Benchmark, Options
+from benchmarks.harness import Repeat, commit, environment
+from benchmarks.measure import measure
+from benchmarks.names import Group
+from benchmarks.report.results import FORMAT, Comparison, Results, Way, entry
+from benchmarks.report.tables import report
+from benchmarks.suite import benchmarks
 from diffmtl_fast._files import replacing
-from diffmtl_fast.bench.results import FORMAT, Comparison, Results
 
 RESULTS = Path(__file__).parent / "results"  # of whole runs only
+GROUP_KEYS = tuple(group.key for group in Group)
 PARTS = Path(__file__).parents[1] / "runs" / "bench"
+SUITE = Path(__file__).parent / "bench_suite.py"
 
 
 @dataclass
@@ -38,7 +45,7 @@ class Session:
         commit: of `harness.commit`.
         path: the JSON file; None if nothing is stored.
         stored: where a whole run's file goes in the end, in place of `path`.
-        found: every case that was measured, or what went wrong.
+        found: every case that was measured.
     """
 
     options: Options
@@ -46,74 +53,57 @@ class Session:
     commit: Mapping[str, Any]
     path: Path | None
     stored: Path | None = None
-    found: dict[tuple[str, str], Comparison | Exception] = field(default_factory=dict)
+    found: list[Comparison] = field(default_factory=list)
 
-    def comparison(self, benchmark: Benchmark) -> Comparison:
-        """Measure a case, or return what was measured.
-
-        Raises:
-            Exception: what went wrong, once for each way.
-        """
-        key = (benchmark.group, benchmark.case)
-        if key not in self.found:
-            try:
-                self.found[key] = measure(benchmark, self.options)
-            except Exception as failure:
-                self.found[key] = failure
-        found = self.found[key]
-        if isinstance(found, Exception):
-            raise found
-        return found
+    def measure(self, work: Benchmark, repeat: Repeat) -> None:
+        """Measure a case."""
+        self.found.append(measure(work, self.options, repeat))
 
     @property
     def left_out(self) -> list[dict[str, str]]:
         """The ways without figures, and why."""
         return [
             {"group": found.group, "case": found.case, "way": way, "reason": reason}
-            for found in self.found.values()
-            if isinstance(found, Comparison)
+            for found in self.found
             for way, reason in found.left_out.items()
         ]
+
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        """What the JSON file has of every way."""
+        return [_entry(found, way) for found in self.found for way in found.ways]
+
+
+def _entry(comparison: Comparison, way: Way) -> dict[str, Any]:
+    statistics = Stats()
+    for seconds in way.seconds:
+        statistics.update(seconds)
+    name = f"{comparison.case} | {way.name}"
+    return {
+        "group": comparison.group,
+        "name": name,
+        "fullname": f"{comparison.group}: {name}",
+        "extra_info": entry(comparison, way),
+        "stats": statistics.as_dict() | {"data": list(way.seconds)},
+    }
 
 
 SESSION = pytest.StashKey[Session]()
 
 
-class Replay:
-    """A timer that makes pytest-benchmark's rounds last as long as those that were measured."""
-
-    __name__ = "replay"
-
-    def __init__(self) -> None:
-        self._ticks: Iterator[float] = iter(())
-
-    def load(self, seconds: tuple[float, ...]) -> None:
-        """Show these times next."""
-        self._ticks = (tick for duration in seconds for tick in (0.0, duration))
-
-    def __call__(self) -> float:
-        return next(self._ticks)
-
-
-REPLAY = Replay()
-
-
 @pytest.fixture
-def replay() -> Replay:
-    """The timer of every benchmark here."""
-    return REPLAY
-
-
-@pytest.fixture
-def measured(request: pytest.FixtureRequest) -> Callable[[Benchmark], Comparison]:
-    """Measure a case, once in a session."""
-    return request.config.stash[SESSION].comparison
+def measured(request: pytest.FixtureRequest) -> Callable[[Benchmark, Repeat], None]:
+    """Measure a case and keep what was found."""
+    return request.config.stash[SESSION].measure
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("diffmtl-fast benchmarks")
     group.addoption("--device", help="cpu or cuda; default cuda where there is one")
     group.addoption("--scale", choices=SCALES, default="default", help="how much is measured")
+    group.addoption(
+        "--groups", type=groups, help=f"groups to measure, separated by commas: {', '.join(GROUP_KEYS)}"
+    )
     group.addoption("--models", help="models of the training step, separated by commas")
     group.addoption("--batch", type=int, help="batch size of the training step")
     group.addoption("--rounds", type=int, help="rounds of every comparison")
@@ -129,6 +119,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--machine", help="name of the JSON file; by default after the device")
 
 
+def groups(text: str) -> tuple[str, ...]:
+    """Read the keys of groups.
+
+    Raises:
+        argparse.ArgumentTypeError: one of them is unknown.
+    """
+    found = tuple(text.split(","))
+    unknown = [key for key in found if key not in GROUP_KEYS]
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"expected some of {', '.join(GROUP_KEYS)}, found {', '.join(unknown)}"
+        )
+    return found
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     get = config.getoption
@@ -136,6 +141,7 @@ def pytest_configure(config: pytest.Config) -> None:
     options = Options(
         device=get("--device") or ("cuda" if torch.cuda.is_available() else "cpu"),
         scale=get("--scale"),
+        groups=get("--groups"),
         compile=not get("--no-compile"),
         memory=not get("--no-memory"),
         rounds=get("--rounds"),
@@ -173,31 +179,29 @@ def _slug(name: str) -> str:
 def whole(session: pytest.Session, options: Options) -> bool:
     """Return whether everything of a default or full run was measured as usual, and nothing went wrong."""
     usual = Options(device=options.device, scale=options.scale)
-    everything = sum(len(work.names) for work in benchmarks(usual))
+    everything = sum(1 for _ in benchmarks(usual))
     return options == usual and session.testscollected == everything and session.exitstatus == 0
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "way" not in metafunc.fixturenames:
+    if "work" not in metafunc.fixturenames:
         return
+    works = benchmarks(metafunc.config.stash[SESSION].options)
+    marks = pytest.mark.benchmark
     metafunc.parametrize(
-        ("work", "way"),
-        [
-            pytest.param(
-                work,
-                way,
-                id=f"{work.case} | {way}",
-                marks=pytest.mark.benchmark(group=work.group, timer=REPLAY),
-            )
-            for work in benchmarks(metafunc.config.stash[SESSION].options)
-            for way in work.names
-        ],
+        "work", [pytest.param(work, id=work.case, marks=marks(group=work.group)) for work in works]
     )
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Let -k choose by group too."""
-    item.extra_keyword_matches.update(str(mark.kwargs["group"]) for mark in item.iter_markers("benchmark"))
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let -k choose by group and by way, too, and drop the test that pytest collects where there is no case."""
+    for item in list(items):
+        work = item.callspec.params.get("work") if hasattr(item, "callspec") else None
+        if isinstance(work, Benchmark):
+            item.extra_keyword_matches.update([str(work.group), *work.ways, *work.absent])
+        elif item.path == SUITE:
+            items.remove(item)
 
 
 # ---- What pytest-benchmark writes ---------------------------------------------------------------------------
@@ -205,21 +209,20 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
-    return dict(config.stash[SESSION].environment)  # its own has the name of the host
+    return dict(config.stash[SESSION].environment)  # pytest-benchmark's own has the name of the host
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_benchmark_generate_commit_info(config: pytest.Config) -> dict[str, Any]:
-    return dict(config.stash[SESSION].commit)  # its own has the path of the checkout
+    return dict(config.stash[SESSION].commit)  # pytest-benchmark's own has the path of the checkout
 
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
     session = config.stash[SESSION]
     settings = asdict(session.options)
-    settings["reference_repo"] = session.options.reference_repo is not None  # not where it is
+    settings["reference_repo"] = session.options.reference_repo is not None  # not its path
     output_json |= {"format": FORMAT, "settings": settings, "left_out": session.left_out}
-    for found in output_json["benchmarks"]:
-        del found["params"], found["options"]
+    output_json["benchmarks"] = session.entries  # in place of the rounds of whole cases
 
 
 @pytest.hookimpl(wrapper=True)
@@ -247,13 +250,11 @@ def one_line_each(record: Mapping[str, Any]) -> str:
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """End with the tables, and nothing for a case that failed."""
-    from diffmtl_fast.bench.tables import report
-
+    """End with the tables of the cases that did not fail."""
     session = config.stash[SESSION]
-    found = tuple(c for c in session.found.values() if isinstance(c, Comparison))
-    if found:
-        results = Results(session.environment, session.commit["id"], asdict(session.options), found)
+    if session.found:
+        settings = asdict(session.options)
+        results = Results(session.environment, session.commit["id"], settings, tuple(session.found))
         terminalreporter.write("\n" + report([results]))
         if session.path is not None and session.path.exists():
             terminalreporter.write_line(f"\nThese figures are in {session.path}.")

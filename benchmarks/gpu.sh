@@ -2,7 +2,8 @@
 # What a machine with a GPU shows in ten minutes, without a network: installs this checkout, runs the GPU tests, times
 # the kernels against the memory, training steps of DiT-S/2 and DiT-B/2 (bf16 autocast) with their peak memory, the
 # weights and a whole training; then, in what time is left, steps under torch.compile and the kernels' tests under
-# compute-sanitizer. Prints the tables last. Status 1 if a required part, one of those before "then", is missing or cut.
+# compute-sanitizer. Prints the tables last. Ends with status 1 if a required part, one of those named before "then",
+# is missing or was cut.
 #
 #   benchmarks/gpu.sh [FOLDER]          results, logs and report.md go there; default runs/gpu
 #
@@ -75,16 +76,15 @@ workers=()
 cores=$(nproc)
 ((cores >= 8)) && "$python" -c "import xdist" 2>/dev/null && workers=(-n 4)
 part required tests 110 "$python" -m pytest -q -p no:cacheprovider "${workers[@]}" "${tests[@]}"
-bench required roofline 80 -k fused --no-memory
+bench required roofline 80 --groups ops --no-memory
 for model in "${models[@]}"; do
-  bench required "step_$model" $((180 / ${#models[@]})) -k "full and training and step and not compile" \
-    --models "$model"
+  bench required "step_$model" $((180 / ${#models[@]})) --groups step --models "$model"
 done
-bench required weights 25 -k "Nash and weights" --no-compile --no-memory
-bench required end_to_end 55 -k "fixed" --no-compile --no-memory
+bench required weights 25 --groups weights --no-compile --no-memory
+bench required end_to_end 55 --groups training --no-compile --no-memory
 
 for model in "${models[@]}"; do
-  bench optional "compiled_$model" "$(share)" -k "full and training and step and compile" --models "$model" --no-memory
+  bench optional "compiled_$model" "$(share)" --groups compiled --models "$model" --no-memory
   ((optional--))
 done
 # Of a block that PyTorch's allocator keeps for later, the sanitizer could not tell the tensor's end, and the driver's
@@ -98,7 +98,7 @@ else
 fi
 
 if ((${#files[@]})); then
-  "$python" -m diffmtl_fast.cli bench report "${files[@]}" --out "$out" >"$out/report.log" 2>&1 ||
+  "$python" -m benchmarks report "${files[@]}" --out "$out" >"$out/report.log" 2>&1 ||
     { tail -n 5 "$out/report.log"; exit 1; }
   cat "$out/report.md"
 fi

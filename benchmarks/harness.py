@@ -3,10 +3,10 @@
 A speed-up of a wrong result is no speed-up: every candidate first shows that its result agrees with the
 reference. Candidates then take turns, in a new random order each round, and are compared with the yardstick
 of the same round, so that a drift of the machine's clock or load falls on all of them. The yardstick runs twice
-a round; how much the two differ is the noise below which a ratio says nothing.
+a round; how much the two differ is the noise: a ratio closer to 1 than that shows no difference.
 
 Work by others may fail: a peer that is not installed, refuses the case or gives a wrong result is left out, and
-the reason stands where its figures would. What is ours must not.
+the table gives the reason in place of its figures. If the library's own work fails, so does the measurement.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import random
+import re
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,10 +27,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from diffmtl_fast.bench.results import Comparison, Role, Way
+from benchmarks.report.results import Comparison, Role, Way
 
 PACKAGES = (
     "torch", "numpy", "triton", "diffusers", "cvxpy", "ecos", "torchjd", "kmeans1d", "ruptures"
@@ -47,7 +47,7 @@ class Candidate:
     Attributes:
         name: row label.
         run: does the work once.
-        error: relative error of the result against the reference; None for the definition itself.
+        error: forms the relative error of the result against the reference; None if there is no gate.
         tolerance: largest error that passes the gate.
         peer: left out with the reason where it fails or is wrong; work by others.
         begin: called with the number of the round before every turn, untimed.
@@ -70,6 +70,14 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 Clock: TypeAlias = Callable[[Callable[[], object], int], float]
+#: calls a function so many times, one call after the other
+Repeat: TypeAlias = Callable[[Callable[[], object], int], object]
+
+
+def in_a_loop(run: Callable[[], object], times: int) -> None:
+    """Call a function so many times."""
+    for _ in range(times):
+        run()
 
 
 def wall_clock(run: Callable[[], object], repeats: int = 1) -> float:
@@ -83,7 +91,7 @@ def wall_clock(run: Callable[[], object], repeats: int = 1) -> float:
 
 
 def device_clock(run: Callable[[], object], repeats: int = 1) -> float:
-    """Return the seconds of one run on the GPU's own clock: the host's work hides behind the run before."""
+    """Return the seconds of one run on the GPU's clock, without the host's work for it where runs queue up."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -107,6 +115,7 @@ def compare(
     allowance: float = math.inf,
     grace: float = 0.0,
     parameters: Mapping[str, Any] | None = None,
+    repeat: Repeat = in_a_loop,
 ) -> Comparison:
     """Gate all candidates, then time them in interleaved rounds.
 
@@ -123,6 +132,7 @@ def compare(
             time, so that those many times slower do not take nearly all of it. All are in the first round.
         grace: seconds that a candidate may take before that.
         parameters: for `Comparison.parameters`.
+        repeat: runs the rounds; pytest-benchmark's way of doing so, which times each round as a whole, or a loop.
 
     Raises:
         GateError: a candidate's error exceeds its tolerance, and it is no peer.
@@ -137,7 +147,9 @@ def compare(
         repeats.append(max(1, math.ceil(least / clock(candidate.run, 1))) if least else 1)
     contenders = [*(candidate for candidate, _ in gated), candidates[0]]
     repeats.append(repeats[0])
-    seconds, failed = _rounds(contenders, rounds, clock, repeats, allowance, grace)
+    taking_turns = _Rounds(contenders, clock, repeats, allowance, grace)
+    repeat(taking_turns.run, rounds)
+    seconds, failed = np.array(taking_turns.seconds), taking_turns.failed
     left_out |= failed
     ways = []
     for j, (candidate, error) in enumerate(gated):
@@ -151,41 +163,53 @@ def compare(
     return Comparison(group, case, tuple(ways), tuple(seconds[:, -1].tolist()), left_out, parameters or {})
 
 
-def _rounds(
-    contenders: Sequence[Candidate],
-    rounds: int,
-    clock: Clock,
-    repeats: Sequence[int],
-    allowance: float,
-    grace: float,
-) -> tuple[NDArray[np.float64], dict[str, str]]:
-    """Take turns, the yardstick first and last.
+class _Rounds:
+    """Candidates that take turns, the yardstick first and last in the list and twice a round.
 
-    Returns:
-        The seconds [rounds, contenders], NaN where one sat out, and the peers that failed, with the reason.
+    Attributes:
+        seconds: of every round those of all candidates, NaN for one that sat out.
+        failed: the peers that failed, with the reason.
     """
-    always = (0, len(contenders) - 1)
-    seconds = np.full((rounds, len(contenders)), np.nan)
-    shuffle = random.Random(0).shuffle
-    order = list(range(len(contenders)))
-    failed: dict[str, str] = {}
-    for i in range(rounds):
-        shuffle(order)
-        spent = np.nansum(seconds, axis=0) * repeats
-        for j in order:
-            contender = contenders[j]
-            if contender.name in failed:
+
+    def __init__(
+        self,
+        contenders: Sequence[Candidate],
+        clock: Clock,
+        repeats: Sequence[int],
+        allowance: float,
+        grace: float,
+    ) -> None:
+        self.seconds: list[list[float]] = []
+        self.failed: dict[str, str] = {}
+        self._contenders, self._clock, self._repeats = contenders, clock, repeats
+        self._allowance, self._grace = allowance, grace
+        self._order = list(range(len(contenders)))
+        self._shuffle = random.Random(0).shuffle
+
+    def run(self) -> None:
+        """Run one round: everyone whose turn it is, in a new order."""
+        self._shuffle(self._order)
+        number, taking_part = len(self.seconds), self._taking_part()
+        self.seconds.append([math.nan] * len(self._contenders))
+        for j in self._order:
+            contender = self._contenders[j]
+            if j not in taking_part or contender.name in self.failed:
                 continue
-            if i == 0 or j in always or spent[j] <= max(grace, allowance * spent[0]):
-                if contender.begin is not None:
-                    contender.begin(i)
-                try:
-                    seconds[i, j] = clock(contender.run, repeats[j])
-                except Exception as failure:
-                    if not contender.peer:
-                        raise
-                    failed[contender.name] = _reason(failure)
-    return seconds, failed
+            if contender.begin is not None:
+                contender.begin(number)
+            try:
+                self.seconds[-1][j] = self._clock(contender.run, self._repeats[j])
+            except Exception as failure:
+                if not contender.peer:
+                    raise
+                self.failed[contender.name] = _reason(failure)
+
+    def _taking_part(self) -> set[int]:
+        if not self.seconds:
+            return set(self._order)
+        spent = np.nansum(self.seconds, axis=0) * self._repeats
+        affordable = spent <= max(self._grace, self._allowance * spent[0])
+        return {0, len(self._contenders) - 1, *np.flatnonzero(affordable).tolist()}
 
 
 def _gate_all(
@@ -223,10 +247,14 @@ def _gate(candidate: Candidate) -> float | None:
 
 
 def _reason(failure: Exception) -> str:
-    """Return the first line of what went wrong, fit for a cell of a table."""
-    message = str(failure).strip().splitlines() or [""]
+    """Return the first line of what went wrong, fit for a cell of a table.
+
+    In the long messages of torch.compile it is not the first line that tells, but the error that they quote.
+    """
+    message = str(failure).strip()
+    quoted = re.search(r"\bgot (\w+Error\(.*\))$", message, re.MULTILINE)
     kind = "" if isinstance(failure, ImportError | GateError) else f"{type(failure).__name__}: "
-    return (kind + message[0]).replace("|", "\\|")
+    return (kind + (quoted[1] if quoted else message.partition("\n")[0])).replace("|", "\\|")
 
 
 def _synchronize() -> None:

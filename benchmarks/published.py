@@ -28,13 +28,14 @@ from torch import Tensor, nn
 
 from benchmarks.harness import Candidate, GateError, relative_error
 from benchmarks.models import Case
+from benchmarks.names import K_BACKWARDS_PCGRAD
 from benchmarks.reference import (
     cluster_gradients,
     nash_residual,
     pcgrad,
 )
 from benchmarks.reference.clustering import affinity_cost, optimal_intervals, snr_cost
-from benchmarks.ways import Rows, Way, projecting, update
+from benchmarks.step_implementations import Rows, StepWay, projecting, update
 
 Array = NDArray[np.float64]
 CLUSTERING, PCGRAD, NASH = "interval_clustering.py", "mtl_library/pcgrad.py", "mtl_library/nash.py"
@@ -101,7 +102,7 @@ class Checkout:
         return [0, *starts, size]
 
     def clustering(self, name: str, work: Any) -> Candidate:
-        """Return log-SNR clustering; `work` as in `benchmarks.clustering`."""
+        """Return log-SNR clustering; `work` is a `benchmarks.groups.clustering.Work`."""
 
         def solve() -> list[int]:
             return self.boundaries(self.intervals.snr_based_clustering(work.x, work.k), len(work.x))
@@ -180,11 +181,11 @@ class Checkout:
                 return ["a gradient is projected against itself as well"]
         return []
 
-    def step(self, way: Way) -> dict[str, Any]:
+    def step(self, way: StepWay) -> dict[str, Any]:
         """Return what changes of a way of the full training step: PCGrad's loop and writing into ``.grad``."""
-        if way.name != "K backwards, PCGrad":
+        if way.name != K_BACKWARDS_PCGRAD:
             return {}
-        return {"name": f"K backwards, PCGrad ({self.label})", "prepare": self._prepare_step, "peer": True}
+        return {"name": f"{K_BACKWARDS_PCGRAD} ({self.label})", "prepare": self._prepare_step, "peer": True}
 
     def _prepare_step(self, case: Case) -> Callable[[], Rows]:
         parameters = list(case.model.parameters())

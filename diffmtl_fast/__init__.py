@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from . import analysis, clustering, curriculum, diffusion, ops
+from typing import TYPE_CHECKING
+
+from . import analysis, clustering, curriculum, diffusion, ops, weighting
 from .clustering import (
     ClusterPath,
     IntervalClustering,
@@ -23,15 +25,7 @@ from .curriculum import (
     UniformSampler,
 )
 from .gradients import ClusteredMTL, StepRecord
-from .weighting import (
-    Equal,
-    GramianWeighting,
-    LossWeighting,
-    NashMTL,
-    PCGrad,
-    UncertaintyWeighting,
-    param_groups,
-)
+from .weighting import *  # noqa: F403 - a class for every module of the folder
 
 __version__ = "0.1.0"
 
@@ -40,18 +34,12 @@ __all__ = [
     "ClusteredMTL",
     "DifficultyCurriculum",
     "DistributionSampler",
-    "Equal",
-    "GramianWeighting",
     "IntervalClustering",
     "LossSecondMomentSampler",
-    "LossWeighting",
-    "NashMTL",
     "NoiseClustering",
-    "PCGrad",
     "StepRecord",
     "StratifiedSampler",
     "TimestepSampler",
-    "UncertaintyWeighting",
     "UniformSampler",
     "analysis",
     "cluster_affinity",
@@ -64,5 +52,7 @@ __all__ = [
     "curriculum",
     "diffusion",
     "ops",
-    "param_groups",
+    "weighting",
 ]
+if not TYPE_CHECKING:  # type checkers follow the star import above
+    __all__ += weighting.__all__

@@ -14,6 +14,8 @@ MAX_CLUSTERS = 64
 TILE_PROGRAMS = 4096
 # Loading a float64 Gramian beyond this size takes the registers that the Nash solver needs.
 MAX_FLOAT64_NASH_CLUSTERS = 32
+# The Nash solver keeps two tiles and many vectors: threads with more registers each are better than more threads.
+NASH_WARPS = 8
 
 # Sums over clusters: with this many programs a large GPU has a few rounds of them. Where there are fewer, the rows
 # of a cluster are shared out, but not in shares so short that writing their sums takes as long as forming them.
@@ -79,13 +81,16 @@ def sample_block(batch: int) -> int:
 def gram_settings(num_clusters: int, size: int, itemsize: int, aligned: bool) -> Settings:
     """Settings for the Gramian of [num_clusters, size]: two rows, or the tile of all, must fit the registers.
 
-    Elements that are loaded one by one, because nothing is known of their alignment, take a register each.
+    `itemsize` is that of the products. Elements that are loaded one by one, because nothing is known of their
+    alignment, take a register each.
     """
     if num_clusters > MAX_VECTOR_CLUSTERS:
         return Settings(128, 4) if num_clusters <= 32 else Settings(64, 8)
     block, num_warps = stream_settings(size)
-    share = 4 if itemsize == 8 else 1 if aligned else 2
-    return Settings(max(block // share, 128), num_warps)
+    if itemsize == 8:  # 8 elements per thread: 16 bytes of the shortest rows
+        block = max(block // 4, 128)
+        return Settings(block, max(1, block // 256))
+    return Settings(block if aligned else max(block // 2, 128), num_warps)
 
 
 class SumSettings(NamedTuple):
@@ -101,10 +106,10 @@ def sum_settings(num_clusters: int) -> SumSettings:
     return SumSettings(1, 1024, 4) if num_clusters <= MAX_VECTOR_CLUSTERS else SumSettings(128, 32, 4)
 
 
-def weight_settings(num_clusters: int) -> Settings:
+def weight_settings(num_clusters: int, most_warps: int = 16) -> Settings:
     """Settings for a K×K problem in one program: a float64 tile at 8 elements per thread does not spill."""
     tile = power_of_two(num_clusters)
-    return Settings(tile, max(1, min(16, tile * tile // 256)))
+    return Settings(tile, max(1, min(most_warps, tile * tile // 256)))
 
 
 def _shares(programs: int, rows: int) -> int:

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import diffmtl_fast as dm
-from diffmtl_fast.gradients.rules import RULES
+from diffmtl_fast.gradients.rules import RULES, registry
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,17 +37,15 @@ def test_python_blocks_run_in_order():
 
 def test_blocks_of_the_guide_run_in_order(monkeypatch, caplog):
     caplog.set_level(logging.INFO, "diffmtl_fast")
-    rules = dict(RULES)
-    for module in ("rules", "grouped"):  # the guide's rules end with it
-        monkeypatch.setattr(f"diffmtl_fast.gradients.{module}.RULES", rules)
+    monkeypatch.setattr(registry, "RULES", dict(RULES))  # the guide's rules end with it
     namespace = run_blocks(GUIDE, "docs/gradients.md")
-    chosen = [message for message in caplog.messages if message.startswith("ClusteredMTL: ")]
+    chosen = [message for message in caplog.messages if "engine for" in message]
     assert len(chosen) == 5  # of mtl, lean, half, saving and ruled
     assert all("grouped engine for K = 5" in message for message in chosen)
     assert all("every parameter has a rule" in message for message in chosen)
     for name in ("mtl", "lean", "half", "saving", "ruled"):
         assert namespace[name].last.gramian.shape == (5, 5)
-    assert namespace["squared_gain"] in rules
+    assert namespace["squared_gain"] in registry.RULES
 
 
 def test_names_and_links_exist():
@@ -66,9 +64,9 @@ def test_make_targets_exist():
 
 
 def test_figures_are_what_the_command_makes_of_the_stored_results():
-    from diffmtl_fast.bench import Results, machines
-    from diffmtl_fast.bench.plots import captions
-    from diffmtl_fast.bench.readme import rewrite
+    from benchmarks.report import Results, machines
+    from benchmarks.report.plots import captions
+    from benchmarks.report.readme import rewrite
 
     results = [Results.read(path) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))]
     for file in (ROOT / "README.md", ROOT / "docs" / "benchmarks.md"):

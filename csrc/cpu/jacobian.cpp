@@ -79,7 +79,7 @@ Rows rows_of(const Member& member, const Piece& piece, int count) {
 
 }  // namespace
 
-void gram(const std::vector<Member>& members, int count, std::uintptr_t out, int out_dtype, int threads) {
+void gram(const std::vector<Member>& members, int count, int least, std::uintptr_t out, int out_dtype, int threads) {
   const Tasks tasks(members, count, threads);
   const std::size_t lines = gram_scratch(count) / sizeof(Line);
   const std::unique_ptr<Line[]> scratch(new Line[lines * tasks.threads()]);
@@ -87,8 +87,8 @@ void gram(const std::vector<Member>& members, int count, std::uintptr_t out, int
   std::vector<double> partial(products * tasks.size()), total(products);
   tasks.run([&](const Piece& piece, Int task, int thread) {
     const Member& member = members[piece.member];
-    kernels().gram[std::get<1>(member)](rows_of(member, piece, count), partial.data() + task * products,
-                                        scratch.get() + lines * thread);
+    kernels().gram[least][std::get<1>(member)](rows_of(member, piece, count), partial.data() + task * products,
+                                               scratch.get() + lines * thread);
   });
   for (Int task = 0; task < tasks.size(); ++task)
     for (Int i = 0; i < products; ++i) total[i] += partial[task * products + i];
@@ -203,7 +203,7 @@ class PanelGramian {
 
   // Packs columns behind those that are there.
   void append(const void* data, DType dtype, Int stride, Int columns) {
-    const auto kernel = kernels().pack_panel[dtype];
+    const auto kernel = kernels().pack_panel[compute_][dtype];
     const Int from = filled_, to = filled_ + columns, piece = from / kPacked;
     const int threads = useful_threads(threads_, count_ * columns * static_cast<Int>(kBytes[dtype]));
     parallel_for((ceil_div(to, kPacked) - piece) * panels_, threads, [&](Int task, int) {
@@ -240,13 +240,13 @@ class PanelGramian {
 
 }  // namespace
 
-void gram_panels(const std::vector<Member>& members, Int count, std::uintptr_t out, int out_dtype, int threads) {
+void gram_panels(const std::vector<Member>& members, Int count, int least, std::uintptr_t out, int out_dtype, int threads) {
   bool written = false;
-  // Every part is accumulated in its own type, and float32 at least.
+  // Every part is accumulated in its own type, and `least` at least.
   for (const DType compute : {kFloat32, kFloat64}) {
     std::vector<Member> parts;
     for (const Member& member : members)
-      if (accumulation_dtype(static_cast<DType>(std::get<1>(member)), kFloat32) == compute) parts.push_back(member);
+      if (accumulation_dtype(static_cast<DType>(std::get<1>(member)), static_cast<DType>(least)) == compute) parts.push_back(member);
     if (parts.empty()) continue;
     PanelGramian gramian(count, compute, threads);
     for (const Member& part : parts) gramian.add(part);

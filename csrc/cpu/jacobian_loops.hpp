@@ -21,8 +21,8 @@ constexpr int kTile = 3;
 constexpr Int kAhead = 512;
 
 // sums[i][j] += <a_i, b_j> for i < R, j < S; on the diagonal, where a is b, for i <= j only. n: whole registers.
-template <class Compute, int R, int S, bool kDiagonal>
-inline void multiply_tile(const Compute* const* a, const Compute* const* b, Int n, double* sums, int stride) {
+template <class Compute, int R, int S, bool kDiagonal, class T>
+inline void multiply_tile(const T* const* a, const T* const* b, Int n, double* sums, int stride) {
   Vector<Compute> acc[R][S] = {};
   for (Int c = 0; c < n; c += kLanes<Compute>) {
     Vector<Compute> x[R];
@@ -40,8 +40,8 @@ inline void multiply_tile(const Compute* const* a, const Compute* const* b, Int 
 }
 
 // The tile of a full group of rows with a group of `size`, or of that group with itself.
-template <class Compute, int S, bool kDiagonal>
-inline void multiply_group(int size, const Compute* const* a, const Compute* const* b, Int n, double* sums, int stride) {
+template <class Compute, int S, bool kDiagonal, class T>
+inline void multiply_group(int size, const T* const* a, const T* const* b, Int n, double* sums, int stride) {
   if (size == S) {
     multiply_tile<Compute, kDiagonal ? S : kTile, S, kDiagonal>(a, b, n, sums, stride);
   } else if constexpr (S > 1) {
@@ -49,8 +49,8 @@ inline void multiply_group(int size, const Compute* const* a, const Compute* con
   }
 }
 
-template <class Compute>
-DIFFMTL_SHARED void multiply(const Compute* const* rows, int count, Int n, double* sums) {
+template <class Compute, class T>
+DIFFMTL_SHARED void multiply(const T* const* rows, int count, Int n, double* sums) {
   for (int i = 0; i < count; i += kTile) {
     double* tile = sums + i * count + i;
     multiply_group<Compute, kTile, true>(static_cast<int>(smaller(kTile, count - i)), rows + i, rows + i, n, tile, count);
@@ -60,28 +60,29 @@ DIFFMTL_SHARED void multiply(const Compute* const* rows, int count, Int n, doubl
   }
 }
 
-template <class T>
+template <class Least, class T>
 void gram(const Rows& rows, double* sums, void* scratch) {
-  using Compute = ComputeOf<T>;
+  using Compute = ComputeOf<Least, T>;
   const T* data = static_cast<const T*>(rows.data);
   Compute* converted = static_cast<Compute*>(scratch);
   // From here on a block stays in the cache while all its products are formed.
   for (Int begin = 0; begin < rows.columns; begin += kBlock) {
     const Int n = smaller(kBlock, rows.columns - begin);
     const Int padded = (n + kLanes<Compute> - 1) / kLanes<Compute> * kLanes<Compute>;
+    if constexpr (std::is_same_v<T, Compute> || std::is_same_v<T, float>) {  // floats become doubles on their way
+      if (n == padded) {
+        const T* block[kMaxRows];
+        for (int i = 0; i < rows.count; ++i) block[i] = data + i * rows.stride + begin;
+        multiply<Compute>(block, rows.count, n, sums);
+        continue;
+      }
+    }
     const Compute* block[kMaxRows];
     for (int i = 0; i < rows.count; ++i) {
-      const T* row = data + i * rows.stride + begin;
-      if constexpr (std::is_same_v<T, Compute>) {
-        if (n == padded) {
-          block[i] = row;
-          continue;
-        }
-      }
-      convert(row, n, converted + i * kBlock);
+      convert(data + i * rows.stride + begin, n, converted + i * kBlock);
       block[i] = converted + i * kBlock;
     }
-    multiply(block, rows.count, padded, sums);
+    multiply<Compute>(block, rows.count, padded, sums);
   }
 }
 
@@ -164,7 +165,7 @@ inline double combine_copies(const T* data, Int stride, int count, const Compute
   convert(out, n, total);
   const Compute* written = total;
   double square = 0;
-  multiply(&written, 1, (n + kLanes<Compute> - 1) / kLanes<Compute> * kLanes<Compute>, &square);
+  multiply<Compute>(&written, 1, (n + kLanes<Compute> - 1) / kLanes<Compute> * kLanes<Compute>, &square);
   return square;
 }
 
@@ -249,9 +250,9 @@ DIFFMTL_INLINE_LOOP void transpose(Vector<Compute> (&rows)[kLanes<Compute>]) {
 }
 
 // rows.count rows, at most a panel's, as [columns][panel]; zeros in the place of those that are missing.
-template <class T>
+template <class Least, class T>
 void pack_panel(const Rows& rows, void* out) {
-  using Compute = ComputeOf<T>;
+  using Compute = ComputeOf<Least, T>;
   constexpr Int kLane = kLanes<Compute>, kPanel = kPanelRows<Compute>;
   for (Int first = 0; first < kPanel; first += kLane) {
     const T* data = static_cast<const T*>(rows.data) + first * rows.stride;

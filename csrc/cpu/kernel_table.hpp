@@ -34,10 +34,10 @@ constexpr auto kMix = find_mix<A, B, Out>();
 
 constexpr Kernels make_kernels(const char* name) {
   return {name,
-          DIFFMTL_PER_DTYPE(gram),
+          {DIFFMTL_PER_LAST(gram, float), DIFFMTL_PER_LAST(gram, double)},
           {kPanelRows<float>, kPanelRows<double>},
           {kLeftRows<float>, kLeftRows<double>},
-          DIFFMTL_PER_DTYPE(pack_panel),
+          {DIFFMTL_PER_LAST(pack_panel, float), DIFFMTL_PER_LAST(pack_panel, double)},
           {multiply_panels<float>, multiply_panels<double>},
           DIFFMTL_PER_PAIR(combine),
           DIFFMTL_PER_LOSS(loss_sum),

@@ -10,7 +10,7 @@ namespace diffmtl::cpu {
 
 using Int = std::int64_t;
 
-// The codes that diffmtl_fast/ops/_cpu.py sends.
+// The codes that diffmtl_fast/ops/cpu/handles.py sends.
 enum DType { kFloat32, kFloat64, kBFloat16, kFloat16, kDTypes };
 // An int64 scalar in the place of a tensor: the seed of the noise that is meant.
 constexpr DType kSeed = kDTypes;
@@ -91,13 +91,14 @@ using MixKernel = void (*)(const void* a, double a_share, const void* b, double 
 
 struct Kernels {
   const char* name;
-  // sums[i * count + j] += <row i, row j> for i <= j. scratch: gram_scratch(count) bytes, aligned to 64.
-  void (*gram[kDTypes])(const Rows& rows, double* sums, void* scratch);
+  // sums[i * count + j] += <row i, row j> for i <= j, in the type of the rows and in kFloat32 or kFloat64 at least.
+  // scratch: gram_scratch(count) bytes, aligned to 64.
+  void (*gram[2][kDTypes])(const Rows& rows, double* sums, void* scratch);
   // The Gramian of many rows, by the computing type, kFloat32 or kFloat64: how many rows are a panel, and how many of
   // them are multiplied at a time; rows as [columns][panel], zeros for those that a panel lacks; and
   // sums[i][j] += <left row i, right row j> over n columns, for left_rows rows i from `first` on.
   Int panel_rows[2], left_rows[2];
-  void (*pack_panel[kDTypes])(const Rows& rows, void* panel);
+  void (*pack_panel[2][kDTypes])(const Rows& rows, void* panel);
   void (*multiply_panels[2])(const void* left, Int first, const void* right, Int n, double* sums);
   // out = (kAdd: out) + weights * rows, by the types of the rows and of the output. Returns |out|^2.
   double (*combine[kDTypes][kDTypes])(const Rows& rows, const double* weights, Write write, void* out);

@@ -25,12 +25,40 @@ struct Matrix {
   Vec entries;
 };
 
-Matrix read_matrix(const Handle& rows, int n, bool transposed) {
-  const Numbers numbers(rows);
-  Matrix matrix(n);
-  for (int i = 0; i < n; ++i)
-    for (int j = 0; j < n; ++j) (transposed ? matrix[j][i] : matrix[i][j]) = numbers.at(i * numbers.stride + j);
-  return matrix;
+// A Gramian without the gradients' norms: right for any norms that its type can hold.
+struct UnitGramian {
+  explicit UnitGramian(int n) : cosines(n), norms(n, 1.0) {}
+
+  Matrix cosines;           // with a diagonal of ones; of a cluster that is not active the row of the identity
+  Vec norms;                // 1 for a cluster that is not active
+  std::vector<int> active;  // the present clusters whose gradient is not zero
+  bool finite = true;       // whether the Gramian of the present clusters is
+};
+
+// What stands in the rows of absent clusters is not looked at.
+UnitGramian read_unit_gramian(const Handle& gramian, int k, const bool* present) {
+  const Numbers numbers(gramian);
+  UnitGramian unit(k);
+  Vec inverse(k);  // 0 for a cluster that is not active
+  for (int i = 0; i < k; ++i) {
+    unit.cosines[i][i] = 1;
+    if (!present[i]) continue;
+    const double square = numbers.at(i * numbers.stride + i);
+    unit.finite = unit.finite && std::isfinite(square);
+    if (!(square > 0)) continue;
+    unit.active.push_back(i);
+    unit.norms[i] = std::sqrt(square);
+    inverse[i] = 1 / unit.norms[i];
+  }
+  for (int i = 0; i < k; ++i)
+    for (int j = 0; j < k; ++j) {
+      if (i == j || !present[i] || !present[j]) continue;
+      const double entry = numbers.at(i * numbers.stride + j);
+      unit.finite = unit.finite && std::isfinite(entry);
+      // One norm after the other: their product could overflow.
+      unit.cosines[i][j] = entry * inverse[i] * inverse[j];
+    }
+  return unit;
 }
 
 double dot(const Vec& a, const Vec& b) {
@@ -55,28 +83,27 @@ Vec product(const Matrix& symmetric, const Vec& x) {
 }  // namespace
 
 void pcgrad_weights(const Handle& gramian, int k, std::uintptr_t order_data, std::uintptr_t present_data, std::uintptr_t out) {
-  // In rows of the transpose, so that <g_l, g_j> for all l lies together.
-  const Matrix gram = read_matrix(gramian, k, true);
   const Int* order = reinterpret_cast<const Int*>(order_data);
   const bool* present = reinterpret_cast<const bool*>(present_data);
+  const UnitGramian unit = read_unit_gramian(gramian, k, present);
   Vec weights(k), products(k);
   for (int i = 0; i < k; ++i, order += k - 1) {
-    // products[j] = <g_i', g_j> is kept up to date; the coefficients of g_i' go straight into the weights.
-    products.assign(gram[i], gram[i] + k);
-    if (present[i]) weights[i] += 1;
+    // products[j] = <g_i', g_j> / (|g_i| |g_j|) is kept up to date; the coefficients of g_i' go straight into the weights.
+    products.assign(unit.cosines[i], unit.cosines[i] + k);
+    weights[i] += 1;
     for (int step = 0; step < k - 1; ++step) {
       const Int j = order[step];
       if (j < 0 || j >= k)
         throw std::invalid_argument("order: expected indices in 0.." + std::to_string(k - 1) + ", found " + std::to_string(j));
-      const double* partner = gram[static_cast<int>(j)];
-      if (!(products[j] < 0 && partner[j] > 0)) continue;
-      const double share = products[j] / partner[j];
-      add_scaled(products.data(), -share, partner, k);
-      if (present[i]) weights[j] -= share;
+      const double share = products[j];
+      if (!(share < 0)) continue;
+      add_scaled(products.data(), -share, unit.cosines[static_cast<int>(j)], k);
+      weights[j] -= share * unit.norms[i] / unit.norms[j];
     }
   }
   const DType dtype = static_cast<DType>(std::get<1>(gramian));
-  for (int i = 0; i < k; ++i) write_number(out, dtype, i, present[i] ? weights[i] : 0.0);
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  for (int i = 0; i < k; ++i) write_number(out, dtype, i, !unit.finite ? nan : present[i] ? weights[i] : 0.0);
 }
 
 // ---- Nash ----------------------------------------------------------------------------------------------------------
@@ -86,15 +113,15 @@ namespace {
 // The bounds of the iteration; the values are those of the plain definition.
 struct Limits {
   int newton_steps, line_search_steps;
-  double converged;  // Newton decrement: the objective is within its square of the minimum
+  double converged;  // Newton decrement before the last step
 };
 
-// Puts x with A x = b into b, by symmetric elimination on the upper triangle. NaN where A is not positive definite.
+// Puts x with A x = b into b, by symmetric elimination on the upper triangle. 0 where A is not positive definite.
 void solve_positive_definite(Matrix& a, Vec& b) {
   const int n = a.size;
   for (int j = 0; j < n; ++j) {
     if (!(a[j][j] > 0)) {
-      b.assign(n, std::numeric_limits<double>::quiet_NaN());
+      b.assign(n, 0.0);
       return;
     }
     for (int i = j + 1; i < n; ++i) {
@@ -109,8 +136,16 @@ void solve_positive_definite(Matrix& a, Vec& b) {
   }
 }
 
+// max(0, delta |beta|^2 / n - 1) along a step: where it is positive, the ridge is.
+struct Excess {
+  double square, mixed, bend;  // delta / n times |beta|^2, <beta, step>, |step|^2
+
+  double at(double length) const { return std::max(0.0, square + length * (2 * mixed + length * bend) - 1); }
+};
+
 // The length of the step that minimises the objective along it, inside beta > 0, by Newton's method in one unknown.
-double line_search(double slope, double curvature, const Vec& ratio, double decrement, int steps) {
+double line_search(double slope, double curvature, const Vec& ratio, const Excess& excess, double decrement, int steps) {
+  const double n = static_cast<double>(ratio.size());
   double limit = std::numeric_limits<double>::infinity();
   for (const double r : ratio)
     if (r < 0) limit = std::min(limit, -1 / r);
@@ -121,6 +156,10 @@ double line_search(double slope, double curvature, const Vec& ratio, double decr
       const double slack = r / (1 + length * r);
       first -= slack, second += slack * slack;
     }
+    if (const double over = excess.at(length); over > 0) {
+      const double growth = excess.mixed + length * excess.bend;
+      first += n * over * growth, second += n * (over * excess.bend + 2 * growth * growth);
+    }
     double tried = length - first / second;
     // Halve the way to a bound that the step would cross. At the minimum 0/0 leaves the length as it is.
     if (tried <= 0) tried = length / 2;
@@ -130,64 +169,63 @@ double line_search(double slope, double curvature, const Vec& ratio, double decr
   return length;
 }
 
-// Minimises 1/2 beta^T M beta - sum log beta over beta > 0.
-Vec minimise_barrier(const Matrix& matrix, const Limits& limits) {
+// Minimises 1/2 beta^T M beta - sum log beta + n/4 max(0, delta |beta|^2 / n - 1)^2 over beta > 0.
+Vec minimise_barrier(const Matrix& matrix, double delta, const Limits& limits) {
   const int n = matrix.size;
+  const double share = delta / n;
   double curvature = 0;
   for (const double entry : matrix.entries) curvature += entry;
-  // The minimum along the ray of equal beta. Written so that a NaN stays one.
-  if (curvature < std::numeric_limits<double>::min()) curvature = std::numeric_limits<double>::min();
-  Vec beta(n, std::sqrt(n / curvature)), step(n), ratio(n);
+  // The minimum along the ray of equal beta, or where the ridge begins.
+  Vec beta(n, std::sqrt(n / std::max(curvature, n * delta))), step(n), ratio(n);
   for (int iteration = 0; iteration < limits.newton_steps; ++iteration) {
     const Vec image = product(matrix, beta);
     Matrix hessian = matrix;
     Vec gradient(n);
+    const double square = share * dot(beta, beta), ridge = delta * std::max(0.0, square - 1);
     for (int i = 0; i < n; ++i) {
-      gradient[i] = image[i] - 1 / beta[i];
+      gradient[i] = image[i] + ridge * beta[i] - 1 / beta[i];
       step[i] = -gradient[i];
-      hessian[i][i] += 1 / (beta[i] * beta[i]);
+      hessian[i][i] += 1 / (beta[i] * beta[i]) + ridge;
+      if (ridge > 0) add_scaled(hessian[i], 2 * delta * share * beta[i], beta.data(), n);
     }
     solve_positive_definite(hessian, step);
-    const double decrement = std::sqrt(std::max(0.0, -dot(gradient, step)));
-    if (!(decrement > limits.converged)) break;
-    for (int i = 0; i < n; ++i) ratio[i] = step[i] / beta[i];
-    const double slope = dot(image, step);
-    const double curvature_along = dot(step, product(matrix, step));
-    const double length = line_search(slope, curvature_along, ratio, decrement, limits.line_search_steps);
+    const double descent = -dot(gradient, step);  // the decrement's square; not positive where only rounding is left
+    if (!(descent > 0)) break;
+    const double decrement = std::sqrt(descent);
+    double length = 1;
+    if (decrement > limits.converged) {
+      for (int i = 0; i < n; ++i) ratio[i] = step[i] / beta[i];
+      const Excess excess{square, share * dot(beta, step), share * dot(step, step)};
+      length = line_search(dot(image, step), dot(step, product(matrix, step)), ratio, excess, decrement, limits.line_search_steps);
+    }
     for (int i = 0; i < n; ++i) beta[i] += length * step[i];
+    if (!(decrement > limits.converged)) break;
   }
   return beta;
 }
 
 }  // namespace
 
-void nash_weights(const Handle& gramian, int k, double epsilon, std::uintptr_t present_data, int newton_steps,
+void nash_weights(const Handle& gramian, int k, double delta, std::uintptr_t present_data, int newton_steps,
                   int line_search_steps, double converged, std::uintptr_t out) {
-  const Matrix gram = read_matrix(gramian, k, false);
-  const bool* present = reinterpret_cast<const bool*>(present_data);
-  std::vector<int> active;
-  bool finite = true;
-  for (int i = 0; i < k; ++i) {
-    if (!present[i]) continue;
-    finite = finite && std::isfinite(gram[i][i]);
-    if (gram[i][i] > 0) active.push_back(i);
-  }
-  Vec weights(k, finite ? 0.0 : std::numeric_limits<double>::quiet_NaN());
-  if (finite && !active.empty()) {
-    const int n = static_cast<int>(active.size());
+  const UnitGramian unit = read_unit_gramian(gramian, k, reinterpret_cast<const bool*>(present_data));
+  Vec weights(k, unit.finite ? 0.0 : std::numeric_limits<double>::quiet_NaN());
+  if (unit.finite && !unit.active.empty()) {
+    const int n = static_cast<int>(unit.active.size());
+    double largest = 0, squares = 0;
+    for (const int i : unit.active) largest = std::max(largest, unit.norms[i]);
     Matrix cosines(n);
-    double squares = 0;
     for (int i = 0; i < n; ++i)
       for (int j = 0; j < n; ++j) {
-        const double entry = gram[active[i]][active[j]];
+        const int a = unit.active[i], b = unit.active[j];
+        cosines[i][j] = unit.cosines[a][b];
+        const double entry = cosines[i][j] * (unit.norms[a] / largest) * (unit.norms[b] / largest);
         squares += entry * entry;
-        cosines[i][j] = i == j ? 1 + k * epsilon
-                               : entry * (1 / std::sqrt(gram[active[i]][active[i]])) * (1 / std::sqrt(gram[active[j]][active[j]]));
       }
-    const Vec beta = minimise_barrier(cosines, {newton_steps, line_search_steps, converged});
-    // The published method divides G by its Frobenius norm first; in the unknowns that is this factor.
-    const double scale = std::sqrt(std::sqrt(squares));
-    for (int i = 0; i < n; ++i) weights[active[i]] = beta[i] / std::sqrt(gram[active[i]][active[i]]) * scale;
+    const Vec beta = minimise_barrier(cosines, delta, {newton_steps, line_search_steps, converged});
+    // The published method divides G by its Frobenius norm first; in the unknowns that is a factor of its root.
+    const double root = std::sqrt(std::sqrt(squares));
+    for (int i = 0; i < n; ++i) weights[unit.active[i]] = beta[i] * root * (largest / unit.norms[unit.active[i]]);
   }
   for (int i = 0; i < k; ++i) write_number(out, static_cast<DType>(std::get<1>(gramian)), i, weights[i]);
 }

@@ -7,8 +7,8 @@ namespace diffmtl::cpu {
 // order: int64 [k, k - 1].
 void pcgrad_weights(const Handle& gramian, int k, std::uintptr_t order, std::uintptr_t present, std::uintptr_t out);
 
-// epsilon: of the Gramian's type.
-void nash_weights(const Handle& gramian, int k, double epsilon, std::uintptr_t present, int newton_steps,
+// delta: for Gramians of this type.
+void nash_weights(const Handle& gramian, int k, double delta, std::uintptr_t present, int newton_steps,
                   int line_search_steps, double converged, std::uintptr_t out);
 
 }  // namespace diffmtl::cpu

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from .batch import Clusters
 from .cluster_jacobian import ClusterJacobian
 from .clustered import ClusteredMTL, StepRecord
-from .layout import Clusters
 from .rules import ClusterRule, NoClusterRule, RuleContext, register_cluster_rule
 
 __all__ = [

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .batch import BatchLayout
 from .clustered import check_cluster, check_loss
 from .engine import Engine, EngineName
-from .layout import BatchLayout
+from .step import Step
 
 #: Calls the model with the model's own arguments, on all samples of the batch.
 Call: TypeAlias = Callable[..., Any]
@@ -44,7 +45,7 @@ class ClusterJacobian:
         if num_clusters < 1:
             raise ValueError(f"num_clusters: expected at least 1, found {num_clusters}")
         self.num_clusters = num_clusters
-        self._engine = Engine(model, num_clusters, engine, shared, None)
+        self._engine = Engine(model, num_clusters, engine, "full", shared, None)
 
     def __call__(self, loss: Callable[[Call], Tensor], cluster: Tensor, *, add: bool = False) -> Tensor:
         """Form the gradients of the mean loss of every cluster.
@@ -64,27 +65,28 @@ class ClusterJacobian:
             RuntimeError: see `ClusteredMTL.forward`.
         """
         check_cluster(cluster, self.num_clusters)
-        engine, layout = self._engine, BatchLayout(cluster, self.num_clusters)
+        engine, layout, step = self._engine, BatchLayout(cluster, self.num_clusters), Step(by_cluster=True)
         called = False
 
         def model(*args: Any, **kwargs: Any) -> Any:
             nonlocal called
             called = True
-            return engine.forward(layout, args, kwargs)
+            return engine.forward(step, layout, args, kwargs)
 
         with torch.enable_grad():
             engine.begin()
+            engine.jacobian_in_use = add
             sample_losses = loss(model)
             check_loss(sample_losses, cluster)
             if not called:
                 raise ValueError(
                     "loss: expected it to call the model that it is given, found that it did not"
                 )
-            engine.check_losses(sample_losses)
+            engine.check_losses(step, sample_losses)
             losses = ops.cluster_mean(sample_losses, cluster.to(sample_losses.device), self.num_clusters)
             if not add:
                 engine.jacobian.clear()
-            engine.collect(losses.sum(), engine.jacobian)
+            engine.collect(step, losses.sum(), engine.jacobian)
         return losses.detach()
 
     def matrix(self, out: Tensor | None = None) -> Tensor:

@@ -9,19 +9,19 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .._torch import sparse_values
 from ..weighting import GramianWeighting, LossWeighting
 from . import diagnostics
-from .engine import Engine, EngineName
-from .jacobian import Jacobian
-from .layout import BatchLayout
-from .lean import LeanGramian
-from .parameters import grad_versions, refuse_hooks
+from .batch import BatchLayout
+from .engine import Engine, EngineName, Memory
+from .parameters import refuse_hooks
+from .step import Step
 from .uncompiled import uncompiled
 
 _logger = logging.getLogger("diffmtl_fast")
@@ -72,8 +72,8 @@ class ClusteredMTL(nn.Module):
     each sample's loss depends on that sample alone; models in which samples mix are refused. An output or an
     argument is taken to hold one row per sample if its dimension 0 has the size of the batch.
 
-    Any other backward through the output (``loss.backward()``, `torch.autograd.grad`) behaves as if the model were
-    not wrapped.
+    Any other backward through the output (``loss.backward()``) behaves as if the model were not wrapped. So does
+    `torch.autograd.grad`, but in slices it finds no way from the output to the parameters.
 
     Args:
         model: any module; its parameters are trained through their ``.grad`` as usual.
@@ -112,7 +112,7 @@ class ClusteredMTL(nn.Module):
         weighting: LossWeighting | GramianWeighting,
         *,
         engine: EngineName = "auto",
-        memory: Literal["full", "lean"] = "full",
+        memory: Memory = "full",
         jacobian_dtype: torch.dtype | None = None,
         shared: Collection[str | int] = (),
     ) -> None:
@@ -128,7 +128,7 @@ class ClusteredMTL(nn.Module):
             )
         if num_clusters < 1:
             raise ValueError(f"num_clusters: expected at least 1, found {num_clusters}")
-        if memory not in ("full", "lean"):
+        if memory not in get_args(Memory):
             raise ValueError(f"memory: expected 'full' or 'lean', found {memory!r}")
         if memory == "lean" and engine == "sliced":
             raise ValueError("memory='lean': expected engine 'auto' or 'grouped', found 'sliced'")
@@ -141,12 +141,8 @@ class ClusteredMTL(nn.Module):
         self.measure_gramian = False
         self.last: StepRecord | None = None
         self._warned_of_processes = False
-        self._engine = Engine(model, num_clusters, engine, shared, jacobian_dtype)
-        self._cluster: Tensor | None = None  # of the forward that waits for its backward
-        self._by_cluster = False  # whether that forward's graph can tell the clusters apart
-        self._witness: list[
-            tuple[nn.Parameter, tuple[int, int] | None]
-        ] = []  # a parameter and its .grad then
+        self._engine = Engine(model, num_clusters, engine, memory, shared, jacobian_dtype)
+        self._step: Step | None = None  # that waits for its backward
 
     def forward(self, *args: Any, cluster: Tensor | None = None, **kwargs: Any) -> Any:
         """Call the model.
@@ -176,21 +172,23 @@ class ClusteredMTL(nn.Module):
             return self.module(*args, **kwargs)
         check_cluster(cluster, self.num_clusters)
         self._refuse_lost_gradients()
-        if self._cluster is None:  # else several forwards share one backward
-            self._by_cluster = self._needs_gradients_by_cluster()
-            if self._by_cluster:
-                self._engine.begin()
-        if not self._by_cluster:
-            # One parameter tells whether some backward came by; walking over all of them would cost a small step.
-            first = next((p for p in self.module.parameters() if p.requires_grad), None)
-            self._witness = [] if first is None else [(first, grad_versions([first])[0])]
-            output = self.module(*args, **kwargs)
-        else:
+        step = self._step or self._begin()  # several forwards may share one backward
+        self._step = None  # a forward that fails leaves no step to finish
+        if step.by_cluster:
             refuse_hooks(self.module, self._engine.parameters)
             self._warn_of_processes()
-            output = self._engine.forward(BatchLayout(cluster, self.num_clusters), args, kwargs)
-        self._cluster = cluster  # last: a forward that fails leaves no step to finish
+            output = self._engine.forward(step, BatchLayout(cluster, self.num_clusters), args, kwargs)
+        else:
+            output = step.watch(self.module(*args, **kwargs))
+        step.cluster = cluster
+        self._step = step
         return output
+
+    def _begin(self) -> Step:
+        step = Step(self._needs_gradients_by_cluster())
+        if step.by_cluster:
+            self._engine.begin()
+        return step
 
     def backward(
         self, loss: Tensor, cluster: Tensor | None = None, *, scaler: torch.amp.GradScaler | None = None
@@ -214,26 +212,33 @@ class ClusteredMTL(nn.Module):
             TypeError, ValueError: the loss is not as stated.
             RuntimeError: no forward with a cluster preceded.
         """
-        if self._cluster is None:
+        step = self._step
+        if step is None or step.cluster is None:
             raise RuntimeError("expected a forward with cluster=... before backward, found none")
         own = cluster is None
-        cluster = self._cluster if cluster is None else cluster
+        cluster = step.cluster if cluster is None else cluster
         check_cluster(cluster, self.num_clusters)
         check_loss(loss, cluster)
+        self._refuse_device(loss)
         cluster = cluster.to(loss.device)
         present = torch.zeros(self.num_clusters, dtype=torch.bool, device=loss.device)
         present = present.index_fill(0, cluster, True)
         losses = ops.cluster_mean(loss, cluster, self.num_clusters)
         scale = None if scaler is None else scaler.scale(torch.ones((), device=loss.device))
-        self._cluster = None  # first, so that a failure below does not block the next step
+        self._step = None  # first, so that a failure below does not block the next step
         with nullcontext() if scale is None else self._undone_where_skipped():
-            if self._by_cluster:
+            if step.by_cluster:
+                step.keep_passes_of(loss)
                 if own:
-                    self._engine.check_losses(loss)
-                self._backward_by_cluster(losses, present, scale)
+                    self._engine.check_losses(step, loss)
+                self._backward_by_cluster(step, losses, present, scale)
             else:
                 self._backward_losses(losses, present, scale)
-        self._engine.receiver.bypassed = False
+
+    def _refuse_device(self, loss: Tensor) -> None:
+        device = next(self.module.parameters()).device
+        if loss.device != device:
+            raise ValueError(f"loss: expected it on the model's device {device}, found {loss.device}")
 
     def _needs_gradients_by_cluster(self) -> bool:
         weighting = self.weighting
@@ -249,28 +254,28 @@ class ClusteredMTL(nn.Module):
         _scaled(objective, scale).backward()
         self.last = StepRecord(losses.detach(), weights.detach(), present, None)
 
-    def _backward_by_cluster(self, losses: Tensor, present: Tensor, scale: Tensor | None) -> None:
+    def _backward_by_cluster(self, step: Step, losses: Tensor, present: Tensor, scale: Tensor | None) -> None:
         """Form the cluster gradients by one backward, weigh them, and add their combination to ``.grad``."""
         number = present.sum()
+
+        def again(weights: Tensor) -> None:
+            with self._engine.during_backward():
+                _scaled((weights.to(losses.dtype) * losses).sum() / number, scale).backward()
+
         # Row k of J is the gradient of L_k / n: the form in which the losses enter the published methods.
         objective = _scaled(losses.sum() / number, scale)
-        store = self._engine.lean_gramian() if self.memory == "lean" else self._engine.jacobian
-        twice = isinstance(store, LeanGramian) and not store.defers
-        if isinstance(store, Jacobian):
-            store.clear()
-        self._engine.collect(objective, store, again=twice)
-        gramian = store.gram().to(losses.device) * number**2
+        store = self._engine.store(step)
+        self._engine.collect(step, objective, store)
+        gramian = store.gramian() * number**2
         if scale is not None:
             gramian = gramian / scale.to(gramian.dtype) ** 2
         weights = self._weigh(losses, gramian, present, scale)
-        norm = None
-        if isinstance(store, Jacobian):
-            norm = store.combine_(self._engine.parameters, weights.to(gramian.dtype)).sqrt()
-        elif twice:
-            with self._engine.during_backward():
-                _scaled((weights.to(losses.dtype) * losses).sum() / number, scale).backward()
-        else:
-            store.combine_(self._engine.parameters, weights.to(gramian.dtype))
+        square = store.update(weights.to(gramian.dtype), again)
+        norm = None if square is None else square.sqrt()
+        if isinstance(
+            self.weighting, LossWeighting
+        ):  # the Gramian was only measured, not needed step by step
+            self._engine.release()
         self.last = StepRecord(losses.detach(), weights.detach(), present, gramian, norm)
 
     def _weigh(self, losses: Tensor, gramian: Tensor, present: Tensor, scale: Tensor | None) -> Tensor:
@@ -305,21 +310,17 @@ class ClusteredMTL(nn.Module):
         if norm is None:
             grads = [p.grad for p in self.module.parameters() if p.grad is not None]
             # The largest element, unlike a sum of squares, overflows in no dtype.
-            norm = torch.nn.utils.get_total_norm([g._values() if g.is_sparse else g for g in grads], math.inf)
+            norm = torch.nn.utils.get_total_norm(
+                [sparse_values(g) if g.is_sparse else g for g in grads], math.inf
+            )
         # Reading it costs no more than the scaler's own step, which reads such a flag right after.
         if not bool(norm.isfinite()):
             self.weighting.load_state_dict(before)
 
     def _refuse_lost_gradients(self) -> None:
         """Notice that the last output was differentiated by something other than `backward`."""
-        if self._cluster is None:
-            return
-        if self._by_cluster:
-            lost = self._engine.receiver.bypassed
-        else:
-            lost = any(p.grad is not None and grad_versions([p]) != [old] for p, old in self._witness)
-        if lost:
-            self._cluster = None
+        if self._step is not None and self._step.bypassed:
+            self._step = None
             raise RuntimeError(
                 "expected mtl.backward(loss) after the last forward, found gradients written by another backward "
                 "(loss.backward()?); they were not weighted"
@@ -339,10 +340,15 @@ class ClusteredMTL(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Start anew when copied or pickled: a graph that waits for its backward is not the copy's."""
-        return self.__dict__ | {"_cluster": None, "_by_cluster": False, "_witness": []}
+        return self.__dict__ | {"_step": None}
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Return the model's own state, under the model's own names."""
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Return the model's own state, under the model's own names.
+
+        Within another module, it is that of model and weighting, under ``module.`` and ``weighting.``.
+        """
+        if prefix or len(args) > 1:
+            return super().state_dict(*args, prefix=prefix, **kwargs)
         return self.module.state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:

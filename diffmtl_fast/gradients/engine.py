@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import logging
-import sys
-import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from .agreement import State, agree, evaluating, halves, interact, is_measured, revealing
+from .._torch import compiled_modules, parametrize_cached
+from .batch import BatchLayout
 from .grouped import CannotGroup, GroupedEngine
-from .jacobian import Jacobian
-from .layout import BatchLayout, flags, flatten
-from .lean import LeanGramian
-from .parameters import Slot, find_slots, fingerprint, grad_versions, installed, module_name
-from .receiver import Receiver, Store
+from .independence import is_measured
+from .loss_check import LossCheck
+from .model_check import ModelCheck
+from .parameters import Slot, find_slots, fingerprint, grad_versions, installed, parameter_names
 from .sliced import Aliases, run_slices
+from .step import Step
+from .stores import Jacobian, LeanGramian, Store
+from .trees import flatten
 
 _logger = logging.getLogger("diffmtl_fast")
 
 EngineName = Literal["auto", "grouped", "sliced"]
+Memory = Literal["full", "lean"]
 _Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -36,6 +37,7 @@ class Engine:
         num_clusters: K.
         name: "grouped", "sliced", or "auto": grouped wherever it is exact, which is checked; slices for compiled
             models, whose operations Python does not see, and where the check fails.
+        memory: "full" or "lean", see `ClusteredMTL`.
         shared: names of keyword arguments (or positions of positional ones) that belong to the whole batch.
         dtype: of the stored gradients; default each parameter's own.
 
@@ -43,8 +45,13 @@ class Engine:
         ValueError: an unknown name.
 
     Attributes:
+        model: the model.
         parameters: the trainable parameters, each once.
-        receiver: where gradients go.
+        names: their names.
+        training: of every module, whether it is in training mode.
+        slots: where the model's modules look them up.
+        grouped: the grouped engine, where the model is run by it.
+        jacobian_in_use: whether the Jacobian holds gradients that a check of the model must not write over.
     """
 
     def __init__(
@@ -52,35 +59,40 @@ class Engine:
         model: nn.Module,
         num_clusters: int,
         name: EngineName,
+        memory: Memory,
         shared: Collection[str | int],
         dtype: torch.dtype | None,
     ) -> None:
         if name not in get_args(EngineName):
             raise ValueError(f"engine: expected one of {list(get_args(EngineName))}, found {name!r}")
-        self._model = model
-        self._num_clusters = num_clusters
+        self.model = model
+        self.num_clusters = num_clusters
         self._name = name
-        self._shared = frozenset(shared)
+        self._memory = memory
+        self.shared = frozenset(shared)
         self._dtype = dtype
         self._forget()
 
     def _forget(self) -> None:
         self._key: list[tuple[Any, ...]] = []
-        self._slots: list[Slot] = []
+        self._values: Sequence[Tensor] = ()  # of the parameters, or in checks others
+        self._aliases: list[Aliases] = []  # of every cluster
+        self._step: Step | None = None  # of the last forward in slices
+        self.slots: list[Slot] = []
+        self.names: list[str] = []
         self.parameters: list[nn.Parameter] = []
-        self.receiver = Receiver()
-        self._grouped: GroupedEngine | None = None
-        self._aliases: list[Aliases] = []
+        self.grouped: GroupedEngine | None = None
+        self.training: tuple[bool, ...] = ()
         self._jacobian: Jacobian | None = None
-        self._checked: set[Any] = set()
-        self._outputs: list[Tensor] = []  # of the last forward
+        self.jacobian_in_use = False
+        self._model_check = ModelCheck(self)
+        self._loss_check = LossCheck()
         self._told: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the Jacobian and the stand-ins behind when copied or pickled: `begin` makes new ones."""
-        return {
-            name: self.__dict__[name] for name in ("_model", "_num_clusters", "_name", "_shared", "_dtype")
-        }
+        settings = ("model", "num_clusters", "_name", "_memory", "shared", "_dtype")
+        return {name: self.__dict__[name] for name in settings}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -92,22 +104,31 @@ class Engine:
         Raises:
             ValueError: see `find_slots`.
         """
-        self._slots, self.parameters = find_slots(self._model)
+        self.slots, self.parameters = find_slots(self.model)
+        self.training = tuple([module.training for module in self.model.modules()])
+        self._values = self.parameters
         key = fingerprint(self.parameters)
         if key != self._key:
-            self._key, self._jacobian, self.receiver = key, None, Receiver()
-            self._aliases = [Aliases(self.parameters, k, self.receiver) for k in range(self._num_clusters)]
-            self._checked.clear()
-            self._grouped = self._make_grouped()
-        self.receiver.bypassed = False
-        if self._grouped is not None:
-            self._grouped.begin()
+            self._key, self._jacobian = key, None
+            self._model_check, self._loss_check = ModelCheck(self), LossCheck()
+            self.names = parameter_names(self.model, self.parameters)
+            self._aliases = self._make_aliases()
+            self.grouped = self._make_grouped()
+        if self.grouped is not None:
+            self.grouped.begin(self.training)
+
+    def _make_aliases(self) -> list[Aliases]:
+        def step() -> Step:
+            assert self._step is not None
+            return self._step
+
+        return [Aliases(self._values, self.names, k, step) for k in range(self.num_clusters)]
 
     def _make_grouped(self) -> GroupedEngine | None:
         if self._name == "sliced":
             self._tell("sliced", "as asked for")
             return None
-        compiled = _compiled_module(self._model)
+        compiled = _compiled_module(self.model)
         if compiled is not None and self._name == "grouped":
             raise ValueError(
                 f"engine='grouped': expected a model that is not compiled, found '{compiled}' compiled; use "
@@ -116,9 +137,9 @@ class Engine:
         if compiled is not None:
             self._tell("sliced", f"'{compiled}' is compiled")
             return None
-        return GroupedEngine(self._model, self._slots, self.parameters, self._num_clusters, self.receiver)
+        return GroupedEngine(self.model, self.slots, self.parameters, self.names)
 
-    def forward(self, layout: BatchLayout, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def forward(self, step: Step, layout: BatchLayout, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the model; the order of the samples in arguments and outputs is the batch's own.
 
         Raises:
@@ -126,216 +147,146 @@ class Engine:
                 batches.
             RuntimeError: engine="grouped", and the model can't be grouped; or in `parametrize.cached`.
         """
-        if parametrize._cache_enabled:
+        if parametrize_cached():
             raise RuntimeError(
                 "expected a forward outside of torch.nn.utils.parametrize.cached(), found it inside, where "
                 "clusters would share the tensors that gradients are told apart by"
             )
-        given, (args, kwargs) = (args, kwargs), layout.sort(args, kwargs, self._shared)
-        if self._grouped is not None:
-            if layout.order is not None:
-                self._check_order(layout, given, (args, kwargs))
+        given, ordered = (args, kwargs), layout.sort(args, kwargs, self.shared)
+        if self.grouped is not None:
             try:
-                output = layout.unsort(self._grouped.forward(layout, args, kwargs))
-                self._tell("grouped", self._exceptions())
-                return self._remember(output)
+                self._model_check.before(layout, given, ordered)
+                return self._remember(step, layout.unsort(self.run(step, layout, ordered)))
             except CannotGroup as error:
-                if self._name == "grouped":
-                    raise RuntimeError(f"engine='grouped': {error}") from error
-                self._grouped = None
-                self._tell("sliced", str(error))
-        self._check_slices(layout, given, (args, kwargs))
-        return self._remember(layout.unsort(self._run_slices(layout, args, kwargs, self._aliases)))
+                self._leave_grouped(error)
+        self._model_check.before(layout, given, ordered)
+        return self._remember(step, layout.unsort(self.run(step, layout, ordered)))
 
-    def _run_slices(self, layout: BatchLayout, args: Any, kwargs: Any, stand_ins: Any) -> Any:
-        return run_slices(self._model, self._slots, stand_ins, layout, args, kwargs, shared=self._shared)
+    def _leave_grouped(self, error: CannotGroup) -> None:
+        if self._name == "grouped":
+            raise RuntimeError(f"engine='grouped': {error}") from error
+        self.grouped = None
+        self._tell("sliced", str(error))
 
-    # Checks, once for every shape of a sample.
+    def run(self, step: Step, layout: BatchLayout, ordered: _Arguments) -> Any:
+        """Run the model on a sorted batch, so that the graph can tell the clusters apart."""
+        args, kwargs = ordered
+        if self.grouped is not None:
+            output = self.grouped.forward(layout, step, args, kwargs)
+            self._tell("grouped", self.grouped.describe())
+            return output
+        self._step = step
+        return self.run_slices(layout, ordered, self._aliases)
 
-    def _check_order(self, layout: BatchLayout, given: _Arguments, ordered: _Arguments) -> None:
-        """Refuse arguments that are not the samples' although they look it, where the samples are put in order."""
-        key = self._shapes("order", layout, given)
-        if key in self._checked or layout.batch_size == 1:
-            return
-        with self._checking(given) as state:
-            self._refuse_interaction(layout, given, state)
-            with evaluating(self._model):
-                whole, parts = self._call(*given), layout.unsort(self._call(*ordered))
-        if not agree(whole, parts):
-            raise ValueError(
-                "model: expected arguments with a row for every sample, found another output when the samples are "
-                "put in the order of their clusters; pass lists as tensors, or sort the batch by cluster"
-            )
-        self._checked.add(key)
+    def run_slices(self, layout: BatchLayout, ordered: _Arguments, stand_ins: Any) -> Any:
+        """Run the model once per cluster, with stand-ins of the parameters for every one."""
+        return run_slices(
+            self.model,
+            self.slots,
+            stand_ins,
+            layout,
+            *ordered,
+            shared=self.shared,
+            writes=self._model_check.writes,
+        )
 
-    def _check_slices(self, layout: BatchLayout, given: _Arguments, ordered: _Arguments) -> None:
-        """Refuse a model whose samples have an effect on each other, or that slices would change."""
-        key = self._shapes("slices", layout, given)
-        if key in self._checked or layout.batch_size == 1:
-            return
-        with self._checking(given) as state:
-            self._refuse_interaction(layout, given, state)
-            if changed := state.changed():
-                where = module_name(self._model, changed[0].module)
-                raise ValueError(
-                    f"model: expected buffers that a forward leaves as they are, found '{changed[0].name}' of "
-                    f"'{where}' updated; slices would update it once per cluster"
-                )
-            with evaluating(self._model):
-                whole = self._call(*given)
-                same: Any = [[revealing(p) for p in self.parameters]] * self._num_clusters
-                parts = layout.unsort(self._run_slices(layout, *ordered, same))
-        if not agree(whole, parts):
-            raise ValueError(
-                "model: expected each sample's output to depend on that sample alone, found that slices of the "
-                "batch give another output than the whole batch"
-            )
-        self._checked.add(key)
-
-    def _shapes(self, what: str, layout: BatchLayout, given: _Arguments) -> tuple[Any, ...]:
-        """Name what a check holds for."""
-        shapes = [
-            tuple(leaf.shape[1:] if leaf.dim() and leaf.shape[0] == layout.batch_size else leaf.shape)
-            for leaf in flatten(given)[0]
-            if isinstance(leaf, Tensor)
-        ]
-        return (what, tuple(module.training for module in self._model.modules()), flags(*given), *shapes)
-
-    @contextmanager
-    def _checking(self, given: _Arguments) -> Iterator[State]:
-        """Run the model without consequences; yields its state after a first forward, which may fill buffers."""
-        before = State(self._model)
-        # Of what may be compiled the code as written is run; without dynamo, slow to import, nothing is compiled.
-        eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-        try:
-            values = [revealing(p) for p in self.parameters]
-            with warnings.catch_warnings(), eager, torch.no_grad(), installed(self._slots, values):
-                warnings.simplefilter("ignore")  # the real forward will warn, and not of missing gradients
-                self._call(*given)
-                yield State(self._model)
-        finally:
-            before.restore()
-
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self._model(*args, **kwargs)
-
-    def _refuse_interaction(self, layout: BatchLayout, given: _Arguments, state: State) -> None:
-        if interact(self._call, *given, layout.batch_size, state, shared=self._shared):
-            raise ValueError(
-                "model: expected each sample's output to depend on that sample's rows of the arguments alone, "
-                "found that others' rows change it; samples are mixed, or an argument that belongs to the whole "
-                "batch (name it in shared=) has as many rows as there are samples"
-            )
-
-    def _remember(self, output: Any) -> Any:
+    def _remember(self, step: Step, output: Any) -> Any:
         leaves = flatten(output)[0]
-        self._outputs = [leaf for leaf in leaves if is_measured(leaf) and leaf.requires_grad]
+        step.outputs = [leaf for leaf in leaves if is_measured(leaf) and leaf.requires_grad]
         return output
 
-    def check_losses(self, losses: Tensor) -> None:
-        """Refuse losses that depend on other samples' outputs, once for every kind of them.
+    def check_losses(self, step: Step, losses: Tensor) -> None:
+        """Refuse losses that depend on other samples' outputs, once for every kind of them."""
+        outputs, step.outputs = step.outputs, []
+        self._loss_check(losses, outputs)
 
-        Args:
-            losses: [B], computed from the outputs of the last forward.
-
-        Raises:
-            ValueError: a loss depends on the output of another sample.
-        """
-        size, outputs, self._outputs = losses.shape[0], self._outputs, []
-        outputs = [output for output in outputs if output.dim() and output.shape[0] == size]
-        key = ("losses", losses.grad_fn and losses.grad_fn.name(), *(output.shape[1:] for output in outputs))
-        if key in self._checked or not outputs or size == 1:
-            return
-        for chosen in halves(size):
-            chosen = chosen.to(losses.device)
-            try:
-                slopes = torch.autograd.grad(
-                    losses, outputs, chosen.to(losses.dtype), retain_graph=True, allow_unused=True
-                )
-            except RuntimeError as error:  # losses that can be differentiated only once
-                _logger.warning(
-                    "ClusteredMTL: could not check that each loss depends on its own sample alone: %s", error
-                )
-                break
-            for slope in slopes:
-                # NaN is 0 times an overflow.
-                if slope is not None and bool(slope.reshape(size, -1)[~chosen].nan_to_num(0).any()):
-                    raise ValueError(
-                        "loss: expected the loss of each sample to depend on that sample's output alone, found "
-                        "that others' outputs change it (a mean over the batch? outputs with another dimension 0?)"
-                    )
-        self._checked.add(key)
-
-    def collect(self, objective: Tensor, store: Store, *, again: bool = False) -> None:
+    def collect(self, step: Step, objective: Tensor, store: Store) -> None:
         """Run the backward of a scalar; the parameters' gradients go to `store`, cluster by cluster.
 
         Args:
-            objective: what to differentiate: a sum over samples of the forwards since `begin`.
+            step: whose forwards the scalar comes from.
+            objective: what to differentiate: a sum over samples of the step's forwards.
             store: what takes the gradients.
-            again: keep the graph, for another backward.
 
         Raises:
             RuntimeError: gradients reached the parameters' ``.grad`` instead.
         """
-        before = grad_versions(self.parameters)
-        with self.receiver.collecting(store), self.during_backward():
-            if again:
-                objective.backward(inputs=self.leaves, retain_graph=True)
-            else:
-                objective.backward()
-        after = grad_versions(self.parameters)
+        watched = [*self.parameters, *([] if self._values is self.parameters else self._values)]
+        before = grad_versions(watched)
+        with step.collecting(store), self.during_backward():
+            objective.backward(retain_graph=store.keeps_graph)
+        after = grad_versions(watched)
         if after != before:
-            reached = {
-                id(p) for p, old, new in zip(self.parameters, before, after, strict=True) if old != new
-            }
-            names = [name for name, p in self._model.named_parameters() if id(p) in reached]
+            changed = [i % len(self.names) for i, a in enumerate(before) if a != after[i]]
+            reached = [self.names[i] for i in dict.fromkeys(changed)]
             raise RuntimeError(
-                f"model: expected gradients cluster by cluster alone, found some in the .grad of {names}; in "
+                f"model: expected gradients cluster by cluster alone, found some in the .grad of {reached}; in "
                 "slices a reentrant checkpoint recomputes outside its slice (pass use_reentrant=False to "
                 "checkpoint), a call without cluster= does not take part in the weighting, and parameters must be "
                 "used as attributes of their modules"
             )
 
+    def during_backward(self) -> Any:
+        """Return a context that keeps the stand-ins in place, where checkpoints are recomputed."""
+        if self.grouped is not None:
+            return self.grouped.backward()
+        # What slices recompute, they recompute with the parameters themselves; a check, with its other values.
+        return nullcontext() if self._values is self.parameters else installed(self.slots, self._values)
+
     @contextmanager
-    def during_backward(self) -> Iterator[None]:
-        """Keep the stand-ins in place where checkpoints are recomputed."""
-        if self._grouped is None:
-            yield
-        else:
-            with self._grouped.recomputing():
+    def standing_for(self, values: Sequence[Tensor]) -> Iterator[None]:
+        """Run the model with other values of the parameters, for a check."""
+        with nullcontext() if self.grouped is None else self.grouped.standing_for(values):
+            aliases = self._aliases
+            self._values = values
+            self._aliases = self._make_aliases()
+            try:
                 yield
+            finally:
+                self._values, self._aliases = self.parameters, aliases
+
+    @property
+    def eps(self) -> float:
+        """The relative rounding of the lowest precision that gradients are known to be formed in."""
+        dtypes = {p.dtype for p in self.parameters} | ({self._dtype} if self._dtype else set())
+        device = self.parameters[0].device.type
+        if torch.is_autocast_enabled(device):
+            dtypes.add(torch.get_autocast_dtype(device))
+        tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+        return max(*(torch.finfo(d).eps for d in dtypes), 2.0**-10 if device == "cuda" and tf32 else 0.0)
 
     @property
     def jacobian(self) -> Jacobian:
-        """The Jacobian of this step."""
+        """The Jacobian, whose memory is the same in all steps."""
         if self._jacobian is None:
-            self._jacobian = Jacobian(self.parameters, self._num_clusters, self._dtype)
+            self._jacobian = Jacobian(self.parameters, self.num_clusters, self._dtype)
         return self._jacobian
 
-    def lean_gramian(self) -> LeanGramian:
-        """Return a fresh store that keeps no Jacobian.
+    def store(self, step: Step) -> Store:
+        """Return an empty store for a step's gradients.
 
         Raises:
-            ValueError: the model runs in slices as a whole.
+            ValueError: memory="lean", and the model runs in slices as a whole.
         """
-        if self._grouped is None:
+        if self._memory == "full":
+            self.jacobian.clear()
+            return self.jacobian
+        if self.grouped is None:
             raise ValueError(f"memory='lean': expected the grouped engine, found slices: {self._told}")
-        grouped = self._grouped
-        by_row, defers = grouped.positions_in_slices(), not grouped.recomputes
-        return LeanGramian(self.parameters, self._num_clusters, grouped.uses, by_row, defers, self._dtype)
+        by_row = self.grouped.slices.positions
+        return LeanGramian(
+            self.parameters, self.num_clusters, step.uses, by_row, step.recomputes, self._dtype
+        )
 
-    @property
-    def leaves(self) -> list[Tensor]:
-        """The tensors that the parameters' gradients end at."""
-        own = [leaf for aliases in self._aliases for leaf in aliases.leaves]
-        return own if self._grouped is None else [*own, *self._grouped.leaves]
+    def spare_store(self, step: Step) -> Store:
+        """Return a store for a check."""
+        if self.jacobian_in_use:
+            return Jacobian(self.parameters, self.num_clusters, self._dtype)
+        return self.store(step)
 
-    def _exceptions(self) -> str:
-        assert self._grouped is not None
-        named = [
-            f"{module_name(self._model, m)} in slices ({why})" for m, why in self._grouped.sliced.items()
-        ]
-        return "; ".join(named) or "every parameter has a rule"
+    def release(self) -> None:
+        """Give the Jacobian's memory back."""
+        self._jacobian = None
 
     def _tell(self, engine: str, why: str) -> None:
         """Log what was chosen and why, once until it changes."""
@@ -345,7 +296,7 @@ class Engine:
             _logger.info(
                 "ClusteredMTL: %s engine for K = %d and %d parameters: %s",
                 engine,
-                self._num_clusters,
+                self.num_clusters,
                 count,
                 why,
             )
@@ -354,9 +305,4 @@ class Engine:
 
 def _compiled_module(model: nn.Module) -> str | None:
     """Return the name of a compiled module, if there is one."""
-    dynamo = sys.modules.get("torch._dynamo")  # takes seconds to import, and nothing is compiled without it
-    for name, module in model.named_modules():
-        wrapped = dynamo is not None and isinstance(module, dynamo.OptimizedModule)
-        if wrapped or module._compiled_call_impl is not None:
-            return name or type(module).__name__
-    return None
+    return next((name or type(model).__name__ for name in compiled_modules(model)), None)

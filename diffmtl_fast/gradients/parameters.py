@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-_BATCH_NORMS = nn.modules.batchnorm._BatchNorm
+from .._torch import BatchNorm, has_hooks, own_parameters, refresh_flat_weights, version
 
 
 class Slot(NamedTuple):
@@ -30,14 +30,20 @@ def find_slots(model: nn.Module) -> tuple[list[Slot], list[nn.Parameter]]:
     parameters: list[nn.Parameter] = []
     position: dict[int, int] = {}
     for module in model.modules():
-        if isinstance(module, _BATCH_NORMS) and module.training:
+        if isinstance(module, BatchNorm) and module.training:
             raise ValueError(
                 f"model: expected layers that treat each sample by itself, found {type(module).__name__} in "
                 f"training mode at '{module_name(model, module)}'; use GroupNorm, or put it into eval mode"
             )
-        for name, parameter in module._parameters.items():
+        for name, parameter in own_parameters(module).items():
             if parameter is None or not parameter.requires_grad:
                 continue
+            if not parameter.is_floating_point():
+                where = _join(module_name(model, module), name)
+                raise ValueError(
+                    f"model: expected real trainable parameters, found {parameter.dtype} at '{where}'; keep "
+                    "a real one, and use it by torch.view_as_complex"
+                )
             if id(parameter) not in position:
                 position[id(parameter)] = len(parameters)
                 parameters.append(parameter)
@@ -50,13 +56,19 @@ def find_slots(model: nn.Module) -> tuple[list[Slot], list[nn.Parameter]]:
     return slots, parameters
 
 
+def parameter_names(model: nn.Module, parameters: Iterable[nn.Parameter]) -> list[str]:
+    """Return the names of parameters of the model, for messages."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return [names[id(p)] for p in parameters]
+
+
 def refuse_hooks(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
     """Refuse gradient hooks of parameters: no gradient that is formed cluster by cluster comes by them.
 
     Raises:
         ValueError: a parameter has one.
     """
-    hooked = {id(p) for p in parameters if p._backward_hooks or p._post_accumulate_grad_hooks}
+    hooked = {id(p) for p in parameters if has_hooks(p)}
     if hooked:
         names = [name for name, p in model.named_parameters() if id(p) in hooked]
         raise ValueError(
@@ -70,9 +82,32 @@ def fingerprint(parameters: Iterable[nn.Parameter]) -> list[tuple[Any, ...]]:
     return [(id(p), p.data_ptr(), p.dtype, p.device, p.stride()) for p in parameters]
 
 
-def grad_versions(parameters: Iterable[nn.Parameter]) -> list[tuple[int, int] | None]:
+def grad_versions(parameters: Iterable[Tensor]) -> list[tuple[int, int] | None]:
     """Tell whether anything is written to the parameters' ``.grad`` from one call to the next."""
-    return [None if p.grad is None else (id(p.grad), p.grad._version) for p in parameters]
+    return [None if p.grad is None else (id(p.grad), version(p.grad)) for p in parameters]
+
+
+@contextmanager
+def grads_set_aside(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let the parameters have no ``.grad`` for a while."""
+    grads = [p.grad for p in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
+
+
+def take_gradients(values: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+    """Take the gradients of stand-ins of parameters and of the parameters themselves away, added up."""
+    found: list[Tensor | None] = []
+    for value, parameter in zip(values, parameters, strict=True):
+        grads = [t.grad.to_dense() for t in (value, parameter) if t.grad is not None]
+        found.append(sum(grads[1:], grads[0]) if grads else None)
+        value.grad = parameter.grad = None
+    return found
 
 
 @contextmanager
@@ -81,23 +116,23 @@ def installed(slots: Iterable[Slot], stand_ins: Sequence[Tensor]) -> Iterator[No
 
     That function walks the whole module tree on each call, 2 ms for a small UNet; one step makes several calls.
     """
-    changed = [(slot, slot.module._parameters[slot.name]) for slot in slots]
+    changed = [(slot, own_parameters(slot.module)[slot.name]) for slot in slots]
     recurrent = {slot.module for slot, _ in changed if isinstance(slot.module, nn.RNNBase)}
     try:
         for slot, _ in changed:
-            slot.module._parameters[slot.name] = stand_ins[slot.position]  # type: ignore[assignment]
+            own_parameters(slot.module)[slot.name] = stand_ins[slot.position]  # type: ignore[assignment]
         _refresh(recurrent)
         yield
     finally:
         for slot, original in changed:
-            slot.module._parameters[slot.name] = original
+            own_parameters(slot.module)[slot.name] = original
         _refresh(recurrent)
 
 
 def _refresh(recurrent: Iterable[nn.RNNBase]) -> None:
     """Let recurrent layers, which keep a list of their parameters, look them up again."""
     for module in recurrent:
-        module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+        refresh_flat_weights(module)
 
 
 @contextmanager
@@ -120,6 +155,20 @@ def module_name(model: nn.Module, wanted: nn.Module) -> str:
     return (
         next((name for name, module in model.named_modules() if module is wanted), "") or "the model itself"
     )
+
+
+def _join(module: str, name: str) -> str:
+    return name if module == "the model itself" else f"{module}.{name}"
+
+
+def raising_module(model: nn.Module, error: BaseException) -> str:
+    """Return the name of the innermost module whose forward an error came from, for messages."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found, trace = "", error.__traceback__
+    while trace is not None:
+        found = names.get(id(trace.tb_frame.f_locals.get("self")), found) or found
+        trace = trace.tb_next
+    return found or "the model itself"
 
 
 def parent_of(model: nn.Module, wanted: nn.Module) -> nn.Module | None:

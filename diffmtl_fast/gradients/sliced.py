@@ -1,30 +1,38 @@
-"""Slices: a module runs once per cluster, each time with parameter leaves of its own."""
+"""Slices: a module runs once per cluster, each time with stand-ins of its parameters of that cluster's own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from .layout import BatchLayout, cut, join, map_tensors
+from .batch import BatchLayout
+from .model_state import written_once
 from .parameters import Slot, installed
-from .receiver import Receiver
+from .step import Step
+from .trees import cut, join, map_tensors
 
 
 class Aliases(Sequence[Tensor]):
-    """The leaves of one cluster: they share the parameters' memory, and their gradients are one row of J.
+    """Stand-ins of the parameters for one cluster: leaves in the same memory, whose gradients are a row of J.
+
+    In any backward but `ClusteredMTL.backward`'s own their gradients are added to the parameters' ``.grad``, as in
+    the plain model.
 
     Args:
-        parameters: the trainable parameters.
+        parameters: the trainable parameters, or other values of them.
+        names: their names, for messages.
         k: the cluster.
-        receiver: what takes the gradients.
+        step: returns the step that a backward belongs to.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], k: int, receiver: Receiver) -> None:
-        self._parameters = parameters
-        self._k = k
-        self._receiver = receiver
+    def __init__(
+        self, parameters: Sequence[Tensor], names: Sequence[str], k: int, step: Callable[[], Step]
+    ) -> None:
+        self._parameters, self._names, self._k, self._step = parameters, names, k, step
         self._leaves: dict[int, Tensor] = {}  # made when asked for: a slice of one module needs few
 
     def __len__(self) -> int:
@@ -37,50 +45,64 @@ class Aliases(Sequence[Tensor]):
             self._leaves[position] = leaf
         return self._leaves[position]
 
-    @property
-    def leaves(self) -> list[Tensor]:
-        """The leaves made so far."""
-        return list(self._leaves.values())
-
     def _hand_over(self, position: int) -> Callable[[Tensor], None]:
-        receiver, parameters, k = self._receiver, self._parameters, self._k
-
         def hook(leaf: Tensor) -> None:
             gradient, leaf.grad = leaf.grad, None
             if gradient is not None:
-                receiver.add_row(parameters, position, k, gradient)
+                self._take(position, gradient)
 
         return hook
+
+    def _take(self, position: int, gradient: Tensor) -> None:
+        if gradient.is_sparse:
+            raise RuntimeError(
+                f"model: expected dense gradients, found a sparse one of '{self._names[position]}'; make its "
+                "embedding with sparse=False"
+            )
+        step = self._step()
+        if step.store is not None:
+            step.store.add_row(position, self._k, gradient)
+            return
+        step.bypassed = True
+        parameter = self._parameters[position]
+        if parameter.grad is None:
+            parameter.grad = gradient
+        else:
+            with torch.no_grad():
+                parameter.grad.add_(gradient)
 
 
 def run_slices(
     forward: Callable[..., Any],
     slots: Sequence[Slot],
-    aliases: Sequence[Aliases],
+    aliases: Sequence[Sequence[Tensor]],
     layout: BatchLayout,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     *,
     shared: Collection[str | int] = (),
     folded: bool = False,
+    writes: bool = False,
 ) -> Any:
-    """Run a module once for every present cluster, on its samples and with its leaves.
+    """Run a module once for every present cluster, on its samples and with its stand-ins of the parameters.
 
     Args:
         forward: the module's forward.
         slots: where its parameters are looked up.
-        aliases: the leaves of every cluster.
+        aliases: the stand-ins of the parameters for every cluster.
         layout: the sorted batch.
         args: positional arguments; tensors of one row per sample in them, nested ones too, are cut.
         kwargs: keyword arguments, likewise.
         shared: positions and names of arguments that are not cut.
         folded: tensors may have several rows per sample.
+        writes: the module writes its own parameters: let the first slice do so, and none after it.
 
     Returns:
         What the module returns for the whole batch.
     """
     size = layout.batch_size
-    outputs, sizes = [], []
+    outputs: list[Any] = []
+    sizes: list[int] = []
     for k, begin, end in layout.clusters.spans(size):
         part_args = tuple(
             a if i in shared else cut(a, size, begin, end, folded=folded) for i, a in enumerate(args)
@@ -88,10 +110,15 @@ def run_slices(
         part_kwargs = {
             n: a if n in shared else cut(a, size, begin, end, folded=folded) for n, a in kwargs.items()
         }
-        with installed(slots, aliases[k]):
+        again = writes and outputs
+        with installed(slots, aliases[k]), written_once(_used(aliases[k], slots)) if again else nullcontext():
             outputs.append(forward(*part_args, **part_kwargs))
         sizes.append(end - begin)
     return join(outputs, sizes, folded=folded)
+
+
+def _used(aliases: Sequence[Tensor], slots: Sequence[Slot]) -> list[Tensor]:
+    return [aliases[position] for position in {slot.position for slot in slots}]
 
 
 class Transposition:

@@ -7,8 +7,8 @@ import logging
 
 import torch
 
-from . import _cpu
-from ._library import PLAIN
+from . import cpu
+from ._library import PLAIN, register_kernels
 from .add_noise import add_noise
 from .cluster_conv_wgrad import cluster_conv_wgrad
 from .cluster_mean import cluster_mean
@@ -25,16 +25,17 @@ from .philox import philox_normal
 from .sample_mse import sample_mse
 from .uncertainty_loss import uncertainty_loss
 
-_cpu.register()
+cpu.select_instruction_set()
+register_kernels("CPU", cpu.kernels())
 if torch.version.cuda or torch.version.hip:
     if importlib.util.find_spec("triton") is None:
         logging.getLogger("diffmtl_fast").warning(
             "Triton is not installed: on the GPU the ops run their plain definitions"
         )
     else:
-        from . import _cuda
+        from . import cuda
 
-        _cuda.register()
+        register_kernels("CUDA", cuda.kernels())
 
 __all__ = [
     "PLAIN",

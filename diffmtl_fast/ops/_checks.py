@@ -2,25 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
+
+# The dtypes that ops take numbers in.
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_FLOATING = frozenset(FLOATING)
+_STRIDED = torch.strided
+_SUPPORTED = "float32, float64, bfloat16 or float16"
+
+_Value = TypeVar("_Value")
+
+
+class ByDtype(dict[torch.dtype, _Value]):
+    """What kernels know a dtype by; a TypeError for others, which no op's public function lets through."""
+
+    def __missing__(self, dtype: torch.dtype) -> NoReturn:
+        raise TypeError(f"expected {_SUPPORTED}, found {dtype}")
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """Return the dtype that sums are formed in: the promoted dtype, and float32 at least."""
     sums = torch.float32
     for dtype in {tensor.dtype for tensor in tensors}:
-        sums = torch.promote_types(sums, dtype)
+        if dtype != sums:
+            sums = torch.promote_types(sums, dtype)
     return sums
 
 
+def _found(value: Any) -> str:
+    """Say what stands where a dense tensor was expected."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    layout = "" if value.layout is _STRIDED else f" with layout {value.layout}"
+    return f"{value.dtype}{layout}"
+
+
+def _refuse_floating(name: str, value: Any) -> NoReturn:
+    raise TypeError(
+        f"{name}: expected a floating-point tensor, found {_found(value)}; supported are dense tensors of "
+        f"{_SUPPORTED}"
+    )
+
+
+# Small ops spend much of their time in checks: these call nothing where there is nothing to refuse.
 def check_floating(**tensors: Tensor) -> None:
-    """Refuse tensors that are not real floating point."""
+    """Refuse all but dense tensors of a dtype that ops take numbers in."""
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name}: expected a floating-point tensor, found {tensor.dtype}")
+        if not isinstance(tensor, Tensor) or tensor.dtype not in _FLOATING or tensor.layout is not _STRIDED:
+            _refuse_floating(name, tensor)
+
+
+def check_each_floating(name: str, tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Refuse what is no sequence of tensors as `check_floating` wants them; return it as a list."""
+    if not isinstance(tensors, Iterable):
+        raise TypeError(f"{name}: expected a sequence of tensors, found {_found(tensors)}")
+    members = list(tensors)
+    for i, tensor in enumerate(members):  # there may be hundreds
+        if not isinstance(tensor, Tensor) or tensor.dtype not in _FLOATING or tensor.layout is not _STRIDED:
+            _refuse_floating(f"{name}[{i}]", tensor)
+    return members
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Refuse all but a dense tensor, of any dtype."""
+    if not isinstance(tensor, Tensor) or tensor.layout is not _STRIDED:
+        raise TypeError(f"{name}: expected a dense tensor, found {_found(tensor)}")
 
 
 def check_same_device(**tensors: Tensor) -> None:
@@ -38,7 +88,12 @@ def check_jacobian(jacobian: Tensor | Sequence[Tensor]) -> list[Tensor]:
         if jacobian.dim() != 2:
             raise ValueError(f"jacobian: expected shape [K, P], found {list(jacobian.shape)}")
         return [jacobian]
-    members = list(jacobian)
+    return check_parts(jacobian)
+
+
+def check_parts(jacobian: Sequence[Tensor]) -> list[Tensor]:
+    """Refuse what is not J in parts, one [K, ...] per parameter on one device; return it as a list."""
+    members = check_each_floating("jacobian", jacobian)
     if not members:
         raise ValueError("jacobian: expected at least one tensor, found an empty sequence")
     if members[0].dim() == 0:
@@ -46,8 +101,6 @@ def check_jacobian(jacobian: Tensor | Sequence[Tensor]) -> list[Tensor]:
     k, device = members[0].shape[0], members[0].device
     for i, member in enumerate(members):  # there may be hundreds: few calls for each
         shape = member.shape
-        if not member.is_floating_point():
-            raise TypeError(f"jacobian[{i}]: expected a floating-point tensor, found {member.dtype}")
         if not shape or shape[0] != k:
             raise ValueError(
                 f"jacobian[{i}]: expected shape [{k}, ...] as the first one, found {list(shape)}"
@@ -68,13 +121,15 @@ def check_weights(weights: Tensor, jacobian: Sequence[Tensor]) -> None:
         )
 
 
-def check_pair(pred: Tensor, target: Tensor) -> None:
-    """Refuse prediction and target that do not match sample for sample."""
-    check_floating(pred=pred, target=target)
-    check_same_device(pred=pred, target=target)
+def check_pair(pred: Tensor, target: Tensor, name: str = "target") -> None:
+    """Refuse prediction and target, or what the argument is called, that do not match sample for sample."""
+    check_floating(pred=pred)
+    check_floating(**{name: target})
+    if pred.device != target.device:
+        check_same_device(**{"pred": pred, name: target})
     if pred.shape != target.shape:
         raise ValueError(
-            f"expected pred and target of one shape, found {list(pred.shape)} and {list(target.shape)}"
+            f"expected pred and {name} of one shape, found {list(pred.shape)} and {list(target.shape)}"
         )
     if pred.dim() == 0:
         raise ValueError("pred: expected [B, ...], found a 0-dimensional tensor")
@@ -94,14 +149,20 @@ def check_weight(weight: Tensor | None, pred: Tensor) -> None:
         raise ValueError("weight: expected a constant, found a tensor that requires a gradient")
 
 
-def check_cluster(cluster: Tensor, k: int, batch_size: int) -> None:
-    """Refuse cluster indices that are not int64 [B]; on the CPU the op itself refuses those outside 0..k-1."""
+def check_cluster(cluster: Tensor, k: int, values: Tensor) -> None:
+    """Refuse cluster indices that are not int64 [B] beside the values of B samples.
+
+    On the CPU the op itself refuses those outside 0..k-1.
+    """
     if k < 1:
         raise ValueError(f"k: expected at least one cluster, found {k}")
+    check_dense("cluster", cluster)
     if cluster.dtype != torch.int64:
         raise TypeError(f"cluster: expected int64 indices, found {cluster.dtype}")
-    if cluster.shape != (batch_size,):
-        raise ValueError(f"cluster: expected shape [{batch_size}], found {list(cluster.shape)}")
+    if cluster.device != values.device:
+        raise ValueError(f"cluster: expected it on {values.device}, found {cluster.device}")
+    if cluster.shape != values.shape[:1]:
+        raise ValueError(f"cluster: expected shape {list(values.shape[:1])}, found {list(cluster.shape)}")
 
 
 def check_square(name: str, matrix: Tensor) -> None:
@@ -113,14 +174,25 @@ def check_square(name: str, matrix: Tensor) -> None:
 
 def check_present(present: Tensor, k: int) -> None:
     """Refuse anything but a bool mask [K]."""
-    if present.dtype != torch.bool or present.shape != (k,):
-        raise ValueError(
-            f"present: expected a bool mask of shape [{k}], found {present.dtype} of shape {list(present.shape)}"
-        )
+    _check_exact("present", present, torch.bool, (k,), "a bool mask")
+
+
+def check_order(order: Tensor, k: int) -> None:
+    """Refuse anything but int64 [K, K - 1]."""
+    _check_exact("order", order, torch.int64, (k, k - 1), "int64")
+
+
+def _check_exact(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], what: str) -> None:
+    check_dense(name, tensor)
+    if tensor.dtype != dtype or tensor.shape != shape:
+        error = TypeError if tensor.dtype != dtype else ValueError
+        found = f"{tensor.dtype} of shape {list(tensor.shape)}"
+        raise error(f"{name}: expected {what} of shape {list(shape)}, found {found}")
 
 
 def check_offsets(offsets: Tensor, rows: Tensor) -> None:
     """Refuse offsets that are not int64 [K + 1] with K >= 1, on the CPU or beside the `rows` they divide."""
+    check_dense("offsets", offsets)
     if offsets.dtype != torch.int64:
         raise TypeError(f"offsets: expected int64, found {offsets.dtype}")
     if offsets.dim() != 1 or offsets.shape[0] < 2:

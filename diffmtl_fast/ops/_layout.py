@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TypeAlias
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ._checks import accumulation_dtype
+from .philox import is_seed
 
 # The memory formats other than row-major in which a sample's elements still lie together.
-CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 # The dimensions that decide where an element lies, as (stride, size).
@@ -90,17 +90,83 @@ class Result:
         return self._tensor if self.written is self._tensor else self._tensor.copy_(self.written)
 
 
-@contextmanager
-def contiguous_clusters(out: Tensor, accumulate: bool) -> Iterator[tuple[Tensor, bool]]:
-    """Give memory for a kernel's result and whether to add to what is there; at the end the result is in `out`.
+class ContiguousClusters:
+    """Memory for a kernel's result, and whether to add to what is there; at the end the result is in `out`.
 
     The elements of a cluster lie in row-major order without gaps there, the clusters anywhere: `out` itself where
-    it is so already.
+    it is so already and in the dtype that the kernel writes.
+
+    Args:
+        out: [K, ...].
+        accumulate: whether the result is added to `out`.
+        dtype: what the kernel writes; default any.
     """
-    if out[0].is_contiguous():
-        yield out, accumulate
-    else:
-        result = torch.empty(out.shape, dtype=accumulation_dtype(out), device=out.device)
-        yield result, False
-        out.add_(result) if accumulate else out.copy_(result)
-    torch.autograd.graph.increment_version(out)
+
+    def __init__(self, out: Tensor, accumulate: bool, dtype: torch.dtype | None = None) -> None:
+        self._out, self._accumulate, self._written = out, accumulate, out
+        contiguous = out.is_contiguous() or out[0].is_contiguous()
+        if not contiguous or dtype not in (None, out.dtype):
+            self._written = torch.empty(out.shape, dtype=dtype or accumulation_dtype(out), device=out.device)
+
+    def __enter__(self) -> tuple[Tensor, bool]:
+        return self._written, self._accumulate and self._written is self._out
+
+    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
+        if error is not None:
+            return
+        if self._written is not self._out:
+            self._out.add_(self._written) if self._accumulate else self._out.copy_(self._written)
+        torch.autograd.graph.increment_version(self._out)
+
+
+def dense_outputs(out: Sequence[Tensor]) -> list[Tensor]:
+    """Return dense tensors with the values of `out`: themselves where they are so already."""
+    return [written if is_dense(written) else written.contiguous() for written in out]
+
+
+def copy_back(dense: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+    """Put what was written to `dense_outputs` into `out`."""
+    for computed, written in zip(dense, out, strict=True):
+        if written is not computed:
+            written.copy_(computed)
+
+
+def _sample_is_contiguous(tensor: Tensor) -> bool:
+    """Whether the elements of a sample lie in row-major order without gaps; the samples may lie anywhere."""
+    expected = 1
+    for size, stride in zip(reversed(tensor.shape[1:]), reversed(tensor.stride()[1:]), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def in_one_order(*tensors: Tensor | None, strided: bool) -> tuple[list[Any], torch.memory_format]:
+    """Bring the samples of all tensors into one order in memory, without a copy where they are so already.
+
+    The first one decides; generated noise asks for the row-major order.
+
+    Args:
+        tensors: [B, ...] each, or the seed of noise; None stays None.
+        strided: whether the samples of a tensor may lie anywhere; else they follow each other.
+    """
+    order = torch.contiguous_format
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_contiguous():
+            break
+    else:  # the usual case, found without the generator that costs as much as a kernel's launch
+        return list(tensors), order
+    lead = tensors[0]
+    channels_last = None if lead is None else _CHANNELS_LAST.get(lead.dim())
+    seeded = any(t is not None and is_seed(t) for t in tensors)
+    if lead is not None and channels_last is not None and not seeded:
+        order = channels_last if lead.is_contiguous(memory_format=channels_last) else order
+
+    def arranged(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or is_seed(tensor):
+            return tensor
+        if strided and order is torch.contiguous_format and _sample_is_contiguous(tensor):
+            return tensor
+        return tensor.contiguous(memory_format=order)
+
+    return [arranged(t) for t in tensors], order

@@ -1,7 +1,7 @@
 """The `diffmtl` operator library: how an op is defined and where its kernels are dispatched.
 
 Every op has a plain-PyTorch definition, registered for all devices and dtypes; it is the oracle of the tests. A
-fused kernel for one device (`"CPU"`, `"CUDA"`) is registered over it with `register_kernel`.
+fused kernel for one device (`"CPU"`, `"CUDA"`) is registered over it with `register_kernels`.
 
 What holds for every op is decided here. Autocast changes none: inputs are taken in the floating dtypes that they
 have, which an op may ask to be one for some of them, and an op states the dtype it accumulates and returns. Under
@@ -14,12 +14,13 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import forward_ad
+
+from .. import _torch
 
 _logger = logging.getLogger("diffmtl_fast")
 
@@ -29,8 +30,14 @@ _LIBRARY = torch.library.Library("diffmtl", "DEF")
 # Where autocast exists and an op can run.
 _AUTOCAST_DEVICES = ("CPU", "CUDA", "XPU", "MPS")
 
+# A plain definition or a kernel: all of an op's have one signature.
+Kernel: TypeAlias = Callable[..., Any]
+
 # The plain definition of every op by its name.
-PLAIN: dict[str, Callable[..., Any]] = {}
+PLAIN: dict[str, Kernel] = {}
+
+# The ops whose kernel on a device is made of the kernel of another one there: that one, and how.
+_MADE_OF: dict[str, tuple[str, Callable[[Kernel], Kernel]]] = {}
 
 
 def define_op(schema: str, *, plain: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,16 +63,55 @@ def define_op(schema: str, *, plain: Callable[..., Any], fake: Callable[..., Any
     return op
 
 
-def _without_autocast(op: torch._ops.OpOverload, *args: Any) -> Any:
-    with torch._C._DisableAutocast():
+def make_kernel_of(name: str, source: str, make: Callable[[Kernel], Kernel]) -> None:
+    """Let ``diffmtl::<name>`` have a kernel wherever `source` has one: what `make` makes of that."""
+    _MADE_OF[name] = source, make
+
+
+def define_op_with_out(
+    arguments: str, *, plain: Callable[..., None], empty: Callable[..., Tensor]
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Define an op that allocates its result, and one that writes it, of which alone kernels are written.
+
+    Args:
+        arguments: the schema up to the closing bracket, ``"cluster_sum(Tensor values, Tensor offsets"``.
+        plain: the definition of the second op, which takes `out` and `accumulate` behind the arguments.
+        empty: how the first one allocates, from the arguments.
+
+    Returns:
+        ``diffmtl::<name>`` and ``diffmtl::<name>_out``.
+    """
+    name, _, rest = arguments.partition("(")
+
+    def allocating(write: Kernel) -> Kernel:
+        def run(*args: Any) -> Tensor:
+            out = empty(*args)
+            write(*args, out, False)
+            return out
+
+        return run
+
+    make_kernel_of(name, f"{name}_out", allocating)
+    return (
+        define_op(f"{arguments}) -> Tensor", plain=allocating(plain), fake=empty),
+        define_op(
+            f"{name}_out({rest}, Tensor(a!) out, bool accumulate) -> ()",
+            plain=plain,
+            fake=lambda *args: None,
+        ),
+    )
+
+
+def _without_autocast(op: _torch.OpOverload, *args: Any) -> Any:
+    with _torch.DisableAutocast():
         return op(*args)
 
 
-def _one_by_one(op: torch._ops.OpOverload, info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+def _one_by_one(op: _torch.OpOverload, info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
     """Run an op for each entry of a vmapped batch and stack what it returns."""
     if info.batch_size == 0:
         raise ValueError(f"{op.name()} under vmap: expected at least one entry, found none")
-    for argument, dims in zip(op._schema.arguments, in_dims, strict=False):
+    for argument, dims in zip(_torch.schema(op).arguments, in_dims, strict=False):
         if argument.alias_info is not None and None in (dims if isinstance(dims, (list, tuple)) else [dims]):
             raise ValueError(
                 f"{op.name()} under vmap: expected {argument.name}, which it writes, to be batched"
@@ -97,9 +143,18 @@ def run_plain(name: str, reason: str, *args: Any) -> Any:
     return PLAIN[name](*args)
 
 
-def register_kernel(name: str, dispatch_key: str, kernel: Callable[..., Any]) -> None:
-    """Use `kernel` instead of the plain definition on one device (`"CPU"` or `"CUDA"`)."""
-    _LIBRARY.impl(name, kernel, dispatch_key)
+def kernels_in(*modules: ModuleType) -> dict[str, Kernel]:
+    """Return the kernels of a device by the ops' names, which the functions in `modules` have."""
+    kernels = {name: vars(module)[name] for module in modules for name in PLAIN if name in vars(module)}
+    for name, (source, make) in _MADE_OF.items():
+        kernels[name] = make(kernels[source])
+    return kernels
+
+
+def register_kernels(dispatch_key: str, kernels: dict[str, Kernel]) -> None:
+    """Use kernels instead of the plain definitions on one device (`"CPU"` or `"CUDA"`)."""
+    for name, kernel in kernels.items():
+        _LIBRARY.impl(name, kernel, dispatch_key)
 
 
 def register_autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
@@ -111,26 +166,26 @@ def register_autograd(name: str, backward: Callable[..., Any], setup_context: Ca
     as its tensors.
     """
     op = getattr(torch.ops.diffmtl, name).default
-    defaults = tuple(a.default_value if a.has_default_value() else None for a in op._schema.arguments)
+    defaults = tuple(a.default_value if a.has_default_value() else None for a in _torch.schema(op).arguments)
     takes_lists, returns_list = (
         any(isinstance(value.type, torch.ListType) for value in values)
-        for values in (op._schema.arguments, op._schema.returns)
+        for values in (_torch.schema(op).arguments, _torch.schema(op).returns)
     )
 
     def node_forward(ctx: Any, *args: Any) -> Any:
         args = _nest(args) if takes_lists else args
-        with torch._C._AutoDispatchBelowAutograd():
+        with _torch.AutoDispatchBelowAutograd():
             output = op(*args)
         setup_context(ctx, args, output)
         return tuple(output) if returns_list else output
 
     def node_backward(ctx: Any, *grads: Any) -> Any:
         grads = (list(grads),) if returns_list else grads
-        with torch._C._DisableAutocast():
+        with _torch.DisableAutocast():
             if torch.is_grad_enabled():
                 by_args = backward(ctx, *grads)
             else:  # no op in it has anything to record
-                with torch._C._AutoDispatchBelowAutograd():
+                with _torch.AutoDispatchBelowAutograd():
                     by_args = backward(ctx, *grads)
         if not takes_lists:
             return by_args
@@ -142,7 +197,7 @@ def register_autograd(name: str, backward: Callable[..., Any], setup_context: Ca
 
     formulas = {"forward": node_forward, "backward": node_backward, "jvp": jvp}
     node: Any = type(name, (torch.autograd.Function,), {key: staticmethod(f) for key, f in formulas.items()})
-    apply = super(torch.autograd.Function, node).apply
+    apply = _torch.function_apply(node)
 
     def record(args: tuple[Any, ...]) -> Any:
         args += defaults[len(args) :]  # the dispatcher drops trailing arguments that equal their defaults
@@ -150,12 +205,12 @@ def register_autograd(name: str, backward: Callable[..., Any], setup_context: Ca
         return list(output) if returns_list else output
 
     def kernel(*args: Any) -> Any:
-        if (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)) or forward_ad._current_level >= 0:
-            if not torch._C._are_functorch_transforms_active():
+        if (torch.is_grad_enabled() and _torch.any_requires_grad(*args)) or _torch.forward_mode_active():
+            if not _torch.functorch_transforms_active():
                 return record(args)
-            with enable_single_level_autograd_function():
+            with _torch.enable_single_level_autograd_function():
                 return record(args)
-        with torch._C._AutoDispatchBelowAutograd():
+        with _torch.AutoDispatchBelowAutograd():
             return op(*args)
 
     _LIBRARY.impl(name, kernel, "Autograd")
@@ -192,17 +247,17 @@ def refuse_autograd_in_place(name: str, why: str) -> None:
     from before the write would be wrong without a word.
     """
     op = getattr(torch.ops.diffmtl, name).default
-    aliases = [argument.alias_info for argument in op._schema.arguments]
+    aliases = [argument.alias_info for argument in _torch.schema(op).arguments]
     written = [i for i, alias in enumerate(aliases) if alias is not None and alias.is_write]
 
-    def write(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+    def write(keyset: _torch.DispatchKeySet, *args: Any) -> Any:
         for i in written:
             torch.autograd.graph.increment_version(args[i])
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+        with _torch.AutoDispatchBelowADInplaceOrView():
+            return op.redispatch(keyset & _torch.AFTER_ADINPLACEORVIEW, *args)
 
-    def refuse(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+    def refuse(keyset: _torch.DispatchKeySet, *args: Any) -> Any:
+        if torch.is_grad_enabled() and _torch.any_requires_grad(*args):
             raise RuntimeError(f"diffmtl::{name} has no gradient: {why}")
         return write(keyset, *args)
 

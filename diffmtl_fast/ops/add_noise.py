@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import accumulation_dtype, check_floating, check_same_device
+from ._checks import accumulation_dtype, check_dense, check_floating, check_same_device
 from ._library import define_op, register_autograd
 from .philox import check_seed, is_seed, philox_normal_plain
 
@@ -67,8 +67,8 @@ def add_noise(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor
     check_floating(x0=x0, alpha=alpha, sigma=sigma)
     if x0.dim() == 0:
         raise ValueError("x0: expected [B, ...], found a 0-dimensional tensor")
-    check_same_device(x0=x0, noise=noise, alpha=alpha, sigma=sigma)
     check_noise(noise, x0)
+    check_same_device(x0=x0, alpha=alpha, sigma=sigma)
     for name, value in (("alpha", alpha), ("sigma", sigma)):
         if value.shape != x0.shape[:1]:
             raise ValueError(f"{name}: expected shape {list(x0.shape[:1])}, found {list(value.shape)}")
@@ -79,7 +79,11 @@ def add_noise(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor
 
 def check_noise(noise: Tensor, x0: Tensor) -> None:
     """Refuse anything but noise shaped like `x0` or a seed."""
-    if is_seed(noise):
+    check_dense("noise", noise)
+    if noise.dtype == torch.int64:
         check_seed(noise, x0)
-    elif noise.shape != x0.shape:
+        return
+    check_floating(noise=noise)
+    check_same_device(x0=x0, noise=noise)
+    if noise.shape != x0.shape:
         raise ValueError(f"noise: expected shape {list(x0.shape)} or a seed, found {list(noise.shape)}")

@@ -17,7 +17,7 @@ from ._checks import (
     check_same_device,
     host_offsets,
 )
-from ._library import define_op, refuse_autograd
+from ._library import define_op_with_out, refuse_autograd
 
 
 class Geometry(NamedTuple):
@@ -48,43 +48,29 @@ def multiply_by_library(
         row.add_(found) if accumulate else row.copy_(found)
 
 
-def cluster_conv_wgrad_out_plain(grad_out: Tensor, x: Tensor, offsets: Tensor, *rest: Any) -> None:
+def cluster_conv_wgrad_out_plain(
+    grad_out: Tensor, x: Tensor, offsets: Tensor, kernel_size: Sequence[int], *rest: Any
+) -> None:
     """Compute `cluster_conv_wgrad` by its definition, into `out`."""
     *geometry, out, accumulate = rest
     dtype, bounds = accumulation_dtype(grad_out, out), host_offsets(offsets, x.shape[0])
     multiply_by_library(grad_out.to(dtype), x.to(dtype), bounds, Geometry(*geometry), out, accumulate)
 
 
-def cluster_conv_wgrad_plain(
+def _empty(
     grad_out: Tensor, x: Tensor, offsets: Tensor, kernel_size: Sequence[int], *geometry: Any
 ) -> Tensor:
-    """Compute `cluster_conv_wgrad` by its definition."""
-    out = empty_result(grad_out, x, offsets, kernel_size, *geometry)
-    cluster_conv_wgrad_out_plain(grad_out, x, offsets, *geometry, out, False)
-    return out
-
-
-def empty_result(
-    grad_out: Tensor, x: Tensor, offsets: Tensor, kernel_size: Sequence[int], *geometry: Any
-) -> Tensor:
-    """Return memory for the weight gradients of all clusters."""
     inputs = x.shape[1] // Geometry(*geometry).groups
     return x.new_empty([offsets.shape[0] - 1, grad_out.shape[1], inputs, *kernel_size])
 
 
-_cluster_conv_wgrad = define_op(
+_cluster_conv_wgrad, _cluster_conv_wgrad_out = define_op_with_out(
     "cluster_conv_wgrad(Tensor grad_out, Tensor x, Tensor offsets, int[] kernel_size, int[] stride, "
-    "int[] padding, int[] dilation, int groups) -> Tensor",
-    plain=cluster_conv_wgrad_plain,
-    fake=empty_result,
+    "int[] padding, int[] dilation, int groups",
+    plain=cluster_conv_wgrad_out_plain,
+    empty=_empty,
 )
 refuse_autograd("cluster_conv_wgrad", "it is itself part of a backward pass; detach its inputs")
-_cluster_conv_wgrad_out = define_op(
-    "cluster_conv_wgrad_out(Tensor grad_out, Tensor x, Tensor offsets, int[] stride, int[] padding, "
-    "int[] dilation, int groups, Tensor(a!) out, bool accumulate) -> ()",
-    plain=cluster_conv_wgrad_out_plain,
-    fake=lambda *args: None,
-)
 
 
 def cluster_conv_wgrad(
@@ -156,13 +142,14 @@ def cluster_conv_wgrad(
         raise ValueError(
             f"groups: expected a divisor of {grad_out.shape[1]} and {x.shape[1]} channels, found {groups}"
         )
+    geometry = kernel, stride, padding, dilation, groups
     if out is None:
         if accumulate:
             raise ValueError("accumulate: expected an out to add to, found none")
-        return _cluster_conv_wgrad(grad_out, x, offsets, kernel, stride, padding, dilation, groups)
+        return _cluster_conv_wgrad(grad_out, x, offsets, *geometry)
     shape = (offsets.shape[0] - 1, grad_out.shape[1], x.shape[1] // groups, *kernel)
     check_out(out, shape, grad_out=grad_out, x=x)
-    _cluster_conv_wgrad_out(grad_out, x, offsets, stride, padding, dilation, groups, out, accumulate)
+    _cluster_conv_wgrad_out(grad_out, x, offsets, *geometry, out, accumulate)
     return out
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import accumulation_dtype, check_cluster, check_floating, check_same_device
+from ._checks import accumulation_dtype, check_cluster, check_floating
 from ._library import define_op, refuse_autograd, register_autograd
 
 
@@ -83,6 +83,5 @@ def cluster_mean(values: Tensor, cluster: Tensor, k: int) -> Tensor:
     check_floating(values=values)
     if values.dim() != 1:
         raise ValueError(f"values: expected shape [B], found {list(values.shape)}")
-    check_same_device(values=values, cluster=cluster)
-    check_cluster(cluster, k, values.shape[0])
+    check_cluster(cluster, k, values)
     return _cluster_mean(values, cluster, k)

@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ._checks import accumulation_dtype, check_cluster, check_pair, check_same_device, check_weight
+from ._checks import accumulation_dtype, check_cluster, check_pair, check_weight
 from ._library import define_op, register_autograd
 from .cluster_mean import cluster_mean_plain, cluster_sizes
 from .sample_mse import pair_gradients, sample_mse_plain
@@ -103,7 +103,6 @@ def cluster_mse(
     """
     check_pair(pred, target)
     check_weight(weight, pred)
-    check_same_device(pred=pred, cluster=cluster)
-    check_cluster(cluster, k, pred.shape[0])
+    check_cluster(cluster, k, pred)
     losses, counts = _cluster_mse(pred, target, cluster, k, weight)
     return (losses, counts) if return_counts else losses

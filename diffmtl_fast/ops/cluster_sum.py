@@ -7,7 +7,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from ._checks import accumulation_dtype, check_floating, check_offsets, check_out, host_offsets
-from ._library import define_op, refuse_autograd
+from ._library import define_op_with_out, refuse_autograd
 
 
 def cluster_sum_out_plain(values: Tensor, offsets: Tensor, out: Tensor, accumulate: bool) -> None:
@@ -18,26 +18,14 @@ def cluster_sum_out_plain(values: Tensor, offsets: Tensor, out: Tensor, accumula
         row.copy_(row + total if accumulate else total)
 
 
-def cluster_sum_plain(values: Tensor, offsets: Tensor) -> Tensor:
-    """Compute `cluster_sum` by its definition."""
-    out = _empty(values, offsets)
-    cluster_sum_out_plain(values, offsets, out, False)
-    return out
-
-
 def _empty(values: Tensor, offsets: Tensor) -> Tensor:
     return values.new_empty([offsets.shape[0] - 1, values.shape[1]])
 
 
-_cluster_sum = define_op(
-    "cluster_sum(Tensor values, Tensor offsets) -> Tensor", plain=cluster_sum_plain, fake=_empty
+_cluster_sum, _cluster_sum_out = define_op_with_out(
+    "cluster_sum(Tensor values, Tensor offsets", plain=cluster_sum_out_plain, empty=_empty
 )
 refuse_autograd("cluster_sum", "it is itself part of a backward pass; detach its inputs")
-_cluster_sum_out = define_op(
-    "cluster_sum_out(Tensor values, Tensor offsets, Tensor(a!) out, bool accumulate) -> ()",
-    plain=cluster_sum_out_plain,
-    fake=lambda values, offsets, out, accumulate: None,
-)
 
 
 def cluster_sum(

@@ -14,7 +14,7 @@ from ._checks import (
     check_same_device,
     host_offsets,
 )
-from ._library import define_op, refuse_autograd
+from ._library import define_op_with_out, refuse_autograd
 
 
 def cluster_wgrad_out_plain(
@@ -28,28 +28,14 @@ def cluster_wgrad_out_plain(
         row.copy_(row + product if accumulate else product)
 
 
-def cluster_wgrad_plain(grad_out: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
-    """Compute `cluster_wgrad` by its definition."""
-    out = _empty(grad_out, x, offsets)
-    cluster_wgrad_out_plain(grad_out, x, offsets, out, False)
-    return out
-
-
 def _empty(grad_out: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     return x.new_empty([offsets.shape[0] - 1, grad_out.shape[1], x.shape[1]])
 
 
-_cluster_wgrad = define_op(
-    "cluster_wgrad(Tensor grad_out, Tensor x, Tensor offsets) -> Tensor",
-    plain=cluster_wgrad_plain,
-    fake=_empty,
+_cluster_wgrad, _cluster_wgrad_out = define_op_with_out(
+    "cluster_wgrad(Tensor grad_out, Tensor x, Tensor offsets", plain=cluster_wgrad_out_plain, empty=_empty
 )
 refuse_autograd("cluster_wgrad", "it is itself part of a backward pass; detach its inputs")
-_cluster_wgrad_out = define_op(
-    "cluster_wgrad_out(Tensor grad_out, Tensor x, Tensor offsets, Tensor(a!) out, bool accumulate) -> ()",
-    plain=cluster_wgrad_out_plain,
-    fake=lambda grad_out, x, offsets, out, accumulate: None,
-)
 
 
 def cluster_wgrad(

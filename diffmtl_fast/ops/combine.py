@@ -8,7 +8,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from ._checks import accumulation_dtype, check_jacobian, check_weights
+from ._checks import accumulation_dtype, check_each_floating, check_jacobian, check_parts, check_weights
 from ._layout import as_matrix, empty_row
 from ._library import define_op, refuse_autograd_in_place, register_autograd
 
@@ -129,7 +129,7 @@ def combine_(
         TypeError: an input is not floating point.
         ValueError: numbers of tensors, shapes or devices do not fit.
     """
-    out, parts = list(out), check_jacobian(list(jacobian))
+    out, parts = check_each_floating("out", out), check_parts(jacobian)
     check_weights(weights, parts)
     flags = [accumulate] * len(out) if isinstance(accumulate, bool) else list(accumulate)
     if not len(out) == len(parts) == len(flags):
@@ -140,8 +140,6 @@ def combine_(
     device = weights.device
     for i, (written, member) in enumerate(zip(out, parts, strict=True)):
         expected = member.shape[1:]
-        if not written.is_floating_point():
-            raise TypeError(f"out[{i}]: expected a floating-point tensor, found {written.dtype}")
         if written.shape != expected:
             raise ValueError(f"out[{i}]: expected shape {list(expected)}, found {list(written.shape)}")
         if written.device != device:

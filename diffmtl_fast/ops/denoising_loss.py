@@ -149,8 +149,7 @@ def denoising_loss(
         ValueError: shapes or devices differ, the prediction type is unknown or lacks α and σ, δ is not positive,
             or a constant requires a gradient.
     """
-    check_pair(pred, x0)
-    check_same_device(pred=pred, noise=noise)
+    check_pair(pred, x0, "x0")
     check_noise(noise, x0)
     check_weight(weight, pred)
     _check_constant(x0=x0, noise=noise)

@@ -2,72 +2,86 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ._checks import check_present, check_same_device, check_square
+from ._gramians import unit_gramian
 from ._library import define_op, refuse_autograd
 
-# With an exact line search the method needs 5 to 7 steps; 16 is the most seen in thousands of Gramians up to
-# K = 64, singular ones and ones whose norms differ by 10⁸ among them.
+# With an exact line search the method needs 5 to 7 steps; 18 is the most seen in thousands of Gramians, ones
+# without a solution and ones whose norms differ by 10¹² among them.
 NEWTON_STEPS = 32
 LINE_SEARCH_STEPS = 6
-CONVERGED = 1e-10  # Newton decrement: the residual |α(Gα) − 1| is of its size
+CONVERGED = 1e-6  # Newton decrement before the last step, which squares it
+
+
+def ridge_unit(dtype: torch.dtype) -> float:
+    """Return δ for Gramians of a dtype: the unit of the ridge that keeps the weights bounded."""
+    return math.sqrt(torch.finfo(dtype).eps)
 
 
 def nash_weights_plain(gramian: Tensor, present: Tensor) -> Tensor:
-    """Compute `nash_weights` by its definition.
-
-    The unknowns are scaled to β_k = α_k ‖g_k‖, so that the matrix has a unit diagonal whatever the gradients'
-    norms. Where it is singular (two exactly opposed gradients) the bargaining problem has no solution; the matrix
-    is known only up to rounding, and adding that rounding, K·eps, to its diagonal makes it solvable.
-    """
-    gram = gramian.double()
-    k = gram.shape[0]
-    active = present & (gram.diagonal() > 0)
-    pairs = active.unsqueeze(0) & active.unsqueeze(1)
-    gram = torch.where(pairs, gram, 0)
-    inverse_norms = torch.where(active, gram.diagonal(), 1).rsqrt()
-    cosines = gram * inverse_norms.unsqueeze(0) * inverse_norms.unsqueeze(1)
-    unit = 1 + k * torch.finfo(gramian.dtype).eps
-    cosines = (
-        cosines - torch.diag(cosines.diagonal()) + unit * torch.eye(k, dtype=gram.dtype, device=gram.device)
-    )
-    beta = _minimise_barrier(cosines, active)
-    # The published method divides G by its Frobenius norm first; in the unknowns that is this factor.
-    weights = beta * inverse_norms * torch.linalg.matrix_norm(gram).sqrt()
-    weights = torch.where(active, weights, 0)
-    finite = torch.where(present, gramian.diagonal(), 0).sum().isfinite()
+    """Compute `nash_weights` by its definition, in the unknowns β_k = α_k ‖g_k‖."""
+    cosines, norms, active, finite = unit_gramian(gramian, present)
+    beta = _minimise_barrier(cosines, active, ridge_unit(gramian.dtype))
+    # The published method divides G by its Frobenius norm first; in the unknowns that is a factor of its root.
+    largest = torch.where(active, norms, 0).amax()
+    relative = torch.where(active, norms / largest, 0)
+    frobenius = torch.linalg.matrix_norm(cosines * relative.unsqueeze(0) * relative.unsqueeze(1))
+    weights = torch.where(active, beta * frobenius.sqrt() * (largest / norms), 0)
     return torch.where(finite, weights, torch.nan).to(gramian.dtype)
 
 
-def _minimise_barrier(matrix: Tensor, active: Tensor) -> Tensor:
-    """Minimise ½ βᵀMβ − Σ log β_k over β > 0; rows outside `active` are unit rows of M and stay harmless."""
+def _minimise_barrier(matrix: Tensor, active: Tensor, unit: float) -> Tensor:
+    """Minimise ½ βᵀCβ − Σ log β_k + (n/4) max(0, δ|β|²/n − 1)² over the n active β_k > 0; `unit` is δ.
+
+    Rows outside `active` are those of the identity, and their β stays 1.
+    """
     ones = torch.where(active, 1.0, 0.0).to(matrix.dtype)
-    curvature = torch.clamp(ones @ matrix @ ones, min=torch.finfo(matrix.dtype).tiny)
-    # The minimum along the ray of equal β.
-    beta = torch.where(active, torch.sqrt(ones.sum() / curvature), 1.0)
+    n = ones.sum().clamp(min=1)
+    # The minimum along the ray of equal β, or where the ridge begins.
+    beta = torch.where(active, torch.sqrt(n / torch.maximum(ones @ matrix @ ones, n * unit)), 1.0)
     for _ in range(NEWTON_STEPS):
-        gradient = matrix @ beta - 1 / beta
-        factor, _ = torch.linalg.cholesky_ex(matrix + torch.diag(beta**-2))
-        step = -torch.cholesky_solve(gradient.unsqueeze(1), factor).squeeze(1)
-        decrement = torch.clamp(-(gradient @ step), min=0).sqrt()
-        # Reading the decrement stalls an accelerator, so only the CPU leaves early; further steps change nothing.
-        if matrix.device.type == "cpu" and not decrement > CONVERGED:
+        counted = beta * ones
+        excess = torch.clamp(unit / n * counted.square().sum() - 1, min=0)
+        gradient = matrix @ beta + unit * excess * counted - 1 / beta
+        hessian = matrix + torch.diag(beta**-2 + unit * excess)
+        hessian = hessian + torch.where(excess > 0, 2 * unit**2 / n, 0) * counted.outer(counted)
+        factor, _ = torch.linalg.cholesky_ex(hessian)
+        step = -torch.cholesky_solve(gradient.unsqueeze(1), factor).squeeze(1) * ones
+        descent = -(gradient @ step)  # the decrement's square; below 0 where only rounding is left
+        last = ~(descent > CONVERGED**2)
+        length = torch.where(last, 1.0, _line_search(matrix, counted, step, descent, unit / n, n))
+        beta = beta + torch.where(descent > 0, length * step, 0)
+        # Reading this stalls an accelerator, so only the CPU leaves early; further steps change nothing.
+        if matrix.device.type == "cpu" and last:
             break
-        beta = beta + _line_search(matrix, beta, step, decrement) * step
     return beta
 
 
-def _line_search(matrix: Tensor, beta: Tensor, step: Tensor, decrement: Tensor) -> Tensor:
-    """Minimise the objective along `step` by Newton's method in one unknown, staying inside β > 0."""
-    slope, curvature = (matrix @ beta) @ step, step @ matrix @ step
-    ratio = step / beta
+def _line_search(
+    matrix: Tensor, beta: Tensor, step: Tensor, descent: Tensor, share: Tensor, n: Tensor
+) -> Tensor:
+    """Minimise the objective along `step` by Newton's method in one unknown, staying inside β > 0.
+
+    `beta` is 0 where it does not count, and `share` is δ/n.
+    """
+    slope, curvature = beta @ matrix @ step, step @ matrix @ step
+    square, mixed, bend = share * (beta @ beta), share * (beta @ step), share * (step @ step)
+    ratio = torch.where(beta > 0, step / beta, 0)
     limit = torch.where(ratio < 0, -1 / ratio, torch.inf).min()
-    length = 1 / (1 + decrement)  # always inside, and a sure decrease
+    length = 1 / (1 + descent.sqrt())  # always inside, and a sure decrease
     for _ in range(LINE_SEARCH_STEPS):
         slack = ratio / (1 + length * ratio)
-        tried = length - (slope + length * curvature - slack.sum()) / (curvature + slack.square().sum())
+        excess = torch.clamp(square + length * (2 * mixed + length * bend) - 1, min=0)
+        growth = mixed + length * bend
+        first = slope + length * curvature - slack.sum() + n * excess * growth
+        second = curvature + slack.square().sum() + n * excess * bend
+        second = second + torch.where(excess > 0, 2 * n * growth.square(), 0)
+        tried = length - first / second
         # Halve the way to a bound that the step would cross. At the minimum 0/0 leaves the length as it is.
         tried = torch.where(tried <= 0, length / 2, torch.where(tried >= limit, (length + limit) / 2, tried))
         length = torch.where(tried.isfinite(), tried, length)
@@ -89,17 +103,30 @@ def nash_weights(gramian: Tensor, present: Tensor | None = None) -> Tensor:
     method finds it. Dividing by the Frobenius norm makes the weights independent of the gradients' scale, so a
     loss scaler changes nothing.
 
+    A solution exists where some direction d improves all clusters, ⟨g_k, d⟩ > 0. Where there is none (two opposed
+    gradients), or where G is too close to that for its rounding, α is the solution with a ridge that is relative
+    to each gradient: with the cosines C_kl = G_kl / (‖g_k‖ ‖g_l‖), n clusters and δ = √eps of the dtype of G,
+    β_k = α_k ‖g_k‖ / √‖G‖_F is the unique solution of
+
+        (C + μI) β = 1/β,  μ = δ max(0, δ|β|²/n − 1).
+
+    It minimises ½ βᵀCβ − Σ log β_k + (n/4) max(0, δ|β|²/n − 1)². So α depends on G continuously, rounding moves it
+    by about √eps at most, and it is the exact solution, μ = 0, wherever that has |β|² ≤ n/δ: wherever some
+    direction has a cosine of √δ (1.2e-4 in float64, 0.019 in float32) or more with every gradient.
+
     Source: Navon et al., "Multi-Task Learning as a Bargaining Game", ICML 2022, claim 3.1. The published solver
-    iterates a convex-concave procedure towards the same point.
+    iterates a convex-concave procedure towards the same point. The ridge is ours.
 
     Args:
         gramian: G, [K, K], floating point, symmetric positive semidefinite, in the dtype its sums were formed in:
-            that dtype's rounding is what a singular G is known up to.
-        present: bool [K]. Default: all present.
+            that dtype's rounding decides how far G can be trusted.
+        present: bool [K]; an absent cluster takes no part, whatever stands in its row and column of G. Default:
+            all present.
 
     Returns:
-        α, [K], in the dtype of G (computed in float64). An absent cluster gets 0, and so does one whose gradient
-        is zero, which has nothing to weigh. NaN everywhere where a present cluster's gradient is not finite.
+        α, [K], in the dtype of G (computed in float64, right for gradients of any scale whose Gramian that dtype
+        can hold). An absent cluster gets 0, and so does one whose gradient is zero, which has nothing to weigh.
+        NaN everywhere where G is not finite for the present clusters.
 
     Raises:
         TypeError: a dtype is not as stated.

@@ -5,23 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_present, check_same_device, check_square
+from ._checks import check_order, check_present, check_same_device, check_square
+from ._gramians import unit_gramian
 from ._library import define_op, refuse_autograd
 
 
 def pcgrad_weights_plain(gramian: Tensor, order: Tensor, present: Tensor) -> Tensor:
-    """Compute `pcgrad_weights` by its definition; row k of `coefficients` is g_k' written in the g_j."""
-    k = gramian.shape[0]
-    gram = gramian.double()
-    norms = gram.diagonal()
-    coefficients = torch.eye(k, dtype=gram.dtype, device=gram.device)
+    """Compute `pcgrad_weights` by its definition.
+
+    Row k of `coefficients` is g_k' / ‖g_k‖ written in the unit vectors g_j / ‖g_j‖: nothing in it depends on the
+    gradients' norms.
+    """
+    cosines, norms, _, finite = unit_gramian(gramian, present)
+    coefficients = torch.eye(len(norms), dtype=cosines.dtype, device=cosines.device)
     for partner in order.unbind(1):  # step by step through the order, all clusters k at once
-        product = (coefficients * gram[partner]).sum(1)  # ⟨g_k', g_j⟩
-        conflict = (product < 0) & (norms[partner] > 0)
-        share = torch.where(conflict, product / norms[partner], 0)
-        coefficients = coefficients.scatter_add(1, partner.unsqueeze(1), -share.unsqueeze(1))
-    weights = torch.where(present.unsqueeze(1), coefficients, 0).sum(0)
-    return torch.where(present, weights, 0).to(gramian.dtype)
+        product = (coefficients * cosines[partner]).sum(1)  # ⟨g_k', g_j⟩ / (‖g_k‖ ‖g_j‖)
+        coefficients = coefficients.scatter_add(1, partner.unsqueeze(1), -product.clamp(max=0).unsqueeze(1))
+    # Multiplied before it is divided, so that a coefficient of 0 stays 0 whatever the norms are.
+    weights = (coefficients * norms.unsqueeze(1) / norms).sum(0)
+    return torch.where(finite, torch.where(present, weights, 0), torch.nan).to(gramian.dtype)
 
 
 _pcgrad_weights = define_op(
@@ -44,10 +46,12 @@ def pcgrad_weights(gramian: Tensor, order: Tensor, present: Tensor | None = None
     Args:
         gramian: G, [K, K], floating point.
         order: int64 [K, K-1] on the same device; row k holds the other clusters in the order they are visited.
-        present: bool [K]; an absent cluster gets weight 0. Default: all present.
+        present: bool [K]; an absent cluster gets weight 0 and takes no part, whatever stands in its row and
+            column of G. Default: all present.
 
     Returns:
-        w, [K], in the dtype of G (computed in float64); all 1 where nothing conflicts.
+        w, [K], in the dtype of G (computed in float64, right for gradients of any scale whose Gramian that dtype
+        can hold); all 1 where nothing conflicts. NaN everywhere where G is not finite for the present clusters.
 
     Raises:
         TypeError: a dtype is not as stated.
@@ -55,10 +59,7 @@ def pcgrad_weights(gramian: Tensor, order: Tensor, present: Tensor | None = None
     """
     check_square("gramian", gramian)
     k = gramian.shape[0]
-    if order.dtype != torch.int64 or order.shape != (k, k - 1):
-        raise ValueError(
-            f"order: expected int64 of shape [{k}, {k - 1}], found {order.dtype} of shape {list(order.shape)}"
-        )
+    check_order(order, k)
     present = torch.ones(k, dtype=torch.bool, device=gramian.device) if present is None else present
     check_present(present, k)
     check_same_device(gramian=gramian, order=order, present=present)

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from ._checks import check_dense, check_floating
 from ._library import define_op, refuse_autograd
 
 ROUNDS = 10
@@ -70,6 +71,7 @@ def is_seed(noise: Tensor) -> bool:
 
 def check_seed(seed: Tensor, like: Tensor) -> None:
     """Refuse anything but an int64 scalar beside `like`."""
+    check_dense("seed", seed)
     if seed.dtype != torch.int64 or seed.dim() != 0:
         raise TypeError(
             f"seed: expected an int64 scalar tensor, found {seed.dtype} of shape {list(seed.shape)}"
@@ -93,6 +95,7 @@ def philox_normal(seed: Tensor, like: Tensor) -> Tensor:
         TypeError: the seed is no int64 scalar.
         ValueError: it is on another device, or `like` has no batch dimension.
     """
+    check_floating(like=like)
     check_seed(seed, like)
     if like.dim() == 0:
         raise ValueError("like: expected [B, ...], found a 0-dimensional tensor")

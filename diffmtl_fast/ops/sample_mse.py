@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._checks import accumulation_dtype, check_pair, check_weight
-from ._library import define_op, refuse_autograd, register_autograd
+from ._library import define_op, make_kernel_of, refuse_autograd, register_autograd
 
 
 def sample_mse_plain(pred: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -57,6 +57,16 @@ _sample_mse_backward_both = define_op(
     "sample_mse_backward_both(Tensor scale, Tensor pred, Tensor target) -> (Tensor, Tensor)",
     plain=sample_mse_backward_both_plain,
     fake=lambda scale, pred, target: (torch.empty_like(pred), torch.empty_like(target)),
+)
+make_kernel_of(
+    "sample_mse",
+    "sample_loss",
+    lambda kernel: lambda pred, target, weight=None: kernel(pred, target, None, None, weight, None),
+)
+make_kernel_of(
+    "sample_mse_backward",
+    "sample_loss_backward",
+    lambda kernel: lambda scale, pred, target: kernel(scale, pred, target, None, None, None),
 )
 for _name in ("sample_mse_backward", "sample_mse_backward_both"):
     refuse_autograd(_name, "the second derivative of the squared error is not implemented")

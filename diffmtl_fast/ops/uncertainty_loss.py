@@ -15,7 +15,7 @@ from ._checks import (
     check_same_device,
     check_weight,
 )
-from ._library import define_op, refuse_autograd, register_autograd
+from ._library import Kernel, define_op, make_kernel_of, refuse_autograd, register_autograd
 from .cluster_mse import cluster_mse_plain
 from .sample_mse import sample_mse_backward_plain
 
@@ -39,11 +39,15 @@ def uncertainty_loss_plain(
     return loss, slope, torch.where(present, 0.5 - shares * losses, 0).to(log_var.dtype)
 
 
-def uncertainty_loss_backward_plain(
-    grad: Tensor, slope: Tensor, log_var_grad: Tensor, log_var: Tensor, pred: Tensor, target: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Compute the gradients by `pred` and by `log_var`, which is named only so that a second one is refused."""
-    return sample_mse_backward_plain(grad * slope, pred, target), grad * log_var_grad
+def _gradients(sample_mse_backward: Kernel) -> Kernel:
+    """Make the gradients by `pred` and by `log_var`, which is named only so that a second one is refused."""
+
+    def backward(
+        grad: Tensor, slope: Tensor, log_var_grad: Tensor, log_var: Tensor, pred: Tensor, target: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return sample_mse_backward(grad * slope, pred, target), grad * log_var_grad
+
+    return backward
 
 
 def _fake(
@@ -62,12 +66,13 @@ _uncertainty_loss = define_op(
 _uncertainty_loss_backward = define_op(
     "uncertainty_loss_backward(Tensor grad, Tensor slope, Tensor log_var_grad, Tensor log_var, Tensor pred,"
     " Tensor target) -> (Tensor, Tensor)",
-    plain=uncertainty_loss_backward_plain,
+    plain=_gradients(sample_mse_backward_plain),
     fake=lambda grad, slope, log_var_grad, log_var, pred, target: (
         torch.empty_like(pred),
         torch.empty_like(log_var_grad),
     ),
 )
+make_kernel_of("uncertainty_loss_backward", "sample_mse_backward", _gradients)
 refuse_autograd(
     "uncertainty_loss_backward", "the second derivative of the uncertainty loss is not implemented"
 )
@@ -120,6 +125,6 @@ def uncertainty_loss(
     check_floating(log_var=log_var)
     if log_var.dim() != 1:
         raise ValueError(f"log_var: expected shape [k], found {list(log_var.shape)}")
-    check_same_device(pred=pred, cluster=cluster, log_var=log_var)
-    check_cluster(cluster, log_var.shape[0], pred.shape[0])
+    check_same_device(pred=pred, log_var=log_var)
+    check_cluster(cluster, log_var.shape[0], pred)
     return _uncertainty_loss(pred, target, cluster, log_var, weight)[0]

@@ -1,4 +1,4 @@
-"""What a step of each method costs, in plain steps: measured in turns, on a machine whose speed varies."""
+"""What a step of each method costs, in plain steps: all are timed in turn, as the speed of a machine varies."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from .._extras import require
 from ..train.components import resolve_device
 from ..train.history import History
 from ..train.loop import Trainer
-from .plan import VARIANTS, Plan, Variant
+from .plan import VANILLA, VARIANTS, Plan, Variant
 
 #: A second trainer of plain training, whose ratio would be 1 if nothing varied.
-CONTROL = "vanilla again"
+CONTROL = f"{VANILLA.kind} again"
 WARM_UP = 3
 
 
@@ -78,7 +78,7 @@ def costs(calibration: dict[str, Any]) -> dict[str, Cost]:
     seconds = {name: np.array(values) for name, values in calibration["seconds"].items()}
     found = {}
     for name, values in seconds.items():
-        ratios = values / seconds["vanilla"]
+        ratios = values / seconds[VANILLA.kind]
         low, high = _median_interval(ratios)
         found[name] = Cost(float(np.median(ratios)), low, high, float(np.median(values)))
     return found
@@ -114,7 +114,7 @@ class _Stepper:
 
 @contextmanager
 def _steppers(plan: Plan, kinds: dict[str, Variant], folder: Path) -> Iterator[dict[str, _Stepper]]:
-    variants = {**kinds, CONTROL: kinds["vanilla"]}
+    variants = {**kinds, CONTROL: kinds[VANILLA.kind]}
     quiet = replace(plan.base.logging, tensorboard=False)
     made: dict[str, _Stepper] = {}
     try:

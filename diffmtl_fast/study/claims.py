@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 
 from .._extras import require
-from .plan import ANTI_CURRICULUM, CURRICULUM, VANILLA, Variant
+from .plan import ANTI_CURRICULUM, CURRICULUM, STUDIED, VANILLA, Variant, listed
 from .results import Axis, Results
 from .statistics import Differences, matrix_correlation
 
@@ -57,7 +57,7 @@ def claims(results: Results, log_snr: np.ndarray) -> list[Claim]:
         _affinity(results, "timestep", np.arange(len(log_snr), dtype=np.float64)),
         _affinity(results, "log-SNR", log_snr),
         _transfer(results),
-        *_comparisons(results, "clusters", "ANT", "clustering with UW, PCGrad or NashMTL"),
+        *_comparisons(results, "clusters", "ANT", f"clustering with {listed(STUDIED, 'or')}"),
         _difficulty(results),
         *_comparisons(results, "curriculum", "curriculum", "the curriculum (easy → hard)"),
         _order(results),

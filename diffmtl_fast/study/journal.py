@@ -1,4 +1,4 @@
-"""When the work of a study was done, and by which commands: a file that every piece of work adds a line to."""
+"""A file of lines that records which commands a study was made by, and when each piece of its work was done."""
 
 from __future__ import annotations
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 from .._files import write_json
-from ..train.config import Checkpoints, Config, differences, from_dict, to_dict
+from ..train.config import PLAIN, Checkpoints, Config, differences, from_dict, to_dict
 from ..train.errors import UserError
+from ..train.titles import METHOD_TITLES
+from ..weighting import METHODS, Method
 
 
 @dataclass(frozen=True)
@@ -28,38 +30,46 @@ class Variant:
 
     name: str
     title: str
-    method: Literal["vanilla", "uw", "pcgrad", "nash"]
+    method: str
     cost: Literal["timestep", "snr", "affinity"] | None = None
     order: Literal["none", "easy_to_hard", "hard_to_easy"] = "none"
 
     @property
     def kind(self) -> str:
-        """What its steps cost depends on: not on which timesteps a cluster holds, all clusters getting as many."""
+        """Variants of a kind cost the same per step: the method, or the order of the curriculum.
+
+        Which timesteps a cluster holds does not matter, as all clusters get equally many images.
+        """
         return self.method if self.order == "none" else self.order
 
     @property
     def family(self) -> Literal["baseline", "clusters", "curriculum"]:
-        """The claims that it is a case of."""
+        """Which of the papers' claims it is evidence for."""
         if self.order != "none":
             return "curriculum"
-        return "baseline" if self.method == "vanilla" else "clusters"
+        return "baseline" if self.method == PLAIN else "clusters"
 
 
-_METHODS: tuple[tuple[Literal["uw", "pcgrad", "nash"], str], ...] = (
-    ("uw", "UW"), ("pcgrad", "PCGrad"), ("nash", "NashMTL"),
-)  # fmt: skip
+def listed(methods: Sequence[Method], last: str = "and") -> str:
+    """Methods by their short names, such as "A, B and C"."""
+    *names, end = [method.short for method in methods]
+    return f"{', '.join(names)} {last} {end}" if names else end
+
+
+#: The weightings that a study compares with plain training.
+STUDIED = tuple(method for method in METHODS.values() if method.studied)
 _COSTS: tuple[tuple[Literal["timestep", "snr", "affinity"], str], ...] = (
     ("timestep", "timestep"), ("snr", "log-SNR"), ("affinity", "affinity"),
 )  # fmt: skip
 
-VANILLA = Variant("vanilla", "plain training", "vanilla")
-CURRICULUM = Variant("curriculum", "curriculum", "vanilla", order="easy_to_hard")
-ANTI_CURRICULUM = Variant("anti-curriculum", "anti-curriculum", "vanilla", order="hard_to_easy")
+VANILLA = Variant(PLAIN, METHOD_TITLES[PLAIN], PLAIN)
+CURRICULUM = Variant("curriculum", "curriculum", PLAIN, order="easy_to_hard")
+ANTI_CURRICULUM = Variant("anti-curriculum", "anti-curriculum", PLAIN, order="hard_to_easy")
 VARIANTS = (
     VANILLA,
     *(
-        Variant(f"{method}-{cost}", f"{name}, {kind} clusters", method, cost)
-        for method, name in _METHODS
+        Variant(f"{method.name}-{cost}", f"{method.short}, {kind} clusters", method.name, cost)
+        for method in STUDIED
         for cost, kind in _COSTS
     ),
     CURRICULUM,
@@ -116,9 +126,9 @@ class Plan:
 
     @property
     def exposures(self) -> tuple[int, ...]:
-        """The checkpoints of an expert that bracket equal exposure, or the one that meets it.
+        """Iterations of an expert's checkpoints just before and after equal exposure, or of one exactly at it.
 
-        Empty if the first comes later: then an expert only is there that has seen more.
+        Empty if its first checkpoint comes after equal exposure.
         """
         every = self.iterations // self.evaluations
         below = self.iterations // (self.intervals * every) * every

@@ -12,16 +12,13 @@ from torch import Tensor
 
 from .._extras import require
 from .._figures import colours, new_figure, save
-from .plan import VANILLA, Variant
+from .plan import STUDIED, VANILLA, Variant
 from .results import Axis, Results
 from .statistics import Differences
 
 #: The panels of the curves, each beside plain training.
-PANELS = {
-    "uncertainty weighting": ("uw",),
-    "PCGrad": ("pcgrad",),
-    "NashMTL": ("nash",),
-    "curricula": ("easy_to_hard", "hard_to_easy"),
+PANELS = {method.title: (method.name,) for method in STUDIED} | {
+    "curricula": ("easy_to_hard", "hard_to_easy")
 }
 _LABELS = {"steps": "iteration", "calibrated": "training time (plain steps)"}
 _STYLES = ("-", "--", ":")

@@ -15,11 +15,11 @@ from ..train import history
 from ..train.components import build_clusters, build_scheduler
 from ..train.errors import UserError, blame
 from ..train.plots import training as plot_training
-from ..train.trained import COST_TITLES
-from . import conditions, plots
+from ..train.titles import COST_TITLES
+from . import plots, report_setup
 from .claims import VERDICTS, claims, ratio
 from .folder import StudyFolder
-from .plan import VANILLA, VARIANTS, Plan, Variant
+from .plan import STUDIED, VANILLA, VARIANTS, Plan, Variant
 from .results import METRICS, Axis, Results, load_results
 from .samples import Samples, draw_samples
 from .statistics import Differences
@@ -62,11 +62,11 @@ def write_report(study: StudyFolder, out: Path) -> Path:
             _clusters(results, study, clusters, out),
             _transfer(results, out),
             *_difficulty(study, out),
-            conditions.phases(results, clusters["curriculum"]),
+            report_setup.phases(results, clusters["curriculum"]),
             *_training(results, study, out),
-            conditions.costs(results, None if drawn is None else drawn.parameters),
-            conditions.settings(results, clusters),
-            conditions.method(results),
+            report_setup.costs(results, None if drawn is None else drawn.parameters),
+            report_setup.settings(results, clusters),
+            report_setup.method(results),
         ]
     )
     write_json(out / "results.json", results.to_dict())
@@ -101,7 +101,7 @@ def _introduction(results: Results, study: StudyFolder) -> str:
         f"seed{'s' * (plan.seeds != 1)}, {plan.iterations:,} iterations of {base.batch_size} images each, "
         f"evaluated {plan.evaluations} times with {base.evaluation.num_samples} pictures of "
         f"{base.sampling.steps} denoising steps (averaged "
-        f"weights).{missing}\n\n{conditions.origin(results, study)} All figures and pictures here are "
+        f"weights).{missing}\n\n{report_setup.origin(results, study)} All figures and pictures here are "
         "computed from its stored results (those of the runs are in [results.json](results.json)), again "
         "by `diffmtl-fast study --report-only --study-dir DIR`, DIR being the folder in which the study was made."
     )
@@ -289,8 +289,9 @@ def _attenuation(results: Results) -> str:
 def _boundaries(plan: Plan, study: StudyFolder, levels: np.ndarray) -> dict[str, IntervalClustering]:
     number = len(levels)
     found = {}
-    for variant in VARIANTS:
-        if variant.method == "uw" and (variant.cost != "affinity" or study.affinity.exists()):
+    of_cost = {variant.cost: variant for variant in VARIANTS if variant.family == "clusters"}
+    for variant in of_cost.values():
+        if variant.cost != "affinity" or study.affinity.exists():
             config = plan.config(variant, 0, study.affinity)
             found[COST_TITLES[config.clusters.cost]] = build_clusters(config.clusters, lambda: levels, number)
     found["curriculum"] = build_clusters(plan.base.curriculum.clusters, lambda: levels, number)
@@ -393,9 +394,10 @@ def _difficulty(study: StudyFolder, out: Path) -> list[str]:
 def _training(results: Results, study: StudyFolder, out: Path) -> list[str]:
     """The course of a curriculum, with its phases, and of a method with weights and conflicts."""
     parts = []
+    newest = [method.name for method in STUDIED if method.forms_gramian][-1]
     for name, chosen in (
         ("training-curriculum.png", lambda variant: variant.order == "easy_to_hard"),
-        ("training-nash.png", lambda variant: variant.method == "nash"),
+        (f"training-{newest}.png", lambda variant: variant.method == newest),
     ):
         variant = next((variant for variant in results.cases() if chosen(variant)), None)
         if variant is None:

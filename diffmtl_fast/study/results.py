@@ -28,8 +28,8 @@ class Curve:
     """The metrics of a run at its checkpoints.
 
     Attributes:
-        position: float64 [E] by axis.
-        figures: float64 [E] by metric.
+        position: how far training was at each of the E evaluations, float64 [E] by axis.
+        figures: what was measured there, float64 [E] by metric.
         conflicts: mean share of conflicting pairs of clusters, where it was measured.
         phases: the first iteration in the log of each phase of a curriculum.
     """
@@ -40,12 +40,12 @@ class Curve:
     phases: dict[int, int]
 
     def at(self, axis: Axis, place: float) -> float:
-        """The Fréchet distance at a place, its logarithm interpolated in that of the position."""
+        """The Fréchet distance at a position between evaluations, interpolated on logarithmic axes."""
         position, distance = np.log(self.position[axis]), np.log(self.figures["frechet_distance"])
         return float(np.exp(np.interp(np.log(place), position, distance)))
 
     def reaches(self, axis: Axis, level: float) -> float:
-        """Where the Fréchet distance first comes down to a level, interpolated likewise; infinity if nowhere."""
+        """Where the Fréchet distance first falls to a level, interpolated as in `at`; infinity if nowhere."""
         position, distance = np.log(self.position[axis]), np.log(self.figures["frechet_distance"])
         below = np.flatnonzero(distance <= np.log(level))
         if not below.size:
@@ -68,8 +68,8 @@ class Results:
         gaps: of negative transfer, by seed: the content of negative-transfer.json.
         early_gaps: the same for experts at the iterations that bracket equal exposure, by seed and iteration.
         difficulty: by seed: the content of difficulty.json.
-        disattenuated: task affinities [T, T] corrected for the noise of the images, NaN where that is all there
-            is, or None.
+        disattenuated: task affinities [T, T] corrected for the noise of the images, NaN where a gradient is
+            nothing but noise; None if they were not measured.
         machine: that of the calibration.
     """
 
@@ -118,7 +118,7 @@ class Results:
         return np.array([self.curves[variant.name, seed].figures[metric][-1] for seed in self.seeds(variant)])
 
     def budget(self, axis: Axis, seed: int) -> float:
-        """The place that all complete runs of a seed have come to: where they can be compared."""
+        """The last position that all complete runs of a seed reach, at which they can be compared."""
         ends = [curve.position[axis][-1] for (_, of_seed), curve in self.curves.items() if of_seed == seed]
         return float(min(ends))
 
@@ -149,8 +149,8 @@ class Results:
     def time_to_quality(self, axis: Axis) -> Differences:
         """Differences of the logarithm of the time to equal quality, for the pairs with plain training.
 
-        Quality is the poorer of the two last Fréchet distances of the pair and seed. Both runs come down to it, so
-        that no run is cut off, and exchanging the two changes the sign alone.
+        Equal quality is the higher (worse) of the two runs' last Fréchet distances, which both of them reach.
+        Exchanging the two runs changes the sign alone.
         """
         others = [variant for variant in self.cases() if variant != VANILLA]
         values = np.full((len(others), self.plan.seeds), np.nan)

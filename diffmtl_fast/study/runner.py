@@ -16,15 +16,15 @@ from pathlib import Path
 import torch
 
 from ..train.errors import TrainingDiverged, UserError
-from . import journal, tasks
+from . import journal, work
 from .folder import StudyFolder, all_runs, run_name
 from .plan import VANILLA, Plan
 from .report import write_report
 
 
 @dataclass(frozen=True)
-class Task:
-    """A piece of work.
+class Job:
+    """A piece of work for a process of the pool.
 
     Attributes:
         name: for messages and the file of its output.
@@ -57,7 +57,7 @@ def study(
         folder: where.
         jobs: runs at a time.
         threads: of each.
-        only: do the work whose name matches this pattern alone, for example ``uw-*``.
+        only: do the work whose name matches this pattern alone, for example ``vanilla-*``.
         report: folder of the report; by default the study's own.
         command: that this was asked for by, to be named in the report.
 
@@ -75,14 +75,14 @@ def study(
     folder.output.mkdir(exist_ok=True)
     failed: dict[str, str] = {}
     stages = _stages(folder, plan)
-    total = sum(_selected(task, only) for stage in stages for task in stage)
+    total = sum(_selected(job, only) for stage in stages for job in stage)
     if total:
         if command is not None:
             journal.add_command(folder.journal, command)
         progress = _Progress(total, jobs)
         with _pool(jobs, threads) as pool:
             for stage in stages:
-                todo = [task for task in stage if _selected(task, only)]
+                todo = [job for job in stage if _selected(job, only)]
                 failed |= _run(pool, todo, folder, progress)
     if any(folder.evaluations(VANILLA, seed).exists() for seed in range(plan.seeds)):
         print(f"wrote {write_report(folder, folder.report if report is None else report)}")
@@ -92,15 +92,15 @@ def study(
         raise UserError("; ".join(f"{name} failed: {message}" for name, message in failed.items()))
 
 
-def _stages(folder: StudyFolder, plan: Plan) -> list[list[Task]]:
-    """The work in the order of its needs: nothing needs anything of its own stage."""
+def _stages(folder: StudyFolder, plan: Plan) -> list[list[Job]]:
+    """The jobs by stage: each needs results of earlier stages only, so those of a stage may run in any order."""
     runs = all_runs(plan)
 
-    def run_tasks(by_affinity: bool) -> list[Task]:
+    def run_jobs(*, by_affinity: bool) -> list[Job]:
         return [
-            Task(
+            Job(
                 run_name(variant, seed),
-                partial(tasks.train_and_evaluate, folder, plan, variant, seed),
+                partial(work.train_and_evaluate, folder, plan, variant, seed),
                 folder.evaluations(variant, seed),
             )
             for variant, seed in runs
@@ -108,60 +108,60 @@ def _stages(folder: StudyFolder, plan: Plan) -> list[list[Task]]:
         ]
 
     seeds = range(plan.seeds)
-    affinity = Task("affinity", partial(tasks.measure_affinity, folder, plan), folder.affinity)
-    disattenuated = Task(
+    affinity = Job("affinity", partial(work.measure_affinity, folder, plan), folder.affinity)
+    disattenuated = Job(
         "affinity-disattenuated",
-        partial(tasks.measure_disattenuated_affinity, folder, plan),
+        partial(work.measure_disattenuated_affinity, folder, plan),
         folder.disattenuated,
     )
     experts = [
-        Task(
+        Job(
             f"expert-{index}-seed-{seed}",
-            partial(tasks.train_one_expert, folder, plan, seed, index),
+            partial(work.train_one_expert, folder, plan, seed, index),
             folder.gaps(seed),
         )
         for seed in seeds
         for index in range(plan.intervals)
     ]
     gaps = [
-        Task(f"gaps-seed-{seed}", partial(tasks.measure_gaps, folder, plan, seed), folder.gaps(seed))
+        Job(f"gaps-seed-{seed}", partial(work.measure_gaps, folder, plan, seed), folder.gaps(seed))
         for seed in seeds
     ]
     early_gaps = [
-        Task(
+        Job(
             f"gaps-at-{iteration}-seed-{seed}",
-            partial(tasks.measure_early_gaps, folder, plan, seed, iteration),
+            partial(work.measure_early_gaps, folder, plan, seed, iteration),
             folder.gaps(seed, iteration),
         )
         for seed in seeds
         for iteration in plan.exposures
     ]
-    calibration = Task("calibration", partial(tasks.measure_costs, folder, plan), folder.calibration)
+    calibration = Job("calibration", partial(work.measure_costs, folder, plan), folder.calibration)
     return [
         [calibration],
-        run_tasks(False),
+        run_jobs(by_affinity=False),
         [affinity, *experts],
-        [*run_tasks(True), *gaps, *early_gaps, disattenuated],
+        [*run_jobs(by_affinity=True), *gaps, *early_gaps, disattenuated],
     ]
 
 
-def _selected(task: Task, only: str) -> bool:
-    return fnmatch.fnmatchcase(task.name, only) and not task.done.exists()
+def _selected(job: Job, only: str) -> bool:
+    return fnmatch.fnmatchcase(job.name, only) and not job.done.exists()
 
 
-def _run(pool: Executor, todo: list[Task], folder: StudyFolder, progress: _Progress) -> dict[str, str]:
+def _run(pool: Executor, todo: list[Job], folder: StudyFolder, progress: _Progress) -> dict[str, str]:
     """Do some work; the messages of what failed for a reason that the user can put right, by name."""
     failed: dict[str, str] = {}
-    begun = {pool.submit(_work, task, folder.output / f"{task.name}.txt"): task for task in todo}
+    begun = {pool.submit(_work, job, folder.output / f"{job.name}.txt"): job for job in todo}
     try:
         for future in as_completed(begun):
-            task = begun[future]
+            job = begun[future]
             since, seconds, error = future.result()
-            progress.tell(task.name, seconds, failed=error is not None)
+            progress.tell(job.name, seconds, failed=error is not None)
             if error is None:
-                journal.add_work(folder.journal, task.name, since, seconds)
+                journal.add_work(folder.journal, job.name, since, seconds)
             else:
-                failed[task.name] = error
+                failed[job.name] = error
     finally:
         for future in begun:  # after a defect or Ctrl-C nothing more is begun
             future.cancel()
@@ -169,7 +169,7 @@ def _run(pool: Executor, todo: list[Task], folder: StudyFolder, progress: _Progr
 
 
 def _pool(jobs: int, threads: int) -> Executor:
-    # A forked process would inherit torch's thread pool without its threads.
+    # A forked process would take over torch's thread pool, but not the threads in it.
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(jobs, mp_context=context, initializer=_set_threads, initargs=(threads,))
 
@@ -179,8 +179,8 @@ def _set_threads(threads: int) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
-def _work(task: Task, output: Path) -> tuple[float, float, str | None]:
-    """Do it in a process of the pool, what it prints into a file.
+def _work(job: Job, output: Path) -> tuple[float, float, str | None]:
+    """Do a job in a process of the pool; what it prints goes to a file.
 
     Returns:
         When it began, the seconds that it took, and what went wrong if the user can put it right.
@@ -188,7 +188,7 @@ def _work(task: Task, output: Path) -> tuple[float, float, str | None]:
     since, begun, failed = time.time(), time.perf_counter(), None
     with output.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
         try:
-            task.work()
+            job.work()
         except (UserError, TrainingDiverged) as error:
             failed = str(error)
     return since, time.perf_counter() - begun, failed

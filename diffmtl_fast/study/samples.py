@@ -1,4 +1,4 @@
-"""Digits, or whatever the data are, that every method draws from the same noise."""
+"""Pictures that every method draws from the same noise."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..train import checkpoint
 from ..train.sampling import balanced_labels
-from ..train.trained import Trained, load
+from ..train.trained_denoiser import TrainedDenoiser, load
 from .folder import StudyFolder
 from .results import Results
 
@@ -34,7 +34,7 @@ class Samples:
 def draw_samples(results: Results, study: StudyFolder) -> Samples | None:
     """Draw a picture of each class with every method's averaged weights.
 
-    Of the first seed that all methods have in common, or else that plain training has.
+    They are those of the first seed that all methods have, or else of the first that plain training has.
 
     Returns:
         The pictures; None where no checkpoint is left of plain training.
@@ -60,7 +60,7 @@ def draw_samples(results: Results, study: StudyFolder) -> Samples | None:
     return Samples(seed, found, parameters) if found else None
 
 
-def _real(trained: Trained, labels: Tensor | None) -> Tensor:
+def _real(trained: TrainedDenoiser, labels: Tensor | None) -> Tensor:
     """The first real picture of every class."""
     data = trained.data
     if labels is None or data.train_labels is None:

@@ -27,8 +27,9 @@ class Differences:
         seeds: int64 [P], seeds that have both of the pair.
         agreeing: int64 [P], how many of them have a difference of the mean's sign.
         own: float64 [P], standard deviation of a pair's own differences; NaN with fewer than two seeds.
-        sd: that of a single difference by the model, the same for all pairs; NaN without degrees of freedom.
-        freedom: its degrees of freedom.
+        sd: standard deviation of a single difference by the model, the same for all pairs; NaN without degrees of
+            freedom.
+        freedom: degrees of freedom of `sd`.
     """
 
     mean: Array
@@ -100,9 +101,9 @@ def blocked_differences(
 
 
 def relative_differences(values: Array, confidence: float = 0.95) -> Differences:
-    """Compare V methods with a baseline, of which differences alone are known.
+    """Compare V methods with a baseline where only their differences to it are known.
 
-    That of the baseline to itself is 0, which makes it a method like the others for `blocked_differences`.
+    The baseline enters `blocked_differences` as one more method, whose difference to itself is 0.
 
     Args:
         values: [V, S] differences to the baseline of the same seed, NaN where there is none.
@@ -115,7 +116,7 @@ def relative_differences(values: Array, confidence: float = 0.95) -> Differences
 
 
 def _mean(values: Array, known: Bools) -> Array:
-    """Of every row, of what is known of it; NaN where nothing is."""
+    """The mean of the known values of every row; NaN for a row without any."""
     counts, sums = known.sum(1), np.where(known, values, 0.0).sum(1)
     return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)
 

@@ -22,7 +22,7 @@ from ..clustering import (
     cluster_snr,
     cluster_timesteps,
 )
-from ..clustering.report import load_values
+from ..clustering.inputs import load_values
 from ..curriculum import (
     DifficultyCurriculum,
     DistributionSampler,
@@ -33,7 +33,7 @@ from ..curriculum import (
 )
 from ..curriculum.difficulty import Sampling
 from ..diffusion import log_snr, min_snr_weight, p2_weight, predicted_weight
-from ..weighting import GramianWeighting, LossWeighting, NashMTL, PCGrad, UncertaintyWeighting
+from ..weighting import METHODS, GramianWeighting, LossWeighting
 from .config import Clusters, Component, Config, Curriculum
 from .data import ImageData
 from .errors import UserError, blame
@@ -156,7 +156,7 @@ def build_timesteps(
         UserError: it cannot be made as asked.
     """
     whole = IntervalClustering(np.array([0, clusters.num_timesteps]))
-    balanced = config.method != "vanilla"
+    balanced = config.balanced
     tasks = clusters if balanced else whole  # plain training averages over all timesteps
     if config.curriculum.order != "none":
         return _build_curriculum(config.curriculum, tasks, levels, "tasks" if balanced else "union")
@@ -221,14 +221,15 @@ def build_loss_weights(config: Config, scheduler: Any, device: torch.device) -> 
 
 
 def build_weighting(config: Config, k: int, device: torch.device) -> LossWeighting | GramianWeighting | None:
-    """The balancing method of k clusters; None for vanilla."""
-    if config.method == "uw":
-        return UncertaintyWeighting(k).to(device)
-    if config.method == "pcgrad":
-        return PCGrad(torch.Generator(device).manual_seed(config.seed))
-    if config.method == "nash":
-        return NashMTL(update_every=config.nash_update_every).to(device)
-    return None
+    """The balancing method of k clusters; None for plain training.
+
+    Raises:
+        UserError: an option of the method is out of range.
+    """
+    if not config.balanced:
+        return None
+    with blame(config.method):
+        return METHODS[config.method].build(k, device, config.seed, **config.method_options())
 
 
 def load_array(key: str, path: str | Path | None) -> np.ndarray:

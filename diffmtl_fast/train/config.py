@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, TypeVar, get_type_hints
 
-from .errors import UserError
+from .._extras import require
+from .._number_types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UnitFloat
+from ..weighting import METHODS
+from .errors import UserError, readable
 
-METHODS = ("vanilla", "uw", "pcgrad", "nash")
-COSTS = ("snr", "timestep", "affinity")
-PRECISIONS = ("fp32", "bf16")
-SAMPLERS = ("uniform", "stratified", "logit_normal", "beta", "laplace", "second_moment")
-LOSS_WEIGHTS = ("none", "min_snr", "p2")
-ORDERS = ("none", "easy_to_hard", "hard_to_easy")
+#: The method that balances nothing: the mean over all samples.
+PLAIN = "vanilla"
 # Of the k-nearest-neighbour precision and recall.
 NEIGHBOURS = 3
 
@@ -47,9 +46,9 @@ class Clusters:
     """
 
     cost: Literal["snr", "timestep", "affinity"] = "snr"
-    k: int | Literal["auto"] = 5
-    min_size: int | None = None
-    max_size: int | None = None
+    k: PositiveInt | Literal["auto"] = 5
+    min_size: PositiveInt | None = None
+    max_size: PositiveInt | None = None
     affinity: str | None = None
 
 
@@ -111,17 +110,17 @@ class Loss:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW; the log-variances of uw have a group of their own (learning rate 0.025, no weight decay).
+    """AdamW; what a method learns has a group of its own (learning rate 0.025, no weight decay).
 
     Attributes:
         lr: learning rate of the model
         weight_decay: decoupled weight decay
-        clip: largest norm of the gradient, 0 for no clipping; null for the method's own (nash 1, others none)
+        clip: largest norm of the gradient, 0 for no clipping; null for the method's own, most have none
     """
 
-    lr: float = 1e-4
-    weight_decay: float = 0.0
-    clip: float | None = None
+    lr: PositiveFloat = 1e-4
+    weight_decay: NonNegativeFloat = 0.0
+    clip: NonNegativeFloat | None = None
 
 
 @dataclass(frozen=True)
@@ -135,8 +134,8 @@ class Sampling:
     """
 
     scheduler: Component = field(default_factory=lambda: Component("diffusers.DDIMScheduler"))
-    steps: int = 50
-    batch_size: int = 360
+    steps: PositiveInt = 50
+    batch_size: PositiveInt = 360
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ class Evaluation:
         num_samples: pictures drawn for the metrics, in equal numbers per class; 0 for no evaluation
     """
 
-    num_samples: int = 360
+    num_samples: NonNegativeInt = 360
 
 
 @dataclass(frozen=True)
@@ -160,8 +159,8 @@ class Logging:
         tensorboard: also write TensorBoard event files
     """
 
-    every: int = 10
-    cosines_every: int = 20
+    every: PositiveInt = 10
+    cosines_every: NonNegativeInt = 20
     tensorboard: bool = True
 
 
@@ -174,21 +173,38 @@ class Checkpoints:
         keep: how many to keep
     """
 
-    every: int = 100
-    keep: int = 2
+    every: PositiveInt = 100
+    keep: PositiveInt = 2
+
+
+_Class = TypeVar("_Class", bound=type)
+
+
+def _with_methods(cls: _Class) -> _Class:
+    """Give a class the choice of methods and, as ``NAME_OPTION``, the options of each, all from the registry."""
+    cls.__annotations__["method"] = Literal[(PLAIN, *METHODS)]
+    lines = []
+    for method in METHODS.values():
+        for option in method.options:
+            name = f"{method.name}_{option.name}"
+            cls.__annotations__[name] = option.type
+            setattr(cls, name, option.default)
+            lines.append(f"        {name}: {option.about} ({method.name})\n")
+    cls.__doc__ = f"{(cls.__doc__ or '').rstrip()}\n{''.join(lines)}    "
+    return cls
 
 
 @dataclass(frozen=True)
+@_with_methods
 class Config:
     """A training run.
 
     Attributes:
-        method: balancing of the clusters: none, uncertainty weighting, PCGrad or NashMTL
+        method: how the clusters are balanced; vanilla: not at all
         iterations: optimizer steps
         batch_size: images per backward pass
         accumulate: backward passes per optimizer step
         ema_decay: decay per step of the averaged weights
-        nash_update_every: backward passes between two solutions of the bargaining problem (nash)
         precision: of the forward pass; bf16 is autocast, the weights stay fp32
         device: auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
         seed: of the weights, the data order, the noise and the pictures
@@ -206,15 +222,14 @@ class Config:
         checkpoints: Checkpoints
     """
 
-    method: Literal["vanilla", "uw", "pcgrad", "nash"] = "uw"
-    iterations: int = 1000
-    batch_size: int = 128
-    accumulate: int = 1
-    ema_decay: float = 0.9999
-    nash_update_every: int = 1
+    method: str = "uw"
+    iterations: PositiveInt = 1000
+    batch_size: PositiveInt = 128
+    accumulate: PositiveInt = 1
+    ema_decay: UnitFloat = 0.9999
     precision: Literal["fp32", "bf16"] = "fp32"
     device: str = "auto"
-    seed: int = 0
+    seed: NonNegativeInt = 0
     clusters: Clusters = field(default_factory=Clusters)
     timesteps: Timesteps = field(default_factory=Timesteps)
     curriculum: Curriculum = field(default_factory=Curriculum)
@@ -238,7 +253,17 @@ class Config:
         """The largest gradient norm in force, 0 for none."""
         if self.optimizer.clip is not None:
             return self.optimizer.clip
-        return 1.0 if self.method == "nash" else 0.0
+        return METHODS[self.method].clip if self.balanced else 0.0
+
+    @property
+    def balanced(self) -> bool:
+        """Whether the method balances clusters."""
+        return self.method != PLAIN
+
+    def method_options(self) -> dict[str, Any]:
+        """The options of the method in force, for `Method.build`."""
+        options = METHODS[self.method].options if self.balanced else ()
+        return {option.name: getattr(self, f"{self.method}_{option.name}") for option in options}
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -255,9 +280,22 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     Raises:
         UserError: an unknown key, or a value out of range.
     """
-    config = _build(Config, values, "")
+    _check_names(Config, values, "")
+    try:
+        typed = _types().parse_object(values).as_dict()
+    except require("jsonargparse", "train").ArgumentError as error:
+        raise UserError(readable(str(error))) from error
+    config = _build(Config, typed, values)
     _check(config)
     return config
+
+
+@functools.cache
+def _types() -> Any:
+    """A parser that knows the types of all options."""
+    parser = require("jsonargparse", "train").ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Config)
+    return parser
 
 
 def read(path: Path) -> Config:
@@ -302,19 +340,26 @@ def differences(ours: Config, theirs: Config) -> dict[str, tuple[Any, Any]]:
     return {key: values for key, values in both.items() if values[0] != values[1]}
 
 
-def _build(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
+def _check_names(cls: Any, values: Mapping[str, Any], prefix: str) -> None:
     types = get_type_hints(cls)
-    unknown = sorted(set(values) - {item.name for item in fields(cls)})
-    if unknown:
-        known = ", ".join(item.name for item in fields(cls))
-        raise UserError(f"{prefix}{unknown[0]}: unknown option; expected one of {known}")
-    arguments = {}
     for name, value in values.items():
+        if name not in types:
+            raise UserError(f"{prefix}{name}: unknown option; expected one of {', '.join(types)}")
         if is_dataclass(types[name]):
             if not isinstance(value, Mapping):
                 raise UserError(f"{prefix}{name}: expected a mapping of options, found {value!r}")
-            value = _build(types[name], value, f"{prefix}{name}.")
-        arguments[name] = value
+            _check_names(types[name], value, f"{prefix}{name}.")
+
+
+def _build(cls: Any, typed: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+    """An object of a class; dictionaries as they were given, since jsonargparse reads strings in them as YAML."""
+    types, arguments = get_type_hints(cls), {}
+    for name, value in typed.items():
+        if is_dataclass(types[name]):
+            value = _build(types[name], value, given.get(name, {}))
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            value = value.real  # a plain number: YAML cannot write those of the types with a range
+        arguments[name] = given.get(name, value) if isinstance(value, dict) else value
     return cls(**arguments)
 
 
@@ -330,39 +375,21 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _check(config: Config) -> None:
-    flat = _flatten(to_dict(config))
-    _one_of("method", config.method, METHODS)
-    _one_of("precision", config.precision, PRECISIONS)
-    _one_of("loss.weight", config.loss.weight, LOSS_WEIGHTS)
+    """What types cannot say: how options fit each other."""
     if config.loss.args and config.loss.weight == "none":
         raise UserError(f"loss.args: expected none without a loss.weight, found {config.loss.args}")
-    if config.timesteps.sampler is not None:
-        _one_of("timesteps.sampler", config.timesteps.sampler, SAMPLERS)
-    for key in (
-        "iterations",
-        "batch_size",
-        "accumulate",
-        "nash_update_every",
-        "sampling.steps",
-        "sampling.batch_size",
-        "logging.every",
-        "checkpoints.every",
-        "checkpoints.keep",
-    ):
-        _integer(key, flat[key], least=1)
-    for key in ("seed", "evaluation.num_samples", "logging.cosines_every"):
-        _integer(key, flat[key], least=0)
     if config.evaluation.num_samples in range(1, NEIGHBOURS + 1):
         raise UserError(
             f"evaluation.num_samples: expected 0 or more than {NEIGHBOURS}, found {config.evaluation.num_samples}"
         )
     _check_clusters("clusters", config.clusters)
-    _check_curriculum(config)
+    _check_clusters("curriculum.clusters", config.curriculum.clusters)
+    if config.curriculum.order != "none" and config.timesteps.sampler is not None:
+        raise UserError(
+            "timesteps.sampler: expected null with a curriculum, which draws the timesteps, found "
+            f"{config.timesteps.sampler!r}"
+        )
     _check_interval(config)
-    _number("optimizer.lr", config.optimizer.lr, 0.0, math.inf, open_left=True)
-    _number("optimizer.weight_decay", config.optimizer.weight_decay, 0.0, math.inf)
-    _number("optimizer.clip", config.clip, 0.0, math.inf)
-    _number("ema_decay", config.ema_decay, 0.0, 1.0)
     components = {
         "model": config.model,
         "scheduler": config.scheduler,
@@ -377,12 +404,6 @@ def _check(config: Config) -> None:
 
 
 def _check_clusters(key: str, clusters: Clusters) -> None:
-    _one_of(f"{key}.cost", clusters.cost, COSTS)
-    if clusters.k != "auto":
-        _integer(f"{key}.k", clusters.k, least=1, other=" or auto")
-    for name in ("min_size", "max_size"):
-        if getattr(clusters, name) is not None:
-            _integer(f"{key}.{name}", getattr(clusters, name), least=1)
     if (clusters.cost == "affinity") != (clusters.affinity is not None):
         raise UserError(
             f"{key}.affinity: expected a .npy or .json file with cost affinity and none with another cost, "
@@ -390,48 +411,18 @@ def _check_clusters(key: str, clusters: Clusters) -> None:
         )
 
 
-def _check_curriculum(config: Config) -> None:
-    curriculum = config.curriculum
-    _one_of("curriculum.order", curriculum.order, ORDERS)
-    _check_clusters("curriculum.clusters", curriculum.clusters)
-    if curriculum.order != "none" and config.timesteps.sampler is not None:
-        raise UserError(
-            "timesteps.sampler: expected null with a curriculum, which draws the timesteps, found "
-            f"{config.timesteps.sampler!r}"
-        )
-
-
 def _check_interval(config: Config) -> None:
     interval = config.timesteps.interval
     if interval is None:
         return
-    pair = isinstance(interval, list) and [type(bound) for bound in interval] == [int, int]
-    if not pair or not 0 <= interval[0] < interval[1]:
+    if len(interval) != 2 or not 0 <= interval[0] < interval[1]:
         raise UserError(
             f"timesteps.interval: expected [first, end] with 0 <= first < end, found {interval!r}"
         )
-    plain = config.method == "vanilla" and config.curriculum.order == "none"
+    plain = not config.balanced and config.curriculum.order == "none"
     if not plain or config.timesteps.sampler not in (None, "uniform"):
         raise UserError(
-            "timesteps.interval: expected null, or method vanilla without curriculum or sampler, found "
+            f"timesteps.interval: expected null, or method {PLAIN} without curriculum or sampler, found "
             f"{interval!r} with method {config.method}, curriculum {config.curriculum.order}, "
             f"sampler {config.timesteps.sampler}"
         )
-
-
-def _one_of(key: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"{key}: expected one of {', '.join(choices)}, found {value!r}")
-
-
-def _integer(key: str, value: Any, *, least: int, other: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"{key}: expected an integer >= {least}{other}, found {value!r}")
-
-
-def _number(key: str, value: Any, low: float, high: float, *, open_left: bool = False) -> None:
-    valid = isinstance(value, int | float) and not isinstance(value, bool)
-    if not valid or not low <= value <= high or (open_left and value == low) or math.isinf(value):
-        bounds = f"> {low:g}" if open_left else f">= {low:g}"
-        bounds += f" and <= {high:g}" if math.isfinite(high) else ""
-        raise UserError(f"{key}: expected a number {bounds}, found {value!r}")

@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import nn
 
+from .._torch import foreach_lerp_
+
 
 class Ema:
     """A second model whose parameters follow the first's.
@@ -29,6 +31,6 @@ class Ema:
         """Take in the weights after an optimizer step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1.0 - decay)
+        foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1.0 - decay)
         for ours, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
             ours.copy_(theirs)

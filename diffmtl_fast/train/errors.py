@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeAlias
+
+from .._number_types import IN_WORDS
 
 Errors: TypeAlias = "tuple[type[Exception], ...]"
 
@@ -30,3 +33,24 @@ def blame(key: str, errors: Errors = (ValueError, TypeError, NotImplementedError
     except errors as error:
         message = str(error)
         raise UserError(message if message.startswith(f"{key}:") else f"{key}: {message}") from error
+
+
+def readable(message: str) -> str:
+    """Rewrite jsonargparse's message in the form of the others: option, what was expected, what was found."""
+    option = re.match(r'Parser key "([^"]+)":\s*', message)
+    kinds = re.search(
+        r"Subtypes: (.*)$|Not of type (\w+)|Expected a (.*?)(?:\. Got|$)", message, re.MULTILINE
+    )
+    found = re.search(r"(?:Given|Got) value: (.*)$", message) or re.search(
+        r"Not of type \w+: (?:invalid literal.*: )?(.*?)(?: does not conform.*| not an? \w+)?$", message
+    )
+    if option is None:
+        return message
+    if kinds is None or found is None:
+        return f"{option[1]}: {message[option.end() :]}"
+    named = re.findall(
+        r"Literal\[(.*?)\]|(?:\w+\.)*([A-Za-z]+(?:\[\w+\])?)(?:'>|[],]|$)", kinds[kinds.lastindex or 0]
+    )
+    words = [choices or {**IN_WORDS, "NoneType": "null"}.get(kind, kind) for choices, kind in named]
+    one_of = "one of " if len(words) == 1 and "," in words[0] else ""
+    return f"{option[1]}: expected {one_of}{' or '.join(words)}, found {found[1].strip(chr(39))}"

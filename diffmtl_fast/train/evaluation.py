@@ -69,7 +69,7 @@ def precision_recall(real: Array, drawn: Array, k: int = NEIGHBOURS) -> tuple[fl
 class Judge:
     """Compares pictures with the real training images, in the features of a classifier of them.
 
-    Its seed is fixed, so that runs of several seeds are judged by the same.
+    The classifier's seed is fixed, so that runs of all seeds are compared by the same one.
 
     Args:
         data: real images with labels.

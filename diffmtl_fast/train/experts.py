@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from . import checkpoint
-from .config import Clusters, Config, Curriculum, Timesteps
+from .config import PLAIN, Clusters, Config, Curriculum, Timesteps
 from .errors import UserError
 from .folder import RunFolder
 from .run import train
-from .trained import Trained, load
+from .trained_denoiser import TrainedDenoiser, load
 
 
 def expert_config(config: Config, first: int, end: int, iterations: int | None = None) -> Config:
@@ -24,7 +24,7 @@ def expert_config(config: Config, first: int, end: int, iterations: int | None =
     """
     return replace(
         config,
-        method="vanilla",
+        method=PLAIN,
         iterations=config.iterations if iterations is None else iterations,
         clusters=Clusters(cost="timestep", k=1),
         curriculum=Curriculum(),
@@ -60,7 +60,7 @@ def train_expert(
     return folder
 
 
-def load_expert(folder: RunFolder, device: str, chosen: Path | None = None) -> Trained:
+def load_expert(folder: RunFolder, device: str, chosen: Path | None = None) -> TrainedDenoiser:
     """The averaged weights of a trained expert, at a checkpoint other than the newest if one is chosen."""
     return load(folder, replace(folder.read_config(), device=device), chosen)
 

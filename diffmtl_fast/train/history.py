@@ -24,7 +24,7 @@ class History:
     Args:
         path: the JSONL file; lines are appended.
         tensorboard: folder of the TensorBoard event files, or None.
-        start: iterations done before, for TensorBoard to forget what came after them.
+        start: iterations done before; TensorBoard drops events of later ones.
     """
 
     def __init__(self, path: Path, tensorboard: Path | None = None, start: int = 0) -> None:
@@ -177,6 +177,13 @@ def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a log.jsonl file."""
     with path.open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
+
+
+def describe(line: dict[str, Any]) -> str:
+    """The losses of a line of the history, and the phase of a curriculum, in words."""
+    losses = " ".join("-" if loss is None else f"{loss:.3f}" for loss in line["losses"])
+    phase = f"  phase {line['phase']}" if "phase" in line else ""
+    return f"loss {line['loss']:.4f}  clusters {losses}{phase}"
 
 
 def _masked_mean(values: list[Tensor], present: list[Tensor]) -> Tensor:

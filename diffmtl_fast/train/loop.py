@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from .._progress import Progress
+from .._torch import foreach_div_
 from ..clustering import IntervalClustering
 from ..curriculum import DifficultyCurriculum
 from ..diffusion import log_snr
@@ -35,8 +36,7 @@ from .data import EpochSampler
 from .denoising import Denoising
 from .ema import Ema
 from .errors import TrainingDiverged, UserError, blame
-from .history import History
-from .progress import describe
+from .history import History, describe
 
 
 class Trainer:
@@ -236,7 +236,7 @@ class Trainer:
         if self.config.accumulate > 1:
             for group in self.optimizer.param_groups:
                 grads = [p.grad for p in group["params"] if p.grad is not None]
-                torch._foreach_div_(grads, self.config.accumulate)
+                foreach_div_(grads, self.config.accumulate)
         if self.config.clip == 0:
             return None
         return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)

@@ -15,7 +15,6 @@ from torch import Tensor
 from .._extras import require
 from .._figures import colours, new_figure, save, smooth
 from ..clustering import ClusterPath, IntervalClustering
-from ..clustering.report import plot_path
 
 
 def samples(path: Path, pictures: Tensor, labels: Tensor | None, title: str) -> None:
@@ -67,7 +66,7 @@ def clusters(
         axis = figure.subplots()
     else:
         axis, beside = figure.subplots(1, 2, width_ratios=[2, 1])
-        plot_path(costs, beside)
+        _plot_costs(costs, beside)
     shades = colours(clustering.k)
     edges = clustering.boundaries
     for cluster, (left, right) in enumerate(itertools.pairwise(edges)):
@@ -88,6 +87,18 @@ def clusters(
     axis.set_ylabel("log-SNR")
     axis.set_title(title, fontsize=10)
     save(figure, path)
+
+
+def _plot_costs(path: ClusterPath, axis: Any) -> None:
+    """Cost against k, with the chosen k."""
+    chosen = path.chosen
+    axis.plot(path.ks, path.costs, color="black", linewidth=1.6, marker=".", markersize=5)
+    label = f"chosen: k = {chosen.k}"
+    axis.plot([chosen.k], [chosen.cost], marker="o", color="tab:red", linestyle="none", label=label)
+    axis.xaxis.set_major_locator(require("matplotlib.ticker", "train").MaxNLocator(integer=True))
+    axis.set_xlabel("number of clusters k")
+    axis.set_ylabel("optimal cost")
+    axis.legend(frameon=False)
 
 
 def training(path: Path, lines: Sequence[dict[str, Any]], title: str) -> None:

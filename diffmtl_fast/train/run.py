@@ -18,7 +18,8 @@ from .errors import TrainingDiverged, UserError
 from .folder import RunFolder
 from .history import History
 from .loop import Trainer
-from .trained import Trained, clusters_title, method_title
+from .titles import clusters_title, method_title
+from .trained_denoiser import TrainedDenoiser
 
 # What may differ when a run is resumed, because the iterations already done do not depend on it. A run may be
 # made longer: no schedule looks at its length. Of the device the type alone counts, and Trainer.load compares it.
@@ -128,7 +129,9 @@ def _fit(trainer: Trainer, run: RunFolder, chosen: Path | None) -> None:
 
 def _write_outputs(trainer: Trainer, run: RunFolder) -> None:
     """Write what is not there yet; a run killed on the way has a part of it."""
-    trained = Trained(trainer.config, trainer.data, trainer.scheduler, trainer.ema.model, trainer.iteration)
+    trained = TrainedDenoiser(
+        trainer.config, trainer.data, trainer.scheduler, trainer.ema.model, trainer.iteration
+    )
     writers: dict[Path, Callable[[Path], object]] = {
         run.model: trained.write_model,
         run.clusters: lambda path: write_clusters(trainer, path),

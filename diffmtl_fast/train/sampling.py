@@ -38,8 +38,8 @@ def draw(
 ) -> Tensor:
     """Denoise pictures from noise.
 
-    The noise comes from a CPU generator, so that a seed gives the same pictures whatever the device and the
-    batch size, up to rounding.
+    The noise comes from a generator on the CPU, so that a seed gives the same pictures on every device and with
+    every batch size, up to rounding.
 
     Args:
         model: the denoiser; the EMA weights give the best pictures.

@@ -1,20 +1,34 @@
-"""Weightings: cluster losses → one scalar, or the Gramian of the cluster gradients → weights."""
+"""Weightings: cluster losses → one scalar, or the Gramian of the cluster gradients → weights.
+
+Each weighting is a module of this folder and is found by being there: its class becomes a name of this package and
+of `diffmtl_fast`, and what it registers is read by the command line, the trainer, the study and the documentation.
+"""
 
 from __future__ import annotations
 
-from ._base import GramianWeighting, LossWeighting
-from .equal import Equal
-from .groups import param_groups
-from .nash import NashMTL
-from .pcgrad import PCGrad
-from .uncertainty import UncertaintyWeighting
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "Equal",
-    "GramianWeighting",
-    "LossWeighting",
-    "NashMTL",
-    "PCGrad",
-    "UncertaintyWeighting",
-    "param_groups",
-]
+from ._interface import GramianWeighting as GramianWeighting
+from ._interface import LossWeighting as LossWeighting
+from ._param_groups import param_groups as param_groups
+from ._registry import Method as Method
+from ._registry import Option as Option
+from ._registry import methods
+
+for _module in pkgutil.iter_modules(__path__):
+    if not _module.name.startswith("_"):
+        importlib.import_module(f"{__name__}.{_module.name}")
+
+METHODS = methods()
+
+if TYPE_CHECKING:  # for editors and type checkers alone: a class that is not here works all the same
+    from .equal import Equal as Equal
+    from .nash import NashMTL as NashMTL
+    from .pcgrad import PCGrad as PCGrad
+    from .uncertainty import UncertaintyWeighting as UncertaintyWeighting
+else:
+    _classes = {method.cls.__name__: method.cls for method in METHODS.values()}
+    globals().update(_classes)
+    __all__ = ["GramianWeighting", "LossWeighting", "param_groups", *_classes]

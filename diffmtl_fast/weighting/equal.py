@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._base import LossWeighting, check_losses, masked_mean
+from ._interface import LossWeighting, check_losses, masked_mean
+from ._registry import register
 
 
+@register("equal", title="equal weights", update="the mean of the cluster losses")
 class Equal(LossWeighting):
     """The mean of the losses of the present clusters: w = 1, the baseline of all weightings."""
 

@@ -8,9 +8,19 @@ import torch
 from torch import Tensor
 
 from ..ops import nash_weights
-from ._base import GramianWeighting
+from ._interface import GramianWeighting
+from ._registry import register
 
 
+@register(
+    "nash",
+    title="NashMTL",
+    update="the Nash bargaining solution, by a Newton method",
+    year=2022,
+    clip=1.0,
+    published_every=25,
+    studied=True,
+)
 class NashMTL(GramianWeighting):
     """Nash bargaining weights, the α > 0 with G α = 1/α; see `ops.nash_weights`.
 

@@ -6,9 +6,17 @@ import torch
 from torch import Tensor
 
 from ..ops import pcgrad_weights
-from ._base import GramianWeighting
+from ._interface import GramianWeighting
+from ._registry import register
 
 
+@register(
+    "pcgrad",
+    title="PCGrad",
+    update="conflicting gradients lose their component along each other",
+    year=2020,
+    studied=True,
+)
 class PCGrad(GramianWeighting):
     """Project each cluster gradient off those it conflicts with, in random order, and sum the results.
 

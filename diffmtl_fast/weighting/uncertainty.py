@@ -5,9 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ._base import LossWeighting, check_losses
+from ._interface import LossWeighting, check_losses
+from ._registry import register
 
 
+@register(
+    "uw",
+    title="uncertainty weighting",
+    short="UW",
+    update="one learned log-variance per cluster",
+    year=2018,
+    studied=True,
+)
 class UncertaintyWeighting(LossWeighting):
     """Σ_k ½ (e^{−u_k} L_k / n + u_k) over the n present clusters, with learned log-variances u.
 

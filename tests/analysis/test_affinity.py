@@ -14,7 +14,7 @@ import diffmtl_fast as dm
 from benchmarks.reference import pairwise_cosines, timestep_gradients
 from diffmtl_fast.analysis import TaskAffinity, plot_affinity, task_affinity
 from diffmtl_fast.clustering import IntervalClustering, cluster_affinity, cluster_timesteps
-from diffmtl_fast.clustering.report import load_values
+from diffmtl_fast.clustering.inputs import load_values
 
 T = 12
 

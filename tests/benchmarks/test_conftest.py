@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,10 +11,11 @@ from typing import Any
 import pytest
 
 from benchmarks import conftest
+from benchmarks.benchmark import Options
 from benchmarks.conftest import SESSION, Session, machine
-from benchmarks.suite import Options, benchmarks
+from benchmarks.suite import benchmarks
 
-EVERYTHING = sum(len(work.names) for work in benchmarks(Options()))
+EVERYTHING = len(list(benchmarks(Options())))
 
 
 @pytest.mark.parametrize(
@@ -53,7 +55,7 @@ def finish(folder: Path, options: Options, collected: int = EVERYTHING, status: 
 def test_a_whole_run_replaces_the_stored_results(tmp_path: Path) -> None:
     for scale in ("default", "full"):
         options = Options(scale=scale)  # type: ignore[arg-type]
-        everything = sum(len(work.names) for work in benchmarks(options))
+        everything = len(list(benchmarks(options)))
         assert finish(tmp_path / scale, options, everything) == tmp_path / scale / "results" / "machine.json"
         assert not (tmp_path / scale / "parts" / "machine.json").exists()
         assert "new" in (tmp_path / scale / "results" / "machine.json").read_text()
@@ -67,12 +69,24 @@ def test_a_whole_run_replaces_the_stored_results(tmp_path: Path) -> None:
         (Options(), EVERYTHING, 2),
         (Options(rounds=3), EVERYTHING, 0),
         (Options(batch=40), EVERYTHING, 0),
+        (Options(groups=("step",)), EVERYTHING, 0),
         (Options(models=("dit", "unet", "diffusers-dit")), EVERYTHING, 0),
         (Options(memory=False), EVERYTHING, 0),
         (Options(compile=False), EVERYTHING, 0),
         (Options(reference_repo="theirs"), EVERYTHING, 0),
     ],
-    ids=["-k", "failed", "interrupted", "rounds", "batch", "models", "memory", "compile", "reference"],
+    ids=[
+        "-k",
+        "failed",
+        "interrupted",
+        "rounds",
+        "batch",
+        "groups",
+        "models",
+        "memory",
+        "compile",
+        "reference",
+    ],
 )
 def test_a_part_leaves_the_stored_results_alone(
     tmp_path: Path, options: Options, collected: int, status: int
@@ -83,3 +97,11 @@ def test_a_part_leaves_the_stored_results_alone(
     assert finish(tmp_path, options, collected, status) == tmp_path / "parts" / "machine.json"
     assert stored.read_text() == "old"
     assert "new" in (tmp_path / "parts" / "machine.json").read_text()
+
+
+def test_groups_are_named_by_their_keys() -> None:
+    assert conftest.groups("step,weights") == ("step", "weights")
+    with pytest.raises(
+        argparse.ArgumentTypeError, match=r"expected some of clustering, ops, .*, found steps"
+    ):
+        conftest.groups("step,steps")

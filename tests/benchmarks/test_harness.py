@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.harness import Candidate, GateError, compare, relative_error
-from diffmtl_fast.bench import Spread
+from benchmarks.report import Spread
 
 
 class Counter:

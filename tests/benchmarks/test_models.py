@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import step
+from benchmarks.benchmark import Options
+from benchmarks.groups import step
 from benchmarks.models import MODELS
-from benchmarks.suite import Options
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if not name.endswith("2")])  # those are a GPU's

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import clustering, step, weights
+from benchmarks.benchmark import Options
+from benchmarks.measure import measure
+from benchmarks.names import Group
 from benchmarks.published import Checkout, CheckoutError, checkout
-from benchmarks.suite import Options, find, measure
+from benchmarks.suite import GROUPS
 
 CLUSTERING = """
 import numpy as np
@@ -113,13 +115,10 @@ def faulty(tmp_path: Path) -> Path:
     return write(tmp_path / "faulty")
 
 
-def measured(path: Path, group: str, word: str) -> tuple[dict[str, float | None], dict[str, str]]:
+def measured(path: Path, group: Group, word: str) -> tuple[dict[str, float | None], dict[str, str]]:
     """Measure a case with a checkout: errors of what was timed, and why the rest was not."""
     options = Options("cpu", "quick", compile=False, memory=False, rounds=1, reference_repo=str(path))
-    from benchmarks.suite import benchmarks
-
-    case = next(b.case for b in benchmarks(options) if b.group == group and word in b.case)
-    found = measure(find(options, group, case), options)
+    found = measure(next(b for b in GROUPS[group](options) if word in b.case), options)
     return {way.name: way.error for way in found.ways}, dict(found.left_out)
 
 
@@ -145,13 +144,13 @@ def test_mended_code_has_no_faults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("group", "word"),
     [
-        (clustering.GROUP, "log-SNR, T = 60"),
-        (clustering.GROUP, "affinity"),
-        (weights.GROUP, "PCGrad"),
-        (weights.GROUP, "Nash"),
+        (Group.CLUSTERING, "log-SNR, T = 60"),
+        (Group.CLUSTERING, "affinity"),
+        (Group.WEIGHTS, "PCGrad"),
+        (Group.WEIGHTS, "Nash"),
     ],
 )
-def test_right_results_are_timed(faulty: Path, group: str, word: str) -> None:
+def test_right_results_are_timed(faulty: Path, group: Group, word: str) -> None:
     errors, _ = measured(faulty, group, word)
     assert errors["authors' code"] is not None
     assert errors["authors' code"] <= 0.02
@@ -159,7 +158,7 @@ def test_right_results_are_timed(faulty: Path, group: str, word: str) -> None:
 
 
 def test_the_step_uses_their_loop(faulty: Path) -> None:
-    errors, _ = measured(faulty, step.GROUP, "tiny")
+    errors, _ = measured(faulty, Group.STEP, "tiny")
     error = errors["K backwards, PCGrad (authors' code)"]
     assert error is not None
     assert error < 1e-4
@@ -167,7 +166,7 @@ def test_the_step_uses_their_loop(faulty: Path) -> None:
 
 def test_a_wrong_result_is_not_timed(tmp_path: Path) -> None:
     pytest.importorskip("ecos")
-    errors, left_out = measured(write(tmp_path / "wrong", STRENGTH="0.5"), weights.GROUP, "PCGrad")
+    errors, left_out = measured(write(tmp_path / "wrong", STRENGTH="0.5"), Group.WEIGHTS, "PCGrad")
     assert "authors' code" not in errors
     assert "expected a relative error <= 0.02" in left_out["authors' code"]
 

@@ -1,6 +1,7 @@
 """Makes the helpers beside these tests importable: the suite runs without packages (import-mode importlib)."""
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -21,3 +22,19 @@ def options(request):
     from exactness import WAYS
 
     return WAYS[request.param]
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Count what came of the runs of the table of architectures."""
+    verdicts = Counter(
+        value
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        for name, value in getattr(report, "user_properties", ())
+        if name == "verdict" and report.when == "call"
+    )
+    if verdicts:
+        kinds = ("exact", "refused", "wrong", "unclear")
+        terminalreporter.write_line(
+            f"architectures: {verdicts.total()} runs, " + ", ".join(f"{verdicts[k]} {k}" for k in kinds)
+        )

@@ -126,8 +126,8 @@ def assert_near(found: Tensor, expected: Tensor, rtol: float, what: str) -> None
 
 def in_slices(mtl: dm.ClusteredMTL) -> list[str] | None:
     """Name the modules that the last step ran in slices; None where that was the whole model."""
-    grouped = mtl._engine._grouped
+    grouped = mtl._engine.grouped
     if grouped is None:
         return None
     names = {module: name for name, module in mtl.module.named_modules()}
-    return sorted(names[module] for module in grouped.sliced)
+    return sorted(names[module] for module in grouped.slices.reasons)

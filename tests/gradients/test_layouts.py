@@ -376,11 +376,12 @@ class Spectral(nn.Module):
 
 def test_a_module_that_updates_its_buffers_is_not_sliced_silently(device):
     model, x = build(Model(lambda m, x: m.layer(x), layer=Spectral()), (B, 3), device)
-    mtl = dm.ClusteredMTL(model, 3, dm.PCGrad())
+    mtl = dm.ClusteredMTL(model, 3, dm.PCGrad(), engine="sliced")
     before = {name: b.clone() for name, b in model.named_buffers()}
     with pytest.raises(ValueError, match=r"found '_[uv]' of 'layer.layer.parametrizations.weight.0' updated"):
         mtl(x, cluster=torch.tensor([0, 0, 1, 2, 2, 2], device=device))
     assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+    assert in_slices(assert_exact(model, x)) == []  # as a whole it is updated once
     assert_exact(model.eval(), x)
 
 

@@ -14,7 +14,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 import diffmtl_fast as dm
 from diffmtl_fast.gradients import ClusterRule, Clusters, NoClusterRule, RuleContext, register_cluster_rule
-from diffmtl_fast.gradients.rules import RULES, lower_precision
+from diffmtl_fast.gradients.rules import RULES
+from diffmtl_fast.gradients.rules.precision import lower_precision
 
 B, K = 6, 3
 
@@ -22,8 +23,7 @@ B, K = 6, 3
 @pytest.fixture(autouse=True)
 def _own_rules(monkeypatch):
     """Let a test's rules end with it."""
-    monkeypatch.setattr("diffmtl_fast.gradients.rules.RULES", rules := dict(RULES))
-    monkeypatch.setattr("diffmtl_fast.gradients.grouped.RULES", rules)
+    monkeypatch.setattr("diffmtl_fast.gradients.rules.registry.RULES", dict(RULES))
 
 
 # An operation in Python: a low-rank product that keeps its narrow middle and nothing else.

@@ -157,14 +157,13 @@ def combine_cases() -> list[Case]:
     return cases
 
 
-def gram_case(rows: Rows, dtype: str, k: int) -> Case:
-    block, warps = settings.gram_settings(k, 1 << 20, 8 if dtype == "fp64" else 4, rows.aligned)
-    pointers, constants = (
-        {**rows.pointers, "p_partial": SUM[dtype]},
-        {**rows.constants, "K": k, "BLOCK": block},
-    )
+def gram_case(rows: Rows, dtype: str, k: int, sums: str | None = None) -> Case:
+    sums = sums or SUM[dtype]
+    block, warps = settings.gram_settings(k, 1 << 20, 8 if sums == "fp64" else 4, rows.aligned)
+    pointers = {**rows.pointers, "p_partial": sums}
+    constants = {**rows.constants, "K": k, "BLOCK": block}
     if k <= settings.MAX_VECTOR_CLUSTERS:
-        constants["ACCUMULATE"] = DTYPES[dtype]
+        constants["ACCUMULATE"] = ELEMENTS[sums]
         return Case(gram._gram_vector_kernel, pointers, rows.integers, constants, warps, rows.aligned)
     constants["TILE"] = max(16, settings.power_of_two(k))
     constants["PRECISION"] = "ieee" if dtype == "fp32" else "tf32"
@@ -180,6 +179,9 @@ def gram_cases() -> list[Case]:
     for dtype in ("fp32", "bf16", "fp16"):
         cases += [gram_case(one_part(dtype), dtype, k) for k in (10, 20, 64)]
         cases += [gram_case(many_parts(dtype, aligned), dtype, 64) for aligned in (False, True)]
+    for dtype in ("fp32", "bf16", "fp16"):
+        cases += [gram_case(one_part(dtype), dtype, k, "fp64") for k in (2, 5, 8)]
+        cases += [gram_case(many_parts(dtype, aligned), dtype, 8, "fp64") for aligned in (False, True)]
     return cases
 
 
@@ -279,12 +281,13 @@ def small_cases() -> list[Case]:
             cases.append(Case(losses._uncertainty_kernel, pointers, ("batch", "k"), constants))
         for k in (1, 5, 64 if dtype == "fp32" else settings.MAX_FLOAT64_NASH_CLUSTERS):
             tile, warps = settings.weight_settings(k)
+            nash_warps = settings.weight_settings(k, settings.NASH_WARPS).num_warps
             size = {"K": k, "TILE": tile}
             pointers = {"p_gram": dtype, "p_order": "i64", "p_present": "i1", "p_weight": dtype}
             cases.append(Case(weights._pcgrad_kernel, pointers, (), size, warps))
             pointers = {"p_gram": dtype, "p_present": "i1", "p_weight": dtype}
-            steps = {"NEWTON_STEPS": 32, "LINE_SEARCH_STEPS": 6, "EPS": 1e-7, "CONVERGED": 1e-10}
-            cases.append(Case(weights._nash_kernel, pointers, (), {**size, **steps}, warps))
+            steps = {"NEWTON_STEPS": 32, "LINE_SEARCH_STEPS": 6, "DELTA": 3e-4, "CONVERGED": 1e-6}
+            cases.append(Case(weights._nash_kernel, pointers, (), {**size, **steps}, nash_warps))
     return cases
 
 

@@ -10,10 +10,15 @@ import os
 import numpy as np
 import pytest
 import torch
+import triton.language as tl
 from triton.runtime import interpreter
 
-from diffmtl_fast.ops import PLAIN, _cuda, _launches, _library
+from diffmtl_fast.kernels import clusters as cluster_kernels
+from diffmtl_fast.kernels import settings
+from diffmtl_fast.ops import PLAIN, _library, cuda
+from diffmtl_fast.ops.cuda import launches, layers, uploads
 
+LAUNCHERS = cuda.kernels()
 DEVICE = os.environ.get("DIFFMTL_TEST_DEVICE", "cpu")
 DTYPES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 SHAPES = [(1, 1), (3, 5, 7), (2, 4096), (5, 4097), (2, 3, 41, 97)]
@@ -25,11 +30,9 @@ def _products_of_bfloat16(monkeypatch):
     create_dot = interpreter.InterpreterBuilder.create_dot
 
     def widened(operand):
-        if operand.dtype.scalar != _cuda.tl.bfloat16:
+        if operand.dtype.scalar != tl.bfloat16:
             return operand
-        return interpreter.TensorHandle(
-            (operand.data.astype(np.uint32) << 16).view(np.float32), _cuda.tl.float32
-        )
+        return interpreter.TensorHandle((operand.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
     def widening(self, a, b, *args):
         return create_dot(self, widened(a), widened(b), *args)
@@ -49,7 +52,7 @@ def in_float64(x):
 
 def check(name, inputs, tolerance):
     """Compare a launcher with the definition on the same inputs in float64."""
-    found = _cuda.LAUNCHERS[name](*inputs)
+    found = LAUNCHERS[name](*inputs)
     expected = PLAIN[name](*(in_float64(x) for x in inputs))
     pairs = zip(found, expected, strict=True) if isinstance(found, tuple | list) else [(found, expected)]
     for out, reference in pairs:
@@ -103,13 +106,13 @@ def test_generated_noise(shape, seed, device):
 def test_the_loss_regenerates_the_bits_of_the_noise(shape, generator, device):
     seed, ones = torch.tensor(12345, device=device), torch.ones(shape[0], device=device)
     zeros = torch.zeros(shape, device=device)
-    noise = _cuda.LAUNCHERS["philox_normal"](seed, zeros)
-    assert torch.equal(_cuda.LAUNCHERS["add_noise"](zeros, seed, ones, ones), noise)
+    noise = LAUNCHERS["philox_normal"](seed, zeros)
+    assert torch.equal(LAUNCHERS["add_noise"](zeros, seed, ones, ones), noise)
     mix = torch.stack([0 * ones, ones])
-    assert (_cuda.LAUNCHERS["sample_loss"](noise, zeros, seed, mix, None, None) == 0).all()
+    assert (LAUNCHERS["sample_loss"](noise, zeros, seed, mix, None, None) == 0).all()
     pred = draw(shape, torch.float32, generator)
     for name, args in (("sample_loss", (None, None)), ("sample_loss_backward", (None,))):
-        launch = _cuda.LAUNCHERS[name]
+        launch = LAUNCHERS[name]
         scale = (ones,) if name == "sample_loss_backward" else ()
         stored = launch(*scale, pred, zeros, noise, mix, *args)
         assert torch.equal(launch(*scale, pred, zeros, seed, mix, *args), stored)
@@ -119,7 +122,7 @@ def test_the_loss_regenerates_the_bits_of_the_noise(shape, generator, device):
 
 def test_a_nan_error_stays_one(device):
     pred = torch.tensor([[float("nan"), 2.0]], device=device)
-    grad = _cuda.LAUNCHERS["sample_loss_backward"](
+    grad = LAUNCHERS["sample_loss_backward"](
         torch.ones(1, device=device), pred, torch.zeros_like(pred), None, None, 0.5
     )
     assert grad[0, 0].isnan()
@@ -133,7 +136,7 @@ def test_gradients_keep_the_strides_of_the_prediction(order, generator, device):
     for view in (pred, pred.transpose(0, 1), pred[:, :, ::2]):
         target = draw(view.shape, torch.float32, generator)
         ones = scale if view.shape[0] == 2 else torch.ones(3, device=device)
-        grad = _cuda.LAUNCHERS["sample_mse_backward"](ones, view, target)
+        grad = LAUNCHERS["sample_mse_backward"](ones, view, target)
         assert grad.stride() == torch.empty_like(view).stride()
         check("sample_mse_backward", (ones, view, target), 2e-6)
         check("sample_mse_backward_both", (ones, view, target), 2e-6)
@@ -144,11 +147,11 @@ def test_mixed_dtypes(generator):
     pred, target = draw((3, 100), torch.bfloat16, generator), draw((3, 100), torch.float32, generator)
     check("sample_mse", (pred, target), 2e-6)
     scale = torch.ones(3, device=generator.device)
-    assert _cuda.LAUNCHERS["sample_mse_backward"](scale, pred, target).dtype == torch.bfloat16
+    assert LAUNCHERS["sample_mse_backward"](scale, pred, target).dtype == torch.bfloat16
     check("sample_mse_backward", (scale, target, pred), 2e-6)
-    by_pred, by_target = _cuda.LAUNCHERS["sample_mse_backward_both"](scale, pred, target)
+    by_pred, by_target = LAUNCHERS["sample_mse_backward_both"](scale, pred, target)
     assert (by_pred.dtype, by_target.dtype) == (torch.bfloat16, torch.float32)
-    assert torch.equal(by_target, -_cuda.LAUNCHERS["sample_mse_backward"](scale, pred.float(), target))
+    assert torch.equal(by_target, -LAUNCHERS["sample_mse_backward"](scale, pred.float(), target))
 
 
 @pytest.mark.parametrize("batch", [0, 1, 33, 1500])
@@ -162,9 +165,7 @@ def test_cluster_mean(batch, k, generator, device):
 @pytest.mark.parametrize("batch", [0, 1, 33])
 @pytest.mark.parametrize(("k", "dtype"), [(1, torch.float32), (5, torch.bfloat16), (7, torch.float64)])
 def test_uncertainty_loss(batch, k, dtype, generator, device, monkeypatch):
-    monkeypatch.setattr(
-        _cuda.settings, "sample_block", lambda batch: 16
-    )  # so that 33 samples take three turns
+    monkeypatch.setattr(settings, "sample_block", lambda batch: 16)  # so that 33 samples take three turns
     pred, target = draw((batch, 3), dtype, generator), draw((batch, 3), dtype, generator)
     cluster = torch.randint(max(k - 1, 1), (batch,), generator=generator, device=device)
     log_var, weight = (
@@ -186,7 +187,7 @@ def test_gram_and_combine(k, size, dtype, generator, device):
     weights = torch.randn(k, generator=generator, device=device)
     check("gram", ([jacobian],), min(DTYPES[dtype], 2e-6))
     check("combine", ([jacobian], weights), DTYPES[dtype])
-    gramian = _cuda.LAUNCHERS["gram"]([jacobian])
+    gramian = LAUNCHERS["gram"]([jacobian])
     assert torch.equal(gramian, gramian.T)
 
 
@@ -201,13 +202,13 @@ def test_offsets_beyond_32_bits(device):
     for k in range(3):
         jacobian[k] = k + 1
     expected = torch.tensor([[1.0, 2.0, 3.0], [2.0, 4.0, 6.0], [3.0, 6.0, 9.0]], device=device) * 256
-    assert torch.equal(_cuda.LAUNCHERS["gram"]([jacobian]), expected)
-    (combined,) = _cuda.LAUNCHERS["combine"]([jacobian], torch.ones(3, device=device))
+    assert torch.equal(LAUNCHERS["gram"]([jacobian]), expected)
+    (combined,) = LAUNCHERS["combine"]([jacobian], torch.ones(3, device=device))
     assert (combined == 6).all()
     parts = [jacobian, jacobian[:, :32]]
-    assert torch.equal(_cuda.LAUNCHERS["gram"](parts), expected * 1.125)
+    assert torch.equal(LAUNCHERS["gram"](parts), expected * 1.125)
     out = [torch.empty(256, device=device), torch.empty(32, device=device)]
-    assert _cuda.LAUNCHERS["combine_"](out, parts, torch.ones(3, device=device), [False, False]) == 36 * 288
+    assert LAUNCHERS["combine_"](out, parts, torch.ones(3, device=device), [False, False]) == 36 * 288
 
 
 # Aligned and not, of several blocks and of none.
@@ -229,7 +230,7 @@ def test_a_jacobian_in_parts(k, dtypes, generator, device):
     tolerance = max(DTYPES[dtype] for dtype in dtypes)
     check("gram", (parts,), min(tolerance, 2e-6))
     check("combine", (parts, weights), tolerance)
-    gramian = _cuda.LAUNCHERS["gram"](parts)
+    gramian = LAUNCHERS["gram"](parts)
     assert torch.equal(gramian, gramian.T)
 
 
@@ -240,7 +241,7 @@ def test_writing_into_given_tensors(dtype, out_dtype, generator, device):
     out = [draw(part.shape[1:], out_dtype, generator) for part in parts]
     expected = [written.double().clone() for written in out]
     for accumulate in ([True] * len(out), [i % 2 == 0 for i in range(len(out))], [False] * len(out)):
-        square = _cuda.LAUNCHERS["combine_"](out, parts, weights, accumulate)
+        square = LAUNCHERS["combine_"](out, parts, weights, accumulate)
         PLAIN["combine_"](expected, in_float64(parts), weights.double(), accumulate)
         for found, exact in zip(out, expected, strict=True):
             tolerance = max(DTYPES[out_dtype], 1e-13 if torch.float64 in (dtype, out_dtype) else 2e-6)
@@ -261,7 +262,7 @@ def test_orders_of_memory(generator, device):
     for out in (draw((4, 2, 5, 6), torch.float32, generator).contiguous(memory_format=last), gaps):
         for rows in (part, part.contiguous()):
             before = out.clone()
-            square = _cuda.LAUNCHERS["combine_"]([out], [rows], weights, [True])
+            square = LAUNCHERS["combine_"]([out], [rows], weights, [True])
             exact = before.double() + torch.tensordot(weights.double(), part.double(), dims=1)
             torch.testing.assert_close(out.double(), exact, rtol=2e-6, atol=2e-6)
             torch.testing.assert_close(square, out.square().sum())
@@ -272,9 +273,9 @@ def test_what_is_not_finite_shows(device):
     parts[1][2, 123] = float("inf")
     out = [torch.empty(5, device=device), torch.empty(300, device=device)]
     weights = torch.zeros(3, device=device)
-    assert _cuda.LAUNCHERS["combine_"](out, parts, weights, [False, False]).isnan()  # 0 · ∞ is no number
+    assert LAUNCHERS["combine_"](out, parts, weights, [False, False]).isnan()  # 0 · ∞ is no number
     assert out[1].isnan().nonzero().tolist() == [[123]]
-    assert _cuda.LAUNCHERS["gram"](parts).isinf().nonzero().tolist() == [
+    assert LAUNCHERS["gram"](parts).isinf().nonzero().tolist() == [
         [0, 2],
         [1, 2],
         [2, 0],
@@ -283,28 +284,39 @@ def test_what_is_not_finite_shows(device):
     ]
     weights[0] = float("inf")
     parts[1][2, 123] = 0
-    assert _cuda.LAUNCHERS["combine_"](out, parts, weights, [False, False]).isinf()
+    assert LAUNCHERS["combine_"](out, parts, weights, [False, False]).isinf()
 
 
 def test_nothing_to_write(device):
     empty, weights = [torch.empty(3, 0, device=device)] * 2, torch.ones(3, device=device)
-    assert (_cuda.LAUNCHERS["gram"](empty) == 0).all()
-    assert _cuda.LAUNCHERS["combine_"]([e[0] for e in empty], empty, weights, [True, False]) == 0
+    assert (LAUNCHERS["gram"](empty) == 0).all()
+    assert LAUNCHERS["combine_"]([e[0] for e in empty], empty, weights, [True, False]) == 0
 
 
 def test_a_table_is_made_once(generator, device):
     parts, weights = draw_parts(2, [torch.float32], generator), torch.ones(2, device=device)
-    _launches._cached_records.cache_clear()
+    launches._records.cached.cache_clear()
     for _ in range(3):
-        _cuda.LAUNCHERS["gram"](parts)
-    assert _launches._cached_records.cache_info()[:2] == (
+        LAUNCHERS["gram"](parts)
+    assert launches._records.cached.cache_info()[:2] == (
         4,
         2,
     )  # one table of aligned parts, one of the others
     moved = [part.clone() for part in parts]
     check("gram", (moved,), 2e-6)
-    assert _launches._cached_records.cache_info().misses == 4
+    assert launches._records.cached.cache_info().misses == 4
     check("combine", (parts, weights), 2e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [1, 5, 8, 9, 20])
+def test_gram_in_float64(k, dtype, generator):
+    scale = 1 if dtype == torch.float16 else 1e30  # products beyond float32
+    parts = [draw((k, n), torch.float32, generator).mul(scale).to(dtype) for n in (1, 300, 513)]
+    for jacobian in (parts, [parts[1] / scale**2], parts[2:]):
+        found = LAUNCHERS["gram"](jacobian, torch.float64)
+        assert found.dtype == torch.float64
+        check("gram", (jacobian, torch.float64), 1e-14)
 
 
 def test_gram_of_strided_rows(generator):
@@ -326,24 +338,30 @@ def test_weights(k, generator, device):
     for mask in (present, torch.ones_like(present)):
         check("pcgrad_weights", (gramian, order, mask), 1e-12)
         check("nash_weights", (gramian, mask), 1e-8)
-        found = _cuda.LAUNCHERS["nash_weights"](gramian.float(), mask)
+        if k % 2:  # what stands in the rows of absent clusters, and the scale, change nothing
+            far = torch.where(mask.outer(mask), gramian * 2.0**900, float("nan"))
+            for name, rest in (("pcgrad_weights", (order, mask)), ("nash_weights", (mask,))):
+                expected = PLAIN[name](gramian, *rest)
+                found = LAUNCHERS[name](far, *rest)
+                torch.testing.assert_close(found, expected, rtol=1e-8, atol=0)
+        found = LAUNCHERS["nash_weights"](gramian.float(), mask)
         torch.testing.assert_close(found, PLAIN["nash_weights"](gramian.float(), mask), rtol=1e-4, atol=0)
 
 
 def test_nash_of_hard_gramians(generator, device):
     singular = torch.tensor([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0], [0.0, 0.0, 0.0]], device=device)
     everyone = torch.ones(3, dtype=torch.bool, device=device)
-    found = _cuda.LAUNCHERS["nash_weights"](singular, everyone)
+    found = LAUNCHERS["nash_weights"](singular, everyone)
     torch.testing.assert_close(found, PLAIN["nash_weights"](singular, everyone), rtol=1e-4, atol=0)
     assert found[2] == 0
     singular[0, 0] = float("inf")
-    assert _cuda.LAUNCHERS["nash_weights"](singular, everyone).isnan().all()
-    assert (_cuda.LAUNCHERS["nash_weights"](singular * 0, everyone * False) == 0).all()
+    assert LAUNCHERS["nash_weights"](singular, everyone).isnan().all()
+    assert (LAUNCHERS["nash_weights"](singular * 0, everyone * False) == 0).all()
 
 
 def test_same_inputs_same_bits(generator):
     jacobian = draw((5, 10_000), torch.float32, generator)
-    assert torch.equal(_cuda.LAUNCHERS["gram"]([jacobian]), _cuda.LAUNCHERS["gram"]([jacobian]))
+    assert torch.equal(LAUNCHERS["gram"]([jacobian]), LAUNCHERS["gram"]([jacobian]))
 
 
 def test_more_clusters_than_a_kernel_covers_are_logged_once(generator, caplog):
@@ -388,7 +406,7 @@ def test_sums_over_clusters_into_a_jacobian(sizes, dtype, out_dtype, accumulate,
         ((x,), lambda j: j[:, ::7][:, :20]),
     ):
         name = f"cluster_{'wgrad' if len(rows) == 2 else 'sum'}_out"
-        _cuda.LAUNCHERS[name](*rows, offsets, out(jacobian), accumulate)
+        LAUNCHERS[name](*rows, offsets, out(jacobian), accumulate)
         PLAIN[name](*(r.double() for r in rows), offsets, out(exact), accumulate)
     error = (jacobian.double() - exact).norm() / exact.norm()
     assert error <= max(DTYPES[dtype], DTYPES[out_dtype])
@@ -401,7 +419,7 @@ def test_weight_gradients_of_strided_rows(generator, device):
     check("cluster_wgrad", (grad_out[:1].expand(90, 30), x[:, ::2].repeat(1, 2).T, offsets), 2e-6)
     check("cluster_sum", (x.T, offsets), 2e-6)
     out = torch.empty(2, 40, 6, device=device).transpose(1, 2)
-    _cuda.LAUNCHERS["cluster_wgrad_out"](grad_out[:, 3:9], x.T, offsets, out, False)
+    LAUNCHERS["cluster_wgrad_out"](grad_out[:, 3:9], x.T, offsets, out, False)
     expected = PLAIN["cluster_wgrad"](grad_out[:, 3:9].double(), x.T.double(), offsets)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -419,7 +437,7 @@ def test_group_norm_backward(shape, groups, dtype, weighted, generator, device):
     weight = draw(shape[1:2], torch.float32, generator).to(dtype) if weighted else None
     inputs = (grad, x, mean.to(dtype), rstd, weight)
     check("group_norm_backward", inputs, DTYPES[dtype])
-    by_x, *affine = _cuda.LAUNCHERS["group_norm_backward"](*inputs)
+    by_x, *affine = LAUNCHERS["group_norm_backward"](*inputs)
     assert by_x.dtype == dtype
     exact = PLAIN["group_norm_backward"](*(in_float64(t) for t in inputs))[1:]
     for found, reference in zip(affine, exact, strict=True):  # sums in float32, whatever was added up
@@ -428,7 +446,7 @@ def test_group_norm_backward(shape, groups, dtype, weighted, generator, device):
 
 
 def test_group_norm_backward_of_mixed_dtypes(generator, device, monkeypatch):
-    monkeypatch.setattr(_cuda, "run_plain", None)
+    monkeypatch.setattr(layers, "run_plain", None)
     grad, x = draw((2, 2, 4, 3), torch.bfloat16, generator)
     mean, rstd = torch.rand(2, 2, 2, generator=generator, device=device)
     for dtype in DTYPES:
@@ -449,25 +467,48 @@ def test_what_is_not_finite_stays_in_its_group(generator, device):
     grad, x = draw((2, 2, 4, 3), torch.float32, generator)
     x[1, 0, 2] = float("inf")
     mean, rstd = torch.ones(2, 2, 2, device=device)
-    by_x, by_weight, by_bias = _cuda.LAUNCHERS["group_norm_backward"](grad, x, mean, rstd, None)
+    by_x, by_weight, by_bias = LAUNCHERS["group_norm_backward"](grad, x, mean, rstd, None)
     assert by_x.isfinite().all(2).tolist() == [[True] * 4, [False, False, True, True]]
     assert by_weight.isfinite().tolist() == [[True] * 4, [False, True, True, True]]
     assert by_bias.isfinite().all()
 
 
-@pytest.mark.parametrize("dtypes", [("float64", "float32"), ("float32", "float8_e5m2")], ids=str)
-def test_group_norm_backward_of_other_dtypes_is_logged_once(dtypes, generator, caplog):
-    of_rows, of_moments = (getattr(torch, dtype) for dtype in dtypes)
-    grad, x = draw((2, 2, 4, 3), of_rows, generator)
-    moments = torch.ones(2, 2, device=generator.device).to(of_moments)
+def test_group_norm_backward_in_float64_is_logged_once(generator, caplog):
+    grad, x = draw((2, 2, 4, 3), torch.float64, generator)
+    moments = torch.ones(2, 2, device=generator.device)
     _library._log_fallback.cache_clear()
     with caplog.at_level("INFO", "diffmtl_fast"):
         for _ in range(2):
-            check("group_norm_backward", (grad, x, moments, moments, None), DTYPES[of_rows])
-    named = of_rows if of_rows == torch.float64 else of_moments
+            check("group_norm_backward", (grad, x, moments, moments, None), DTYPES[torch.float64])
     assert [r.message for r in caplog.records] == [
-        f"diffmtl::group_norm_backward runs its plain definition: no kernel for {named}"
+        "diffmtl::group_norm_backward runs its plain definition: no kernel for torch.float64"
     ]
+
+
+def test_offsets_of_the_host_are_uploaded_once_for_as_long_as_they_stay(generator, device):
+    rows, offsets = draw((10, 3), torch.float32, generator), torch.tensor([0, 4, 10])
+    uploads._offsets.cached.cache_clear()
+    for _ in range(3):
+        LAUNCHERS["cluster_sum"](rows, offsets)
+        check("cluster_wgrad", (rows, rows, offsets.clone()), 2e-6)
+    assert uploads._offsets.cached.cache_info()[:2] == (5, 1)
+    offsets[1] = 7  # in place: the layout is another one
+    check("cluster_sum", (rows, offsets), 2e-6)
+    assert uploads._offsets.cached.cache_info()[:2] == (5, 2)
+
+
+def test_what_a_graph_uploads_is_kept_for_its_replays(monkeypatch):
+    class Gpu:  # a device by its type alone
+        type = "cuda"
+
+    made = uploads.Uploaded(lambda *key: np.array(key))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, non_blocking: (self, device, non_blocking))
+    for _ in range(2):
+        table, _, non_blocking = made(Gpu, 1, 2)
+        assert non_blocking
+        assert uploads._READ_BY_GRAPHS.pop() is table  # ours is still there, whatever was uploaded before
+    assert made.cached.cache_info().currsize == 0  # it belongs to the graph
 
 
 def test_offsets_beyond_the_rows_touch_no_other_memory(device):
@@ -478,13 +519,13 @@ def test_offsets_beyond_the_rows_touch_no_other_memory(device):
             device.type == "cpu"
         ):  # on the host they are refused: what a kernel would do with them is seen below
             with pytest.raises(ValueError, match="nondecreasing"):
-                _cuda.LAUNCHERS["cluster_sum"](rows, offsets)
+                LAUNCHERS["cluster_sum"](rows, offsets)
             out = torch.empty(2, 3)
-            _cuda.cluster_kernels._cluster_sum_kernel[1, 2, 1](
-                rows, offsets, out, 10, 3, 3, 3, 0, ADD=False, ACCUMULATE=_cuda.tl.float32, ROWS=4, BLOCK=4
+            cluster_kernels._cluster_sum_kernel[1, 2, 1](
+                rows, offsets, out, 10, 3, 3, 3, 0, ADD=False, ACCUMULATE=tl.float32, ROWS=4, BLOCK=4
             )
         else:
-            out = _cuda.LAUNCHERS["cluster_sum"](rows, offsets)
+            out = LAUNCHERS["cluster_sum"](rows, offsets)
         low, middle, high = (min(max(b, 0), 10) for b in bounds)
         expected = [[max(b - a, 0)] * 3 for a, b in ((low, middle), (middle, high))]
         assert out.tolist() == expected
@@ -495,11 +536,12 @@ def test_clusters_of_one_size_as_a_batched_product(accumulate, generator, device
     grad_out, x = draw((60, 8), torch.float32, generator), draw((60, 16), torch.float32, generator)
     jacobian = draw((3, 200), torch.float32, generator)
     expected, offsets = jacobian.clone(), torch.tensor([0, 20, 40, 60])
-    _cuda._batched_wgrad(grad_out, x, jacobian[:, 9:137].view(3, 8, 16), accumulate)
+    layers._batched_wgrad(grad_out, x, jacobian[:, 9:137].view(3, 8, 16), accumulate)
     PLAIN["cluster_wgrad_out"](grad_out, x, offsets, expected[:, 9:137].view(3, 8, 16), accumulate)
     torch.testing.assert_close(jacobian, expected)
-    assert _cuda._batched(x, offsets, jacobian) == x.is_cuda
-    assert not _cuda._batched(x, torch.tensor([0, 30, 60, 60]), jacobian)
+    assert layers._batched(x, offsets.tolist(), jacobian) == x.is_cuda
+    assert not layers._batched(x, [0, 30, 60, 60], jacobian)
+    assert not layers._batched(x, None, jacobian)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="the BLAS library of the GPU writes float32 from shorter numbers")
@@ -509,6 +551,6 @@ def test_a_batched_product_in_float32(dtype, generator):
     out, offsets = draw((3, 8, 16), torch.float32, generator), torch.tensor([0, 20, 40, 60])
     expected = out.double()
     for accumulate in (True, False):
-        _cuda.LAUNCHERS["cluster_wgrad_out"](grad_out, x, offsets, out, accumulate)
+        LAUNCHERS["cluster_wgrad_out"](grad_out, x, offsets, out, accumulate)
         PLAIN["cluster_wgrad_out"](grad_out.double(), x.double(), offsets, expected, accumulate)
         torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)

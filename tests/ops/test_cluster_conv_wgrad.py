@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffmtl_fast import ops
-from diffmtl_fast.ops import _cpu
+from diffmtl_fast.ops.cpu import layers
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -40,7 +40,7 @@ def way(request, monkeypatch):
         fits = len(set(sizes)) == 1 and sizes[0]
         return "planes" if request.param == "groups" and not fits else request.param
 
-    monkeypatch.setattr(_cpu, "_conv_way", choose)
+    monkeypatch.setattr(layers, "_conv_way", choose)
 
 
 def draw(shape, dtype, generator):
@@ -215,7 +215,7 @@ def test_a_stride_that_means_nothing(generator):
 
 def test_half_precision_accumulates_in_float32(monkeypatch):
     """Whatever the processor multiplies by itself; sums of float16 would overflow."""
-    monkeypatch.setattr(_cpu, "_library_multiplies", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(layers, "_library_multiplies", lambda dtype: dtype == torch.float32)
     x = torch.full((4, 1, 8, 8), 40.0, dtype=torch.float16)
     grad_out = x * torch.tensor([1, -1, 1, -1]).view(4, 1, 1, 1)
     assert not ops.cluster_conv_wgrad(grad_out, x, offsets_of((2, 2)), 1).any()
@@ -226,12 +226,12 @@ def test_the_way_is_chosen_by_the_work():
 
     def chosen(sizes, channels, image, dtype=torch.float32):
         x = torch.empty(sum(sizes), channels, image, image, dtype=dtype)
-        return _cpu._conv_way(x, x, sizes, 9 * channels**2)
+        return layers._conv_way(x, x, sizes, 9 * channels**2)
 
     assert chosen((8, 8), 32, 8) == "groups"
     assert chosen((7, 9), 32, 8) == "planes"
     assert chosen((8, 8), 8, 20) == "planes"
     assert chosen((8, 8), 128, 16) == chosen((7, 9), 128, 16) == "library"
     assert chosen((8, 8), 128, 16, torch.float64) == "planes"
-    if not _cpu._library_multiplies(torch.float16):
+    if not layers._library_multiplies(torch.float16):
         assert chosen((8, 8), 32, 8, torch.float16) == "planes"

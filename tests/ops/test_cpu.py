@@ -15,7 +15,7 @@ import torch
 
 from diffmtl_fast import ops
 from diffmtl_fast._native import _C
-from diffmtl_fast.ops import _cpu, _library
+from diffmtl_fast.ops import _library, cpu
 from diffmtl_fast.ops.philox import philox
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -27,7 +27,7 @@ def instruction_set(request):
     """Each instruction set of this processor in turn."""
     _C.cpu_select_kernels(request.param)
     yield request.param
-    _cpu.select_instruction_set()
+    cpu.select_instruction_set()
 
 
 @pytest.fixture
@@ -458,17 +458,6 @@ class TestNoise:
             assert ops.add_noise(empty, seed, ones, ones).shape == shape
             assert ops.add_noise(empty, empty, ones, ones).shape == shape
 
-    def test_dtypes_without_a_kernel_fall_back(self, caplog):
-        _library._log_fallback.cache_clear()
-        alpha = torch.tensor([2.0]).to(torch.float8_e4m3fn)
-        x0, noise = torch.tensor([[1.0, 2.0]]), torch.ones(1, 2)
-        with caplog.at_level(logging.INFO, logger="diffmtl_fast"):
-            assert ops.add_noise(x0, noise, alpha, torch.ones(1)).tolist() == [[3.0, 5.0]]
-        assert (
-            "diffmtl::add_noise runs its plain definition: no CPU kernel for torch.float8_e4m3fn"
-            in caplog.text
-        )
-
 
 class TestInstructionSetsAgree:
     def test_on_every_bit_that_is_no_sum(self, seeded):
@@ -490,7 +479,7 @@ class TestInstructionSetsAgree:
                     *torch.ops.diffmtl.sample_mse_backward_both(scale, pred, x0),
                 ]
             )
-        _cpu.select_instruction_set()
+        cpu.select_instruction_set()
         for result in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
@@ -520,7 +509,7 @@ class TestSumsOverClusters:
     def test_library_and_own_products(
         self, accumulate, longest, dtype, out_dtype, instruction_set, seeded, monkeypatch
     ):
-        monkeypatch.setattr(_cpu, "_longest_own", lambda *_: longest)
+        monkeypatch.setattr(cpu.layers, "_longest_own", lambda *_: longest)
         bounds = [0, 300, 600, 600, 607]
         grad_out, x = draw((607, 10), dtype, seeded), draw((607, 96), dtype, seeded)
         jacobian = draw((4, 1000), out_dtype, seeded, offset=1)
@@ -547,8 +536,8 @@ class TestSumsOverClusters:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("supported", [True, False])
     def test_numbers_that_the_library_may_not_multiply(self, supported, dtype, seeded, monkeypatch):
-        monkeypatch.setattr(_cpu, "_library_multiplies", lambda _: supported)
-        monkeypatch.setattr(_cpu, "_longest_own", lambda *_: 0)
+        monkeypatch.setattr(cpu.layers, "_library_multiplies", lambda _: supported)
+        monkeypatch.setattr(cpu.layers, "_longest_own", lambda *_: 0)
         grad_out, x = draw((40, 5), dtype, seeded), draw((40, 6), dtype, seeded)
         out = torch.empty(1, 5, 6)
         ops.cluster_wgrad(grad_out, x, torch.tensor([0, 40]), out=out)
@@ -705,28 +694,26 @@ class TestDtypesThatNoPublicFunctionPasses:
                 call()
         out = torch.ones(2, 2, 2, 1, 1, dtype=torch.float64)
         whole = [1, 1, 1], [1, 1, 1], [0, 0, 0], [1, 1, 1]
-        half, single = _cpu._images(self.half), _cpu._images(self.single)
+        half, single = cpu.layers._images(self.half), cpu.layers._images(self.single)
         for images, found in (
             ((half, single), "float16 and float32"),
             ((single, single), "float32 and float64"),
         ):
             with pytest.raises(ValueError, match=f"cluster_conv_wgrad.*expected one dtype, found {found}"):
-                _C.cpu_cluster_conv_wgrad(*images, [0, 1, 4], 1, whole, _cpu._handle(out), False, 1)
+                _C.cpu_cluster_conv_wgrad(*images, [0, 1, 4], 1, whole, cpu.handles.handle(out), False, 1)
 
 
 class TestInstructionSet:
     def test_environment_variable(self, monkeypatch):
         monkeypatch.setenv("DIFFMTL_CPU_KERNELS", "plain")
-        assert _cpu.select_instruction_set() == "plain"
+        assert cpu.select_instruction_set() == "plain"
         monkeypatch.setenv("DIFFMTL_CPU_KERNELS", "mmx")
         with pytest.raises(ValueError, match=r"DIFFMTL_CPU_KERNELS: expected one of plain.*, found mmx"):
-            _cpu.select_instruction_set()
+            cpu.select_instruction_set()
         monkeypatch.delenv("DIFFMTL_CPU_KERNELS")
-        assert _cpu.select_instruction_set() == _C.cpu_kernels()[-1]
+        assert cpu.select_instruction_set() == _C.cpu_kernels()[-1]
 
-    def test_dtypes_without_a_kernel_fall_back(self, caplog):
-        _library._log_fallback.cache_clear()
+    def test_kernels_refuse_dtypes_that_they_do_not_have(self):
         weight = torch.tensor([2.0]).to(torch.float8_e4m3fn)
-        with caplog.at_level(logging.INFO, logger="diffmtl_fast"):
-            assert ops.sample_mse(torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2), weight).tolist() == [5]
-        assert "no CPU kernel for torch.float8_e4m3fn" in caplog.text
+        with pytest.raises(TypeError, match=r"expected float32, .*, found torch\.float8_e4m3fn"):
+            torch.ops.diffmtl.sample_mse(torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2), weight)

@@ -31,6 +31,31 @@ def test_gram(shape, dtype, generator):
     torch.testing.assert_close(gramian.double(), expected, rtol=0, atol=DTYPES[dtype] * scale * 4)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [1, 5, 20, 64, 65])
+def test_gram_in_float64(k, dtype, scale, generator):
+    scale = 1.0 if dtype == torch.float16 else scale
+    parts = [draw((k, n), torch.float64, generator).mul(scale).to(dtype) for n in (3, 0, 1025)]
+    gramian = ops.gram(parts, dtype=torch.float64)
+    rows = torch.cat(parts, dim=1).double()
+    lengths = rows.norm(dim=1)
+    assert gramian.dtype == torch.float64
+    assert torch.equal(gramian, gramian.T)
+    assert ((gramian - rows @ rows.T).abs() <= 1e-14 * lengths.outer(lengths)).all()
+
+
+def test_gradient_of_a_gramian_in_float64(generator):
+    jacobian = draw((3, 5), torch.float32, generator).requires_grad_()
+    (found,) = torch.autograd.grad(ops.gram(jacobian, dtype=torch.float64).sum(), jacobian)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, 2 * jacobian.detach().sum(0).expand(3, 5))
+
+
+def test_gram_in_float64_passes_opcheck(device):
+    torch.library.opcheck(torch.ops.diffmtl.gram.default, ([torch.randn(3, 5, device=device)], torch.float64))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_combine(shape, dtype, generator):
@@ -74,6 +99,7 @@ def test_half_precision_accumulates_in_float32(device):
     [
         (lambda: ops.gram(torch.zeros(3)), ValueError, r"\[K, P\], found \[3\]"),
         (lambda: ops.gram(torch.zeros(3, 2, dtype=torch.int32)), TypeError, "found torch.int32"),
+        (lambda: ops.gram(torch.zeros(3, 2), dtype=torch.float16), ValueError, "found torch.float16"),
         (lambda: ops.combine(torch.zeros(3, 2), torch.zeros(2)), ValueError, r"shape \[3\].*, found \[2\]"),
         (lambda: ops.combine(torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64)), TypeError, "torch.int64"),
     ],

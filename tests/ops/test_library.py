@@ -88,6 +88,7 @@ SAMPLES = {
         torch.randn(B, 4, 5, device=d).to(t),
         torch.randn(B, 2, 5, device=d).to(t),
         offsets("cpu"),
+        [3],
         [1],
         [1],
         [1],

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from diffmtl_fast.cli import main
-from diffmtl_fast.study import tasks
+from diffmtl_fast.study import work
 from diffmtl_fast.study.calibration import CONTROL, costs
 from diffmtl_fast.study.folder import StudyFolder
 from diffmtl_fast.study.plan import VANILLA, VARIANTS, bundled, make_plan
@@ -34,7 +34,7 @@ def plan(device):
 
 def test_a_run_is_evaluated_once_and_can_be_used_with_the_trainer(plan, tmp_path, device, capsys):
     study, variant = StudyFolder(tmp_path / "study"), VARIANTS[2]
-    tasks.train_and_evaluate(study, plan, variant, 0)
+    work.train_and_evaluate(study, plan, variant, 0)
     rows = json.loads(study.evaluations(variant, 0).read_text())
     assert [row["iteration"] for row in rows] == [1, 2]
     assert 0 < rows[0]["seconds"] < rows[1]["seconds"]
@@ -46,7 +46,7 @@ def test_a_run_is_evaluated_once_and_can_be_used_with_the_trainer(plan, tmp_path
     assert metrics == {name: rows[-1][name] for name in metrics}
 
     capsys.readouterr()
-    tasks.train_and_evaluate(study, plan, variant, 0)
+    work.train_and_evaluate(study, plan, variant, 0)
     assert capsys.readouterr().out == ""
 
 
@@ -57,11 +57,11 @@ def test_an_interrupted_evaluation_does_not_train_again(plan, tmp_path, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(tasks, "evaluate_checkpoints", interrupt)
+        patch.setattr(work, "evaluate_checkpoints", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            tasks.train_and_evaluate(study, plan, VANILLA, 0)
+            work.train_and_evaluate(study, plan, VANILLA, 0)
     assert not study.evaluations(VANILLA, 0).exists()
-    tasks.train_and_evaluate(study, plan, VANILLA, 0)
+    work.train_and_evaluate(study, plan, VANILLA, 0)
     assert "is already complete" in capsys.readouterr().out
     assert len(json.loads(study.evaluations(VANILLA, 0).read_text())) == 2
     assert len(checkpoints(study.run(VANILLA, 0).checkpoints)) == 2  # the affinities need them all
@@ -69,33 +69,33 @@ def test_an_interrupted_evaluation_does_not_train_again(plan, tmp_path, monkeypa
 
 def test_costs_are_measured_of_every_kind(plan, tmp_path):
     study = StudyFolder(tmp_path)
-    tasks.measure_costs(study, plan, rounds=2)
+    work.measure_costs(study, plan, rounds=2)
     stored = json.loads(study.calibration.read_text())
     assert set(stored["seconds"]) == {variant.kind for variant in VARIANTS} | {CONTROL}
     assert {len(seconds) for seconds in stored["seconds"].values()} == {2}
     assert all(seconds > 0 for values in stored["seconds"].values() for seconds in values)
     assert costs(stored)["vanilla"].ratio == 1.0
-    tasks.measure_costs(study, plan, rounds=3)
+    work.measure_costs(study, plan, rounds=3)
     assert json.loads(study.calibration.read_text()) == stored
 
 
 def test_affinity_experts_and_gaps(plan, tmp_path):
     study = StudyFolder(tmp_path / "study")
-    tasks.train_and_evaluate(study, plan, VANILLA, 0)
-    tasks.measure_affinity(study, plan)
+    work.train_and_evaluate(study, plan, VANILLA, 0)
+    work.measure_affinity(study, plan)
     clustered_by = study.affinity.read_bytes()
-    tasks.measure_disattenuated_affinity(study, plan)
+    work.measure_disattenuated_affinity(study, plan)
     assert study.affinity.read_bytes() == clustered_by
     assert json.loads(study.disattenuated.with_suffix(".json").read_text())["samples"] == 4 * plan.samples
     by_affinity = next(variant for variant in VARIANTS if variant.cost == "affinity")
-    tasks.train_and_evaluate(study, plan, by_affinity, 0)
+    work.train_and_evaluate(study, plan, by_affinity, 0)
     assert study.run(by_affinity, 0).read_config().clusters.affinity == str(study.affinity)
     for index in range(plan.intervals):
-        tasks.train_one_expert(study, plan, 0, index)
-    tasks.measure_gaps(study, plan, 0)
+        work.train_one_expert(study, plan, 0, index)
+    work.measure_gaps(study, plan, 0)
     assert json.loads(study.gaps(0).read_text())["boundaries"] == [0, 50, 100]
     assert plan.exposures == (1,)
-    tasks.measure_early_gaps(study, plan, 0, 1)
+    work.measure_early_gaps(study, plan, 0, 1)
     late, early = (json.loads(study.gaps(0, iteration).read_text()) for iteration in (None, 1))
     assert (late["expert_iterations"], early["expert_iterations"]) == (2, 1)
     assert late["frechet_distance"] == early["frechet_distance"]
@@ -156,6 +156,6 @@ def test_what_fails_is_reported_after_the_rest(tmp_path, capsys):
 
 def test_analyses_wait_for_plain_training(plan, tmp_path):
     study = StudyFolder(tmp_path / "study")
-    for work in (tasks.measure_affinity, lambda *it: tasks.measure_gaps(*it, 0)):
+    for measure in (work.measure_affinity, lambda *it: work.measure_gaps(*it, 0)):
         with pytest.raises(UserError, match="expected complete plain training to analyse, found none yet"):
-            work(study, plan)
+            measure(study, plan)

@@ -7,6 +7,7 @@ import yaml
 
 from diffmtl_fast.train.config import differences, digits, from_dict, read, to_dict
 from diffmtl_fast.train.errors import UserError
+from diffmtl_fast.weighting import METHODS
 
 
 def test_bundled_configuration_is_complete_and_survives_yaml():
@@ -15,20 +16,26 @@ def test_bundled_configuration_is_complete_and_survives_yaml():
     assert from_dict(yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
 
 
+CHOICES = ", ".join(f"'{name}'" for name in METHODS)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "best"}, "method: expected one of vanilla, uw, pcgrad, nash, found 'best'"),
+        (
+            {"method": "best"},
+            f"method: expected one of 'vanilla', {CHOICES}, found best",
+        ),
         ({"metod": "uw"}, "metod: unknown option"),
         ({"clusters": {"cots": "snr"}}, "clusters.cots: unknown option"),
-        ({"clusters": {"k": 0}}, "clusters.k: expected an integer >= 1 or auto, found 0"),
-        ({"clusters": {"k": 2.5}}, "clusters.k: expected an integer >= 1 or auto, found 2.5"),
-        ({"clusters": {"k": "many"}}, "clusters.k: expected an integer >= 1 or auto, found 'many'"),
-        ({"curriculum": {"clusters": {"k": 0}}}, "curriculum.clusters.k: expected an integer >= 1 or auto"),
+        ({"clusters": {"k": 0}}, "clusters.k: expected an integer >= 1 or 'auto', found 0"),
+        ({"clusters": {"k": 2.5}}, "clusters.k: expected an integer >= 1 or 'auto', found 2.5"),
+        ({"clusters": {"k": "many"}}, "clusters.k: expected an integer >= 1 or 'auto', found many"),
+        ({"curriculum": {"clusters": {"k": 0}}}, "curriculum.clusters.k: expected an integer >= 1 or 'auto'"),
         ({"curriculum": {"clusters": {"min_size": 0}}}, "curriculum.clusters.min_size: expected an integer"),
         ({"curriculum": {"clusters": {"cost": "affinity"}}}, "curriculum.clusters.affinity: expected a .npy"),
-        ({"curriculum": {"order": "easy"}}, "curriculum.order: expected one of none, easy_to_hard"),
-        ({"timesteps": {"sampler": "normal"}}, "timesteps.sampler: expected one of uniform, stratified"),
+        ({"curriculum": {"order": "easy"}}, "curriculum.order: expected one of 'none', 'easy_to_hard'"),
+        ({"timesteps": {"sampler": "normal"}}, "timesteps.sampler: expected 'uniform', 'stratified'"),
         (
             {"timesteps": {"sampler": "beta"}, "curriculum": {"order": "hard_to_easy"}},
             "timesteps.sampler: expected null with a curriculum, which draws the timesteps, found 'beta'",
@@ -38,7 +45,11 @@ def test_bundled_configuration_is_complete_and_survives_yaml():
                 {"method": "vanilla", "timesteps": {"interval": value}},
                 "timesteps.interval: expected [first, end]",
             )
-            for value in ([1], [2, 2], [-1, 3], [0, 2.0], [False, 3], 5)
+            for value in ([1], [2, 2], [-1, 3])
+        ),
+        *(
+            ({"timesteps": {"interval": value}}, "timesteps.interval: expected list[int] or null, found ")
+            for value in ([0, 2.0], [False, 3], 5)
         ),
         ({"timesteps": {"interval": [0, 9]}}, "timesteps.interval: expected null, or method vanilla"),
         (
@@ -51,17 +62,33 @@ def test_bundled_configuration_is_complete_and_survives_yaml():
         ({"iterations": True}, "iterations: expected an integer >= 1, found True"),
         ({"optimizer": {"lr": 0.0}}, "optimizer.lr: expected a number > 0, found 0.0"),
         ({"optimizer": {"lr": float("nan")}}, "optimizer.lr: expected a number > 0, found nan"),
-        ({"optimizer": {"clip": -1.0}}, "optimizer.clip: expected a number >= 0, found -1.0"),
+        ({"optimizer": {"clip": -1.0}}, "optimizer.clip: expected a number >= 0 or null, found -1.0"),
         ({"ema_decay": 1.5}, "ema_decay: expected a number >= 0 and <= 1, found 1.5"),
         ({"model": {"path": "UNet"}}, "model.path: expected an import path"),
         ({"evaluation": {"num_samples": 3}}, "evaluation.num_samples: expected 0 or more than 3, found 3"),
-        ({"precision": "fp16"}, "precision: expected one of fp32, bf16"),
+        ({"precision": "fp16"}, "precision: expected one of 'fp32', 'bf16'"),
     ],
 )
 def test_refuses(changes, message):
     with pytest.raises(UserError) as caught:
         from_dict({**digits(), **changes})
     assert str(caught.value).startswith(message)
+
+
+def test_methods_and_their_options_come_from_the_registry():
+    for name, method in METHODS.items():
+        config = from_dict({**digits(), "method": name})
+        assert config.clip == method.clip
+        assert config.method_options() == {option.name: option.default for option in method.options}
+    config = from_dict({**digits(), "method": "nash", "nash_update_every": 25})
+    assert config.method_options() == {"update_every": 25}
+    assert not from_dict({**digits(), "method": "vanilla"}).method_options()
+
+
+def test_strings_in_arguments_of_components_stay_strings():
+    args = {"act_fn": "1e-3", "flag": "true", "nested": {"x": "null"}}
+    config = from_dict({**digits(), "model": {"path": "a.b", "args": args}})
+    assert config.model.args == args
 
 
 def test_nash_clips_to_one_unless_told_otherwise():

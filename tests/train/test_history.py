@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from diffmtl_fast.train.errors import TrainingDiverged, UserError
-from diffmtl_fast.train.history import History, read
-from diffmtl_fast.train.progress import describe
+from diffmtl_fast.train.history import History, describe, read
 
 
 def _add(history, losses, present=(True, True)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from dataclasses import replace
 
@@ -9,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from diffmtl_fast.ops import _cpu, _cuda
+from diffmtl_fast import weighting
+from diffmtl_fast.ops import _library
 from diffmtl_fast.train import checkpoint, history
 from diffmtl_fast.train.components import build_data, build_model, build_scheduler
-from diffmtl_fast.train.config import Component
+from diffmtl_fast.train.config import PLAIN, Component
 from diffmtl_fast.train.errors import TrainingDiverged, UserError
 from diffmtl_fast.train.history import History
 from diffmtl_fast.train.loop import Trainer
 
-METHODS = ("vanilla", "uw", "pcgrad", "nash")
+METHODS = (PLAIN, *weighting.METHODS)
 
 
 class Silent:
@@ -104,8 +106,25 @@ def test_every_method_on_every_clustering(tiny, tmp_path, method, cost):
     assert trainer.iteration == 3
     assert [line["iteration"] for line in lines] == [2, 3]
     assert all(loss is None or loss > 0 for line in lines for loss in line["losses"])
-    assert ("weights" in lines[0]) == ("cosines" in lines[0]) == (method != "vanilla")
-    assert ("gradient_norm" in lines[0]) == (method == "nash")
+    assert ("weights" in lines[0]) == ("cosines" in lines[0]) == (method != PLAIN)
+    assert ("gradient_norm" in lines[0]) == (trainer.config.clip > 0)
+
+
+def test_measuring_cosines_keeps_no_jacobian(tiny, tmp_path):
+    """A method that needs the losses alone takes no K times the parameters' memory for what is logged."""
+    trainer = Trainer(tiny(method="uw", clusters={"k": 3}))
+    trainer.model.train()
+    largest = max(p.numel() for p in trainer.model.parameters())
+    log = History(tmp_path / "log.jsonl")
+    trainer.step(log)
+    line = log.flush(1)
+    log.close()
+    assert "cosines" in line
+    gc.collect()
+    held = [each for each in gc.get_objects() if type(each) is torch.Tensor and each.dim() > 1]
+    shapes = {tuple(p.shape) for p in trainer.model.parameters()}
+    rows = [each for each in held if each.shape[0] == 3 and tuple(each.shape[1:]) in shapes]
+    assert not [each for each in rows if each.numel() >= 3 * largest]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -248,7 +267,7 @@ def test_loss_weights_with_every_method_and_the_curriculum(tiny, tmp_path, metho
         ({"weight": "min_snr", "args": {"k": 1}}, "loss.args: "),
         ({"weight": "p2", "args": {"gamma": -1}}, "loss.args: expected gamma >= 0 and k > 0"),
         ({"args": {"gamma": 1}}, "loss.args: expected none without a loss.weight"),
-        ({"weight": "best"}, "loss.weight: expected one of none, min_snr, p2, found 'best'"),
+        ({"weight": "best"}, "loss.weight: expected one of 'none', 'min_snr', 'p2', found best"),
     ],
 )
 def test_bad_loss_weights(tiny, loss, message):
@@ -294,13 +313,12 @@ def test_gradients_are_clipped(tiny, tmp_path):
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_runs_no_plain_definition(tiny, tmp_path, monkeypatch, method, kind):
-    def refuse(name, reason, *args):
+    def refuse(name, reason):
         raise AssertionError(f"{name} ran its plain definition: {reason}")
 
     config = tiny(method=method, scheduler={"args": {"prediction_type": kind}}, loss={"weight": "p2"})
     trainer = Trainer(config)
-    for kernels in (_cpu, _cuda):
-        monkeypatch.setattr(kernels, "run_plain", refuse)
+    monkeypatch.setattr(_library, "_log_fallback", refuse)
     for name in ("add_noise", "get_velocity"):  # nor the scheduler's
         monkeypatch.delattr(type(trainer.scheduler), name)
     log = History(tmp_path / "log.jsonl")

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from diffmtl_fast.clustering import cluster_snr
+from diffmtl_fast.clustering import cluster_path, cluster_snr
+from diffmtl_fast.clustering.inputs import named_cost
+from diffmtl_fast.diffusion.schedules import named_log_snr
 from diffmtl_fast.train import plots
-from diffmtl_fast.train.schedules import named_log_snr
 
 PNG = b"\x89PNG"
 
@@ -72,3 +73,12 @@ def test_smooth_is_the_mean_of_the_neighbours(reach):
         if not np.isnan(window).all():
             expected[i, j] = np.nanmean(window)
     np.testing.assert_allclose(plots.smooth(values, reach), expected, rtol=1e-9)
+
+
+def test_the_cost_curve_shows_the_choice():
+    path = cluster_path(named_cost("timestep", np.arange(30.0)), 9)
+    axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    plots._plot_costs(path, axes)
+    curve, chosen = axes.lines
+    np.testing.assert_array_equal(curve.get_ydata(), path.costs)
+    assert chosen.get_xdata() == [path.chosen.k]

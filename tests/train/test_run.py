@@ -13,11 +13,12 @@ import torch
 
 from diffmtl_fast.train import checkpoint
 from diffmtl_fast.train.config import Sampling
+from diffmtl_fast.train.data import ImageData
 from diffmtl_fast.train.errors import UserError
 from diffmtl_fast.train.folder import RunFolder
 from diffmtl_fast.train.loop import Trainer
 from diffmtl_fast.train.run import train
-from diffmtl_fast.train.trained import load
+from diffmtl_fast.train.trained_denoiser import TrainedDenoiser, load
 
 
 class Killed(BaseException):
@@ -248,3 +249,23 @@ def test_nothing_to_load(tiny, run, kill):
         train(tiny(), run)
     with pytest.raises(UserError, match="expected a checkpoint, found none yet"):
         load(run, run.read_config())
+
+
+@pytest.mark.parametrize(("classes", "rows"), [(3, 3), (20, 20), (1000, 20)])
+def test_samples_are_of_twenty_classes_at_most(tiny, tmp_path, monkeypatch, classes, rows):
+    images = torch.zeros(classes, 1, 4, 4)
+    data = ImageData(images, torch.arange(classes), images, torch.arange(classes))
+    trained = TrainedDenoiser(tiny(), data, None, torch.nn.Identity(), 0)
+    drawn = []
+
+    def draw(self, labels, count, seed):
+        drawn.append(labels)
+        return torch.zeros(count, 1, 4, 4)
+
+    monkeypatch.setattr(TrainedDenoiser, "draw", draw)
+    monkeypatch.setattr("diffmtl_fast.train.plots.samples", lambda path, *rest: path.touch())
+    trained.write_samples(tmp_path / "samples.png")
+    shown = drawn[0].unique()
+    assert len(drawn[0]) == max(10 * rows, 100)
+    assert len(shown) == rows
+    assert (shown.min(), shown.max()) == (0, classes - classes // rows)

@@ -1,0 +1,224 @@
+"""Every private name of PyTorch that the package uses; no other file names one (tests/test_torch.py).
+
+Tried on PyTorch 2.9.1, 2.11.0 and 2.13.0: all of the names exist in all three. Beside each stands what replaces it
+in a release that lacks it: where code does so here, the package goes on by itself; where a comment does, the
+import of the package or the call fails with the missing name, and the replacement is to be put here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+# Lets an autograd.Function be recorded at the innermost level of torch.func. Replaced by autograd.Function's own
+# apply, which wants a static `vmap`.
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.nn.utils import parametrize
+
+# Replaced by functions of our own over lists, tuples and dicts; other containers would then be leaves.
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+_Class = TypeVar("_Class", bound=Tensor)
+
+# ----- Operators and the dispatcher
+
+# Types for annotations and isinstance. Replaced by type(torch.ops.aten.add.default) and type(torch.ops.aten.add).
+OpOverload: TypeAlias = torch._ops.OpOverload
+OpOverloadPacket: TypeAlias = torch._ops.OpOverloadPacket
+DispatchKeySet: TypeAlias = torch._C.DispatchKeySet  # for annotations alone
+
+# Context managers: no autocast; no autograd; neither autograd nor the counting of in-place changes.
+# Replaced by torch.autocast(device, enabled=False) for every device; the other two by redispatch with a key set.
+DisableAutocast = torch._C._DisableAutocast
+AutoDispatchBelowAutograd = torch._C._AutoDispatchBelowAutograd
+AutoDispatchBelowADInplaceOrView = torch._C._AutoDispatchBelowADInplaceOrView
+
+# The keys behind the one that counts in-place changes. Replaced as the context managers are.
+AFTER_ADINPLACEORVIEW: DispatchKeySet = torch._C._after_ADInplaceOrView_keyset
+
+# Whether a tensor among the arguments, or in a list of them, requires a gradient. Replaced by a loop, which costs
+# as much host time as the rest of a small op.
+any_requires_grad: Callable[..., bool] = torch._C._any_requires_grad
+
+# Whether a transform of torch.func is active. Where it is missing the answer is yes: right, and slower.
+functorch_transforms_active: Callable[[], bool] = getattr(
+    torch._C, "_are_functorch_transforms_active", lambda: True
+)
+
+# x.view(shape) that tells autograd the result does not share memory. Replaced by `reshape`.
+unsafe_view = torch.ops.aten._unsafe_view
+
+
+def schema(op: OpOverload) -> Any:
+    """Return an op's schema, with `arguments` and `returns`. Replaced by the string that the op was defined by."""
+    return op._schema
+
+
+def op_of(operation: Any) -> Any:
+    """Return the op behind what `torch.library.custom_op` returns, anything else as it is.
+
+    Where the attribute is missing, such functions are looked up as they are and have no rule.
+    """
+    return getattr(operation, "_opoverload", operation)
+
+
+def forward_mode_active() -> bool:
+    """Whether forward-mode differentiation is on. Replaced by a look for tangents of every argument."""
+    return forward_ad._current_level >= 0
+
+
+def function_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Return what `function.apply` comes to after it has looked for transforms of torch.func.
+
+    It takes a third of the time. Replaced by `function.apply`.
+    """
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return apply
+
+
+def saved_tensors_are_packed() -> bool:
+    """Whether hooks pack saved tensors, as non-reentrant checkpoints and offloading do.
+
+    Replaced by a node that saves a tensor and sees whether it gets the same one back.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def onednn_multiplies(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has fast products of bfloat16 or float16 on this processor. No, where PyTorch can't say."""
+    names = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    check = getattr(torch.ops.mkldnn, names[dtype], None)
+    return check is not None and bool(check())
+
+
+def foreach_div_(tensors: list[Tensor], divisor: float) -> None:
+    """Divide all tensors in place, in few calls. Replaced by a loop."""
+    torch._foreach_div_(tensors, divisor)
+
+
+def foreach_lerp_(tensors: list[Tensor], ends: list[Tensor], weight: float) -> None:
+    """Move all tensors in place towards `ends`, in few calls. Replaced by a loop."""
+    torch._foreach_lerp_(tensors, ends, weight)
+
+
+# ----- Tensors
+
+# Context manager: operations do not see the __torch_function__ of subclasses.
+# Replaced by `Tensor.__torch_function__`, called with the function and its arguments.
+DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass
+
+
+def make_subclass(cls: type[_Class], data: Tensor, requires_grad: bool = False) -> _Class:
+    """Return a leaf of a subclass that shares the memory of `data`. Replaced by `data.as_subclass(cls)`."""
+    made: _Class = Tensor._make_subclass(cls, data, requires_grad)
+    return made
+
+
+def version(tensor: Tensor) -> int:
+    """Return how often a tensor was written in place. Replaced by nothing: comparing values costs a pass."""
+    return tensor._version
+
+
+def has_hooks(parameter: Tensor) -> bool:
+    """Whether hooks wait for a parameter's gradient. Where PyTorch can't say, nobody is asked: no."""
+    return any(getattr(parameter, name, None) for name in ("_backward_hooks", "_post_accumulate_grad_hooks"))
+
+
+def sparse_values(tensor: Tensor) -> Tensor:
+    """Return the stored values of a sparse tensor that may be uncoalesced, without summing duplicates.
+
+    Replaced by `tensor.coalesce().values()`.
+    """
+    return tensor._values()
+
+
+# ----- Modules
+
+# The class of all batch normalisations. Replaced by BatchNorm1d, BatchNorm2d, BatchNorm3d and SyncBatchNorm.
+BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Return the dictionary that holds a module's own parameters. Replaced by `setattr` and `getattr`."""
+    return module._parameters
+
+
+def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return the dictionary that holds a module's own buffers. Replaced by `setattr` and `getattr`."""
+    return module._buffers
+
+
+def refresh_flat_weights(module: nn.RNNBase) -> None:
+    """Make a recurrent module use the tensors that its parameters' names stand for now.
+
+    It keeps a list of them beside its parameters. Replaced by nothing: a release without the list needs none.
+    """
+    module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+
+
+def parametrize_cached() -> bool:
+    """Whether the caller is inside `torch.nn.utils.parametrize.cached()`. Replaced by a patch of that function."""
+    return bool(parametrize._cache_enabled)
+
+
+# ----- The compiler
+
+
+def dynamo() -> ModuleType | None:
+    """Return torch._dynamo if it was imported: that takes seconds, and nothing is compiled without it."""
+    return sys.modules.get("torch._dynamo")
+
+
+def compiled_modules(model: nn.Module) -> Iterator[str]:
+    """Name the modules that `torch.compile` wraps or `nn.Module.compile` compiles; a model itself is ``""``.
+
+    Replaced by the type's name, "OptimizedModule", and nothing for the second.
+    """
+    loaded = dynamo()
+    for name, module in model.named_modules():
+        wrapped = loaded is not None and isinstance(module, loaded.OptimizedModule)
+        if wrapped or module._compiled_call_impl is not None:
+            yield name
+
+
+__all__ = [
+    "AFTER_ADINPLACEORVIEW",
+    "AutoDispatchBelowADInplaceOrView",
+    "AutoDispatchBelowAutograd",
+    "BatchNorm",
+    "DisableAutocast",
+    "DisableTorchFunctionSubclass",
+    "DispatchKeySet",
+    "OpOverload",
+    "OpOverloadPacket",
+    "any_requires_grad",
+    "compiled_modules",
+    "dynamo",
+    "enable_single_level_autograd_function",
+    "foreach_div_",
+    "foreach_lerp_",
+    "forward_mode_active",
+    "function_apply",
+    "functorch_transforms_active",
+    "has_hooks",
+    "make_subclass",
+    "onednn_multiplies",
+    "op_of",
+    "own_buffers",
+    "own_parameters",
+    "parametrize_cached",
+    "refresh_flat_weights",
+    "saved_tensors_are_packed",
+    "schema",
+    "sparse_values",
+    "tree_flatten",
+    "tree_unflatten",
+    "unsafe_view",
+    "version",
+]

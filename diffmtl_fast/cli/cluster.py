@@ -1,0 +1,129 @@
+"""``diffmtl-fast cluster``."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from .._number_types import PositiveInt
+from ..diffusion.schedules import SCHEDULES, named_log_snr
+from ..train.errors import UserError, blame
+from .runs import writing
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from ..clustering import IntervalClustering
+
+K_MAX = 20
+
+
+def cluster(
+    scheduler: str = SCHEDULES[0],
+    timesteps: PositiveInt = 1000,
+    k: int | Literal["auto"] = 5,
+    k_max: int | None = None,
+    cost: Literal["snr", "squared", "timestep", "affinity"] = "snr",
+    affinity: str | None = None,
+    min_size: int | None = None,
+    max_size: int | None = None,
+    json: bool = False,
+    plot: str | None = None,
+) -> None:
+    """Group the timesteps of a noise schedule into intervals of least cost.
+
+    Args:
+        scheduler: squaredcos_cap_v2, linear, scaled_linear, or a .npy or .json file of log-SNR [T]
+        timesteps: T of a named schedule
+        k: number of clusters, or auto: chosen from the cost curve
+        k_max: most clusters that auto considers; 20 if not given
+        cost: what the clusters hold together: log-SNR (absolute or squared deviation), timestep or task affinity
+        affinity: .npy or .json file with the T x T task affinities, for cost affinity
+        min_size: fewest timesteps of a cluster
+        max_size: most timesteps of a cluster
+        json: print JSON, not a table
+        plot: picture file of the clusters, with --k auto of the cost curve too
+    """
+    from ..clustering import cluster_intervals, cluster_path
+    from ..clustering.inputs import named_cost
+
+    levels = _log_snr(scheduler, timesteps)
+    values = levels if affinity is None else _affinities(affinity, len(levels))
+    if (cost == "affinity") != (affinity is not None):
+        raise UserError(
+            "affinity: expected a .npy or .json file with cost affinity and none with another cost"
+        )
+    if k != "auto" and k_max is not None:
+        raise UserError(f"k_max: expected none without --k auto, found {k_max}")
+    path = None
+    with blame("clusters"):
+        summed = named_cost(cost, values)
+        if k == "auto":
+            path = cluster_path(
+                summed, K_MAX if k_max is None else k_max, min_size=min_size, max_size=max_size
+            )
+            found = path.chosen
+        else:
+            found = cluster_intervals(summed, k=k, min_size=min_size, max_size=max_size)
+    if plot is not None:
+        from ..train import plots
+        from ..train.titles import COST_TITLES
+
+        title = f"{found.k} {COST_TITLES[cost]} clusters, {scheduler}"
+        with writing("plot", Path(plot)) as aside, blame("plot"):
+            plots.clusters(aside, found, levels, title, path)
+    if json:
+        curve = {} if path is None else {"path": {"k": path.ks.tolist(), "cost": path.costs.tolist()}}
+        print(as_json(found, scheduler=scheduler, objective=cost, **curve))
+    else:
+        print(table(found, levels))
+
+
+def as_json(clusters: IntervalClustering, **more: object) -> str:
+    """The clustering as JSON, with its sizes and what else is passed."""
+    return json.dumps({**more, "k": clusters.k, "sizes": clusters.sizes.tolist(), **clusters.to_dict()})
+
+
+def table(clusters: IntervalClustering, log_snr: NDArray[np.float64]) -> str:
+    """One line per cluster: its timesteps, its size and the range of the log-SNR [T]."""
+    rows = [["cluster", "timesteps", "size", "log-SNR"]]
+    for j, (l, e) in enumerate(itertools.pairwise(clusters.boundaries.tolist())):
+        rows.append([str(j), f"{l}–{e - 1}", str(e - l), f"{log_snr[l]:.4g} … {log_snr[e - 1]:.4g}"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([*lines, f"cost {clusters.cost:.9g}"])
+
+
+def _log_snr(scheduler: str, timesteps: int) -> NDArray[np.float64]:
+    """The log-SNR of the schedule that was named, or that the file holds."""
+    import numpy as np
+
+    from ..train.components import load_array
+
+    if scheduler in SCHEDULES:
+        return named_log_snr(scheduler, timesteps)
+    if Path(scheduler).suffix not in (".npy", ".json"):
+        raise UserError(
+            f"scheduler: expected {', '.join(SCHEDULES)}, or a .npy or .json file, found {scheduler!r}"
+        )
+    levels = load_array("scheduler", scheduler)
+    if levels.ndim != 1 or levels.size == 0:
+        raise UserError(f"scheduler: expected numbers [T] in {scheduler}, found shape {list(levels.shape)}")
+    bad = np.flatnonzero(~np.isfinite(levels))
+    if bad.size:
+        raise UserError(
+            f"scheduler: expected finite numbers in {scheduler}, found {levels[bad[0]]} at index {bad[0]}"
+        )
+    return levels
+
+
+def _affinities(file: str, timesteps: int) -> NDArray[np.float64]:
+    from ..train.components import load_array
+
+    affinity = load_array("affinity", file)
+    if affinity.shape != (timesteps, timesteps):
+        raise UserError(f"affinity: expected [T, T] with T = {timesteps}, found {list(affinity.shape)}")
+    return affinity

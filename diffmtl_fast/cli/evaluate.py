@@ -1,0 +1,41 @@
+"""``diffmtl-fast evaluate``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from .._number_types import PositiveInt
+from .runs import load_run, path_of, writing
+
+
+def evaluate(
+    run_dir: str,
+    checkpoint: str | None = None,
+    device: str = "auto",
+    num: PositiveInt | None = None,
+    steps: PositiveInt | None = None,
+    out: str | None = None,
+) -> None:
+    """Compare a run's pictures with real ones: Fréchet distance, precision and recall, class agreement.
+
+    Beside them the same for real test images (floor) and for noise (ceiling).
+
+    Args:
+        run_dir: folder of the run
+        checkpoint: name of the checkpoint to use, not the newest
+        device: auto, cpu, cuda or cuda:N
+        num: number of pictures; the run's own if not given
+        steps: denoising steps; the run's own if not given
+        out: JSON file to write; RUN_DIR/metrics.json if no option above changes what the run measured
+    """
+    from ..train.evaluation import table
+
+    target = path_of(out)
+    if (out, num, steps, checkpoint) == (None,) * 4:
+        target = Path(run_dir) / "metrics.json"
+    metrics = load_run(run_dir, checkpoint, device, steps).evaluate(num)
+    if target is not None:
+        with writing("out", target) as aside:
+            aside.write_text(json.dumps(metrics, indent=2) + "\n")
+    print(table(metrics))

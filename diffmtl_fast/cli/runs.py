@@ -1,0 +1,46 @@
+"""What several commands do with a run and with the files that they write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .._files import replacing
+from ..train.errors import UserError
+
+if TYPE_CHECKING:
+    from ..train.trained_denoiser import TrainedDenoiser
+
+
+def load_run(run_dir: str, checkpoint: str | None, device: str, steps: int | None) -> TrainedDenoiser:
+    """The averaged weights of a run, to be drawn from in a number of steps other than its own if one is given."""
+    from ..train.folder import RunFolder
+    from ..train.trained_denoiser import load
+
+    run = RunFolder(Path(run_dir))
+    config = replace(run.read_config(), device=device)
+    if steps is not None:
+        config = replace(config, sampling=replace(config.sampling, steps=steps))
+    return load(run, config, path_of(checkpoint))
+
+
+def path_of(text: str | None) -> Path | None:
+    """The path of an option that may be left out."""
+    return None if text is None else Path(text)
+
+
+@contextmanager
+def writing(option: str, path: Path) -> Iterator[Path]:
+    """Write a file that the user named, all of it or nothing.
+
+    Raises:
+        UserError: it cannot be written; the message begins with the option.
+    """
+    try:
+        with replacing(path) as aside:
+            yield aside
+    except OSError as error:
+        raise UserError(f"{option}: cannot write {path} ({error.strerror})") from error

@@ -1,0 +1,56 @@
+"""``diffmtl-fast sample``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .._number_types import PositiveInt
+from ..train.errors import UserError
+from .runs import load_run, writing
+
+
+def sample(
+    run_dir: str,
+    checkpoint: str | None = None,
+    device: str = "auto",
+    num: PositiveInt = 64,
+    label: int | None = None,
+    seed: int = 0,
+    steps: PositiveInt | None = None,
+    out: str = "samples.png",
+) -> None:
+    """Draw pictures with the averaged (EMA) weights of a run.
+
+    Args:
+        run_dir: folder of the run
+        checkpoint: name of the checkpoint to use, not the newest
+        device: auto, cpu, cuda or cuda:N
+        num: number of pictures
+        label: class to draw; all in turn if not given
+        seed: of the noise
+        steps: denoising steps; the run's own if not given
+        out: .png for a grid, .npy for float32 [N, C, H, W] in [-1, 1]
+    """
+    import numpy as np
+    import torch
+
+    from ..train import plots
+    from ..train.sampling import balanced_labels
+
+    target = Path(out)
+    if target.suffix not in (".png", ".npy"):
+        raise UserError(f"out: expected a file name that ends in .png or .npy, found {out}")
+    trained = load_run(run_dir, checkpoint, device, steps)
+    classes = trained.data.num_classes
+    labels = balanced_labels(num, classes)
+    if label is not None:
+        if not 0 <= label < classes:
+            raise UserError(f"label: expected 0 <= label < {classes} (classes in the data), found {label}")
+        labels = torch.full((num,), label)
+    pictures = trained.draw(labels, num, seed)
+    with writing("out", target) as aside:
+        if target.suffix == ".npy":
+            np.save(aside, pictures.numpy())
+        else:
+            plots.samples(aside, pictures, labels, trained.title)
+    print(f"wrote {target}")

@@ -1,0 +1,30 @@
+"""``diffmtl-fast train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .runs import path_of
+
+
+def train(
+    run_dir: str = "runs/digits", resume: bool = False, checkpoint: str | None = None, **options: Any
+) -> None:
+    """Train a model.
+
+    What is not given is as in the run that --resume continues, or else as in the bundled run on digits.
+
+    Args:
+        run_dir: folder of the run
+        resume: continue the run in the folder; start one if there is none. Without it an existing run is refused
+        checkpoint: name of the checkpoint to continue from, not the newest; newer ones are deleted
+        **options: see the configuration.
+    """
+    from ..train.config import Config, from_dict
+    from ..train.folder import RunFolder
+
+    config = from_dict({name: options[name] for name in Config.names()})
+    from ..train.run import train  # slow to import: after the options are checked
+
+    train(config, RunFolder(Path(run_dir)), resume=resume, chosen=path_of(checkpoint))

@@ -1,0 +1,122 @@
+"""Which rows of a batch belong to which cluster, and the order of a batch by cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .trees import map_tensors, replace_rows
+
+
+class Clusters:
+    """Contiguous clusters of a batch's samples: what a rule is told of them.
+
+    A tensor has one block of rows per sample along dimension 0: [B·m, ...] with the same m for every sample, as
+    tokens or video frames folded into the batch have.
+
+    Attributes:
+        bounds: where each cluster's samples begin and end, K + 1 numbers.
+        num: K, the number of clusters; absent ones have no samples.
+    """
+
+    def __init__(self, bounds: Sequence[int]) -> None:
+        self.bounds = tuple(bounds)
+        self._scaled: dict[int, tuple[list[int], Tensor]] = {}
+        self.num = len(bounds) - 1
+
+    @property
+    def batch_size(self) -> int:
+        """B, the number of samples."""
+        return self.bounds[-1]
+
+    def offsets(self, rows: int) -> Tensor:
+        """Return where each cluster's rows begin and end: int64 [K + 1] on the CPU.
+
+        Args:
+            rows: size of dimension 0, a multiple of the batch size.
+        """
+        return self._in_rows(rows)[1]
+
+    def sizes(self, rows: int) -> list[int]:
+        """Return how many rows each cluster has.
+
+        Args:
+            rows: size of dimension 0, a multiple of the batch size.
+        """
+        bounds, _ = self._in_rows(rows)
+        return [end - begin for begin, end in pairwise(bounds)]
+
+    def spans(self, rows: int) -> Iterator[tuple[int, int, int]]:
+        """Yield (cluster, begin, end) of every present cluster, in rows.
+
+        Args:
+            rows: size of dimension 0, a multiple of the batch size.
+        """
+        bounds, _ = self._in_rows(rows)
+        for k in range(self.num):
+            if bounds[k] < bounds[k + 1]:
+                yield k, bounds[k], bounds[k + 1]
+
+    def by_row(self, values: Tensor, rows: int) -> Tensor:
+        """Give every row the value of its cluster: [K] → [rows]."""
+        sizes = torch.tensor(self.sizes(rows))
+        return values.repeat_interleave(sizes.to(values.device), output_size=rows)
+
+    def _in_rows(self, rows: int) -> tuple[list[int], Tensor]:
+        if rows not in self._scaled:
+            if rows % self.batch_size:
+                raise ValueError(
+                    f"expected rows in a multiple of the batch size {self.batch_size}, found {rows} rows"
+                )
+            bounds = [bound * (rows // self.batch_size) for bound in self.bounds]
+            self._scaled[rows] = bounds, torch.tensor(bounds)
+        return self._scaled[rows]
+
+
+class BatchLayout:
+    """The order of a batch by cluster.
+
+    Args:
+        cluster: int64 [B], the cluster of each sample, in any order. On an accelerator reading it is the one host
+            synchronisation of a step.
+        num_clusters: K.
+
+    Attributes:
+        batch_size: B.
+        order: int64 [B], sample indices sorted by cluster, or None if the batch is sorted already.
+        clusters: the clusters of the sorted batch.
+        whole: the same batch as a single cluster.
+    """
+
+    def __init__(self, cluster: Tensor, num_clusters: int) -> None:
+        counts = torch.bincount(cluster, minlength=num_clusters)
+        descents = (cluster[1:] < cluster[:-1]).sum(0, keepdim=True)
+        *sizes, unsorted = torch.cat([counts, descents]).tolist()
+        self.batch_size = cluster.shape[0]
+        self.order = cluster.argsort(stable=True) if unsorted else None
+        bounds = [0]
+        for size in sizes:
+            bounds.append(bounds[-1] + size)
+        self.clusters, self.whole = Clusters(bounds), Clusters([0, self.batch_size])
+
+    def sort(self, args: tuple[Any, ...], kwargs: dict[str, Any], shared: Collection[str | int]) -> Any:
+        """Sort the samples of a call's arguments by cluster; `shared` ones stay as they are."""
+        if self.order is None:
+            return args, kwargs
+        return replace_rows(args, kwargs, self.order, shared=shared)
+
+    def unsort(self, output: Any) -> Any:
+        """Put the samples of an output back into the order of the batch."""
+        return output if self.order is None else map_tensors(self._taker(self.order.argsort()), output)
+
+    def _taker(self, index: Tensor) -> Callable[[Tensor], Tensor]:
+        def take(tensor: Tensor) -> Tensor:
+            if tensor.dim() == 0 or tensor.shape[0] != self.batch_size:
+                return tensor
+            return tensor.index_select(0, index.to(tensor.device))
+
+        return take

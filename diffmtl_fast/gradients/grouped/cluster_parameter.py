@@ -1,0 +1,217 @@
+"""Cluster parameters: what a module finds in a parameter's place while the grouped engine runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..._torch import DisableTorchFunctionSubclass, make_subclass, tree_flatten, tree_unflatten
+from ..step import nodes
+from ..uncompiled import uncompiled
+
+if TYPE_CHECKING:
+    from .grouped_engine import GroupedEngine
+
+
+# A compiled function's backward would hand its parameters the gradients of all clusters at once.
+_REASON = (
+    "ClusteredMTL's grouped engine runs compiled functions of parameters operation by operation; with "
+    "fullgraph=True they need engine='sliced'"
+)
+
+
+class ClusterParameter(Tensor):
+    """A parameter, or a tensor computed from parameters alone, that sends every use of it to the engine.
+
+    Attributes:
+        value: the parameter itself, or the computed tensor with its graph.
+        origins: the positions of the parameters that it is computed from.
+        source: the call that computed it, and which of the call's results it is; None for a parameter.
+        engine: who decides what a use of it means.
+    """
+
+    value: Tensor
+    origins: tuple[int, ...]
+    source: tuple[Call, int] | None
+    engine: GroupedEngine
+
+    @staticmethod
+    def make(
+        value: Tensor, origins: tuple[int, ...], source: tuple[Call, int] | None, engine: GroupedEngine
+    ) -> ClusterParameter:
+        """Wrap a tensor; the handle shares its memory."""
+        handle: ClusterParameter = make_subclass(ClusterParameter, value.detach(), True)
+        handle.value, handle.origins, handle.source, handle.engine = value, origins, source, engine
+        with DisableTorchFunctionSubclass():
+            handle.register_post_accumulate_grad_hook(_refuse_gradient)
+        return handle
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Hand the operation to the engine."""
+        if torch.compiler.is_compiling():
+            return uncompiled(_operate, _REASON)(func, args, kwargs or {})
+        return _operate(func, args, kwargs or {})
+
+
+def _operate(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    with DisableTorchFunctionSubclass():
+        for handle in args:  # where they nearly always are
+            if isinstance(handle, ClusterParameter):
+                break
+        else:
+            handle = next(find_handles((args, kwargs)))
+        return handle.engine.dispatch.operate(func, args, dict(kwargs))
+
+
+def _refuse_gradient(handle: Tensor) -> None:
+    """Stop a backward that hands a handle a gradient: it is one of all clusters, and the parameter's is lost."""
+    assert isinstance(handle, ClusterParameter)
+    with DisableTorchFunctionSubclass():
+        handle.grad = None
+    handle.engine.refuse_unseen(handle)
+
+
+def find_unseen(tensors: Iterable[Tensor], visited: set[Any]) -> ClusterParameter | None:
+    """Return a handle at which the tensors' graphs end, if there is one.
+
+    Its use was not seen by the engine: `torch.autograd.Function.apply` and functions bound from C++ take a handle
+    for the tensor that it shares memory with.
+
+    Args:
+        tensors: the tensors.
+        visited: the nodes that were looked at before; these are added.
+    """
+    for tensor in tensors:
+        for node in nodes(tensor, visited):
+            leaf = getattr(node, "variable", None)
+            if isinstance(leaf, ClusterParameter):
+                return leaf
+    return None
+
+
+class Call:
+    """A call of a function on handles and constants, remembered to be repeated with other parameters.
+
+    Args:
+        func: the function.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+    """
+
+    def __init__(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.func, self.args, self.kwargs = func, args, kwargs
+        self._device = next(find_handles((args, kwargs))).device.type
+        self._enabled = torch.is_autocast_enabled(self._device)
+        self._dtype = torch.get_autocast_dtype(self._device)
+
+    def run(self, value: Callable[[ClusterParameter], Tensor]) -> Any:
+        """Call the function as it was called then, with values in the handles' places."""
+        with torch.autocast(self._device, self._dtype, self._enabled, cache_enabled=False):
+            return self.func(*substitute(self.args, value), **substitute(self.kwargs, value))
+
+
+def find_handles(tree: Any) -> Iterator[ClusterParameter]:
+    """Yield the handles in a call's arguments."""
+    if isinstance(tree, ClusterParameter):
+        yield tree
+    elif isinstance(tree, tuple | list):
+        for item in tree:
+            yield from find_handles(item)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            yield from find_handles(item)
+
+
+def find_tensors(tree: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a call's arguments that are no handles."""
+    if isinstance(tree, Tensor):
+        if not isinstance(tree, ClusterParameter):
+            yield tree
+    elif isinstance(tree, tuple | list):
+        for item in tree:
+            yield from find_tensors(item)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            yield from find_tensors(item)
+
+
+def substitute(tree: Any, replace: Callable[[ClusterParameter], Tensor]) -> Any:
+    """Replace the handles in a call's arguments."""
+    if isinstance(tree, ClusterParameter):
+        return replace(tree)
+    if isinstance(tree, tuple | list):
+        items = [substitute(item, replace) for item in tree]
+        make = getattr(tree, "_make", tree.__class__)  # named tuples; torch.Size is a tuple like any other
+        return make(items)
+    if isinstance(tree, dict):
+        return {name: substitute(item, replace) for name, item in tree.items()}
+    return tree
+
+
+def derive(call: Call, result: Any, engine: GroupedEngine) -> Any:
+    """Wrap the tensors among a call's results that depend on parameters.
+
+    Args:
+        call: a call on handles and on tensors that do not require a gradient.
+        result: what it returned.
+        engine: see `ClusterParameter`.
+    """
+    origins = tuple(dict.fromkeys(o for h in find_handles((call.args, call.kwargs)) for o in h.origins))
+    leaves, spec = tree_flatten(result)
+    wrapped = [
+        ClusterParameter.make(leaf, origins, (call, index), engine)
+        if isinstance(leaf, Tensor) and leaf.requires_grad
+        else leaf
+        for index, leaf in enumerate(leaves)
+    ]
+    return tree_unflatten(wrapped, spec)
+
+
+def evaluate(handle: ClusterParameter, parameters: Mapping[int, Tensor]) -> Tensor:
+    """Compute a handle's value again from other values of its parameters."""
+    results: dict[int, list[Any]] = {}
+
+    def value(of: ClusterParameter) -> Tensor:
+        if of.source is None:
+            return parameters[of.origins[0]]
+        call, index = of.source
+        if id(call) not in results:
+            results[id(call)] = tree_flatten(call.run(value))[0]
+        found: Tensor = results[id(call)][index]
+        return found
+
+    return value(handle)
+
+
+def repeatable(handle: ClusterParameter, parameters: Sequence[Tensor]) -> bool:
+    """Tell whether a derived tensor comes out the same again; not if it is random or was written to in place."""
+    with torch.no_grad():
+        again = evaluate(handle, {o: parameters[o] for o in handle.origins})
+    return torch.equal(again, handle.value.detach())
+
+
+def pull_back(handle: ClusterParameter, gradients: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Turn gradients [K, ...] of a derived tensor into those of its parameters, in the order of its origins."""
+    num = gradients.shape[0]
+    # This small graph is no part of the model's: a checkpoint around the model must not pack its tensors.
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
+        leaves = [
+            parameters[o].detach().expand(num, *parameters[o].shape).requires_grad_() for o in handle.origins
+        ]
+
+        def compute(*values: Tensor) -> Tensor:
+            return evaluate(handle, dict(zip(handle.origins, values, strict=True)))
+
+        out = torch.vmap(compute)(*leaves)
+        found = torch.autograd.grad(out, leaves, gradients.to(out.dtype), allow_unused=True)
+    return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor

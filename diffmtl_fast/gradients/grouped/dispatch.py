@@ -1,0 +1,268 @@
+"""What a use of a parameter means while a model runs as a whole: a rule, or a tensor derived from parameters."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..._torch import saved_tensors_are_packed
+from ..model_state import writes_in_place
+from ..parameters import module_name
+from ..rules import PER_SAMPLE, NoClusterRule, Registered, RuleContext, registry
+from .cluster_parameter import (
+    Call,
+    ClusterParameter,
+    derive,
+    find_handles,
+    find_tensors,
+    find_unseen,
+    pull_back,
+    repeatable,
+    substitute,
+)
+from .delivery import Use, run_forward
+from .node import apply
+from .operation import NoRows, Operation, Unverified
+
+if TYPE_CHECKING:
+    from .grouped_engine import GroupedEngine
+
+# Operations that broadcast: a parameter among their arguments may be given once per row of the batch instead.
+_BROADCASTING = frozenset(
+    [
+        *("add", "add_", "sub", "sub_", "subtract", "rsub", "__rsub__", "mul", "mul_", "multiply"),
+        *("div", "div_", "divide", "true_divide", "__rdiv__", "pow", "__rpow__", "addcmul", "lerp"),
+        *("where", "maximum", "minimum", "clamp", "clip"),
+    ]
+)
+# So do these along any dimension but the samples'.
+_JOINING = frozenset(["cat", "concat", "concatenate", "stack"])
+# With these a parameter is given to every sample, as a class token is.
+_REPEATING = frozenset(["expand", "broadcast_to", "repeat", "tile"])
+# Operations that ask another tensor only for its shape or type: what they do, and what to ask for.
+_LIKE: dict[Any, tuple[Any, Callable[[Tensor], tuple[Any, ...]]]] = {
+    Tensor.expand_as: (Tensor.expand, lambda other: (other.shape,)),
+    Tensor.view_as: (Tensor.view, lambda other: (other.shape,)),
+    Tensor.reshape_as: (Tensor.reshape, lambda other: (other.shape,)),
+    Tensor.type_as: (Tensor.to, lambda other: (other.device, other.dtype)),
+    Tensor.to: (Tensor.to, lambda other: (other.device, other.dtype)),
+}
+
+
+class Dispatch:
+    """Runs the operations that meet a cluster parameter.
+
+    Args:
+        engine: the engine whose model is running.
+    """
+
+    def __init__(self, engine: GroupedEngine) -> None:
+        self._engine = engine
+
+    def operate(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation with handles among its arguments."""
+        if self._engine.layout is None:
+            return func(*substitute(args, _value), **substitute(kwargs, _value))
+        if torch.is_grad_enabled():
+            return self._operate(func, args, kwargs)
+        if writes_in_place(func) and isinstance(args[0], ClusterParameter):
+            func(*substitute(args, _value), **substitute(kwargs, _value))  # a model that sets its own weights
+            return args[0]
+        try:  # in a reentrant checkpoint, which will run it again with gradients
+            return self._operate(func, args, kwargs)
+        except NoRows:  # the model's own no_grad: there is nothing to differentiate
+            return func(*substitute(args, _value), **substitute(kwargs, _value))
+
+    def _operate(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._engine.probe is not None:
+            self.check_seen((args, kwargs))
+        if registered := registry.RULES.get(func):
+            values = self._bind(registered, args, kwargs)
+            if isinstance(values[0], Tensor) and not isinstance(values[0], ClusterParameter):
+                used = [value for value in values if isinstance(value, ClusterParameter)]
+                key = self._key(registered.rule, values[0], used)
+                if key in self._engine.constant:
+                    return self._derive(func, args, kwargs)
+                return self._apply(registered, values, key)
+        if func in _LIKE and len(args) > 1 and isinstance(args[1], Tensor):
+            return self._like(func, args, kwargs)
+        if any(True for _ in find_tensors((args, kwargs))):
+            return self._broadcast(func, args, kwargs)
+        return self._derive(func, args, kwargs)
+
+    def _bind(self, registered: Registered, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        try:
+            return registered.bind(args, kwargs)
+        except NoClusterRule as error:
+            raise self._no_rule(registered.operation, args, kwargs, str(error)) from error
+
+    def _apply(self, registered: Registered, values: list[Any], key: tuple[Any, ...]) -> Tensor:
+        """Run an operation by its rule."""
+        assert self._engine.layout is not None
+        handles = {i: v for i, v in enumerate(values) if isinstance(v, ClusterParameter)}
+        precision = registered.rule.precision
+        for i, value in enumerate(values):
+            if isinstance(value, Tensor) and i not in handles:
+                values[i] = precision(value)
+        plain = [handles[i].value if i in handles else v for i, v in enumerate(values)]
+        try:
+            if self._engine.probe is not None:
+                self._check_derived(handles)
+                with torch.no_grad():
+                    out = run_forward(registered, RuleContext(), plain, handles)
+                return self._engine.probe.disturb(out, self._operation(key, values))
+            if self.is_new(key):
+                names = {module_name(self._engine.model, m) for m in self._engine.owners(handles.values())}
+                raise Unverified(registered.operation.__name__, names)
+            forward_pass = self._engine.forward_pass
+            assert forward_pass is not None
+            if not torch.is_grad_enabled() or saved_tensors_are_packed():
+                forward_pass.recomputes = True
+            for handle in handles.values():
+                forward_pass.uses.update(handle.origins)
+            recomputed = self._engine.recomputing
+            return apply(
+                Use(registered, handles, self._engine.layout, self._engine, forward_pass, recomputed), plain
+            )
+        except NoRows:
+            raise
+        except NoClusterRule as error:
+            raise NoRows(self._operation(key, values), str(error)) from error
+
+    def is_new(self, key: tuple[Any, ...]) -> bool:
+        """Tell whether an operation has to be checked; reentrant checkpoints run it again, with gradients."""
+        return torch.is_grad_enabled() and key not in self._engine.verified
+
+    def _key(self, what: Any, batch: Tensor | int, handles: Iterable[ClusterParameter]) -> tuple[Any, ...]:
+        """Name an operation and the shape of a sample's part in it."""
+        assert self._engine.layout is not None
+        used = [h.origins if h.source is None else (h.origins, h.shape) for h in handles]
+        return (
+            what,
+            tuple(used),
+            shape_per_sample(batch, self._engine.layout.batch_size),
+            self._engine.layout.batch_size == 1,
+        )
+
+    def _operation(self, key: tuple[Any, ...], arguments: Any) -> Operation:
+        tensors = list(find_tensors(arguments))
+        constant = torch.is_grad_enabled() and not any(t.requires_grad for t in tensors)
+        return Operation(key, self._engine.owners(find_handles(arguments)), tensors, constant)
+
+    def _broadcast(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an element-wise operation with every parameter given once per row of the batch."""
+        widest = max(find_tensors((args, kwargs)), key=lambda t: (t.dim(), t.shape[0] if t.dim() else 0))
+        dims, rows = widest.dim(), widest.shape[0] if widest.dim() else 0
+        name = getattr(func, "__name__", str(func))
+        key = self._key(name, widest, find_handles((args, kwargs)))
+        if key in self._engine.constant:
+            return self._derive(func, args, kwargs)
+        if name in _JOINING:
+            dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+            allowed = isinstance(dim, int) and dim % (dims + (name == "stack")) != 0
+        else:
+            allowed = name in _BROADCASTING
+        if not allowed:
+            raise self._no_rule(func, args, kwargs, f"no rule for {name}", key)
+
+        def per_row(handle: ClusterParameter) -> Tensor:
+            if rows == 0 or not _lacks_rows(handle.value, dims):
+                why = f"{name} of {list(handle.value.shape)} with a batch of {dims} dims"
+                raise self._no_rule(func, args, kwargs, why, key)
+            return self._give_rows(handle, dims, rows, key)
+
+        return func(*substitute(args, per_row), **substitute(kwargs, per_row))
+
+    def _give_rows(self, handle: ClusterParameter, dims: int, rows: int, key: tuple[Any, ...]) -> Tensor:
+        """Return a parameter once per row, with so many dimensions in all."""
+        copies = self._apply(PER_SAMPLE, [handle, rows], key)
+        extra = dims - handle.value.dim()  # dimensions of the batch that the parameter does not have
+        if extra == 0:
+            return copies.squeeze(1)
+        return copies.reshape(rows, *[1] * (extra - 1), *handle.value.shape)
+
+    def _derive(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation on parameters and constants alone: it gives a handle, or a batch of copies."""
+        result = func(*substitute(args, _value), **substitute(kwargs, _value))
+        if not _has_tensor(result):
+            return result
+        if getattr(func, "__name__", "") in _REPEATING and isinstance(args[0], ClusterParameter):
+            assert self._engine.layout is not None
+            handle, shape = args[0], result.shape
+            key = self._key("repeat", shape[0], (handle,))
+            per_sample = shape[0] % self._engine.layout.batch_size == 0 and _lacks_rows(
+                handle.value, len(shape)
+            )
+            if per_sample and key not in self._engine.constant:
+                copies = self._give_rows(handle, len(shape), shape[0], key)
+                return copies.repeat(1, *(n // m for n, m in zip(shape[1:], copies.shape[1:], strict=True)))
+        return derive(Call(func, args, kwargs), result, self._engine)
+
+    def _like(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation that asks its second argument only for its shape or type."""
+        first, other, *rest = args
+        if not isinstance(first, ClusterParameter):
+            return func(first, other.value, *rest, **kwargs)
+        func, ask = _LIKE[func]
+        return self._derive(func, (first, *ask(_plain(other)), *rest), kwargs)
+
+    def _check_derived(self, handles: dict[int, ClusterParameter]) -> None:
+        """Look whether gradients can be pulled back through the tensors computed from parameters."""
+        values = self._engine.values
+        for handle in handles.values():
+            if handle.source is None:
+                continue
+            if not repeatable(handle, values):
+                raise NoClusterRule("computed from parameters at random, or written to in place")
+            try:
+                pull_back(handle, torch.ones_like(handle.value).unsqueeze(0), values)
+            except RuntimeError as error:
+                raise NoClusterRule(f"no gradient can be pulled back to its parameters: {error}") from error
+
+    def check_seen(self, arguments: Any) -> None:
+        """Look whether a handle was used unseen on the way to an operation's arguments, or to the outputs."""
+        assert self._engine.probe is not None
+        tensors = itertools.chain(find_tensors(arguments), find_handles(arguments))
+        handle = find_unseen(tensors, self._engine.probe.visited)
+        if handle is not None:
+            key = self._key("unseen", 1, (handle,))
+            raise NoRows(
+                Operation(key, self._engine.owners([handle])),
+                "a torch.autograd.Function or C++ takes a parameter itself, unseen by tensor subclasses",
+            )
+
+    def _no_rule(
+        self, func: Any, args: Any, kwargs: Any, why: str, key: tuple[Any, ...] | None = None
+    ) -> NoRows:
+        key = key or (func, tuple(h.origins for h in find_handles((args, kwargs))))
+        return NoRows(self._operation(key, (args, kwargs)), why)
+
+
+def shape_per_sample(batch: Tensor | int, batch_size: int) -> tuple[float, ...]:
+    """Return the shape of a sample's part of a batch, or of a number of rows."""
+    if isinstance(batch, int):
+        return (batch / batch_size,)
+    return (batch.shape[0] / batch_size, *batch.shape[1:]) if batch.dim() else ()
+
+
+def _value(handle: ClusterParameter) -> Tensor:
+    return handle.value
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.value if isinstance(tensor, ClusterParameter) else tensor
+
+
+def _lacks_rows(parameter: Tensor, dims: int) -> bool:
+    """Tell whether a parameter broadcasts over dimension 0 of a batch with so many dimensions."""
+    return parameter.dim() < dims or (parameter.dim() == dims > 0 and parameter.shape[0] == 1)
+
+
+def _has_tensor(result: Any) -> bool:
+    if isinstance(result, Tensor):
+        return result.requires_grad
+    return isinstance(result, tuple | list) and any(_has_tensor(item) for item in result)

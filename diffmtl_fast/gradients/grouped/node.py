@@ -1,0 +1,67 @@
+"""The autograd node of an operation that is run by its rule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._torch import function_apply, functorch_transforms_active
+from ..rules import RuleContext
+from .deferred import deferred_part
+from .delivery import Use, deliver, no_autocast, no_buffer, run_backward, run_forward
+
+
+class _Apply(torch.autograd.Function):
+    """An operation run by its rule."""
+
+    @staticmethod
+    def forward(ctx: Any, use: Use, *values: Any) -> Tensor:
+        context = RuleContext()
+        out = run_forward(use.registered, context, list(values), use.handles)
+        ctx.save_for_backward(*context.to_save)
+        context.to_save = ()
+        ctx.use, ctx.context, ctx.forward_pass = use, context, use.forward_pass
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        use, context, step = ctx.use, ctx.context, ctx.forward_pass.step
+        store = step.store
+        if use.recomputed and store is not None:
+            use.engine.refuse_ambiguity(step)
+        context.saved_tensors = ctx.saved_tensors
+        context.needs_input_grad = ctx.needs_input_grad[1:]
+        if store is None:
+            step.bypassed = True
+            gradients = _plain_gradients(use, context, grad)
+        else:
+            wanted = [handle for i, handle in use.handles.items() if context.needs_input_grad[i]]
+            positions = {origin for handle in wanted for origin in handle.origins}
+            tensors = [tensor for tensor in (grad, *context.saved_tensors) if tensor is not None]
+            store.offer(positions, tensors, lambda later: deferred_part(use, context, grad, later))
+            gradients = deliver(use, context, grad, use.layout.clusters, store)
+        context.saved_tensors = ()
+        return None, *gradients
+
+
+_apply_node = function_apply(_Apply)
+
+
+def apply(use: Use, values: list[Any]) -> Tensor:
+    """Run an operation by its rule, with a node in the graph."""
+    run = _Apply.apply if functorch_transforms_active() else _apply_node
+    out: Tensor = run(use, *values)
+    return out
+
+
+def _plain_gradients(use: Use, context: RuleContext, grad: Tensor) -> list[Tensor | None]:
+    """Return the gradients that the plain operation would return."""
+    with no_autocast(grad.device.type):
+        gradients = list(run_backward(use, context, grad, use.layout.whole, no_buffer))
+    for position in use.handles:
+        found = gradients[position]
+        gradients[position] = None if found is None else found[0]
+    return gradients

@@ -1,0 +1,122 @@
+"""One training step: made by a forward, consumed by a backward."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .batch import Clusters
+from .stores import Store
+from .trees import flatten
+
+
+class Pass:
+    """One forward of a step. The nodes of its graph hold it.
+
+    Args:
+        step: the step.
+        clusters: of the sorted batch.
+
+    Attributes:
+        uses: how many operations each parameter took part in, by position.
+        recomputes: whether activations are packed away, to be recomputed or fetched in backward.
+    """
+
+    def __init__(self, step: Step, clusters: Clusters) -> None:
+        self.step, self.clusters = step, clusters
+        self.uses: Counter[int] = Counter()
+        self.recomputes = False
+
+
+class Step:
+    """What a forward leaves for its backward; several forwards may share one.
+
+    Args:
+        by_cluster: whether the graph can tell the clusters apart; otherwise it is the plain model's.
+
+    Attributes:
+        cluster: int64 [B], of the last forward; None until one has succeeded.
+        passes: the forwards whose graphs can tell the clusters apart.
+        outputs: the last forward's outputs that a loss may be differentiated by, until the loss is checked.
+        store: what takes per-cluster gradients now; None in any backward but `ClusteredMTL.backward`'s own, where
+            the graph behaves like the plain model's.
+        bypassed: whether such another backward has come by.
+    """
+
+    def __init__(self, by_cluster: bool) -> None:
+        self.by_cluster = by_cluster
+        self.cluster: Tensor | None = None
+        self.passes: list[Pass] = []
+        self.outputs: list[Tensor] = []
+        self.store: Store | None = None
+        self.bypassed = False
+
+    def begin_pass(self, clusters: Clusters) -> Pass:
+        """Start a forward whose graph can tell the clusters apart."""
+        self.passes.append(Pass(self, clusters))
+        return self.passes[-1]
+
+    def watch(self, output: Any) -> Any:
+        """Notice a backward other than `ClusteredMTL.backward` that comes by a plain forward's output.
+
+        Only what that one does not differentiate is still watched when the next forward comes.
+        """
+        leaves = flatten(output)[0]
+        first = next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad), None)
+        if first is not None:
+            first.register_hook(self._bypass)
+        return output
+
+    def _bypass(self, gradient: Tensor) -> None:
+        self.bypassed = True
+
+    def keep_passes_of(self, loss: Tensor) -> None:
+        """Forget the forwards that the loss does not come from, such as one whose loss was NaN and skipped."""
+        if len(self.passes) < 2:
+            return
+        reached = {getattr(node, "forward_pass", None) for node in nodes(loss, set())}
+        self.passes = [p for p in self.passes if p in reached]
+
+    @property
+    def uses(self) -> Counter[int]:
+        """How many operations each parameter took part in."""
+        total: Counter[int] = Counter()
+        for each in self.passes:
+            total.update(each.uses)
+        return total
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether activations are packed away, to be recomputed or fetched in backward."""
+        return any(each.recomputes for each in self.passes)
+
+    @property
+    def layouts(self) -> Collection[tuple[int, ...]]:
+        """The bounds of the clusters in the step's forwards, each once."""
+        return {each.clusters.bounds for each in self.passes}
+
+    @contextmanager
+    def collecting(self, store: Store) -> Iterator[None]:
+        """Send the gradients of the backward inside to a store."""
+        self.store = store
+        try:
+            yield
+        finally:
+            self.store = None
+
+
+def nodes(tensor: Tensor, visited: set[Any]) -> Iterator[torch.autograd.graph.Node]:
+    """Yield the nodes of a tensor's graph that are not in `visited`, and add them to it."""
+    found = [tensor.grad_fn]
+    while found:
+        node = found.pop()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        yield node
+        found.extend(following for following, _ in node.next_functions)

@@ -1,0 +1,73 @@
+"""What takes the gradients of the clusters during a backward, and turns them into an update afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+#: Adds an operation's part of Σ_k w_k g_k to the parameters' .grad, given w [K].
+Deferred = Callable[[Tensor], None]
+
+
+class Store(Protocol):
+    """The write side is called by the graph during a backward, the read side once by the step after it.
+
+    Parameters are named by their position in the list of trainable parameters.
+
+    Attributes:
+        keeps_graph: whether `update` differentiates once more, so that the backward has to keep its graph.
+    """
+
+    keeps_graph: bool
+
+    def clear(self) -> None:
+        """Forget the gradients of the last backward."""
+
+    # The write side.
+
+    def lend(self, position: int) -> Tensor | None:
+        """Lend contiguous memory [K, *shape] to write a parameter's first gradients to, if there is any.
+
+        It is the borrower's alone until `accept` or `take_back`; `add` in between is an error.
+        """
+
+    def accept(self, position: int) -> None:
+        """Take a parameter's gradients, which the lent memory now holds."""
+
+    def take_back(self, position: int) -> None:
+        """Take lent memory back that holds nothing of worth."""
+
+    def add(self, position: int, gradients: Tensor) -> None:
+        """Add gradients [K, *shape] of a parameter."""
+
+    def add_row(self, position: int, k: int, gradient: Tensor) -> None:
+        """Add the gradient [*shape] of a parameter for one cluster."""
+
+    def offer(
+        self, positions: Collection[int], tensors: Sequence[Tensor], form: Callable[[set[int]], Deferred]
+    ) -> None:
+        """Hear which parameters an operation is about to add gradients of, and what else could form their update.
+
+        Args:
+            positions: the parameters.
+            tensors: the operation's tensors that would have to be kept for it.
+            form: given some of the parameters, returns what forms their part of the update from these tensors.
+        """
+
+    # The read side.
+
+    def gramian(self) -> Tensor:
+        """Return J Jᵀ, [K, K], float32 at least."""
+
+    def update(self, weights: Tensor, backward: Callable[[Tensor], None]) -> Tensor | None:
+        """Add Σ_k w_k g_k to the parameters' ``.grad`` as autograd would.
+
+        Args:
+            weights: w, [K].
+            backward: differentiates the loss whose samples are weighted by w, for stores that keep the graph.
+
+        Returns:
+            The squared norm of what is in ``.grad`` of all trainable parameters afterwards, where it is known.
+        """

@@ -1,0 +1,182 @@
+"""Storage of the Jacobian: per parameter one row of gradients for every cluster, kept over the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ... import ops
+from .base import Deferred
+
+_ALIGNMENT = 64  # elements from one parameter's block to the next are a multiple of this: whole cache lines
+
+
+class Jacobian:
+    """J as one block [K, *shape] for every parameter, all in one buffer.
+
+    A row of a block lies in memory like its parameter. Whatever forms gradients borrows a block and writes them
+    straight into it, or hands them over with `add` and `add_row`; see `Store`.
+
+    Args:
+        parameters: the trainable parameters, all on one device.
+        num_clusters: K.
+        dtype: of the stored gradients; default each parameter's own.
+    """
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], num_clusters: int, dtype: torch.dtype | None = None
+    ) -> None:
+        self._parameters = parameters
+        self._num_clusters = num_clusters
+        self.blocks = _allocate(parameters, num_clusters, dtype)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the gradients of the last step; their memory is written over."""
+        self._written = [[False] * self._num_clusters for _ in self.blocks]
+        self._lent: set[int] = set()
+
+    def lend(self, position: int) -> Tensor | None:
+        """Lend a parameter's block if nothing of this step is in it yet, and it is contiguous."""
+        block = self.blocks[position]
+        usable = block.numel() and block.is_contiguous()
+        if not usable or position in self._lent or any(self._written[position]):
+            return None
+        self._lent.add(position)
+        return block
+
+    def accept(self, position: int) -> None:
+        """Take the gradients that the lent block now holds."""
+        self._lent.remove(position)
+        self._written[position] = [True] * self._num_clusters
+
+    def take_back(self, position: int) -> None:
+        """Take a lent block back that holds nothing of worth."""
+        self._lent.remove(position)
+
+    def add(self, position: int, gradients: Tensor) -> None:
+        """Add the gradients [K, *shape] of a parameter."""
+        self._refuse_lent(position)
+        block, written = self.blocks[position], self._written[position]
+        if any(written):
+            self._fill(position)
+            block.add_(gradients)
+        else:
+            block.copy_(gradients)
+        self._written[position] = [True] * self._num_clusters
+
+    def add_row(self, position: int, k: int, gradient: Tensor) -> None:
+        """Add the gradient [*shape] of a parameter for one cluster."""
+        self._refuse_lent(position)
+        row = self.blocks[position][k]
+        if self._written[position][k]:
+            row.add_(gradient)
+        else:
+            row.copy_(gradient)
+        self._written[position][k] = True
+
+    def _refuse_lent(self, position: int) -> None:
+        if position in self._lent:
+            raise RuntimeError(
+                f"expected the block of parameter {position} back before other gradients are added to it, found "
+                "it still lent"
+            )
+
+    # J itself forms the update: operations keep nothing for it, and nothing is differentiated again.
+    keeps_graph = False
+
+    def offer(
+        self, positions: Collection[int], tensors: Sequence[Tensor], form: Callable[[set[int]], Deferred]
+    ) -> None:
+        """Decline."""
+
+    @property
+    def touched(self) -> list[bool]:
+        """For every parameter, whether it got a gradient since `clear`."""
+        return [any(written) for written in self._written]
+
+    def gramian(self) -> Tensor:
+        """Return J Jᵀ, [K, K], float32 at least."""
+        blocks = []
+        for position, written in enumerate(self._written):
+            if any(written):
+                self._fill(position)
+                blocks.append(self.blocks[position])
+        if not blocks:
+            return torch.zeros(self._num_clusters, self._num_clusters, device=self.blocks[0].device)
+        return ops.gram(blocks)
+
+    def matrix(self, out: Tensor | None = None) -> Tensor:
+        """Return a copy of J as one matrix.
+
+        Args:
+            out: [n, P], n <= K: where the first n rows go; by default a new matrix [K, P] of all of them, in the
+                dtype that the blocks promote to.
+        """
+        rows = self._num_clusters if out is None else len(out)
+        parts = []
+        for position, (block, reached) in enumerate(zip(self.blocks, self.touched, strict=True)):
+            if reached:
+                self._fill(position)
+            part = block if reached else torch.zeros_like(block)
+            parts.append(part[:rows].reshape(rows, block[0].numel()))
+        return torch.cat(parts, 1, out=out)
+
+    def update(self, weights: Tensor, backward: Callable[[Tensor], None]) -> Tensor:
+        """Add Σ_k w_k g_k to the parameters' ``.grad`` as autograd would, None where no gradient came.
+
+        Returns:
+            The squared norm of what is in ``.grad`` of all parameters afterwards.
+        """
+        touched = [i for i, reached in enumerate(self.touched) if reached]
+        parameters = self._parameters
+        squared = accumulate([parameters[i] for i in touched], [self.blocks[i] for i in touched], weights)
+        for parameter, reached in zip(parameters, self.touched, strict=True):
+            if parameter.grad is not None and not reached:  # left there by an earlier backward
+                wide = torch.promote_types(parameter.grad.dtype, torch.float32)
+                squared = squared + torch.linalg.vector_norm(parameter.grad, dtype=wide).square().to(
+                    squared.dtype
+                )
+        return squared
+
+    def _fill(self, position: int) -> None:
+        """Set the rows that got no gradient to zero."""
+        for k, written in enumerate(self._written[position]):
+            if not written:
+                self.blocks[position][k].zero_()
+                self._written[position][k] = True
+
+
+def _allocate(
+    parameters: Sequence[nn.Parameter], num_clusters: int, dtype: torch.dtype | None
+) -> list[Tensor]:
+    blocks: dict[int, Tensor] = {}
+    for stored in dict.fromkeys(dtype or p.dtype for p in parameters):
+        members = [i for i, p in enumerate(parameters) if (dtype or p.dtype) == stored]
+        sizes = [-(-num_clusters * parameters[i].numel() // _ALIGNMENT) * _ALIGNMENT for i in members]
+        buffer = torch.empty(sum(sizes), dtype=stored, device=parameters[members[0]].device)
+        offset = 0
+        for i, size in zip(members, sizes, strict=True):
+            p = parameters[i]
+            blocks[i] = buffer.as_strided((num_clusters, *p.shape), (p.numel(), *dense_stride(p)), offset)
+            offset += size
+    return [blocks[i] for i in range(len(parameters))]
+
+
+def accumulate(parameters: Sequence[nn.Parameter], blocks: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """Add Σ_k w_k J_l[k] to every parameter's ``.grad`` and return the squared norm of the result."""
+    if not parameters:
+        return weights.new_zeros(())
+    there = [p.grad is not None for p in parameters]
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.empty_like(parameter)
+    grads = [p.grad for p in parameters if p.grad is not None]
+    return ops.combine_(grads, blocks, weights, accumulate=there)
+
+
+def dense_stride(parameter: Tensor) -> tuple[int, ...]:
+    """Return the parameter's strides if they fill its memory without gaps, else contiguous ones."""
+    return torch.empty_like(parameter, device="meta").stride()

@@ -1,0 +1,53 @@
+"""Small tables on the device: copied there without waiting for it, and once for as long as they stay the same."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._checks import host_offsets
+
+# What a CUDA graph uploads: every replay reads it again.
+_READ_BY_GRAPHS: list[Tensor] = []
+
+
+class Uploaded:
+    """A function that makes a table on the host, and then returns it on the device that is its first argument.
+
+    Equal arguments give one upload for each stream: within a stream the copy comes before its use.
+    """
+
+    def __init__(self, make: Callable[..., np.ndarray]) -> None:
+        self._make = make
+        self.cached = functools.lru_cache(maxsize=64)(self._upload)
+
+    def __call__(self, device: torch.device, *key: Hashable) -> Tensor:
+        """Return the table of `key` on a device."""
+        if device.type != "cuda":
+            return self.cached(device, 0, *key)
+        if torch.cuda.is_current_stream_capturing():
+            # Memory allocated now belongs to the graph; a table that does not could be freed before a replay.
+            _READ_BY_GRAPHS.append(torch.from_numpy(self._make(*key)))
+            return _READ_BY_GRAPHS[-1].to(device, non_blocking=True)
+        return self.cached(device, torch.cuda.current_stream(device).cuda_stream, *key)
+
+    def _upload(self, device: torch.device, stream: int, *key: Hashable) -> Tensor:
+        table = torch.from_numpy(self._make(*key))
+        return (table.pin_memory() if device.type == "cuda" else table).to(device, non_blocking=True)
+
+
+@Uploaded
+def _offsets(*bounds: int) -> np.ndarray:
+    return np.array(bounds, dtype=np.int64)
+
+
+def place_offsets(offsets: Tensor, rows: Tensor) -> tuple[list[int] | None, Tensor]:
+    """Return offsets as the host knows them, checked, if it does, and on the device of the `rows` they divide."""
+    if offsets.device.type != "cpu":
+        return None, offsets.contiguous()
+    bounds = host_offsets(offsets, rows.shape[0])
+    return bounds, _offsets(rows.device, *bounds)

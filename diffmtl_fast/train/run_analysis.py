@@ -1,0 +1,379 @@
+"""The analyses of a run: its model, data and schedule put to `diffmtl_fast.analysis`."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .._files import remove, replacing, write_json
+from ..analysis import (
+    GaussianFit,
+    NegativeTransfer,
+    TaskAffinity,
+    conditional_relative_entropy,
+    convergence,
+    gaussian_relative_entropy,
+    plot_affinity,
+    plot_convergence,
+    plot_negative_transfer,
+    plot_relative_entropy,
+    task_affinity,
+)
+from ..analysis import negative_transfer as measure_negative_transfer
+from ..clustering import IntervalClustering, cluster_timesteps
+from ..diffusion import log_snr
+from . import checkpoint, history
+from .components import (
+    build_clusters,
+    build_data,
+    build_model,
+    build_scheduler,
+    condition,
+    prediction,
+    resolve_device,
+)
+from .config import Clusters, Config
+from .data import ImageData
+from .denoising import Denoising
+from .errors import UserError, blame
+from .evaluation import Judge
+from .experts import expert_checkpoint, load_expert, train_expert
+from .folder import RunFolder
+from .run import LOG_SNR_DRAWN
+from .sampling import draw
+from .titles import method_title
+from .trained_denoiser import load
+
+
+def affinity(
+    run: RunFolder,
+    device: str = "auto",
+    chosen: Path | None = None,
+    *,
+    tasks: int | None = None,
+    strided: bool = False,
+    samples: int = 16,
+    batch_size: int = 128,
+    projection: int | None = None,
+    disattenuate: bool = False,
+    memory: int = 2 * 2**30,
+    seed: int = 0,
+) -> list[Path]:
+    """Measure the task affinities of a run's raw weights, in training mode, as the paper's public script does.
+
+    Args:
+        run: the run.
+        device: auto, cpu, cuda or cuda:N.
+        chosen: the checkpoint; by default the mean is over all that there are.
+        tasks: number of groups of timesteps; T by default.
+        strided: see `task_affinity`, as for the rest.
+        samples: see there.
+        batch_size: see there.
+        projection: see there.
+        disattenuate: correct them for the noise of the images, see `TaskAffinity.disattenuated`.
+        memory: see there.
+        seed: see there.
+
+    Returns:
+        The files: the matrix, what it is of, and the picture, ``affinity`` or ``affinity-disattenuated``.
+
+    Raises:
+        UserError: the run has no intact checkpoint, or an argument is out of range.
+    """
+    config = replace(run.read_config(), device=device)
+    where, data, scheduler = resolve_device(config.device), build_data(config), build_scheduler(config)
+    model = build_model(config, data, where).train()
+    number = scheduler.config.num_train_timesteps
+    with blame("tasks"):
+        groups = cluster_timesteps(number, number if tasks is None else tasks)
+    options: dict[str, Any] = {
+        "strided": strided, "samples": samples, "batch_size": batch_size, "projection": projection, "seed": seed,
+        **({"reliability": True} if disattenuate else {}),
+    }  # fmt: skip
+    found = [run.checkpoint(chosen)] if chosen is not None else checkpoint.checkpoints(run.checkpoints)
+    paths = [path for path in found if path is not None]
+    if not paths:
+        raise UserError(f"run folder {run}: expected a checkpoint, found none yet")
+    for path in paths:
+        checkpoint.verify(path)
+    names = [path.name for path in paths]
+    run.analysis.mkdir(exist_ok=True)
+    unfinished = run.analysis / f"affinity-{_key(groups, names, **options)}"
+    with blame("affinity", (ValueError,)):
+        measured = task_affinity(
+            model,
+            denoising_loss(data, scheduler, where),
+            groups,
+            checkpoints={path.name: partial(_load_weights, path) for path in paths},
+            folder=unfinished,
+            memory=memory,
+            progress=True,
+            **options,
+        )
+    about = {"tasks": groups.k, "checkpoints": names, **options, "error_bound": measured.error_bound}
+    title = f"{method_title(config)}: mean of {_iterations(paths)} iterations\n{samples} images per task"
+    if measured.reliability is not None:
+        about["reliability"] = measured.reliability.tolist()
+        measured, title = measured.disattenuated, f"{title}, corrected for their noise"
+    levels = log_snr(scheduler, clip=LOG_SNR_DRAWN)
+    written = _write(affinity_file(run, disattenuated=disattenuate), measured, about, levels, title)
+    remove(unfinished)
+    return written
+
+
+def affinity_file(run: RunFolder, *, disattenuated: bool = False) -> Path:
+    """Where the matrix of a run's task affinities lies."""
+    return run.analysis / f"affinity{'-disattenuated' if disattenuated else ''}.npy"
+
+
+def negative_transfer(
+    run: RunFolder,
+    device: str = "auto",
+    chosen: Path | None = None,
+    *,
+    intervals: Clusters,
+    iterations: int | None = None,
+    expert_iteration: int | None = None,
+    num: int | None = None,
+    steps: int | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> list[Path]:
+    """Measure the negative transfer gaps of a run's averaged weights, with experts that are trained where missing.
+
+    An expert of one of K equal intervals that is trained for as many iterations as the run has seen each of its
+    timesteps K times as often, which alone may explain a gap below 0. After a K-th of the iterations it has seen
+    them equally often: a gap below 0 at that point is harm that training on the other timesteps does.
+
+    Args:
+        run: the run.
+        device: auto, cpu, cuda or cuda:N.
+        chosen: checkpoint to use instead of the newest.
+        intervals: of the experts.
+        iterations: of every expert; the run's by default.
+        expert_iteration: take every expert as it was after so many of them, which it has to keep a checkpoint of;
+            as it is at the end by default.
+        num: pictures drawn with every model; as in the run's evaluation by default.
+        steps: denoising steps; as in the run by default.
+        resamples: of the bootstrap.
+        seed: of the pictures' noise and of the bootstrap.
+
+    Returns:
+        The files: the figures and the picture, ``negative-transfer`` or, of an earlier iteration,
+        ``negative-transfer-at-ITERATION``.
+
+    Raises:
+        UserError: the run has no intact checkpoint or its data no labels, the experts keep none of the iteration,
+            or an argument is out of range.
+        TrainingDiverged: an expert's loss or weight is not finite.
+    """
+    config = _with_steps(replace(run.read_config(), device=device), steps)
+    trained = load(run, config, chosen)
+    labels = trained.labels_to_judge(num)
+    with blame("resamples"):
+        if resamples < 1:
+            raise ValueError(f"expected at least 1, found {resamples}")
+    found = _intervals(intervals, trained.scheduler)
+    folders = _train_experts(run, config, found, iterations)
+    chosen_experts = [
+        None if expert_iteration is None else expert_checkpoint(folder, expert_iteration)
+        for folder in folders
+    ]
+    judge = Judge(trained.data)
+
+    def sample(model: nn.Module) -> Tensor:
+        shape = (len(labels), *trained.data.shape)
+        return draw(model, trained.scheduler, config.sampling, shape, labels, seed)
+
+    measured = measure_negative_transfer(
+        trained.model,
+        lambda j: load_expert(folders[j], device, chosen_experts[j]).model,
+        found,
+        sample,
+        judge.features,
+        judge.real,
+        resamples=resamples,
+        seed=seed,
+        progress=True,
+    )
+    about = {
+        "boundaries": found.boundaries.tolist(),
+        "iterations": trained.iteration,
+        "expert_iterations": expert_iteration or _iterations_of(config, iterations),
+        "num_samples": len(labels), "sampling_steps": config.sampling.steps, "resamples": resamples, "seed": seed,
+        **_gap_facts(measured),
+    }  # fmt: skip
+    facts = negative_transfer_file(run, expert_iteration)
+    picture = facts.with_suffix(".png")
+    write_json(facts, about)
+    with replacing(picture) as aside:
+        plot_negative_transfer(aside, measured, f"{trained.title}{_at(expert_iteration)}")
+    return [facts, picture]
+
+
+def negative_transfer_file(run: RunFolder, expert_iteration: int | None = None) -> Path:
+    """Where the gaps of a run lie, with experts as they are at the end or were at an iteration."""
+    at = "" if expert_iteration is None else f"-at-{expert_iteration}"
+    return run.analysis / f"negative-transfer{at}.json"
+
+
+def difficulty(
+    run: RunFolder,
+    device: str = "auto",
+    *,
+    intervals: Clusters,
+    iterations: int | None = None,
+    fraction: float = 0.9,
+) -> list[Path]:
+    """Measure the difficulty of a run's tasks: convergence of experts, and relative entropies of its schedule.
+
+    Args:
+        run: the run, whose own weights are not used.
+        device: auto, cpu, cuda or cuda:N.
+        intervals: of the experts, which are those of `negative_transfer`; trained where missing.
+        iterations: of every expert; the run's by default.
+        fraction: of the loss's fall, whose iterations are reported.
+
+    Returns:
+        The files: the figures and the pictures.
+
+    Raises:
+        UserError: the schedule's log-SNR is not finite, or an argument is out of range.
+        TrainingDiverged: an expert's loss or weight is not finite.
+    """
+    config = replace(run.read_config(), device=device)
+    data, scheduler = build_data(config), build_scheduler(config)
+    with blame("fraction"):
+        if not 0.0 < fraction < 1.0:
+            raise ValueError(f"expected a number between 0 and 1, found {fraction}")
+    with blame("scheduler"):
+        levels = log_snr(scheduler)
+        curves = {
+            "of one image (conditional)": conditional_relative_entropy(
+                levels, float(data.train.double().square().mean())
+            ),
+            "of a Gaussian fit of the images": gaussian_relative_entropy(levels, GaussianFit.of(data.train)),
+        }
+    found = _intervals(intervals, scheduler)
+    folders = _train_experts(run, config, found, iterations)
+    logs = [history.read(folder.log) for folder in folders]
+    with blame("iterations"):
+        measured = convergence(
+            found,
+            np.array([line["iteration"] for line in logs[0]]),
+            np.array([[line["loss"] for line in log] for log in logs]),
+            fraction=fraction,
+        )
+    facts, convergences, entropies = (
+        run.analysis / name for name in ("difficulty.json", "convergence.png", "relative-entropy.png")
+    )
+    about = {
+        "boundaries": found.boundaries.tolist(),
+        "expert_iterations": _iterations_of(config, iterations),
+        "fraction": fraction,
+        "steps_to_fraction": [None if np.isnan(steps) else float(steps) for steps in measured.steps_to],
+        "relative_entropy": {name: values.tolist() for name, values in curves.items()},
+    }
+    write_json(facts, about)
+    with replacing(convergences) as aside:
+        plot_convergence(
+            aside, measured, f"{_iterations_of(config, iterations):,} iterations on each interval"
+        )
+    with replacing(entropies) as aside:
+        plot_relative_entropy(aside, curves, levels, "Relative entropy of neighbouring noise levels")
+    return [facts, convergences, entropies]
+
+
+def denoising_loss(
+    data: ImageData, scheduler: Any, device: torch.device
+) -> Callable[[Callable[..., Any], Tensor, torch.Generator], Tensor]:
+    """The losses of training images drawn at random, with fresh noise, at given timesteps: a `TimestepLoss`."""
+    denoising = Denoising(scheduler, device)
+    images = data.train.to(device)
+    labels = None if data.train_labels is None else data.train_labels.to(device)
+
+    def loss(model: Callable[..., Any], t: Tensor, generator: torch.Generator) -> Tensor:
+        index = torch.randint(len(images), t.shape, generator=generator, device=device)
+        clean, classes = images[index], None if labels is None else labels[index]
+        noise = torch.randn(clean.shape, generator=generator, device=device)
+        output = model(denoising.add_noise(clean, noise, t), t, **condition(classes))
+        return denoising.loss(prediction(output), clean, noise, t)
+
+    return loss
+
+
+def _load_weights(path: Path, model: nn.Module) -> None:
+    checkpoint.load_module(path, "model", model)
+
+
+def _key(groups: IntervalClustering, names: list[str], **options: Any) -> str:
+    """Names the folder of an unfinished measurement, so that only the same one continues it."""
+    text = json.dumps([groups.boundaries.tolist(), names, options])
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _iterations(paths: list[Path]) -> str:
+    return ", ".join(f"{checkpoint.iteration(path):,}" for path in paths)
+
+
+def _write(
+    matrix: Path, measured: TaskAffinity, about: dict[str, Any], levels: np.ndarray, title: str
+) -> list[Path]:
+    facts, picture = (matrix.with_suffix(suffix) for suffix in (".json", ".png"))
+    measured.save(matrix)
+    write_json(facts, about)
+    with replacing(picture) as aside:
+        plot_affinity(aside, measured, levels, title)
+    return [matrix, facts, picture]
+
+
+def _with_steps(config: Config, steps: int | None) -> Config:
+    if steps is None:
+        return config
+    if steps < 1:
+        raise UserError(f"steps: expected at least 1, found {steps}")
+    return replace(config, sampling=replace(config.sampling, steps=steps))
+
+
+def _intervals(clusters: Clusters, scheduler: Any) -> IntervalClustering:
+    number = scheduler.config.num_train_timesteps
+    return build_clusters(clusters, lambda: log_snr(scheduler), number, "intervals")
+
+
+def _train_experts(
+    run: RunFolder, config: Config, intervals: IntervalClustering, iterations: int | None
+) -> list[RunFolder]:
+    if iterations is not None and iterations < 1:
+        raise UserError(f"iterations: expected at least 1, found {iterations}")
+    run.analysis.mkdir(exist_ok=True)
+    bounds = itertools.pairwise(intervals.boundaries.tolist())
+    return [train_expert(run, config, first, end, iterations) for first, end in bounds]
+
+
+def _iterations_of(config: Config, iterations: int | None) -> int:
+    return config.iterations if iterations is None else iterations
+
+
+def _at(expert_iteration: int | None) -> str:
+    return "" if expert_iteration is None else f"; experts at {expert_iteration:,}"
+
+
+def _gap_facts(measured: NegativeTransfer) -> dict[str, Any]:
+    return {
+        "frechet_distance": measured.multitask,
+        "switched_frechet_distance": measured.switched.tolist(),
+        "gaps": measured.gaps.tolist(),
+        "low": measured.low.tolist(),
+        "high": measured.high.tolist(),
+        "confidence": measured.confidence,
+    }

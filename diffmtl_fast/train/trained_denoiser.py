@@ -1,0 +1,137 @@
+"""A trained denoiser: the averaged weights of a run, ready to draw and to be judged."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from .._files import replacing
+from . import checkpoint, evaluation, plots, sampling
+from .components import build_data, build_model, build_scheduler, resolve_device
+from .config import NEIGHBOURS, Config
+from .data import ImageData
+from .errors import UserError
+from .folder import RunFolder
+from .titles import method_title
+
+PICTURES_PER_CLASS = 10
+MOST_CLASSES_DRAWN = 20  # of data with more of them, classes evenly spread
+
+
+@dataclass(frozen=True)
+class TrainedDenoiser:
+    """The averaged weights and what belongs to them.
+
+    Attributes:
+        config: of the run.
+        data: the real images.
+        scheduler: the noise schedule of training.
+        model: the denoiser with its EMA weights.
+        iteration: optimizer steps done.
+    """
+
+    config: Config
+    data: ImageData
+    scheduler: Any
+    model: nn.Module
+    iteration: int
+
+    @property
+    def title(self) -> str:
+        """What the pictures say of the run."""
+        return f"{method_title(self.config)}, {self.iteration:,} iterations"
+
+    def draw(self, labels: Tensor | None, count: int, seed: int) -> Tensor:
+        """Draw pictures, float32 [count, C, H, W] in [-1, 1]."""
+        shape = (count, *self.data.shape)
+        return sampling.draw(self.model, self.scheduler, self.config.sampling, shape, labels, seed)
+
+    def evaluate(self, num_samples: int | None = None) -> dict[str, Any]:
+        """The metrics of the run; the same for the same weights and seed.
+
+        Args:
+            num_samples: pictures to draw; as configured by default.
+
+        Raises:
+            UserError: too few, or the data have no labels.
+        """
+        labels = self.labels_to_judge(num_samples)
+        count = len(labels)
+        figures = evaluation.evaluate(
+            self.data, self.draw(labels, count, self.config.seed), labels, self.config.seed
+        )
+        about = {"method": self.config.method, "iterations": self.iteration, "num_samples": count}
+        return {**figures, **about, "sampling_steps": self.config.sampling.steps, "seed": self.config.seed}
+
+    def labels_to_judge(self, num_samples: int | None = None) -> Tensor:
+        """Classes of the pictures to evaluate, int64 [num_samples], in equal numbers.
+
+        Args:
+            num_samples: as configured by default.
+
+        Raises:
+            UserError: too few, or the data have no labels.
+        """
+        count = self.config.evaluation.num_samples if num_samples is None else num_samples
+        if count <= NEIGHBOURS:
+            raise UserError(f"evaluation.num_samples: expected more than {NEIGHBOURS}, found {count}")
+        labels = sampling.balanced_labels(count, self.data.num_classes)
+        if labels is None:
+            raise UserError(
+                "evaluation: expected data with labels (the metrics need a classifier), found none"
+            )
+        return labels
+
+    def write_metrics(self, path: Path) -> dict[str, Any]:
+        """Evaluate and write the metrics as JSON."""
+        metrics = self.evaluate()
+        with replacing(path) as aside:
+            aside.write_text(json.dumps(metrics, indent=2) + "\n")
+        return metrics
+
+    def write_samples(self, path: Path) -> None:
+        """Draw ten pictures per class, of 20 classes at most, into a picture file; 100 without classes."""
+        number = self.data.num_classes
+        drawn = min(number, MOST_CLASSES_DRAWN)
+        count = PICTURES_PER_CLASS * max(drawn, PICTURES_PER_CLASS)
+        labels = sampling.balanced_labels(count, drawn)
+        if labels is not None:
+            labels = labels * number // drawn
+        pictures = self.draw(labels, count, self.config.seed)
+        with replacing(path) as aside:
+            plots.samples(aside, pictures, labels, self.title)
+
+    def write_model(self, path: Path) -> None:
+        """Write the weights as the model's own ``save_pretrained`` does, else as safetensors."""
+        with replacing(path) as aside:
+            save_pretrained = getattr(self.model, "save_pretrained", None)
+            if callable(save_pretrained):
+                save_pretrained(aside)
+            else:
+                aside.mkdir()
+                checkpoint.save_module(aside / "model.safetensors", self.model)
+
+
+def load(run: RunFolder, config: Config, chosen: Path | None = None) -> TrainedDenoiser:
+    """Read the averaged weights of a run's newest checkpoint.
+
+    Args:
+        run: the run.
+        config: its configuration; options that do not concern training may have been changed.
+        chosen: another checkpoint.
+
+    Raises:
+        UserError: there is no intact checkpoint.
+    """
+    device = resolve_device(config.device)
+    data = build_data(config)
+    model = build_model(config, data, device)
+    path = run.checkpoint(chosen)
+    if path is None:
+        raise UserError(f"run folder {run}: expected a checkpoint, found none yet")
+    checkpoint.load_module(path, "ema", model)
+    return TrainedDenoiser(config, data, build_scheduler(config), model.eval(), checkpoint.iteration(path))

@@ -1,0 +1,199 @@
+"""The analyses of a run: files, resuming, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from diffmtl_fast.analysis import FrechetDistance, SwitchedModel, task_affinity
+from diffmtl_fast.clustering import cluster_timesteps
+from diffmtl_fast.train import history, run_analysis
+from diffmtl_fast.train.checkpoint import checkpoints, load_module
+from diffmtl_fast.train.components import build_data, build_model, build_scheduler
+from diffmtl_fast.train.config import Clusters
+from diffmtl_fast.train.errors import UserError
+from diffmtl_fast.train.evaluation import Judge
+from diffmtl_fast.train.experts import expert_config, expert_folder, load_expert
+from diffmtl_fast.train.folder import RunFolder
+from diffmtl_fast.train.loop import Trainer
+from diffmtl_fast.train.run import train
+from diffmtl_fast.train.trained_denoiser import load
+
+
+@pytest.fixture
+def run(tiny, tmp_path):
+    """A finished run of six iterations, which keeps its last two checkpoints."""
+    folder = RunFolder(tmp_path / "run")
+    train(tiny(), folder)
+    return folder
+
+
+def test_affinity(run, tiny, tmp_path, device, capsys):
+    paths = run_analysis.affinity(run, str(device), tasks=5, samples=3, batch_size=12)
+    assert [path.name for path in paths] == ["affinity.npy", "affinity.json", "affinity.png"]
+    assert sorted(path.name for path in run.analysis.iterdir()) == sorted(path.name for path in paths)
+    matrix = np.load(paths[0])
+    assert matrix.shape == (20, 20)
+    assert (matrix.diagonal() == 1.0).all()
+    about = json.loads(paths[1].read_text())
+    assert about["checkpoints"] == ["iter-00000004", "iter-00000006"]
+    assert about["error_bound"] == 0.0
+
+    clusters = {"cost": "affinity", "affinity": str(paths[0]), "k": 2}
+    train(tiny(clusters=clusters), RunFolder(tmp_path / "next"))
+    assert (tmp_path / "next" / "clusters.png").exists()
+
+
+def test_affinity_is_the_mean_over_the_checkpoints_raw_weights(run, device):
+    config = run.read_config()
+    data, scheduler = build_data(config), build_scheduler(config)
+    model = build_model(config, data, device)
+    loss, expected = run_analysis.denoising_loss(data, scheduler, device), []
+    for path in checkpoints(run.checkpoints):
+        load_module(path, "model", model)
+        expected.append(task_affinity(model, loss, cluster_timesteps(20, 4), samples=2).matrix)
+    both = np.load(run_analysis.affinity(run, str(device), tasks=4, samples=2)[0])
+    np.testing.assert_array_equal(both, np.mean(expected, axis=0))
+    last = np.load(run_analysis.affinity(run, str(device), path, tasks=4, samples=2)[0])
+    np.testing.assert_array_equal(last, expected[-1])
+
+
+def test_disattenuated_affinity(run, device):
+    options = {"tasks": 4, "samples": 6}
+    paths = run_analysis.affinity(run, str(device), disattenuate=True, **options)
+    assert [path.name for path in paths] == [
+        f"affinity-disattenuated.{end}" for end in ("npy", "json", "png")
+    ]
+    reliability = np.array(json.loads(paths[1].read_text())["reliability"])
+    assert reliability.shape == (2, 4)
+    config = run.read_config()
+    data, scheduler = build_data(config), build_scheduler(config)
+    model = build_model(config, data, device)
+    load_module(checkpoints(run.checkpoints)[0], "model", model)
+    loss = run_analysis.denoising_loss(data, scheduler, device)
+    expected = task_affinity(model, loss, cluster_timesteps(20, 4), samples=6, reliability=True)
+    np.testing.assert_array_equal(reliability[0], expected.reliability[0])
+    one = run_analysis.affinity(
+        run, str(device), checkpoints(run.checkpoints)[0], disattenuate=True, **options
+    )
+    np.testing.assert_array_equal(np.load(one[0]), expected.disattenuated.matrix)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tasks": 21}, "tasks: k: expected 1 <= k <= T = 20, found 21"),
+        ({"samples": 0}, "affinity: samples: expected an integer >= 1, found 0"),
+        ({"projection": 3}, "affinity: projection: expected a power of two"),
+    ],
+)
+def test_affinity_refuses(run, device, options, message):
+    with pytest.raises(UserError, match=message):
+        run_analysis.affinity(run, str(device), **options)
+
+
+EQUAL = Clusters(cost="timestep", k=2)
+
+
+def test_negative_transfer_is_that_of_the_experts_put_to_use(run, device):
+    paths = run_analysis.negative_transfer(
+        run, str(device), intervals=EQUAL, iterations=3, num=70, resamples=5
+    )
+    assert [path.name for path in paths] == ["negative-transfer.json", "negative-transfer.png"]
+    found = json.loads(paths[0].read_text())
+    assert found["boundaries"] == [0, 10, 20]
+    assert (found["iterations"], found["expert_iterations"], found["num_samples"]) == (6, 3, 70)
+
+    trained = load(run, replace(run.read_config(), device=str(device)))
+    judge, labels = Judge(trained.data), torch.arange(70) % 10
+    distance = FrechetDistance(judge.real)
+    assert distance(judge.features(trained.draw(labels, 70, 0))) == pytest.approx(found["frechet_distance"])
+    for (first, end), expected in zip([(0, 10), (10, 20)], found["switched_frechet_distance"], strict=True):
+        expert = load_expert(expert_folder(run, first, end), str(device))
+        assert expert.config.timesteps.interval == [first, end]
+        assert expert.iteration == 3
+        both = replace(trained, model=SwitchedModel(trained.model, expert.model, first, end))
+        assert distance(judge.features(both.draw(labels, 70, 0))) == pytest.approx(expected)
+    gaps = np.array(found["switched_frechet_distance"]) - found["frechet_distance"]
+    np.testing.assert_allclose(found["gaps"], gaps)
+
+
+def test_negative_transfer_by_experts_as_they_were(run, device):
+    options = {"intervals": EQUAL, "num": 20, "resamples": 2}
+    paths = run_analysis.negative_transfer(run, str(device), expert_iteration=4, **options)
+    assert [path.name for path in paths] == ["negative-transfer-at-4.json", "negative-transfer-at-4.png"]
+    early = json.loads(paths[0].read_text())
+    assert (early["iterations"], early["expert_iterations"]) == (6, 4)
+    shorter = {folder: checkpoints(folder.checkpoints)[-1] for folder in
+               (expert_folder(run, 0, 10), expert_folder(run, 10, 20))}  # fmt: skip
+    for folder, last in shorter.items():
+        assert load_expert(folder, str(device)).iteration == 6
+        shutil.rmtree(last)
+        assert load_expert(folder, str(device)).iteration == 4
+    same = json.loads(
+        run_analysis.negative_transfer(run, str(device), iterations=4, **options)[0].read_text()
+    )
+    assert same == early
+    with pytest.raises(UserError, match=r"expert_iteration: .* a checkpoint of \(4, 6\), found 5"):
+        run_analysis.negative_transfer(run, str(device), expert_iteration=5, **options)
+
+
+def test_difficulty_and_negative_transfer_share_their_experts(run, device, capsys):
+    paths = run_analysis.difficulty(run, str(device), intervals=EQUAL, iterations=4, fraction=0.5)
+    assert [path.name for path in paths] == ["difficulty.json", "convergence.png", "relative-entropy.png"]
+    found = json.loads(paths[0].read_text())
+    log = history.read(expert_folder(run, 0, 10).log)
+    assert [line["iteration"] for line in log] == [1, 2, 3, 4]
+    assert len(found["steps_to_fraction"]) == 2
+    entropies = found["relative_entropy"].values()
+    assert [len(values) for values in entropies] == [19, 19]
+    assert all(value > 0 for values in entropies for value in values)
+
+    capsys.readouterr()
+    options = {"intervals": EQUAL, "iterations": 4, "num": 20, "resamples": 2}
+    run_analysis.negative_transfer(run, str(device), **options)
+    assert capsys.readouterr().out.count("is already complete") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"intervals": Clusters(cost="timestep", k=21)}, "intervals: k: expected 1 <= k <= T = 20, found 21"),
+        ({"intervals": EQUAL, "iterations": 0}, "iterations: expected at least 1, found 0"),
+        ({"intervals": EQUAL, "resamples": 0}, "resamples: expected at least 1, found 0"),
+        ({"intervals": EQUAL, "num": 3}, "evaluation.num_samples: expected more than 3, found 3"),
+        ({"intervals": EQUAL, "steps": 0}, "steps: expected at least 1, found 0"),
+        ({"intervals": EQUAL, "fraction": 1.0}, "fraction: expected a number between 0 and 1, found 1.0"),
+        ({"intervals": EQUAL, "fraction": 0.5, "iterations": 1}, "iterations: steps: expected at least two"),
+    ],
+)
+def test_experts_refuse(run, device, options, message):
+    measure = run_analysis.difficulty if "fraction" in options else run_analysis.negative_transfer
+    with pytest.raises(UserError) as caught:
+        measure(run, str(device), **({} if "fraction" in options else {"num": 20}) | options)
+    assert str(caught.value).startswith(message)
+
+
+def test_an_expert_is_plain_training_on_its_interval(tiny):
+    curriculum = {"order": "easy_to_hard", "clusters": {"k": 4}}
+    config = tiny(method="nash", curriculum=curriculum, loss={"weight": "min_snr"}, batch_size=7)
+    expert = expert_config(config, 5, 8)
+    assert (expert.method, expert.curriculum.order, expert.timesteps.interval) == ("vanilla", "none", [5, 8])
+    assert (expert.loss, expert.batch_size, expert.iterations) == (config.loss, 7, config.iterations)
+    timesteps = Trainer(expert).timesteps.sample(200)[0]
+    assert timesteps.unique().tolist() == [5, 6, 7]
+
+
+def test_no_checkpoint(tiny, tmp_path, device):
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+    folder.write_config(tiny())
+    with pytest.raises(UserError, match="expected a checkpoint, found none yet"):
+        run_analysis.affinity(folder, str(device))
+    with pytest.raises(UserError, match="expected a checkpoint, found none yet"):
+        run_analysis.negative_transfer(folder, str(device), intervals=EQUAL)
