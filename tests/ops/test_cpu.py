@@ -668,6 +668,41 @@ class TestThreads:
         assert os.waitstatus_to_exitcode(status[1]) == 0
 
 
+class TestDtypesThatNoPublicFunctionPasses:
+    """The operators themselves can be called with anything: what no kernel reads is refused, not misread."""
+
+    single, half = torch.ones(4, 2, 6, 6), torch.ones(4, 2, 6, 6, dtype=torch.float16)
+
+    def test_mixed_targets(self, instruction_set):
+        brain, mix = self.half.to(torch.bfloat16), torch.ones(2, 4)
+        arguments = self.single, self.half, brain, mix
+        for call in (
+            lambda: torch.ops.diffmtl.sample_loss(*arguments, None, None),
+            lambda: torch.ops.diffmtl.sample_loss_backward(mix[0], *arguments, None),
+        ):
+            with pytest.raises(ValueError, match=r"target: .* one dtype .*, found float16 and bfloat16"):
+                call()
+
+    def test_layers(self, instruction_set):
+        rows, offsets = self.half.flatten(1), torch.tensor([0, 1, 4])
+        mean = torch.ones(4, 1)
+        for call in (
+            lambda: torch.ops.diffmtl.cluster_wgrad(rows, rows.float(), offsets),
+            lambda: torch.ops.diffmtl.group_norm_backward(self.half, self.single, mean, mean, None),
+        ):
+            with pytest.raises(ValueError, match="expected one dtype, found float16 and float32"):
+                call()
+        out = torch.ones(2, 2, 2, 1, 1, dtype=torch.float64)
+        whole = [1, 1, 1], [1, 1, 1], [0, 0, 0], [1, 1, 1]
+        half, single = cpu.layers._images(self.half), cpu.layers._images(self.single)
+        for images, found in (
+            ((half, single), "float16 and float32"),
+            ((single, single), "float32 and float64"),
+        ):
+            with pytest.raises(ValueError, match=f"cluster_conv_wgrad.*expected one dtype, found {found}"):
+                _C.cpu_cluster_conv_wgrad(*images, [0, 1, 4], 1, whole, cpu.handles.handle(out), False, 1)
+
+
 class TestInstructionSet:
     def test_environment_variable(self, monkeypatch):
         monkeypatch.setenv("DIFFMTL_CPU_KERNELS", "plain")

@@ -1,8 +1,7 @@
 // The streaming kernels of the CPU ops and how one set of them is chosen.
 //
-// cpu_loops.hpp is compiled once for every instruction set, each time into a table of this type. A kernel runs on
-// one thread over one chunk of memory; cpu_ops.cpp and cpu_losses.cpp divide tensors into chunks and add up what those
-// return.
+// The *_loops.hpp are compiled once for every instruction set, each time into a table of this type. A kernel runs on one
+// thread over one chunk of memory; the .cpp file of its family divides tensors into chunks and adds up what those return.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -88,6 +87,8 @@ struct ConvTile {
   Int out_stride;
 };
 
+using MixKernel = void (*)(const void* a, double a_share, const void* b, double b_share, void* out, Int n);
+
 struct Kernels {
   const char* name;
   // sums[i * count + j] += <row i, row j> for i <= j, in the type of the rows and in kFloat32 or kFloat64 at least.
@@ -104,11 +105,13 @@ struct Kernels {
   // The sum of the losses of pred - target over n elements, at most kBlock. delta: of the Huber loss.
   double (*loss_sum[kLosses][kDTypes][kDTypes])(const void* pred, const void* target, double delta, Int n);
   // scale times its slope: in the type of pred to by_pred and, unless that is null, negated and in the type of target
-  // to by_target.
+  // to by_target; of at most kBlock elements.
   void (*loss_slope[kLosses][kDTypes][kDTypes])(const void* pred, const void* target, double delta, double scale,
                                                 void* by_pred, void* by_target, Int n);
-  // out = a_share * a + b_share * b in three roundings, computed in the type of out, but at least in that of a.
-  void (*mix[kDTypes][kDTypes][kDTypes])(const void* a, double a_share, const void* b, double b_share, void* out, Int n);
+  // out = a_share * a + b_share * b in three roundings, computed in the type of out, but at least in that of a; of at most
+  // kBlock elements. Into the type of a, b is of any type; into another computing type it is of the type of a or, being
+  // generated, float32. Null for the rest.
+  MixKernel mix[kDTypes][kDTypes][kDTypes];
   // By the types of the rows and of the output. scratch: wgrad_scratch(block) bytes, aligned to 64.
   void (*wgrad[kDTypes][kDTypes])(const WgradBlock& block, void* scratch);
   // out = (add ? out : 0) + the sum of `count` rows, by the types of the rows and of the output.

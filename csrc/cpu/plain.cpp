@@ -1,5 +1,5 @@
 // The CPU kernels for what every processor of the architecture has.
-#include "cpu_loops.hpp"
+#include "kernel_table.hpp"
 
 namespace diffmtl::cpu {
 

@@ -1,89 +1,18 @@
-// The CPU side of the ops over a batch of samples: division into blocks, two-stage sums, Python boundary.
+// The losses of samples and of their clusters: two-stage sums over blocks, and what is left to do for every sample.
 //
-// Where a sample is divided depends on its size alone, and what the blocks return is added in their order: the
-// number of threads changes no bit of a result.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+// What the blocks return is added in their order: the number of threads changes no bit of a result.
+#include "losses.hpp"
 
 #include <algorithm>
 #include <cmath>
-#include <optional>
+#include <stdexcept>
 #include <string>
-#include <vector>
 
-#include "bindings.hpp"
-#include "cpu_memory.hpp"
-#include "cpu_numbers.hpp"
-#include "cpu_threads.hpp"
+#include "memory.hpp"
+#include "samples.hpp"
 
-namespace py = pybind11;
-
-namespace diffmtl {
-namespace cpu {
+namespace diffmtl::cpu {
 namespace {
-
-// ---- Samples -------------------------------------------------------------------------------------------------------
-
-// The samples of a batch; in each tensor the elements of a sample lie next to each other.
-struct Batch {
-  Int samples, size;
-};
-
-// Elements that one task works on at least; a kernel is called for one block of a sample.
-constexpr Int kTaskSize = 1 << 15;
-
-// body(block, sample, first element, elements) for every block of every sample: large samples are divided, small ones
-// share a task. bytes: what an element costs, in bytes read or written.
-template <class Body>
-void for_blocks(const Batch& batch, Int bytes, int threads, const Body& body) {
-  if (batch.samples == 0 || batch.size == 0) return;
-  const Int per_sample = ceil_div(batch.size, kBlock), total = batch.samples * per_sample;
-  const Int per_task = std::max<Int>(1, kTaskSize / std::min(batch.size, kBlock));
-  threads = useful_threads(threads, batch.samples * batch.size * bytes);
-  parallel_for(ceil_div(total, per_task), threads, [&](Int task, int) {
-    const Int end = std::min(total, (task + 1) * per_task);
-    for (Int block = task * per_task; block < end; ++block) {
-      const Int sample = block / per_sample, begin = block % per_sample * kBlock;
-      body(block, sample, begin, std::min(kBlock, batch.size - begin));
-    }
-  });
-}
-
-const void* element(const Numbers& tensor, Int sample, Int begin) {
-  return advance(tensor.data, tensor.dtype, sample * tensor.stride + begin);
-}
-
-Int bytes_of(DType dtype) { return static_cast<Int>(kBytes[dtype]); }
-
-// The elements of a tensor, or the noise that a seed stands for.
-class Elements {
- public:
-  explicit Elements(const Handle& handle) : numbers_(handle), generated_(numbers_.dtype == kSeed) {
-    if (generated_) seed_ = *static_cast<const std::uint64_t*>(numbers_.data);
-  }
-
-  DType dtype() const { return generated_ ? kFloat32 : numbers_.dtype; }
-  // Generating an element takes about as long as reading this much.
-  Int bytes() const { return generated_ ? 16 : bytes_of(numbers_.dtype); }
-
-  // n elements of a sample; noise is written to `scratch` first.
-  const void* at(Int sample, Int begin, Int n, float* scratch) const {
-    if (!generated_) return element(numbers_, sample, begin);
-    kernels().normals(seed_, sample, begin, n, scratch);
-    return scratch;
-  }
-
- private:
-  Numbers numbers_;
-  bool generated_;
-  std::uint64_t seed_ = 0;
-};
-
-// Memory for what is formed block by block, small enough to stay in the first cache.
-struct Scratch {
-  alignas(64) float first[kBlock], second[kBlock];
-  alignas(64) double mixed[kBlock];  // or floats
-};
 
 void write_numbers(const std::vector<double>& numbers, DType dtype, std::uintptr_t out) {
   for (std::size_t i = 0; i < numbers.size(); ++i) write_number(out, dtype, static_cast<Int>(i), numbers[i]);
@@ -98,8 +27,11 @@ class Target {
          const std::optional<Handle>& second_share, DType pred)
       : first_(first), dtype_(first_.dtype()) {
     if (!second) return;
-    mix_.emplace(Mix{Elements(*second), Numbers(first_share.value()), Numbers(second_share.value())});
+    const Elements other(*second);
     dtype_ = accumulation_dtype(pred, dtype_);
+    const auto kernel = kernels().mix[first_.dtype()][other.dtype()][dtype_];
+    if (!kernel) refuse_dtypes("target", "tensors of one dtype or a seed to mix", first_.dtype(), other.dtype());
+    mix_.emplace(Mix{kernel, other, Numbers(first_share.value()), Numbers(second_share.value())});
   }
 
   DType dtype() const { return dtype_; }
@@ -109,13 +41,13 @@ class Target {
     const void* first = first_.at(sample, begin, n, scratch.first);
     if (!mix_) return first;
     const void* second = mix_->second.at(sample, begin, n, scratch.second);
-    kernels().mix[first_.dtype()][mix_->second.dtype()][dtype_](first, mix_->first_share[sample], second,
-                                                                mix_->second_share[sample], scratch.mixed, n);
+    mix_->kernel(first, mix_->first_share[sample], second, mix_->second_share[sample], scratch.mixed, n);
     return scratch.mixed;
   }
 
  private:
   struct Mix {
+    MixKernel kernel;
     Elements second;
     Numbers first_share, second_share;
   };
@@ -161,6 +93,8 @@ std::vector<double> sample_losses(const Error& error, const Batch& batch, const 
   return losses;
 }
 
+}  // namespace
+
 void sample_loss(const Handle& pred, const Handle& first, const std::optional<Handle>& second,
                  const std::optional<Handle>& first_share, const std::optional<Handle>& second_share,
                  const std::optional<double>& delta, Int samples, Int size, const std::optional<Handle>& weight,
@@ -169,7 +103,6 @@ void sample_loss(const Handle& pred, const Handle& first, const std::optional<Ha
   write_numbers(sample_losses(error, {samples, size}, weight, threads), error.dtype(), out);
 }
 
-// grads: where the gradient by the prediction goes, and optionally that by a target that is not mixed, its negative.
 void sample_loss_backward(const Handle& scale, const Handle& pred, const Handle& first, const std::optional<Handle>& second,
                           const std::optional<Handle>& first_share, const std::optional<Handle>& second_share,
                           const std::optional<double>& delta, Int samples, Int size,
@@ -195,36 +128,9 @@ void sample_loss_backward(const Handle& scale, const Handle& pred, const Handle&
   });
 }
 
-// ---- Noise ---------------------------------------------------------------------------------------------------------
-
-void add_noise(const Handle& x0, const Handle& noise, const Handle& alpha, const Handle& sigma, Int samples, Int size,
-               std::uintptr_t out, int threads) {
-  const Numbers image(x0), alphas(alpha), sigmas(sigma);
-  const Elements drawn(noise);
-  const auto mix = kernels().mix[image.dtype][drawn.dtype()][image.dtype];
-  void* const noisy = reinterpret_cast<void*>(out);
-  prefer_huge_pages(noisy, samples * size * bytes_of(image.dtype));
-  for_blocks({samples, size}, 2 * bytes_of(image.dtype) + drawn.bytes(), threads, [&](Int, Int sample, Int begin, Int n) {
-    Scratch scratch;
-    mix(element(image, sample, begin), alphas[sample], drawn.at(sample, begin, n, scratch.first), sigmas[sample],
-        advance(noisy, image.dtype, sample * size + begin), n);
-  });
-}
-
-void philox_normal(const Handle& seed, Int samples, Int size, std::uintptr_t out, int threads) {
-  const Elements noise(seed);
-  prefer_huge_pages(reinterpret_cast<void*>(out), samples * size * bytes_of(kFloat32));
-  for_blocks({samples, size}, noise.bytes(), threads, [&](Int, Int sample, Int begin, Int n) {
-    noise.at(sample, begin, n, reinterpret_cast<float*>(out) + sample * size + begin);
-  });
-}
-
-void box_muller(std::uintptr_t radius, std::uintptr_t turn, Int n, std::uintptr_t cosine, std::uintptr_t sine) {
-  kernels().box_muller(reinterpret_cast<const std::uint32_t*>(radius), reinterpret_cast<const std::uint32_t*>(turn),
-                       reinterpret_cast<float*>(cosine), reinterpret_cast<float*>(sine), n);
-}
-
 // ---- Cluster means -------------------------------------------------------------------------------------------------
+
+namespace {
 
 // The cluster of every sample. Indices are checked here, where reading them costs nothing.
 struct Clusters {
@@ -233,7 +139,7 @@ struct Clusters {
     for (Int sample = 0; sample < batch; ++sample) {
       const Int k = (*this)[sample];
       if (k < 0 || k >= count)
-        throw py::value_error("cluster: expected indices in 0.." + std::to_string(count - 1) + ", found " + std::to_string(k));
+        throw std::invalid_argument("cluster: expected indices in 0.." + std::to_string(count - 1) + ", found " + std::to_string(k));
       ++sizes[k];
     }
   }
@@ -253,6 +159,8 @@ std::vector<double> cluster_means(const Values& values, const Clusters& clusters
   for (std::size_t k = 0; k < means.size(); ++k) means[k] /= static_cast<double>(std::max<Int>(1, clusters.sizes[k]));
   return means;
 }
+
+}  // namespace
 
 void cluster_mse(const Handle& pred, const Handle& target, Int samples, Int size, std::uintptr_t cluster,
                  Int cluster_stride, Int k, const std::optional<Handle>& weight, std::uintptr_t out, std::uintptr_t counts, int threads) {
@@ -280,7 +188,6 @@ void cluster_mean_backward(const Handle& grad, Int k, std::uintptr_t cluster, In
 
 // ---- Uncertainty weighting -----------------------------------------------------------------------------------------
 
-// The scalar, its slope by the squared error of every sample, and its gradient by every log-variance.
 void uncertainty_loss(const Handle& pred, const Handle& target, Int samples, Int size, std::uintptr_t cluster,
                       Int cluster_stride, const Handle& log_var, Int k, const std::optional<Handle>& weight,
                       std::uintptr_t out, std::uintptr_t slope, std::uintptr_t log_var_grad, int threads) {
@@ -305,22 +212,4 @@ void uncertainty_loss(const Handle& pred, const Handle& target, Int samples, Int
     write_number(slope, error.dtype(), sample, shares[clusters[sample]] * (weight ? Numbers(*weight)[sample] : 1.0));
 }
 
-}  // namespace
-}  // namespace cpu
-
-void register_cpu_losses(py::module_& module) {
-  using namespace cpu;
-  module.attr("CPU_SEED") = static_cast<int>(kSeed);
-  const py::call_guard<py::gil_scoped_release> unlocked;
-  module.def("cpu_sample_loss", &sample_loss, unlocked);
-  module.def("cpu_sample_loss_backward", &sample_loss_backward, unlocked);
-  module.def("cpu_add_noise", &add_noise, unlocked);
-  module.def("cpu_philox_normal", &philox_normal, unlocked);
-  module.def("cpu_box_muller", &box_muller, unlocked, "Normals of given words; n a multiple of 16. For the tests.");
-  module.def("cpu_cluster_mse", &cluster_mse, unlocked);
-  module.def("cpu_cluster_mean", &cluster_mean, unlocked);
-  module.def("cpu_cluster_mean_backward", &cluster_mean_backward, unlocked);
-  module.def("cpu_uncertainty_loss", &uncertainty_loss, unlocked);
-}
-
-}  // namespace diffmtl
+}  // namespace diffmtl::cpu

@@ -1,6 +1,6 @@
 // The loops over a prediction and what it is compared with, compiled for the instruction set of the including file.
 #pragma once
-#include "cpu_vector.hpp"
+#include "vector.hpp"
 
 namespace diffmtl::cpu {
 namespace {
@@ -30,11 +30,15 @@ struct Huber {
 };
 
 template <template <class> class Loss, class A, class B>
-double loss_sum(const void* pred_data, const void* target_data, double delta, Int n) {
+DIFFMTL_SHARED double loss_sum(const void* pred_data, const void* target_data, double delta, Int n) {
   using Compute = ComputeOf<A, B>;
   constexpr int kUnroll = 4, kWidth = kLanes<Compute>;
   const A* pred = static_cast<const A*>(pred_data);
   const B* target = static_cast<const B*>(target_data);
+  if constexpr (!kDirect<A, B>) {
+    Compute a[kBlock], b[kBlock];
+    return loss_sum<Loss, Compute, Compute>(converted(pred, n, a), converted(target, n, b), delta, n);
+  }
   const Loss<Compute> loss(delta);
   Vector<Compute> sums[kUnroll] = {};
   Int i = 0;
@@ -47,12 +51,21 @@ double loss_sum(const void* pred_data, const void* target_data, double delta, In
 }
 
 template <template <class> class Loss, class A, class B>
-void loss_slope(const void* pred_data, const void* target_data, double delta, double scale, void* by_pred, void* by_target, Int n) {
+DIFFMTL_SHARED void loss_slope(const void* pred_data, const void* target_data, double delta, double scale, void* by_pred,
+                               void* by_target, Int n) {
   using Compute = ComputeOf<A, B>;
   const A* pred = static_cast<const A*>(pred_data);
   const B* target = static_cast<const B*>(target_data);
   A* out = static_cast<A*>(by_pred);
   B* mirrored = static_cast<B*>(by_target);
+  if constexpr (!kDirect<A, B>) {
+    Compute a[kBlock], b[kBlock];
+    loss_slope<Loss, Compute, Compute>(converted(pred, n, a), converted(target, n, b), delta, scale, a,
+                                       mirrored ? b : nullptr, n);
+    convert_back(a, n, out);
+    if (mirrored) convert_back(b, n, mirrored);
+    return;
+  }
   const Loss<Compute> loss(delta);
   const Compute factor = static_cast<Compute>(scale);
   Int i = 0;
@@ -68,11 +81,17 @@ void loss_slope(const void* pred_data, const void* target_data, double delta, do
 }
 
 template <class A, class B, class Out>
-void mix(const void* a_data, double a_share, const void* b_data, double b_share, void* out_data, Int n) {
+DIFFMTL_SHARED void mix(const void* a_data, double a_share, const void* b_data, double b_share, void* out_data, Int n) {
   using Compute = ComputeOf<A, Out>;
   const A* a = static_cast<const A*>(a_data);
   const B* b = static_cast<const B*>(b_data);
   Out* out = static_cast<Out*>(out_data);
+  if constexpr (!(kDirect<A, B> && kDirect<A, Out>)) {
+    Compute x[kBlock], y[kBlock];
+    mix<Compute, Compute, Compute>(converted(a, n, x), a_share, converted(b, n, y), b_share, x, n);
+    convert_back(x, n, out);
+    return;
+  }
   const Compute share = static_cast<Compute>(a_share), other = static_cast<Compute>(b_share);
   // Rounded as in the definition, with every instruction set.
   const auto mixed = [&](Vector<Compute> x, Vector<Compute> y) { return rounded(share * x) + rounded(other * y); };

@@ -1,120 +1,13 @@
-// One register of numbers, and the four element types in it.
-//
-// Written with the vector extensions of GCC and Clang, so that one text serves every instruction set. Everything is
-// local to the including file: the linker must never take a function compiled for one instruction set for another's.
-// For the same reason no header of the standard library with code in it is used here.
+// Registers of numbers: how they are read, written and added up. Local to the including file, as element_types.hpp is.
 #pragma once
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
-
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
-#include "cpu_kernels.hpp"
+#include "element_types.hpp"
 
 namespace diffmtl::cpu {
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
-
-#define DIFFMTL_INLINE_LOOP inline __attribute__((always_inline))
-
-struct BFloat16 {
-  std::uint16_t bits;
-};
-struct Float16 {
-  std::uint16_t bits;
-};
-
-typedef float Floats __attribute__((vector_size(kVectorBytes)));
-typedef double Doubles __attribute__((vector_size(kVectorBytes)));
-typedef float HalfFloats __attribute__((vector_size(kVectorBytes / 2)));
-typedef std::int32_t Ints __attribute__((vector_size(kVectorBytes)));
-typedef std::uint32_t Words __attribute__((vector_size(kVectorBytes)));
-typedef std::uint16_t Shorts __attribute__((vector_size(kVectorBytes / 2)));
-
-template <class Compute>
-using Vector = std::conditional_t<std::is_same_v<Compute, float>, Floats, Doubles>;
-template <class Compute>
-constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(Compute));
-
-// Sums over elements of these types are formed in this type.
-template <class A, class B = A>
-using ComputeOf = std::conditional_t<std::is_same_v<A, double> || std::is_same_v<B, double>, double, float>;
-
-DIFFMTL_INLINE_LOOP Int smaller(Int a, Int b) { return b < a ? b : a; }
-
-template <class To, class From>
-DIFFMTL_INLINE_LOOP To bit_cast(const From& from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof(to));
-  return to;
-}
-
-// The conversions below serve one number (std::uint32_t, float) and a register of them (Words, Floats) alike.
-
-DIFFMTL_INLINE_LOOP float from_integer(std::uint32_t x) { return static_cast<float>(static_cast<std::int32_t>(x)); }
-DIFFMTL_INLINE_LOOP Floats from_integer(Words x) { return __builtin_convertvector((Ints)x, Floats); }
-
-template <class Real, class Bits>
-DIFFMTL_INLINE_LOOP Real decode_bfloat16(Bits bits) {
-  return bit_cast<Real>(bits << 16);
-}
-
-// Rounds to nearest, ties to even; the addition carries into the exponent where it has to.
-template <class Bits, class Real>
-DIFFMTL_INLINE_LOOP Bits encode_bfloat16(Real x) {
-  const Bits bits = bit_cast<Bits>(x);
-  const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return x != x ? (bits & 0) + 0x7fc0 : rounded;
-}
-
-template <class Real, class Bits>
-DIFFMTL_INLINE_LOOP Real decode_float16(Bits bits) {
-  const Bits sign = (bits & 0x8000) << 16, magnitude = bits & 0x7fff;
-  // Subnormal numbers are multiples of 2^-24: no float32 subnormals, so flushing them to zero does no harm.
-  const Bits subnormal = bit_cast<Bits>(from_integer(magnitude) * 0x1p-24f);
-  const Bits normal = (magnitude << 13) + (112u << 23), special = (magnitude << 13) | 0x7f800000u;
-  const Bits finite = magnitude < 0x0400 ? subnormal : normal;
-  return bit_cast<Real>((magnitude >= 0x7c00 ? special : finite) | sign);
-}
-
-template <class Bits, class Real>
-DIFFMTL_INLINE_LOOP Bits encode_float16(Real x) {
-  const Bits bits = bit_cast<Bits>(x), magnitude = bits & 0x7fffffffu;
-  const Bits normal = (magnitude - (112u << 23) + 0x0fff + ((magnitude >> 13) & 1)) >> 13;
-  // Next to 1/2 floats are 2^-24 apart, as float16's subnormals are: the addition rounds.
-  const Bits subnormal = bit_cast<Bits>(bit_cast<Real>(magnitude) + 0.5f) - 0x3f000000u;
-  const Bits finite = magnitude < 0x38800000u ? subnormal : normal;
-  const Bits infinity = (bits & 0) + 0x7c00, nan = infinity + 0x0200;
-  const Bits special = magnitude > 0x7f800000u ? nan : infinity;
-  return (magnitude >= 0x47800000u ? special : finite) | ((bits >> 16) & 0x8000);
-}
-
-DIFFMTL_INLINE_LOOP float to_number(float x) { return x; }
-DIFFMTL_INLINE_LOOP double to_number(double x) { return x; }
-DIFFMTL_INLINE_LOOP float to_number(BFloat16 x) { return decode_bfloat16<float>(std::uint32_t{x.bits}); }
-DIFFMTL_INLINE_LOOP float to_number(Float16 x) { return decode_float16<float>(std::uint32_t{x.bits}); }
-
-template <class T, class Compute>
-DIFFMTL_INLINE_LOOP T from_number(Compute x) {
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    return {static_cast<std::uint16_t>(encode_bfloat16<std::uint32_t>(static_cast<float>(x)))};
-  } else if constexpr (std::is_same_v<T, Float16>) {
-    return {static_cast<std::uint16_t>(encode_float16<std::uint32_t>(static_cast<float>(x)))};
-  } else {
-    return static_cast<T>(x);
-  }
-}
 
 #if defined(__AVX512F__)
 // The unmasked intrinsics of GCC 12 warn of an uninitialised operand.
@@ -244,7 +137,7 @@ DIFFMTL_INLINE_LOOP void end_stream() {
 
 // Copies n elements in the computing type and fills up the last register with zeros.
 template <class Compute, class T>
-inline void convert(const T* from, Int n, Compute* to) {
+DIFFMTL_SHARED void convert(const T* from, Int n, Compute* to) {
   Int c = 0;
   for (; c + kLanes<Compute> <= n; c += kLanes<Compute>) store<Compute>(to + c, load<Compute>(from + c));
   if (c == n) return;
@@ -265,6 +158,25 @@ DIFFMTL_INLINE_LOOP void store_first(T* p, Vector<Compute> v, Int n) {
   T all[kLanes<Compute>];
   store<Compute>(all, v);
   std::memcpy(p, all, static_cast<std::size_t>(n) * sizeof(T));
+}
+
+// The elements themselves where they are of the computing type, or a copy, in `copy`.
+template <class Compute, class T>
+DIFFMTL_INLINE_LOOP const Compute* converted(const T* from, Int n, Compute* copy) {
+  if constexpr (std::is_same_v<T, Compute>) {
+    return from;
+  } else {
+    convert(from, n, copy);
+    return copy;
+  }
+}
+
+// And back: n elements of whole registers, rounded.
+template <class T, class Compute>
+DIFFMTL_SHARED void convert_back(const Compute* from, Int n, T* to) {
+  Int c = 0;
+  for (; c + kLanes<Compute> <= n; c += kLanes<Compute>) store<Compute>(to + c, load<Compute>(from + c));
+  if (c < n) store_first<Compute>(to + c, load<Compute>(from + c), n - c);
 }
 
 // The same value, in a register of its own that the compiler knows nothing of.

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <functional>
 
-#include "cpu_kernels.hpp"
+#include "kernels.hpp"
 
 namespace diffmtl::cpu {
 

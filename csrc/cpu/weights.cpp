@@ -1,19 +1,16 @@
 // Weights from a Gramian, in float64: as in the plain definitions in diffmtl_fast/ops.
-#include <pybind11/pybind11.h>
+#include "weights.hpp"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "bindings.hpp"
-#include "cpu_numbers.hpp"
+#include "numbers.hpp"
 
-namespace py = pybind11;
-
-namespace diffmtl {
-namespace cpu {
+namespace diffmtl::cpu {
 namespace {
 
 using Vec = std::vector<double>;
@@ -83,6 +80,8 @@ Vec product(const Matrix& symmetric, const Vec& x) {
 
 // ---- PCGrad --------------------------------------------------------------------------------------------------------
 
+}  // namespace
+
 void pcgrad_weights(const Handle& gramian, int k, std::uintptr_t order_data, std::uintptr_t present_data, std::uintptr_t out) {
   const Int* order = reinterpret_cast<const Int*>(order_data);
   const bool* present = reinterpret_cast<const bool*>(present_data);
@@ -95,7 +94,7 @@ void pcgrad_weights(const Handle& gramian, int k, std::uintptr_t order_data, std
     for (int step = 0; step < k - 1; ++step) {
       const Int j = order[step];
       if (j < 0 || j >= k)
-        throw py::value_error("order: expected indices in 0.." + std::to_string(k - 1) + ", found " + std::to_string(j));
+        throw std::invalid_argument("order: expected indices in 0.." + std::to_string(k - 1) + ", found " + std::to_string(j));
       const double share = products[j];
       if (!(share < 0)) continue;
       add_scaled(products.data(), -share, unit.cosines[static_cast<int>(j)], k);
@@ -108,6 +107,8 @@ void pcgrad_weights(const Handle& gramian, int k, std::uintptr_t order_data, std
 }
 
 // ---- Nash ----------------------------------------------------------------------------------------------------------
+
+namespace {
 
 // The bounds of the iteration; the values are those of the plain definition.
 struct Limits {
@@ -203,7 +204,8 @@ Vec minimise_barrier(const Matrix& matrix, double delta, const Limits& limits) {
   return beta;
 }
 
-// delta: for Gramians of this type.
+}  // namespace
+
 void nash_weights(const Handle& gramian, int k, double delta, std::uintptr_t present_data, int newton_steps,
                   int line_search_steps, double converged, std::uintptr_t out) {
   const UnitGramian unit = read_unit_gramian(gramian, k, reinterpret_cast<const bool*>(present_data));
@@ -228,12 +230,4 @@ void nash_weights(const Handle& gramian, int k, double delta, std::uintptr_t pre
   for (int i = 0; i < k; ++i) write_number(out, static_cast<DType>(std::get<1>(gramian)), i, weights[i]);
 }
 
-}  // namespace
-}  // namespace cpu
-
-void register_cpu_weights(py::module_& module) {
-  module.def("cpu_pcgrad_weights", &cpu::pcgrad_weights);
-  module.def("cpu_nash_weights", &cpu::nash_weights);
-}
-
-}  // namespace diffmtl
+}  // namespace diffmtl::cpu

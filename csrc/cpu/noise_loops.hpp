@@ -3,7 +3,7 @@
 // The same bits with every instruction set: additions, exact products and, by `rounded`, products that no compiler
 // fuses into the sum that follows.
 #pragma once
-#include "cpu_vector.hpp"
+#include "vector.hpp"
 
 namespace diffmtl::cpu {
 namespace {

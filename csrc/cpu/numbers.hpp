@@ -1,19 +1,10 @@
-// Tensors as the Python side passes them, and single numbers read from and written to them.
+// Single numbers read from and written to tensors.
 #pragma once
-#include <tuple>
-
-#include "cpu_vector.hpp"
+#include "element_types.hpp"
+#include "tensors.hpp"
 
 namespace diffmtl::cpu {
-
 namespace {
-
-// (address, DType, elements from one entry of the first dimension to the next)
-using Handle = std::tuple<std::uintptr_t, int, Int>;
-
-// A Jacobian is a list of members, each K rows over the columns of one parameter: (address, DType, elements from one
-// row to the next, columns).
-using Member = std::tuple<std::uintptr_t, int, Int, Int>;
 
 // The numbers of a tensor: of a vector by their index, of a matrix by their distance from the first one.
 struct Numbers {

@@ -1,8 +1,8 @@
 // The CPU kernels for AVX-512; CMakeLists.txt compiles this file for it, on x86-64 only.
-#include "cpu_kernels.hpp"
+#include "kernels.hpp"
 
 #if defined(__AVX512F__)
-#include "cpu_loops.hpp"
+#include "kernel_table.hpp"
 
 namespace diffmtl::cpu {
 

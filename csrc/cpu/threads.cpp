@@ -3,7 +3,7 @@
 //
 // Otherwise on threads of our own, with one property: a loop never waits for a thread that has not begun to work on
 // it. Where the cores are shared with other processes that would be a wait for the scheduler.
-#include "cpu_threads.hpp"
+#include "threads.hpp"
 
 #include <algorithm>
 #include <atomic>

@@ -6,7 +6,7 @@
 #include <sys/mman.h>
 #endif
 
-#include "cpu_kernels.hpp"
+#include "kernels.hpp"
 
 namespace diffmtl::cpu {
 
