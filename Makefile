@@ -28,9 +28,9 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 14) else f"expected Python 3.11 to 3.13, found {v.major}.{v.minor}; choose one with make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 
-# Another PyTorch brings its own triton, or needs none.
+# Another PyTorch brings its own triton, whose interpreter may be older than what numpy 2.4 has taken away.
 $(VENV)/constraints.txt: constraints.txt | $(BIN)/python
-	(grep -vE '^(torch|triton)==' constraints.txt; echo 'torch==$(TORCH)') > $@
+	(grep -vE '^(torch|triton|numpy)==' constraints.txt; echo 'torch==$(TORCH)'; echo 'numpy<2.4') > $@
 
 $(VENV)/torch.stamp: $(CONSTRAINTS) | $(BIN)/python
 	$(PIP) install --quiet -c $(CONSTRAINTS) torch
