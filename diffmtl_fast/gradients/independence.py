@@ -1,4 +1,4 @@
-"""Whether two ways of running a module give the same, and whether samples have an effect on each other in it."""
+"""Tools of the checks: compare two outputs, and see whether changing some samples changes others' output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The checks that a model can be trained by cluster: before batches of a new kind, and now and then afterwards."""
+"""Checks that cluster gradients of a model are exact: before batches of a new kind, and by spot checks later."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a forward of a model may change besides its output, put back after a forward that must not count."""
+"""Saves random states, buffers and parameters that a forward may change, and restores them after a check."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The trainable parameters of a model, the places where its modules look them up, and stand-ins for them there."""
+"""Finds a model's trainable parameters and the attributes that hold them, and puts stand-ins there for a while."""
 
 from __future__ import annotations
 

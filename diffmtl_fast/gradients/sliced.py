@@ -1,4 +1,7 @@
-"""Slices: a module runs once per cluster, each time with stand-ins of its parameters of that cluster's own."""
+"""Slices: a module is run once per cluster, each time with tensors of that cluster in the parameters' places.
+
+These share the parameters' memory, and their gradients are the cluster's.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What torch.compile must not trace."""
+"""Marks functions that torch.compile calls without tracing them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """The grouped engine, in the order of a step.
 
-`grouped_engine` runs the model with a `cluster_parameter` in every parameter's place. `dispatch` decides what a
-use of one means. `module_slices` runs what has no rule. `verification` checks that all of it is exact. `node`
-stands in the graph, `delivery` brings gradients to the store, and `deferred` forms a part of the update later.
+`grouped_engine` runs the model with a `cluster_parameter` in every parameter's place. `dispatch` chooses how each
+operation on one is run, `node` is its autograd node, and `delivery` brings its gradients to the store; with lean
+memory `deferred` forms its part of the update later. `module_slices` runs modules without a rule in slices.
+`verification` checks that all of it is exact, by what `operation` says of every operation.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The part of the update that an operation forms from its own tensors, once the weights are known."""
+"""Lean memory: an operation's part of the update, formed from its saved tensors once the weights are known."""
 
 from __future__ import annotations
 

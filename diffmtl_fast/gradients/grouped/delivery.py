@@ -1,4 +1,4 @@
-"""How the gradients that a rule forms reach what takes them: in memory that is lent to it, or handed over."""
+"""Passes the gradients that a rule forms to the store: written into lent memory, or added afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a use of a parameter means while a model runs as a whole: a rule, or a tensor derived from parameters."""
+"""Decides how each operation on a parameter is run: by its cluster rule, or as a tensor computed from parameters."""
 
 from __future__ import annotations
 

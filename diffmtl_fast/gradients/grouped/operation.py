@@ -1,4 +1,4 @@
-"""One use of parameters by a model, and what can stand against running it with the whole batch."""
+"""One operation on parameters as the checks see it, and the exceptions for those that can't be run as a whole."""
 
 from __future__ import annotations
 

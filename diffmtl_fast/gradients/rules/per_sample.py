@@ -1,4 +1,4 @@
-"""The rule of a parameter that is combined with a batch element by element."""
+"""The rule of a parameter that is broadcast over the batch: added, multiplied, repeated as a class token is."""
 
 from __future__ import annotations
 

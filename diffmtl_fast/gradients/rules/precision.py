@@ -1,4 +1,4 @@
-"""What autocast would cast the arguments of a rule's operation to."""
+"""Casts a rule's arguments as autocast would for that kind of operation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stores of cluster gradients: all of J, or no more of it than the Gramian and the update need."""
+"""Stores of cluster gradients: `Jacobian` keeps all of them, `LeanGramian` only what is needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What takes the gradients of the clusters during a backward, and turns them into an update afterwards."""
+"""The interface of a store, which takes cluster gradients in backward and then forms Gramian and update."""
 
 from __future__ import annotations
 

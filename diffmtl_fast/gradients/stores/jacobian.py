@@ -1,4 +1,4 @@
-"""Storage of the Jacobian: per parameter one row of gradients for every cluster, kept over the steps."""
+"""Stores the whole Jacobian: one gradient per cluster for every parameter, in memory that is reused at every step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Gramian and the update without a whole Jacobian."""
+"""A store that saves memory: adds up the Gramian parameter by parameter, and keeps what the update needs."""
 
 from __future__ import annotations
 
