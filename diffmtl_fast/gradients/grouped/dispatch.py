@@ -1,4 +1,4 @@
-"""Decides how each operation on a parameter is run: by its cluster rule, or as a tensor computed from parameters."""
+"""Decides how an operation on a parameter is run: by its rule, or as a tensor computed from parameters alone."""
 
 from __future__ import annotations
 

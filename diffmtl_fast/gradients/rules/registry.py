@@ -1,7 +1,7 @@
 """What a cluster rule is, and the registry of rules by operation.
 
-A rule is written like a `torch.autograd.Function`, but its `backward` takes one more argument, `clusters`, and returns
-for each parameter one gradient per cluster, [K, *shape], where an ordinary function returns their sum.
+A rule is written like a `torch.autograd.Function`, but its `backward` takes one more argument, `clusters`, and
+returns for each parameter one gradient per cluster, [K, *shape], where an ordinary function returns their sum.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Stores the whole Jacobian: one gradient per cluster for every parameter, in memory that is reused at every step."""
+"""Stores the whole Jacobian, one gradient per cluster for every parameter, in memory reused at every step."""
 
 from __future__ import annotations
 
