@@ -102,7 +102,7 @@ class ModelCheck:
                 self._check_slices(layout, given, ordered)
             self._check_gradients(layout, ordered)
             return
-        with self._without_consequences(ordered):
+        with self._without_consequences(given):
             pass  # a model that fails by itself does so here
         if layout.batch_size > 1 and layout.order is not None:
             self._check_order(layout, given, ordered)
@@ -150,7 +150,7 @@ class ModelCheck:
         with self._without_consequences(given) as state:
             self._refuse_interaction(layout, given, state)
             whole, parts, drawn = self._twice(state, given, lambda: layout.unsort(self._call(ordered)))
-        if not agree(whole, parts):
+        if not agree(whole, parts, max(state.eps, self._engine.eps)):
             self._refuse_random(drawn, "sort the batch by cluster")
             raise ValueError(
                 "model: expected arguments with a row for every sample, found another output when the samples are "
@@ -172,7 +172,7 @@ class ModelCheck:
             same: Any = [[revealing(p) for p in engine.parameters]] * engine.num_clusters
             slices = lambda: self._unsorted_slices(layout, ordered, same)  # noqa: E731
             whole, parts, drawn = self._twice(state, given, slices)
-        if not agree(whole, parts):
+        if not agree(whole, parts, max(state.eps, self._engine.eps)):
             self._refuse_random(drawn, "the grouped engine can run it on a batch that is sorted by cluster")
             raise ValueError(
                 "model: expected each sample's output to depend on that sample alone, found that slices of the "
@@ -201,7 +201,8 @@ class ModelCheck:
                 where = raising_module(model, error)
                 raise ValueError(
                     f"model: expected a forward that works with any number of samples, found an error in "
-                    f"'{where}' on a part of the batch (a parameter with a row for every sample?): {error}"
+                    f"'{where}' on a part of the batch, or on the samples in another order (a parameter or an "
+                    f"argument with a row for every sample?): {error}"
                 ) from error
 
     def _refuse_random(self, drawn: str | None, advice: str) -> None:

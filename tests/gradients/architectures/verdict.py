@@ -172,6 +172,6 @@ def _of_error(error: Exception) -> Verdict:
     said = isinstance(error, ValueError | RuntimeError | TypeError) and (
         "expected" in words or "engine='grouped':" in words
     )
-    if ours and said and "reentrant" not in words:
+    if ours and said:
         return Verdict("refused", words)
     return Verdict("unclear", f"{words} ({Path(raised.filename).name}:{raised.lineno})")
