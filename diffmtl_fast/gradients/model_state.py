@@ -49,6 +49,7 @@ class ModelState:
         found = [(slot, getattr(slot.module, slot.name)) for slot in slots]
         self._buffers = [(slot, b, b.detach().clone()) for slot, b in found if b is not None]
         device = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0)).device
+        self._device = device.type
         self._random = RandomState(device)
         self._written: dict[int, tuple[Tensor, Tensor]] = {}  # by memory: a parameter, and a copy of it
         self._dtypes: set[torch.dtype] = set()
@@ -83,6 +84,8 @@ class ModelState:
             self._written.setdefault(parameter.data_ptr(), (parameter, parameter.detach().clone()))
             return True
 
+        if torch.is_autocast_enabled(self._device):
+            self._dtypes.add(torch.get_autocast_dtype(self._device))
         with ParameterWrites(parameters, keep, self._dtypes):
             yield
 
