@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..clustering.drawing import random_integers
 from ._base import TimestepSampler
 from ._levels import (
     Clustering,
@@ -208,7 +209,7 @@ class DifficultyCurriculum(TimestepSampler):
         else:
             # The phase's strata in random order, over and over: none gets two levels more than another.
             active = strata[:, 1] > strata[:, 0]
-            keys = torch.randint(_KEY_RANGE, (len(strata),), device=device, generator=generator)
+            keys = random_integers(_KEY_RANGE, (len(strata),), device, generator)
             order = keys.masked_fill(~active, _KEY_RANGE).argsort()
             stratum = order[index % active.sum()]
         return draw(self._grid, strata[stratum, 0], strata[stratum, 1], generator, dtype)
