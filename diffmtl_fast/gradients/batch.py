@@ -129,8 +129,9 @@ def _sort(cluster: Tensor, k: int) -> tuple[list[int], Tensor | None]:
     ordered, order = cluster.sort(stable=True)
     bounds = torch.searchsorted(ordered, torch.arange(k + 1, device=cluster.device))
     unsorted = (ordered != cluster).any()
-    *read, low, high, moved = torch.cat([bounds, ordered[:1], ordered[-1:], unsorted[None]]).tolist()
-    _refuse_outside(low, high, k)
+    *read, moved = torch.cat([bounds, unsorted[None]]).tolist()
+    if read[0] > 0 or read[k] < len(cluster):  # some come before cluster 0, or after the last one
+        _refuse_outside(int(ordered[0]), int(ordered[-1]), k)
     return read, order if moved else None
 
 

@@ -217,8 +217,10 @@ class ClusteredMTL(nn.Module):
         if step is None or step.cluster is None:
             raise RuntimeError("expected a forward with cluster=... before backward, found none")
         own = cluster is None
-        cluster = step.cluster if cluster is None else cluster
-        check_cluster(cluster, self.num_clusters)
+        if cluster is None:
+            cluster = step.cluster
+        else:
+            check_cluster(cluster, self.num_clusters)
         check_loss(loss, cluster)
         self._refuse_device(loss)
         cluster = upload(cluster, loss.device)
