@@ -33,10 +33,9 @@ OPERATORS = {
     *("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "bincount"),
     *("_unique", "_unique2", "unique_dim", "unique_consecutive", "histogram"),
 }
-#: Reads that a step on an accelerator does not do, and why.
+#: Functions of the package that may read in a step, and why.
 ON_THE_HOST = {
-    "drawn_counts": "of what was drawn on the host",
-    "clustering/intervals.py assign": "on the CPU alone: its samplers draw there, and other devices are not read",
+    "clustering/intervals.py assign": "of levels on the CPU alone, where samplers draw",
 }
 
 
@@ -86,9 +85,7 @@ class Reads:
         frame = sys._getframe()
         while frame is not None:
             path, name = Path(frame.f_code.co_filename), frame.f_code.co_name
-            if path.is_relative_to(OPTIMIZERS):  # whose counters of steps are on the host
-                return
-            if name in ON_THE_HOST:
+            if path.is_relative_to(OPTIMIZERS) or name == "drawn_counts":  # of counters and draws on the host
                 return
             if path.is_relative_to(PACKAGE) and not name.startswith("<"):
                 site = f"{path.relative_to(PACKAGE)} {name}"
