@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.reference import Batch
 from diffmtl_fast._extras import require
+from diffmtl_fast.clustering.drawing import hand_over
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,12 @@ class Case:
 
 
 def as_sampled(cluster: Tensor) -> Tensor:
-    """Return the clusters of a batch as the library's samplers hand them to ``ClusteredMTL``.
+    """Return a batch's sorted clusters as the library's samplers hand them over: drawn on the host.
 
     Everything here that gives clusters to the library gives it what this returns, formed outside the timing.
     """
-    # On the host, where their counts are known without waiting for the device. To be changed here and nowhere else
-    # if samplers return something else.
-    return cluster.cpu()
+    host = cluster.cpu()
+    return hand_over(host, host, cluster.device)[1]
 
 
 def _sample_mse(pred: Tensor, target: Tensor) -> Tensor:

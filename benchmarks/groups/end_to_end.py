@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import diffmtl_fast as dm
 from benchmarks.benchmark import Benchmark, Options
 from benchmarks.harness import Candidate, GateError
-from benchmarks.models import Case, as_sampled
+from benchmarks.models import Case
 from benchmarks.names import (
     AUTOJAC_PCGRAD,
     K_BACKWARDS_PCGRAD,
@@ -88,10 +88,10 @@ class Problem:
         self.initial = self.check(self.model)
 
     def _batch(self, images: Tensor, generator: torch.Generator) -> Batch:
-        t, cluster = self.clusters.sample(len(images), generator=generator)
-        noise = torch.randn(images.shape, generator=generator)
-        noisy = self.scheduler.add_noise(images, noise, t)
-        return Batch((noisy.to(self.device), t.to(self.device)), noise.to(self.device), as_sampled(cluster))
+        t, cluster = self.clusters.sample(len(images), device=self.device, generator=generator)
+        noise = torch.randn(images.shape, generator=generator).to(self.device)
+        noisy = self.scheduler.add_noise(images.to(self.device), noise, t)
+        return Batch((noisy, t), noise, cluster)
 
     def batches(self, seed: int) -> Iterator[Batch]:
         """Draw batches without end, the same for the same seed."""
@@ -109,7 +109,7 @@ class Problem:
     def check(self, model: nn.Module) -> float:
         """Return the loss on held-out images, the mean of the clusters'."""
         losses = self.losses(model, self.held_out)
-        return float(dm.ops.cluster_mean(losses, self.held_out.cluster.to(losses.device), K).mean())
+        return float(dm.ops.cluster_mean(losses, self.held_out.cluster, K).mean())
 
 
 class Training:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .costs import AbsoluteDeviation, SquaredDeviation, as_integer
 from .distributions import DISTRIBUTIONS, NoiseDistribution
+from .drawing import hand_over, places, random_integers
 from .intervals import stratified_clusters
 from .solve import NumClusters, cluster_intervals
 
@@ -102,19 +103,22 @@ class NoiseClustering:
 
         Args:
             batch_size: number of levels, at least 1.
-            device: where to draw; by default the generator's device, or the CPU.
-            generator: source of randomness, on the same device; by default the device's global one.
+            device: where the batch goes; by default the generator's device, or the CPU.
+            generator: source of randomness, on the CPU or on the device; by default the CPU's global one. What is
+                drawn on the CPU spares an accelerator's training step a host synchronisation: see
+                `ClusteredMTL.forward`.
             dtype: of the levels; drawn in float64, then rounded within their cluster.
 
         Returns:
             Levels and their clusters [batch_size], sorted by cluster; see :meth:`IntervalClustering.sample`.
 
         Raises:
-            ValueError: ``batch_size < 1``.
+            ValueError: ``batch_size < 1``, or a generator on another device.
         """
-        place = torch.device(device if device is not None else generator.device if generator else "cpu")
-        cluster = stratified_clusters(self.k, batch_size, place, generator)
-        return self.draw(cluster, cluster + 1, generator=generator, dtype=dtype), cluster
+        target, source = places(device, generator)
+        cluster = stratified_clusters(self.k, batch_size, source, generator)
+        level = self.draw(cluster, cluster + 1, generator=generator, dtype=dtype)
+        return hand_over(level, cluster, target)
 
     def draw(
         self,
@@ -129,13 +133,13 @@ class NoiseClustering:
         Args:
             first: int64 [B], index of the lower boundary, 0 … K - 1.
             last: int64 [B], index of the upper boundary, above ``first``.
-            generator: source of randomness, on their device; by default the device's global one.
+            generator: source of randomness, on the CPU or on their device; by default the device's global one.
             dtype: of the levels; drawn in float64, then rounded within the boundaries.
 
         Returns:
             Levels [B], ``edges[first] <= level < edges[last]``.
         """
-        draw = torch.randint(_DRAW_RANGE, first.shape, device=first.device, generator=generator)
+        draw = random_integers(_DRAW_RANGE, first.shape, first.device, generator)
         share = (draw.double() + 0.5) / _DRAW_RANGE
         ends = self._probabilities(first.device)
         low, high = ends[first], ends[last]

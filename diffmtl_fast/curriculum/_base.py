@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..clustering.drawing import hand_over, places, random_integers
 from ._levels import Clustering, check_clustering
 
 _DRAW_RANGE = 2**52  # the midpoint of each of these many cells of (0, 1) is a float64
@@ -22,8 +23,10 @@ class TimestepSampler(nn.Module):
         mtl.backward(loss * sampler.weight(t))
         sampler.update(loss.detach(), t)           # after the weights were used
 
-    State is kept in buffers, on the device of the last `sample`, and `state_dict` resumes to the same bits.
-    Nothing waits for the device, as long as timesteps are drawn where the losses are.
+    Levels are drawn on the host, or on the device whose generator is given. A sampler that defines `update`
+    learns from losses and draws on their device in any case, from the generator's random numbers. State is kept in
+    buffers, where levels are drawn, and `state_dict` resumes to the same bits. Nothing waits for the device, as
+    long as `update` gets losses from the device that `sample` was asked for.
 
     Args:
         clusters: the tasks, whose index `sample` returns beside each level. They also tell what ordinary
@@ -31,7 +34,7 @@ class TimestepSampler(nn.Module):
             distribution. A plain loop, which averages over the batch, passes a single cluster, such as
             ``cluster_timesteps(T, 1)``.
         generator: source of randomness; its state is part of `state_dict`. Default: the one passed to
-            `sample`, or else the device's global one.
+            `sample`, or else the global one of where levels are drawn.
 
     Attributes:
         tasks: the clustering whose index `sample` returns.
@@ -60,27 +63,29 @@ class TimestepSampler(nn.Module):
 
         Args:
             batch_size: number of levels, at least 1.
-            device: where to draw; by default the generator's device, or the CPU.
-            generator: source of randomness, on the same device; by default the sampler's own, or else the
-                device's global one.
+            device: where the batch goes; by default the generator's device, or the CPU.
+            generator: source of randomness, on the CPU or on the device; by default the sampler's own, or else
+                the global one of where levels are drawn. What is drawn on the CPU spares an accelerator's
+                training step a host synchronisation: see `ClusteredMTL.forward`.
             dtype: of continuous levels; timesteps are int64.
 
         Returns:
             Levels and their clusters (int64), both [batch_size], sorted by cluster.
 
         Raises:
-            ValueError: ``batch_size < 1``.
+            ValueError: ``batch_size < 1``, or a generator on another device.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
         generator = self.generator if generator is None else generator
-        place = torch.device(device if device is not None else generator.device if generator else "cpu")
-        anchor = torch.empty(0, device=place).device  # "cuda" is a particular GPU
-        if self._anchor.device != anchor:
-            self.to(anchor)
-        level = self._draw(batch_size, anchor, generator, dtype)
+        target, source = places(device, generator)
+        if type(self).update is not TimestepSampler.update:
+            source = target  # what it draws depends on losses, which the host could not read without waiting
+        if self._anchor.device != source:
+            self.to(source)
+        level = self._draw(batch_size, source, generator, dtype)
         cluster, order = self.tasks.assign(level).sort(stable=True)
-        return level[order], cluster
+        return hand_over(level[order], cluster, target)
 
     def density(self, level: Tensor) -> Tensor:
         """How often the next `sample` draws a level.
@@ -121,7 +126,7 @@ class TimestepSampler(nn.Module):
     def _draw(
         self, batch_size: int, device: torch.device, generator: torch.Generator | None, dtype: torch.dtype
     ) -> Tensor:
-        """Levels [batch_size] in any order."""
+        """Levels [batch_size] on the device, in any order. The generator may be on the CPU: `random_integers`."""
         raise NotImplementedError(f"{type(self).__name__} must define _draw")
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -158,7 +163,7 @@ def draw_categories(
     thresholds: Tensor, count: int, device: torch.device, generator: torch.Generator | None
 ) -> Tensor:
     """Draw indices, int64 [count], from their `cumulative` probabilities [N]."""
-    cell = torch.randint(_DRAW_RANGE, (count,), device=device, generator=generator)
+    cell = random_integers(_DRAW_RANGE, (count,), device, generator)
     share = (cell.double() + 0.5) / _DRAW_RANGE
     return torch.searchsorted(thresholds, share, right=True)
 

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._host import upload
+from ..clustering.drawing import random_integers
 from ._base import TimestepSampler
 from ._levels import (
     Clustering,
@@ -190,7 +192,7 @@ class DifficultyCurriculum(TimestepSampler):
         """That of ordinary training, restricted to the phase; see `TimestepSampler.density`."""
         density = ordinary_density(self._grid, level)
         strata = self._phase_strata()
-        ends = torch.from_numpy(self._grid.probabilities.copy()).to(strata.device)[strata]
+        ends = upload(torch.from_numpy(self._grid.probabilities.copy()), strata.device)[strata]
         active = strata[:, 1] > strata[:, 0]
         shares = torch.where(active, ends[:, 1] - ends[:, 0], 1.0)
         cell = self._grid.assign(level).to(strata.device)[..., None]
@@ -208,7 +210,7 @@ class DifficultyCurriculum(TimestepSampler):
         else:
             # The phase's strata in random order, over and over: none gets two levels more than another.
             active = strata[:, 1] > strata[:, 0]
-            keys = torch.randint(_KEY_RANGE, (len(strata),), device=device, generator=generator)
+            keys = random_integers(_KEY_RANGE, (len(strata),), device, generator)
             order = keys.masked_fill(~active, _KEY_RANGE).argsort()
             stratum = order[index % active.sum()]
         return draw(self._grid, strata[stratum, 0], strata[stratum, 1], generator, dtype)

@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._host import upload
 from ..clustering import IntervalClustering, NoiseClustering, NoiseDistribution
 from ..clustering.distributions import DISTRIBUTIONS
+from ..clustering.drawing import random_integers
 from ._base import TimestepSampler, cumulative, draw_categories
 from ._levels import Clustering, draw, ordinary_density
 
@@ -50,7 +52,7 @@ class UniformSampler(TimestepSampler):
     ) -> Tensor:
         if isinstance(self.tasks, IntervalClustering) and self.only is None:
             # The very draws of the loop that everybody writes.
-            return torch.randint(self.tasks.num_timesteps, (batch_size,), device=device, generator=generator)
+            return random_integers(self.tasks.num_timesteps, (batch_size,), device, generator)
         first = torch.full((batch_size,), self.only or 0, dtype=torch.int64, device=device)
         return draw(self.tasks, first, first + (self.tasks.k if self.only is None else 1), generator, dtype)
 
@@ -74,7 +76,7 @@ class StratifiedSampler(TimestepSampler):
     def density(self, level: Tensor) -> Tensor:
         """p(level) / (K P_k); see `TimestepSampler.density`."""
         density = ordinary_density(self.tasks, level)
-        return density * self._factors.to(level.device)[self.tasks.assign(level)].to(density.dtype)
+        return density * upload(self._factors, level.device)[self.tasks.assign(level)].to(density.dtype)
 
     def _draw(
         self, batch_size: int, device: torch.device, generator: torch.Generator | None, dtype: torch.dtype
@@ -152,7 +154,7 @@ class DistributionSampler(TimestepSampler):
         """P(t), or the distribution's density; see `TimestepSampler.density`."""
         if isinstance(self.tasks, NoiseClustering):
             return self.distribution.density(level)
-        return self._probabilities.to(level.device)[level]
+        return upload(self._probabilities, level.device)[level]
 
     def _draw(
         self, batch_size: int, device: torch.device, generator: torch.Generator | None, dtype: torch.dtype

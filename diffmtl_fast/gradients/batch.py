@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._host import known_counts, upload
 from .trees import map_tensors, replace_rows
 
 
@@ -64,7 +65,7 @@ class Clusters:
     def by_row(self, values: Tensor, rows: int) -> Tensor:
         """Give every row the value of its cluster: [K] → [rows]."""
         sizes = torch.tensor(self.sizes(rows))
-        return values.repeat_interleave(sizes.to(values.device), output_size=rows)
+        return values.repeat_interleave(upload(sizes, values.device), output_size=rows)
 
     def _in_rows(self, rows: int) -> tuple[list[int], Tensor]:
         if rows not in self._scaled:
@@ -82,8 +83,11 @@ class BatchLayout:
 
     Args:
         cluster: int64 [B], the cluster of each sample, in any order. On an accelerator reading it is the one host
-            synchronisation of a step.
+            synchronisation of a step, unless the library's samplers drew them on the host.
         num_clusters: K.
+
+    Raises:
+        ValueError: a cluster is not in 0..K-1.
 
     Attributes:
         batch_size: B.
@@ -93,14 +97,8 @@ class BatchLayout:
     """
 
     def __init__(self, cluster: Tensor, num_clusters: int) -> None:
-        counts = torch.bincount(cluster, minlength=num_clusters)
-        descents = (cluster[1:] < cluster[:-1]).sum(0, keepdim=True)
-        *sizes, unsorted = torch.cat([counts, descents]).tolist()
         self.batch_size = cluster.shape[0]
-        self.order = cluster.argsort(stable=True) if unsorted else None
-        bounds = [0]
-        for size in sizes:
-            bounds.append(bounds[-1] + size)
+        bounds, self.order = _sort(cluster, num_clusters)
         self.clusters, self.whole = Clusters(bounds), Clusters([0, self.batch_size])
 
     def sort(self, args: tuple[Any, ...], kwargs: dict[str, Any], shared: Collection[str | int]) -> Any:
@@ -117,6 +115,46 @@ class BatchLayout:
         def take(tensor: Tensor) -> Tensor:
             if tensor.dim() == 0 or tensor.shape[0] != self.batch_size:
                 return tensor
-            return tensor.index_select(0, index.to(tensor.device))
+            return tensor.index_select(0, upload(index, tensor.device))
 
         return take
+
+
+def _sort(cluster: Tensor, k: int) -> tuple[list[int], Tensor | None]:
+    """Return where each cluster begins and ends once sorted, and the order that sorts; None if it is sorted."""
+    counts = known_counts(cluster)
+    if counts is not None:
+        _refuse_outside(*_ends(counts), k)
+        return list(accumulate(counts + [0] * (k - len(counts)), initial=0)), None
+    ordered, order = cluster.sort(stable=True)
+    bounds = torch.searchsorted(ordered, torch.arange(k + 1, device=cluster.device))
+    unsorted = (ordered != cluster).any()
+    *read, moved = torch.cat([bounds, unsorted[None]]).tolist()
+    if read[0] > 0 or read[k] < len(cluster):  # some come before cluster 0, or after the last one
+        _refuse_outside(int(ordered[0]), int(ordered[-1]), k)
+    return read, order if moved else None
+
+
+def check_cluster(cluster: Tensor, k: int) -> None:
+    """Refuse anything but clusters [B] in 0..k-1; what only an accelerator knows is left to `BatchLayout`."""
+    if not isinstance(cluster, Tensor) or cluster.dtype != torch.int64:
+        found = cluster.dtype if isinstance(cluster, Tensor) else type(cluster).__name__
+        raise TypeError(f"cluster: expected an int64 tensor [B], found {found}")
+    if cluster.dim() != 1 or cluster.shape[0] == 0:
+        raise ValueError(f"cluster: expected shape [B] with B >= 1, found {list(cluster.shape)}")
+    counts = known_counts(cluster)
+    if counts is not None:
+        _refuse_outside(*_ends(counts), k)
+    elif cluster.device.type == "cpu":
+        low, high = cluster.aminmax()
+        _refuse_outside(int(low), int(high), k)
+
+
+def _ends(counts: list[int]) -> tuple[int, int]:
+    """Return the first and the last present cluster."""
+    return next(k for k, count in enumerate(counts) if count), len(counts) - 1
+
+
+def _refuse_outside(low: int, high: int, k: int) -> None:
+    if low < 0 or high >= k:
+        raise ValueError(f"cluster: expected indices in 0..{k - 1}, found {low}..{high}")

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .batch import BatchLayout
-from .clustered import check_cluster, check_loss
+from .._host import upload
+from .batch import BatchLayout, check_cluster
+from .clustered import check_loss
 from .engine import Engine, EngineName
 from .step import Step
 
@@ -83,7 +84,7 @@ class ClusterJacobian:
                     "loss: expected it to call the model that it is given, found that it did not"
                 )
             engine.check_losses(step, sample_losses)
-            losses = ops.cluster_mean(sample_losses, cluster.to(sample_losses.device), self.num_clusters)
+            losses = ops.cluster_mean(sample_losses, upload(cluster, sample_losses.device), self.num_clusters)
             if not add:
                 engine.jacobian.clear()
             engine.collect(step, losses.sum(), engine.jacobian)

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .._host import upload
 from .._torch import sparse_values
 from ..weighting import GramianWeighting, LossWeighting
 from . import diagnostics
-from .batch import BatchLayout
+from .batch import BatchLayout, check_cluster
 from .engine import Engine, EngineName, Memory
 from .parameters import refuse_hooks
 from .step import Step
@@ -150,8 +151,9 @@ class ClusteredMTL(nn.Module):
         Args:
             *args: the model's positional arguments.
             cluster: int64 [B], the cluster of each sample, 0..K-1 in any order (sorted is fastest). Without it,
-                or where gradients are disabled, this is a plain call of the model. On an accelerator, giving it
-                as a CPU tensor saves the step's one host synchronisation.
+                or where gradients are disabled, this is a plain call of the model. On an accelerator, reading it
+                is the step's one host synchronisation; it is not read as it comes from a sampler that drew it on
+                the host, or from the CPU.
             **kwargs: the model's keyword arguments.
 
         Returns:
@@ -216,11 +218,13 @@ class ClusteredMTL(nn.Module):
         if step is None or step.cluster is None:
             raise RuntimeError("expected a forward with cluster=... before backward, found none")
         own = cluster is None
-        cluster = step.cluster if cluster is None else cluster
-        check_cluster(cluster, self.num_clusters)
+        if cluster is None:
+            cluster = step.cluster
+        else:
+            check_cluster(cluster, self.num_clusters)
         check_loss(loss, cluster)
         self._refuse_device(loss)
-        cluster = cluster.to(loss.device)
+        cluster = upload(cluster, loss.device)
         present = torch.zeros(self.num_clusters, dtype=torch.bool, device=loss.device)
         present = present.index_fill(0, cluster, True)
         losses = ops.cluster_mean(loss, cluster, self.num_clusters)
@@ -373,19 +377,6 @@ def _warn_uncompiled() -> None:
 
 def _scaled(objective: Tensor, scale: Tensor | None) -> Tensor:
     return objective if scale is None else objective * scale
-
-
-def check_cluster(cluster: Tensor, k: int) -> None:
-    """Refuse anything but clusters [B] in 0..k-1."""
-    if not isinstance(cluster, Tensor) or cluster.dtype != torch.int64:
-        found = cluster.dtype if isinstance(cluster, Tensor) else type(cluster).__name__
-        raise TypeError(f"cluster: expected an int64 tensor [B], found {found}")
-    if cluster.dim() != 1 or cluster.shape[0] == 0:
-        raise ValueError(f"cluster: expected shape [B] with B >= 1, found {list(cluster.shape)}")
-    if cluster.device.type == "cpu" and not 0 <= int(cluster.min()) <= int(cluster.max()) < k:
-        raise ValueError(
-            f"cluster: expected indices in 0..{k - 1}, found {int(cluster.min())}..{int(cluster.max())}"
-        )
 
 
 def check_loss(loss: Tensor, cluster: Tensor) -> None:

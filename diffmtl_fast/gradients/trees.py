@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .._torch import tree_flatten, tree_unflatten
 
+from .._host import upload
+
 
 def flags(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """Return the arguments of a call that choose what the model does: strings, booleans, None."""
@@ -109,7 +111,7 @@ def replace_rows(
         rows = tensor.shape[0] if tensor.dim() else 0
         if rows == 0 or (rows % batch_size if folded else rows != batch_size):
             return tensor
-        blocks = tensor.reshape(batch_size, -1).index_select(0, source.to(tensor.device))
+        blocks = tensor.reshape(batch_size, -1).index_select(0, upload(source, tensor.device))
         return blocks.reshape(tensor.shape)
 
     return (

@@ -78,6 +78,9 @@ class Trainer:
         )
         # Fresh dropout masks and the like come from torch's own generators: build_model seeded them.
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
+        # Timesteps are drawn on the host, so that a step does not wait for a GPU to know its clusters.
+        on_host = self.device.type == "cpu"
+        self.host_generator = self.generator if on_host else torch.Generator().manual_seed(config.seed)
         self.sampler = EpochSampler(len(self.data.train), self.generator)
         self._images = self.data.train.to(self.device)
         self._labels = None if self.data.train_labels is None else self.data.train_labels.to(self.device)
@@ -150,6 +153,7 @@ class Trainer:
                 "timesteps": self.timesteps.state_dict(),
                 "history": history.state_dict(),
                 "generator": self.generator.get_state(),
+                "host_generator": self.host_generator.get_state(),
                 "torch_rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             },
@@ -178,6 +182,7 @@ class Trainer:
             self.weighting.load_state_dict(state["weighting"])
         self.ema.updates = state["ema_updates"]
         self.generator.set_state(state["generator"])
+        self.host_generator.set_state(state["host_generator"])
         self.sampler.load_state_dict(state["sampler"])
         with blame("curriculum"):
             self.timesteps.load_state_dict(state["timesteps"])
@@ -196,7 +201,7 @@ class Trainer:
         index = self.sampler.next(self.config.batch_size)
         images = self._images[index]
         labels = None if self._labels is None else self._labels[index]
-        t, cluster = self.timesteps.sample(len(images), device=self.device, generator=self.generator)
+        t, cluster = self.timesteps.sample(len(images), device=self.device, generator=self.host_generator)
         noise = torch.randn(images.shape, generator=self.generator, device=self.device)
         noisy = self.denoising.add_noise(images, noise, t)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):

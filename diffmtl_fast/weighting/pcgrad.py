@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._host import upload
 from ..ops import pcgrad_weights
 from ._interface import GramianWeighting
 from ._registry import register
@@ -49,7 +50,7 @@ class PCGrad(GramianWeighting):
         source = device if self.generator is None else self.generator.device
         keys = torch.rand(k, k, generator=self.generator, device=source)
         keys.fill_diagonal_(2.0)  # above every key in [0, 1): the cluster itself comes last and is cut off
-        return keys.argsort(dim=1)[:, : k - 1].to(device)
+        return upload(keys.argsort(dim=1)[:, : k - 1], torch.device(device))
 
     def get_extra_state(self) -> Tensor | None:
         """Return the generator's state for `state_dict`."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffmtl_fast._host import known_counts
 from diffmtl_fast.clustering import (
     BetaTime,
     IntervalClustering,
@@ -53,6 +54,28 @@ def step(sampler, device):
     return results
 
 
+def learns(sampler):
+    return isinstance(sampler, DifficultyCurriculum | LossSecondMomentSampler)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_counts_are_known_unless_they_depend_on_losses(name):
+    sampler = SAMPLERS[name]()
+    _, cluster = sampler.sample(7, generator=torch.Generator().manual_seed(0))
+    _, elsewhere = sampler.sample(7, device="meta", generator=torch.Generator().manual_seed(0))
+    assert known_counts(elsewhere) == (None if learns(sampler) else cluster.bincount().tolist())
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_generator_on_the_host_gives_every_device_the_same(name, device):
+    here, there = (
+        SAMPLERS[name]().sample(7, device=place, generator=torch.Generator().manual_seed(0))
+        for place in ("cpu", device)
+    )
+    for a, b in zip(here, there, strict=True):
+        torch.testing.assert_close(a, b.cpu())
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_no_value_is_read(name):
     # Meta tensors have none: reading one, or a shape that depends on one, is an error.
@@ -82,6 +105,7 @@ def test_the_state_follows_the_draws(name, device):
     sampler = SAMPLERS[name]()
     step(sampler, "cpu")
     step(sampler, device)
-    assert {buffer.device.type for buffer in sampler.buffers()} == {device.type}
+    drawn_on = device.type if learns(sampler) else "cpu"
+    assert {buffer.device.type for buffer in sampler.buffers()} == {drawn_on}
     step(sampler, "cpu")
     assert {buffer.device.type for buffer in sampler.buffers()} == {"cpu"}

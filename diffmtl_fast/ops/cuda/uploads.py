@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..._host import upload
 from .._checks import host_offsets
 
 # What a CUDA graph uploads: every replay reads it again.
@@ -37,7 +38,7 @@ class Uploaded:
 
     def _upload(self, device: torch.device, stream: int, *key: Hashable) -> Tensor:
         table = torch.from_numpy(self._make(*key))
-        return (table.pin_memory() if device.type == "cuda" else table).to(device, non_blocking=True)
+        return upload(table, device)
 
 
 @Uploaded

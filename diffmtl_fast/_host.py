@@ -1,0 +1,43 @@
+"""What the host sends to an accelerator, and what it knows of what it sent, without ever waiting for it."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ._torch import version
+
+# Of clusters on an accelerator: how often they had been written to, and their counts.
+_counts: MutableMapping[Tensor, tuple[int, list[int]]] = WeakTensorKeyDictionary()
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device; the host does not wait for a copy from its own memory to a GPU."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def upload_clusters(cluster: Tensor, device: torch.device) -> Tensor:
+    """Return the clusters of a batch on a device, and remember how many samples each has.
+
+    Args:
+        cluster: int64 [B] on the host, at least 0 and sorted.
+        device: where to.
+    """
+    uploaded = upload(cluster, device)
+    if device.type != "cpu" and not uploaded.is_inference():  # whether those are written to is not known
+        _counts[uploaded] = version(uploaded), torch.bincount(cluster).tolist()
+    return uploaded
+
+
+def known_counts(cluster: Tensor) -> list[int] | None:
+    """Return how many samples the clusters 0, 1, … the last present one have, if the host knows.
+
+    It does of what `upload_clusters` returned, as long as nobody has written to it; such clusters are sorted.
+    """
+    written, counts = _counts.get(cluster, (0, None))
+    return counts if counts is not None and written == version(cluster) else None
