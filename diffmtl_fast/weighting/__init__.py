@@ -24,9 +24,16 @@ for _module in pkgutil.iter_modules(__path__):
 METHODS = methods()
 
 if TYPE_CHECKING:  # for editors and type checkers alone: a class that is not here works all the same
+    from .dwa import DWA as DWA
     from .equal import Equal as Equal
+    from .famo import FAMO as FAMO
+    from .gls import GLS as GLS
+    from .imtl_l import IMTLL as IMTLL
     from .nash import NashMTL as NashMTL
     from .pcgrad import PCGrad as PCGrad
+    from .rlw import RLW as RLW
+    from .si import ScaleInvariant as ScaleInvariant
+    from .stch import STCH as STCH
     from .uncertainty import UncertaintyWeighting as UncertaintyWeighting
 else:
     _classes = {method.cls.__name__: method.cls for method in METHODS.values()}
