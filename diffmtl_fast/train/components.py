@@ -33,8 +33,8 @@ from ..curriculum import (
 )
 from ..curriculum.difficulty import Sampling
 from ..diffusion import log_snr, min_snr_weight, p2_weight, predicted_weight
-from ..weighting import METHODS, GramianWeighting, LossWeighting
-from .config import Clusters, Component, Config, Curriculum
+from ..weighting import METHODS, ContinuousUncertainty, GramianWeighting, LossWeighting
+from .config import CONTINUOUS, Clusters, Component, Config, Curriculum
 from .data import ImageData
 from .errors import UserError, blame
 
@@ -220,12 +220,16 @@ def build_loss_weights(config: Config, scheduler: Any, device: torch.device) -> 
         return predicted_weight(weights, levels, kind).float().to(device)
 
 
-def build_weighting(config: Config, k: int, device: torch.device) -> LossWeighting | GramianWeighting | None:
-    """The balancing method of k clusters; None for plain training.
+def build_weighting(
+    config: Config, k: int, device: torch.device
+) -> LossWeighting | GramianWeighting | ContinuousUncertainty | None:
+    """The balancing method, of k clusters or of all noise levels; None for plain training.
 
     Raises:
         UserError: an option of the method is out of range.
     """
+    if config.method == CONTINUOUS:
+        return ContinuousUncertainty().to(device)
     if not config.balanced:
         return None
     with blame(config.method):

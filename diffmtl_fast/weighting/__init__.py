@@ -2,6 +2,7 @@
 
 Each weighting is a module of this folder and is found by being there: its class becomes a name of this package and
 of `diffmtl_fast`, and what it registers is read by the command line, the trainer, the study and the documentation.
+`ContinuousUncertainty`, which weighs samples and not clusters, stands outside the registry.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import importlib
 import pkgutil
 from typing import TYPE_CHECKING
 
+from ._continuous import ContinuousUncertainty as ContinuousUncertainty
 from ._interface import GramianWeighting as GramianWeighting
 from ._interface import LossWeighting as LossWeighting
 from ._param_groups import param_groups as param_groups
@@ -38,4 +40,4 @@ if TYPE_CHECKING:  # for editors and type checkers alone: a class that is not he
 else:
     _classes = {method.cls.__name__: method.cls for method in METHODS.values()}
     globals().update(_classes)
-    __all__ = ["GramianWeighting", "LossWeighting", "param_groups", *_classes]
+    __all__ = ["ContinuousUncertainty", "GramianWeighting", "LossWeighting", "param_groups", *_classes]

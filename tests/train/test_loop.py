@@ -11,15 +11,16 @@ import pytest
 import torch
 
 from diffmtl_fast import weighting
+from diffmtl_fast.diffusion import log_snr
 from diffmtl_fast.ops import _library
 from diffmtl_fast.train import checkpoint, history
 from diffmtl_fast.train.components import build_data, build_model, build_scheduler
-from diffmtl_fast.train.config import PLAIN, Component
+from diffmtl_fast.train.config import CONTINUOUS, PLAIN, Component
 from diffmtl_fast.train.errors import TrainingDiverged, UserError
 from diffmtl_fast.train.history import History
 from diffmtl_fast.train.loop import Trainer
 
-METHODS = (PLAIN, *weighting.METHODS)
+METHODS = (PLAIN, CONTINUOUS, *weighting.METHODS)
 
 
 class Silent:
@@ -106,7 +107,8 @@ def test_every_method_on_every_clustering(tiny, tmp_path, method, cost):
     assert trainer.iteration == 3
     assert [line["iteration"] for line in lines] == [2, 3]
     assert all(loss is None or loss > 0 for line in lines for loss in line["losses"])
-    assert ("weights" in lines[0]) == ("cosines" in lines[0]) == (method != PLAIN)
+    assert ("weights" in lines[0]) == (method != PLAIN)
+    assert ("cosines" in lines[0]) == (method in weighting.METHODS)
     assert ("gradient_norm" in lines[0]) == (trainer.config.clip > 0)
 
 
@@ -125,6 +127,39 @@ def test_measuring_cosines_keeps_no_jacobian(tiny, tmp_path):
     shapes = {tuple(p.shape) for p in trainer.model.parameters()}
     rows = [each for each in held if each.shape[0] == 3 and tuple(each.shape[1:]) in shapes]
     assert not [each for each in rows if each.numel() >= 3 * largest]
+
+
+def test_continuous_uncertainty_is_the_three_lines_of_the_guide(tiny, tmp_path, device):
+    """The loop of plain training with another scalar, and the log-variances at a rate of their own."""
+    config = tiny(method=CONTINUOUS, iterations=3, loss={"weight": "p2"}, logging={"every": 1})
+    trainer, lines = fit(config, tmp_path / "run")
+
+    data, scheduler = build_data(config), build_scheduler(config)
+    model = build_model(config, data, device)
+    learned = weighting.ContinuousUncertainty().to(device)
+    optimizer = torch.optim.AdamW(weighting.param_groups(model, learned, lr=1e-3, weight_decay=0.0))
+    generator = torch.Generator(device).manual_seed(0)
+    order = torch.randperm(1437, generator=generator, device=device)
+    levels = torch.from_numpy(log_snr(scheduler)).float().to(device)
+    for step in range(3):
+        index = order[12 * step : 12 * step + 12].cpu()
+        images, labels = data.train[index].to(device), data.train_labels[index].to(device)
+        t = torch.randint(20, (12,), generator=generator, device=device)
+        noise = torch.randn(images.shape, generator=generator, device=device)
+        predicted = model(scheduler.add_noise(images, noise, t), t, class_labels=labels).sample
+        errors = (predicted - noise).square().mean((1, 2, 3)) / (1 + levels[t].exp())
+        weights = torch.exp(-learned.log_var(levels[t])).detach()
+        cluster = trainer.clusters.assign(t)
+        for k, found in enumerate(lines[step]["weights"]):
+            if (cluster == k).any():
+                assert found == pytest.approx(float(weights[cluster == k].mean()), rel=1e-3)
+        optimizer.zero_grad()
+        learned(errors, levels[t]).backward()
+        optimizer.step()
+    assert learned.weight.abs().min() > 0
+    for ours, theirs in zip(trainer.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=5e-5)
+    torch.testing.assert_close(trainer.weighting.weight, learned.weight, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -221,7 +256,7 @@ def test_phases_of_a_curriculum(tiny, tmp_path, method, order):
     for line, phase in zip(trained, [1, 1, 2, 2, 3, 3, 4, 4], strict=True):
         inactive = line[: max(0, 3 - phase)] if order == "easy_to_hard" else line[phase:]
         assert not any(inactive)
-        if method != "vanilla":
+        if method in weighting.METHODS:
             assert sum(line) == min(phase, 3)
 
 
