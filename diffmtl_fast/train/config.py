@@ -101,12 +101,24 @@ class Loss:
     """The loss of a sample: mean squared error times a weight by noise level, before clusters are balanced.
 
     Attributes:
-        weight: none, Min-SNR (min(SNR, gamma) / SNR) or P2 ((k + SNR)^-gamma); stated for noise prediction,
-            converted for the others
-        args: its arguments: gamma (min_snr, default 5), gamma and k (p2, default 1 and 1)
+        weight: Min-SNR, P2 and others, for what the model predicts; docs/loss-weighting.md has the formulas
+        args: its arguments: gamma, also as snr_gamma or min_snr_gamma (min_snr, soft_min_snr; default 5), gamma
+            and k (p2), sigma_data (edm), logit_mean and logit_std (logit_normal), mode_scale (mode)
     """
 
-    weight: Literal["none", "min_snr", "p2"] = "none"
+    weight: Literal[
+        "none",
+        "min_snr",
+        "soft_min_snr",
+        "p2",
+        "debiased",
+        "edm",
+        "truncated_snr",
+        "logit_normal",
+        "mode",
+        "cosmap",
+        "sigma_sqrt",
+    ] = "none"
     args: dict[str, Any] = field(default_factory=dict)
 
 

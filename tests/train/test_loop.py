@@ -5,20 +5,22 @@ from __future__ import annotations
 import gc
 import sys
 from dataclasses import replace
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 import torch
 
 from diffmtl_fast import weighting
-from diffmtl_fast.diffusion import log_snr
+from diffmtl_fast.diffusion import LOSS_WEIGHTS, log_snr
 from diffmtl_fast.ops import _library
 from diffmtl_fast.train import checkpoint, history
-from diffmtl_fast.train.components import build_data, build_model, build_scheduler
-from diffmtl_fast.train.config import CONTINUOUS, PLAIN, Component
+from diffmtl_fast.train.components import build_data, build_loss_weights, build_model, build_scheduler
+from diffmtl_fast.train.config import CONTINUOUS, PLAIN, Component, Loss
 from diffmtl_fast.train.errors import TrainingDiverged, UserError
 from diffmtl_fast.train.history import History
 from diffmtl_fast.train.loop import Trainer
+from diffmtl_fast.train.titles import LOSS_TITLES
 
 METHODS = (PLAIN, CONTINUOUS, *weighting.METHODS)
 
@@ -302,13 +304,50 @@ def test_loss_weights_with_every_method_and_the_curriculum(tiny, tmp_path, metho
         ({"weight": "min_snr", "args": {"k": 1}}, "loss.args: "),
         ({"weight": "p2", "args": {"gamma": -1}}, "loss.args: expected gamma >= 0 and k > 0"),
         ({"args": {"gamma": 1}}, "loss.args: expected none without a loss.weight"),
-        ({"weight": "best"}, "loss.weight: expected one of 'none', 'min_snr', 'p2', found best"),
+        (
+            {"weight": "min_snr", "args": {"gamma": 1, "snr_gamma": 5}},
+            "loss.args: expected gamma once, found gamma",
+        ),
+        ({"weight": "p2", "args": {"snr_gamma": 5}}, "loss.args: "),
+        ({"weight": "best"}, "loss.weight: expected one of 'none', 'min_snr', 'soft_min_snr', 'p2', "),
     ],
 )
 def test_bad_loss_weights(tiny, loss, message):
     with pytest.raises(UserError) as caught:
         Trainer(tiny(loss=loss))
     assert str(caught.value).startswith(message)
+
+
+def test_every_loss_weight_is_a_choice():
+    choices = get_args(get_type_hints(Loss)["weight"])
+    assert choices == ("none", *LOSS_WEIGHTS) == tuple(LOSS_TITLES)
+
+
+@pytest.mark.parametrize("name", ["gamma", "snr_gamma", "min_snr_gamma"])
+@pytest.mark.parametrize("weight", ["min_snr", "soft_min_snr"])
+def test_names_that_people_type(tiny, weight, name):
+    config = tiny(loss={"weight": weight, "args": {name: 3.0}})
+    scheduler = build_scheduler(config)
+    expected = LOSS_WEIGHTS[weight](torch.from_numpy(log_snr(scheduler)), gamma=3.0).float()
+    torch.testing.assert_close(build_loss_weights(config, scheduler, torch.device("cpu")), expected)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("weight", LOSS_WEIGHTS)
+def test_loss_weights_of_a_schedule_that_ends_in_pure_noise(tiny, weight, kind):
+    args = {"prediction_type": kind, "rescale_betas_zero_snr": True, "beta_schedule": "linear"}
+    config = tiny(loss={"weight": weight}, scheduler={"args": args})
+    scheduler = build_scheduler(config)
+    scheduler.alphas_cumprod[-1] = 0.0  # diffusers leaves 2^-24
+    bounded = kind == "v_prediction" or weight in ("min_snr", "soft_min_snr", "p2", "logit_normal")
+    if bounded:
+        found = build_loss_weights(config, scheduler, torch.device("cpu"))
+        assert found.isfinite().all()
+    else:
+        with pytest.raises(
+            UserError, match=f"expected one that is bounded for prediction type {kind} .* found {weight}"
+        ):
+            build_loss_weights(config, scheduler, torch.device("cpu"))
 
 
 def test_the_number_of_clusters_can_be_chosen(tiny, tmp_path):

@@ -108,6 +108,12 @@ def test_half_precision_stays_outside(dtype):
     assert weighting(torch.ones(16, dtype=dtype), levels.to(dtype)).dtype == torch.float32
 
 
+def test_nothing_is_read_on_the_host():
+    weighting = dm.ContinuousUncertainty().to("meta")
+    weighting(torch.ones(8, device="meta"), torch.ones(8, device="meta")).backward()
+    assert weighting.weight.grad.shape == (128,)
+
+
 def test_the_state_resumes(tmp_path):
     weighting = dm.ContinuousUncertainty(16)
     weighting.weight.data.normal_()

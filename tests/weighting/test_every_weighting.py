@@ -42,11 +42,12 @@ def mean_weights(name, gramian, present=None):
     return torch.stack([weighting(gramian, present) for _ in range(number)]).mean(0), tolerance
 
 
-def slopes(weighting, losses, present=None):
+def slopes(weighting, losses, present=None, number=None):
     """The scalar of a weighting of losses, and the weights n ∂scalar/∂L that it implies."""
     losses = losses.clone().requires_grad_()
     scalar = weighting(losses, present)
-    number = len(losses) if present is None else int(present.sum())
+    if number is None:
+        number = len(losses) if present is None else int(present.sum())
     return scalar, torch.autograd.grad(scalar, losses)[0] * number
 
 
@@ -150,6 +151,18 @@ def test_an_absent_cluster_keeps_its_state(name, device):
     losses = torch.tensor([0.4, 3.0, 0.9, 3.0], device=device, requires_grad=True)
     weighting(losses, present).backward()
     assert all(parameter.grad[1] == 0 for parameter in weighting.parameters())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_nothing_is_read_on_the_host(name):
+    """A tensor on the meta device has no values to wait for: reading one raises."""
+    weighting = build(name, torch.device("cpu")).to("meta")
+    losses, present = torch.ones(K, device="meta"), torch.ones(K, dtype=torch.bool, device="meta")
+    for given in (None, present):
+        scalar, weights = slopes(weighting, losses, given, number=K)
+        assert scalar.shape == ()
+        assert weights.shape == (K,)
+        weighting(losses.clone().requires_grad_(), given).backward()
 
 
 @pytest.mark.parametrize("name", LOSSES)
