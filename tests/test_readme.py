@@ -13,6 +13,7 @@ from diffmtl_fast.gradients.rules import RULES, registry
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDE = (ROOT / "docs" / "gradients.md").read_text(encoding="utf-8")
+WEIGHTS = (ROOT / "docs" / "loss-weighting.md").read_text(encoding="utf-8")
 
 
 def run_blocks(text: str, name: str) -> dict[str, object]:
@@ -46,6 +47,12 @@ def test_blocks_of_the_guide_run_in_order(monkeypatch, caplog):
     for name in ("mtl", "lean", "half", "saving", "ruled"):
         assert namespace[name].last.gramian.shape == (5, 5)
     assert namespace["squared_gain"] in registry.RULES
+
+
+def test_blocks_of_the_guide_to_loss_weights_run_in_order():
+    namespace = run_blocks(WEIGHTS, "docs/loss-weighting.md")
+    assert namespace["loss"].isfinite()
+    assert namespace["mtl"].last.weights.isfinite().all()
 
 
 def test_names_and_links_exist():

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+# Bisections until the time of SD3's mode sampling is known to the last bit of a float64.
+_BISECTIONS = 60
 
 
 def min_snr_weight(log_snr: Tensor, gamma: float = 5.0) -> Tensor:
@@ -43,17 +49,183 @@ def p2_weight(log_snr: Tensor, gamma: float = 1.0, k: float = 1.0) -> Tensor:
     return (k + torch.exp(log_snr)) ** -gamma
 
 
+def soft_min_snr_weight(log_snr: Tensor, gamma: float = 5.0) -> Tensor:
+    """Soft Min-SNR-γ: γ / (SNR + γ), Min-SNR without its kink (Crowson et al., ICML 2024, arXiv 2401.11605).
+
+    Args:
+        log_snr: any shape; infinities are allowed.
+        gamma: SNR around which the weight falls, positive.
+
+    Returns:
+        Weights in [0, 1], same shape, dtype and device.
+
+    Raises:
+        ValueError: ``gamma`` is not positive.
+    """
+    if not gamma > 0:
+        raise ValueError(f"gamma: expected a positive number, found {gamma}")
+    return torch.sigmoid(math.log(gamma) - log_snr)
+
+
+def debiased_weight(log_snr: Tensor) -> Tensor:
+    """Debiased estimation: 1 / √SNR (Yu et al., 2023, arXiv 2310.08442).
+
+    Args:
+        log_snr: any shape.
+
+    Returns:
+        Weights, same shape, dtype and device; without a bound at high noise.
+    """
+    return torch.exp(-0.5 * log_snr)
+
+
+def edm_weight(log_snr: Tensor, sigma_data: float = 0.5) -> Tensor:
+    """EDM: λ(σ) = (σ² + σ_data²) / (σ σ_data)² of the error of x_0.
+
+    With SNR = 1 / σ² that is SNR + 1 / σ_data², hence 1 + 1 / (σ_data² SNR) of the error of ε. Source: Karras et
+    al., NeurIPS 2022, arXiv 2206.00364.
+
+    Args:
+        log_snr: any shape.
+        sigma_data: standard deviation of the data, positive.
+
+    Returns:
+        Weights of at least 1, same shape, dtype and device; without a bound at high noise.
+
+    Raises:
+        ValueError: ``sigma_data`` is not positive.
+    """
+    if not sigma_data > 0:
+        raise ValueError(f"sigma_data: expected a positive number, found {sigma_data}")
+    return 1.0 + torch.exp(-log_snr) / sigma_data**2
+
+
+def truncated_snr_weight(log_snr: Tensor) -> Tensor:
+    """Truncated SNR: max(SNR, 1) of the error of x_0, max(1, 1 / SNR) of that of ε.
+
+    Source: Salimans and Ho, "Progressive Distillation", ICLR 2022, arXiv 2202.00512.
+
+    Args:
+        log_snr: any shape.
+
+    Returns:
+        Weights of at least 1, same shape, dtype and device; without a bound at high noise.
+    """
+    return torch.exp(-log_snr).clamp(min=1.0)
+
+
+def logit_normal_weight(log_snr: Tensor, logit_mean: float = 0.0, logit_std: float = 1.0) -> Tensor:
+    """SD3's logit-normal density of the flow-matching time as a weight of the velocity's error at uniform times.
+
+    In expectation it is the loss of drawing logit(t) ~ N(logit_mean, logit_std²); t = 1 is pure noise, and the
+    time of a log-SNR is 1 / (1 + √SNR). Source: Esser et al., ICML 2024, arXiv 2403.03206.
+
+    Args:
+        log_snr: any shape.
+        logit_mean: finite.
+        logit_std: positive.
+
+    Returns:
+        Weights of the error of ε, same shape, dtype and device.
+
+    Raises:
+        ValueError: ``logit_std`` is not positive.
+    """
+    if not logit_std > 0:
+        raise ValueError(f"logit_std: expected a positive number, found {logit_std}")
+    logit, spread = -0.5 * log_snr, logit_std * math.sqrt(2.0 * math.pi)
+    noise, signal = torch.sigmoid(logit), torch.sigmoid(-logit)
+    density = torch.exp(-0.5 * ((logit - logit_mean) / logit_std) ** 2) / (spread * noise * signal)
+    return density / signal**2
+
+
+def mode_weight(log_snr: Tensor, mode_scale: float = 1.29) -> Tensor:
+    """SD3's density with heavy tails around a mode, as a weight of the velocity's error at uniform times.
+
+    In expectation it is the loss of drawing t = 1 − u − mode_scale (cos²(π u / 2) − 1 + u) with u ~ U(0, 1), see
+    `logit_normal_weight`. Source: Esser et al., ICML 2024, arXiv 2403.03206.
+
+    Args:
+        log_snr: any shape.
+        mode_scale: above −1 and below 2 / (π − 2) ≈ 1.75; middle times are favoured where it is positive.
+
+    Returns:
+        Weights of the error of ε, same shape, dtype and device.
+
+    Raises:
+        ValueError: ``mode_scale`` is out of range.
+    """
+    if not -1.0 < mode_scale < 2.0 / (math.pi - 2.0):
+        raise ValueError(f"mode_scale: expected above -1 and below 2 / (pi - 2), found {mode_scale}")
+    t = torch.sigmoid(-0.5 * log_snr.double())
+    low, high = torch.zeros_like(t), torch.ones_like(t)
+    for _ in range(_BISECTIONS):
+        u = 0.5 * (low + high)
+        later = 1.0 - u - mode_scale * (torch.cos(0.5 * math.pi * u) ** 2 - 1.0 + u) > t  # t falls as u grows
+        low, high = torch.where(later, u, low), torch.where(later, high, u)
+    u = 0.5 * (low + high)
+    density = 1.0 / (1.0 + mode_scale - 0.5 * math.pi * mode_scale * torch.sin(math.pi * u))
+    return (density / torch.sigmoid(0.5 * log_snr.double()) ** 2).to(log_snr.dtype)
+
+
+def cosmap_weight(log_snr: Tensor) -> Tensor:
+    """SD3's CosMap: 2 / (π (1 − 2t + 2t²)) of the velocity's error at uniform times, see `logit_normal_weight`.
+
+    It gives flow-matching times the log-SNR distribution of the cosine schedule. Source: Esser et al., ICML 2024,
+    arXiv 2403.03206.
+
+    Args:
+        log_snr: any shape.
+
+    Returns:
+        Weights of the error of ε, same shape, dtype and device; without a bound at high noise.
+    """
+    noise, signal = torch.sigmoid(-0.5 * log_snr), torch.sigmoid(0.5 * log_snr)
+    return 2.0 / (math.pi * (noise**2 + signal**2) * signal**2)
+
+
+def sigma_sqrt_weight(log_snr: Tensor) -> Tensor:
+    """Sigma squared ("sigma_sqrt"): 1 / t² of the error of x_0 at the flow-matching time t = 1 / (1 + √SNR).
+
+    That is weight 1 of the velocity's error. Source: the training scripts of diffusers for SD3, which weigh the
+    error of x_0.
+
+    Args:
+        log_snr: any shape.
+
+    Returns:
+        Weights of the error of ε, same shape, dtype and device; without a bound at high noise.
+    """
+    return torch.sigmoid(0.5 * log_snr) ** -2
+
+
+#: The weights by the names that are typed.
+LOSS_WEIGHTS: dict[str, Callable[..., Tensor]] = {
+    "min_snr": min_snr_weight,
+    "soft_min_snr": soft_min_snr_weight,
+    "p2": p2_weight,
+    "debiased": debiased_weight,
+    "edm": edm_weight,
+    "truncated_snr": truncated_snr_weight,
+    "logit_normal": logit_normal_weight,
+    "mode": mode_weight,
+    "cosmap": cosmap_weight,
+    "sigma_sqrt": sigma_sqrt_weight,
+}
+
+
 def predicted_weight(weight: Tensor, log_snr: Tensor, prediction_type: str) -> Tensor:
     """The weight with which another prediction's squared error makes the same loss.
 
     With x_t = α x_0 + σ ε, α² + σ² = 1, the errors of the same denoiser are ‖Δε‖² = SNR ‖Δx_0‖² = α² ‖Δv‖²
     (Salimans and Ho, "Progressive Distillation", ICLR 2022), so that Min-SNR-γ becomes min(SNR, γ) for x_0 and
-    min(SNR, γ) / (SNR + 1) for v.
+    min(SNR, γ) / (SNR + 1) for v. On the straight path of flow matching, x_t = (1 − t) x_0 + t ε, the velocity
+    ε − x_0 has the error ‖Δx_0‖² / t², with t = 1 / (1 + √SNR).
 
     Args:
         weight: of the squared error of ε, any shape.
         log_snr: same shape; for "sample" finite or −∞.
-        prediction_type: "epsilon", "v_prediction" or "sample", as in diffusers.
+        prediction_type: "epsilon", "v_prediction", "sample" or "flow_prediction", as in diffusers.
 
     Returns:
         Weights, same shape.
@@ -67,6 +239,9 @@ def predicted_weight(weight: Tensor, log_snr: Tensor, prediction_type: str) -> T
         return weight * torch.sigmoid(log_snr)
     if prediction_type == "sample":
         return weight * torch.exp(log_snr)
+    if prediction_type == "flow_prediction":
+        return weight * torch.sigmoid(0.5 * log_snr) ** 2
     raise ValueError(
-        f"prediction_type: expected 'epsilon', 'v_prediction' or 'sample', found {prediction_type!r}"
+        "prediction_type: expected 'epsilon', 'v_prediction', 'sample' or 'flow_prediction', found "
+        f"{prediction_type!r}"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,13 +31,18 @@ from ..curriculum import (
     UniformSampler,
 )
 from ..curriculum.difficulty import Sampling
-from ..diffusion import log_snr, min_snr_weight, p2_weight, predicted_weight
-from ..weighting import METHODS, GramianWeighting, LossWeighting
-from .config import Clusters, Component, Config, Curriculum
+from ..diffusion import LOSS_WEIGHTS, log_snr, predicted_weight
+from ..weighting import METHODS, ContinuousUncertainty, GramianWeighting, LossWeighting
+from .config import CONTINUOUS, Clusters, Component, Config, Curriculum
 from .data import ImageData
 from .errors import UserError, blame
 
 Array = NDArray[np.float64]
+
+# log-SNR that stands for pure signal, and negative for pure noise: its exponential is finite in float32.
+_REACH = 80.0
+# No schedule that keeps some signal and some noise comes near.
+_UNBOUNDED = 1e12
 
 
 def import_object(key: str, path: str) -> Callable[..., Any]:
@@ -207,25 +211,45 @@ def build_loss_weights(config: Config, scheduler: Any, device: torch.device) -> 
     """The weight of the squared error at every timestep, float32 [T]; None for 1 everywhere.
 
     Raises:
-        UserError: the weight does not take the arguments.
+        UserError: the weight does not take the arguments, or has no bound on this schedule.
     """
-    function = {"none": None, "min_snr": min_snr_weight, "p2": p2_weight}[config.loss.weight]
-    if function is None:
+    name = config.loss.weight
+    if name == "none":
         return None
-    levels = torch.from_numpy(log_snr(scheduler, clip=(-math.inf, math.inf)))
+    # At pure noise and pure signal the limit is wanted, where there is one: not infinity times zero.
+    levels = torch.from_numpy(log_snr(scheduler, clip=(-_REACH, _REACH)))
     kind = scheduler.config.get("prediction_type", "epsilon")
     with blame("loss.args", (ValueError, TypeError)):
-        weights = function(levels, **config.loss.args)
+        weights = LOSS_WEIGHTS[name](levels, **_named_as_published(name, config.loss.args))
     with blame("scheduler.args"):
-        return predicted_weight(weights, levels, kind).float().to(device)
+        weights = predicted_weight(weights, levels, kind)
+    if not weights.max() < _UNBOUNDED:
+        raise UserError(
+            f"loss.weight: expected one that is bounded for prediction type {kind} on this schedule, found "
+            f"{name}, which is {weights.max():.3g} at timestep {int(weights.argmax())}"
+        )
+    return weights.float().to(device)
 
 
-def build_weighting(config: Config, k: int, device: torch.device) -> LossWeighting | GramianWeighting | None:
-    """The balancing method of k clusters; None for plain training.
+def _named_as_published(weight: str, args: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a loss weight, γ of Min-SNR under any of the names that training scripts give it."""
+    names = {"snr_gamma": "gamma", "min_snr_gamma": "gamma"} if weight.endswith("min_snr") else {}
+    renamed = {names.get(name, name): value for name, value in args.items()}
+    if len(renamed) < len(args):
+        raise ValueError(f"expected gamma once, found {', '.join(args)}")
+    return renamed
+
+
+def build_weighting(
+    config: Config, k: int, device: torch.device
+) -> LossWeighting | GramianWeighting | ContinuousUncertainty | None:
+    """The balancing method, of k clusters or of all noise levels; None for plain training.
 
     Raises:
         UserError: an option of the method is out of range.
     """
+    if config.method == CONTINUOUS:
+        return ContinuousUncertainty().to(device)
     if not config.balanced:
         return None
     with blame(config.method):

@@ -16,6 +16,8 @@ from .errors import UserError, readable
 
 #: The method that balances nothing: the mean over all samples.
 PLAIN = "vanilla"
+#: The method that weighs every sample by its noise level, without clusters.
+CONTINUOUS = "continuous_uw"
 # Of the k-nearest-neighbour precision and recall.
 NEIGHBOURS = 3
 
@@ -99,12 +101,24 @@ class Loss:
     """The loss of a sample: mean squared error times a weight by noise level, before clusters are balanced.
 
     Attributes:
-        weight: none, Min-SNR (min(SNR, gamma) / SNR) or P2 ((k + SNR)^-gamma); stated for noise prediction,
-            converted for the others
-        args: its arguments: gamma (min_snr, default 5), gamma and k (p2, default 1 and 1)
+        weight: Min-SNR, P2 and others, for what the model predicts; docs/loss-weighting.md has the formulas
+        args: its arguments: gamma, also as snr_gamma or min_snr_gamma (min_snr, soft_min_snr; default 5), gamma
+            and k (p2), sigma_data (edm), logit_mean and logit_std (logit_normal), mode_scale (mode)
     """
 
-    weight: Literal["none", "min_snr", "p2"] = "none"
+    weight: Literal[
+        "none",
+        "min_snr",
+        "soft_min_snr",
+        "p2",
+        "debiased",
+        "edm",
+        "truncated_snr",
+        "logit_normal",
+        "mode",
+        "cosmap",
+        "sigma_sqrt",
+    ] = "none"
     args: dict[str, Any] = field(default_factory=dict)
 
 
@@ -182,7 +196,7 @@ _Class = TypeVar("_Class", bound=type)
 
 def _with_methods(cls: _Class) -> _Class:
     """Give a class the choice of methods and, as ``NAME_OPTION``, the options of each, all from the registry."""
-    cls.__annotations__["method"] = Literal[(PLAIN, *METHODS)]
+    cls.__annotations__["method"] = Literal[(PLAIN, CONTINUOUS, *METHODS)]
     lines = []
     for method in METHODS.values():
         for option in method.options:
@@ -200,7 +214,7 @@ class Config:
     """A training run.
 
     Attributes:
-        method: how the clusters are balanced; vanilla: not at all
+        method: how the clusters are balanced; vanilla: not at all; continuous_uw: every noise level by itself
         iterations: optimizer steps
         batch_size: images per backward pass
         accumulate: backward passes per optimizer step
@@ -258,7 +272,7 @@ class Config:
     @property
     def balanced(self) -> bool:
         """Whether the method balances clusters."""
-        return self.method != PLAIN
+        return self.method in METHODS
 
     def method_options(self) -> dict[str, Any]:
         """The options of the method in force, for `Method.build`."""
@@ -419,7 +433,7 @@ def _check_interval(config: Config) -> None:
         raise UserError(
             f"timesteps.interval: expected [first, end] with 0 <= first < end, found {interval!r}"
         )
-    plain = not config.balanced and config.curriculum.order == "none"
+    plain = config.method == PLAIN and config.curriculum.order == "none"
     if not plain or config.timesteps.sampler not in (None, "uniform"):
         raise UserError(
             f"timesteps.interval: expected null, or method {PLAIN} without curriculum or sampler, found "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from ..clustering import IntervalClustering
 from ..curriculum import DifficultyCurriculum
 from ..diffusion import log_snr
 from ..gradients import ClusteredMTL
-from ..weighting import param_groups
+from ..weighting import ContinuousUncertainty, GramianWeighting, LossWeighting, param_groups
 from . import checkpoint
 from .components import (
     build_clusters,
@@ -64,17 +65,20 @@ class Trainer:
         )
         self.timesteps = build_timesteps(config, self.clusters, self._log_snr)
         weights = build_loss_weights(config, self.scheduler, self.device)
+        self._levels = (
+            torch.from_numpy(log_snr(self.scheduler, clip=(-math.inf, math.inf))).float().to(self.device)
+        )
         self.denoising = Denoising(self.scheduler, self.device, weights)
         self.model = build_model(config, self.data, self.device)
         self.ema = Ema(self.model, config.ema_decay)
         self.weighting = build_weighting(config, self.clusters.k, self.device)
-        if self.weighting is None:
-            self.mtl, groups = None, [{"params": [p for p in self.model.parameters() if p.requires_grad]}]
-        else:
+        self.mtl = None
+        if isinstance(self.weighting, LossWeighting | GramianWeighting):
             self.mtl = ClusteredMTL(self.model, num_clusters=self.clusters.k, weighting=self.weighting)
-            groups = param_groups(self.model, self.weighting)
         self.optimizer = torch.optim.AdamW(
-            groups, lr=config.optimizer.lr, weight_decay=config.optimizer.weight_decay
+            param_groups(self.model, self.weighting or torch.nn.Module()),
+            lr=config.optimizer.lr,
+            weight_decay=config.optimizer.weight_decay,
         )
         # Fresh dropout masks and the like come from torch's own generators: build_model seeded them.
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
@@ -212,7 +216,11 @@ class Trainer:
                     output = self.mtl(noisy, t, **condition(labels), cluster=cluster)
         loss = self.denoising.loss(prediction(output), images, noise, t)
         weight = self.timesteps.weight(t)
-        if self.mtl is None:
+        if isinstance(self.weighting, ContinuousUncertainty):
+            levels = self._levels[t]
+            (self.weighting.per_sample(loss, levels) * weight).mean().backward()
+            self._record_plain(history, loss.detach(), weight, t, self.weighting.log_var(levels).detach())
+        elif self.mtl is None:
             (loss * weight).mean().backward()
             self._record_plain(history, loss.detach(), weight, t)
         else:
@@ -222,12 +230,21 @@ class Trainer:
             history.add(last.losses, last.present, last.weights, last.gramian)
         return loss.detach(), t
 
-    def _record_plain(self, history: History, loss: Tensor, weight: Tensor, t: Tensor) -> None:
-        """The cluster losses of plain training, each the weighted mean over the cluster."""
+    def _record_plain(
+        self, history: History, loss: Tensor, weight: Tensor, t: Tensor, log_var: Tensor | None = None
+    ) -> None:
+        """The cluster losses of training without clusters, each the weighted mean over the cluster.
+
+        So are the weights e^{−u} where there are log-variances u.
+        """
         cluster, k = self.clusters.assign(t), self.clusters.k
-        losses = ops.cluster_mean(loss * weight, cluster, k) / ops.cluster_mean(weight, cluster, k)
+        total = ops.cluster_mean(weight, cluster, k)
+        losses = ops.cluster_mean(loss * weight, cluster, k) / total
+        weights = (
+            None if log_var is None else ops.cluster_mean(torch.exp(-log_var) * weight, cluster, k) / total
+        )
         present = torch.zeros(k, dtype=torch.bool, device=self.device).index_fill(0, cluster, True)
-        history.add(losses, present)
+        history.add(losses, present, weights)
 
     def _log_snr(self) -> NDArray[np.float64]:
         return log_snr(self.scheduler)

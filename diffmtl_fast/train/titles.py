@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 from ..weighting import METHODS
-from .config import PLAIN, Clusters, Config
+from .config import CONTINUOUS, PLAIN, Clusters, Config
 
-METHOD_TITLES = {PLAIN: "plain training"} | {name: method.title for name, method in METHODS.items()}
+METHOD_TITLES = {PLAIN: "plain training", CONTINUOUS: "continuous uncertainty weighting"} | {
+    name: method.title for name, method in METHODS.items()
+}
 ORDER_TITLES = {"none": "", "easy_to_hard": ", curriculum", "hard_to_easy": ", anti-curriculum"}
-LOSS_TITLES = {"none": "", "min_snr": ", Min-SNR", "p2": ", P2"}
+LOSS_TITLES = {
+    "none": "",
+    "min_snr": ", Min-SNR",
+    "soft_min_snr": ", soft Min-SNR",
+    "p2": ", P2",
+    "debiased": ", debiased estimation",
+    "edm": ", EDM weights",
+    "truncated_snr": ", truncated SNR",
+    "logit_normal": ", logit-normal weights",
+    "mode": ", mode weights",
+    "cosmap": ", CosMap",
+    "sigma_sqrt": ", sigma squared",
+}
 COST_TITLES = {"snr": "log-SNR", "squared": "k-means log-SNR", "timestep": "timestep", "affinity": "affinity"}
 
 

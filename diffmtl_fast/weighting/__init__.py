@@ -2,6 +2,7 @@
 
 Each weighting is a module of this folder and is found by being there: its class becomes a name of this package and
 of `diffmtl_fast`, and what it registers is read by the command line, the trainer, the study and the documentation.
+`ContinuousUncertainty`, which weighs samples and not clusters, stands outside the registry.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import importlib
 import pkgutil
 from typing import TYPE_CHECKING
 
+from ._continuous import ContinuousUncertainty as ContinuousUncertainty
 from ._interface import GramianWeighting as GramianWeighting
 from ._interface import LossWeighting as LossWeighting
 from ._param_groups import param_groups as param_groups
@@ -24,11 +26,18 @@ for _module in pkgutil.iter_modules(__path__):
 METHODS = methods()
 
 if TYPE_CHECKING:  # for editors and type checkers alone: a class that is not here works all the same
+    from .dwa import DWA as DWA
     from .equal import Equal as Equal
+    from .famo import FAMO as FAMO
+    from .gls import GLS as GLS
+    from .imtl_l import IMTLL as IMTLL
     from .nash import NashMTL as NashMTL
     from .pcgrad import PCGrad as PCGrad
+    from .rlw import RLW as RLW
+    from .si import ScaleInvariant as ScaleInvariant
+    from .stch import STCH as STCH
     from .uncertainty import UncertaintyWeighting as UncertaintyWeighting
 else:
     _classes = {method.cls.__name__: method.cls for method in METHODS.values()}
     globals().update(_classes)
-    __all__ = ["GramianWeighting", "LossWeighting", "param_groups", *_classes]
+    __all__ = ["ContinuousUncertainty", "GramianWeighting", "LossWeighting", "param_groups", *_classes]

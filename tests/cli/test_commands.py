@@ -16,9 +16,10 @@ import yaml
 
 from diffmtl_fast.cli import main
 from diffmtl_fast.diffusion.schedules import named_log_snr
+from diffmtl_fast.train.config import CONTINUOUS
 from diffmtl_fast.weighting import METHODS
 
-CHOICES = ", ".join(f"'{name}'" for name in METHODS)
+CHOICES = ", ".join(f"'{name}'" for name in (CONTINUOUS, *METHODS))
 
 TINY = """
 iterations: 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from diffmtl_fast.train.config import differences, digits, from_dict, read, to_dict
+from diffmtl_fast.train.config import CONTINUOUS, differences, digits, from_dict, read, to_dict
 from diffmtl_fast.train.errors import UserError
 from diffmtl_fast.weighting import METHODS
 
@@ -16,7 +16,7 @@ def test_bundled_configuration_is_complete_and_survives_yaml():
     assert from_dict(yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
 
 
-CHOICES = ", ".join(f"'{name}'" for name in METHODS)
+CHOICES = ", ".join(f"'{name}'" for name in (CONTINUOUS, *METHODS))
 
 
 @pytest.mark.parametrize(

@@ -5,21 +5,24 @@ from __future__ import annotations
 import gc
 import sys
 from dataclasses import replace
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 import torch
 
 from diffmtl_fast import weighting
+from diffmtl_fast.diffusion import LOSS_WEIGHTS, log_snr
 from diffmtl_fast.ops import _library
 from diffmtl_fast.train import checkpoint, history
-from diffmtl_fast.train.components import build_data, build_model, build_scheduler
-from diffmtl_fast.train.config import PLAIN, Component
+from diffmtl_fast.train.components import build_data, build_loss_weights, build_model, build_scheduler
+from diffmtl_fast.train.config import CONTINUOUS, PLAIN, Component, Loss
 from diffmtl_fast.train.errors import TrainingDiverged, UserError
 from diffmtl_fast.train.history import History
 from diffmtl_fast.train.loop import Trainer
+from diffmtl_fast.train.titles import LOSS_TITLES
 
-METHODS = (PLAIN, *weighting.METHODS)
+METHODS = (PLAIN, CONTINUOUS, *weighting.METHODS)
 
 
 class Silent:
@@ -106,7 +109,8 @@ def test_every_method_on_every_clustering(tiny, tmp_path, method, cost):
     assert trainer.iteration == 3
     assert [line["iteration"] for line in lines] == [2, 3]
     assert all(loss is None or loss > 0 for line in lines for loss in line["losses"])
-    assert ("weights" in lines[0]) == ("cosines" in lines[0]) == (method != PLAIN)
+    assert ("weights" in lines[0]) == (method != PLAIN)
+    assert ("cosines" in lines[0]) == (method in weighting.METHODS)
     assert ("gradient_norm" in lines[0]) == (trainer.config.clip > 0)
 
 
@@ -125,6 +129,39 @@ def test_measuring_cosines_keeps_no_jacobian(tiny, tmp_path):
     shapes = {tuple(p.shape) for p in trainer.model.parameters()}
     rows = [each for each in held if each.shape[0] == 3 and tuple(each.shape[1:]) in shapes]
     assert not [each for each in rows if each.numel() >= 3 * largest]
+
+
+def test_continuous_uncertainty_is_the_three_lines_of_the_guide(tiny, tmp_path, device):
+    """The loop of plain training with another scalar, and the log-variances at a rate of their own."""
+    config = tiny(method=CONTINUOUS, iterations=3, loss={"weight": "p2"}, logging={"every": 1})
+    trainer, lines = fit(config, tmp_path / "run")
+
+    data, scheduler = build_data(config), build_scheduler(config)
+    model = build_model(config, data, device)
+    learned = weighting.ContinuousUncertainty().to(device)
+    optimizer = torch.optim.AdamW(weighting.param_groups(model, learned, lr=1e-3, weight_decay=0.0))
+    generator = torch.Generator(device).manual_seed(0)
+    order = torch.randperm(1437, generator=generator, device=device)
+    levels = torch.from_numpy(log_snr(scheduler)).float().to(device)
+    for step in range(3):
+        index = order[12 * step : 12 * step + 12].cpu()
+        images, labels = data.train[index].to(device), data.train_labels[index].to(device)
+        t = torch.randint(20, (12,), generator=generator, device=device)
+        noise = torch.randn(images.shape, generator=generator, device=device)
+        predicted = model(scheduler.add_noise(images, noise, t), t, class_labels=labels).sample
+        errors = (predicted - noise).square().mean((1, 2, 3)) / (1 + levels[t].exp())
+        weights = torch.exp(-learned.log_var(levels[t])).detach()
+        cluster = trainer.clusters.assign(t)
+        for k, found in enumerate(lines[step]["weights"]):
+            if (cluster == k).any():
+                assert found == pytest.approx(float(weights[cluster == k].mean()), rel=1e-3)
+        optimizer.zero_grad()
+        learned(errors, levels[t]).backward()
+        optimizer.step()
+    assert learned.weight.abs().min() > 0
+    for ours, theirs in zip(trainer.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=5e-5)
+    torch.testing.assert_close(trainer.weighting.weight, learned.weight, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -221,7 +258,7 @@ def test_phases_of_a_curriculum(tiny, tmp_path, method, order):
     for line, phase in zip(trained, [1, 1, 2, 2, 3, 3, 4, 4], strict=True):
         inactive = line[: max(0, 3 - phase)] if order == "easy_to_hard" else line[phase:]
         assert not any(inactive)
-        if method != "vanilla":
+        if method in weighting.METHODS:
             assert sum(line) == min(phase, 3)
 
 
@@ -267,13 +304,50 @@ def test_loss_weights_with_every_method_and_the_curriculum(tiny, tmp_path, metho
         ({"weight": "min_snr", "args": {"k": 1}}, "loss.args: "),
         ({"weight": "p2", "args": {"gamma": -1}}, "loss.args: expected gamma >= 0 and k > 0"),
         ({"args": {"gamma": 1}}, "loss.args: expected none without a loss.weight"),
-        ({"weight": "best"}, "loss.weight: expected one of 'none', 'min_snr', 'p2', found best"),
+        (
+            {"weight": "min_snr", "args": {"gamma": 1, "snr_gamma": 5}},
+            "loss.args: expected gamma once, found gamma",
+        ),
+        ({"weight": "p2", "args": {"snr_gamma": 5}}, "loss.args: "),
+        ({"weight": "best"}, "loss.weight: expected one of 'none', 'min_snr', 'soft_min_snr', 'p2', "),
     ],
 )
 def test_bad_loss_weights(tiny, loss, message):
     with pytest.raises(UserError) as caught:
         Trainer(tiny(loss=loss))
     assert str(caught.value).startswith(message)
+
+
+def test_every_loss_weight_is_a_choice():
+    choices = get_args(get_type_hints(Loss)["weight"])
+    assert choices == ("none", *LOSS_WEIGHTS) == tuple(LOSS_TITLES)
+
+
+@pytest.mark.parametrize("name", ["gamma", "snr_gamma", "min_snr_gamma"])
+@pytest.mark.parametrize("weight", ["min_snr", "soft_min_snr"])
+def test_names_that_people_type(tiny, weight, name):
+    config = tiny(loss={"weight": weight, "args": {name: 3.0}})
+    scheduler = build_scheduler(config)
+    expected = LOSS_WEIGHTS[weight](torch.from_numpy(log_snr(scheduler)), gamma=3.0).float()
+    torch.testing.assert_close(build_loss_weights(config, scheduler, torch.device("cpu")), expected)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("weight", LOSS_WEIGHTS)
+def test_loss_weights_of_a_schedule_that_ends_in_pure_noise(tiny, weight, kind):
+    args = {"prediction_type": kind, "rescale_betas_zero_snr": True, "beta_schedule": "linear"}
+    config = tiny(loss={"weight": weight}, scheduler={"args": args})
+    scheduler = build_scheduler(config)
+    scheduler.alphas_cumprod[-1] = 0.0  # diffusers leaves 2^-24
+    bounded = kind == "v_prediction" or weight in ("min_snr", "soft_min_snr", "p2", "logit_normal")
+    if bounded:
+        found = build_loss_weights(config, scheduler, torch.device("cpu"))
+        assert found.isfinite().all()
+    else:
+        with pytest.raises(
+            UserError, match=f"expected one that is bounded for prediction type {kind} .* found {weight}"
+        ):
+            build_loss_weights(config, scheduler, torch.device("cpu"))
 
 
 def test_the_number_of_clusters_can_be_chosen(tiny, tmp_path):

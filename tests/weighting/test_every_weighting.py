@@ -28,21 +28,35 @@ def gramian(device, k=K, seed=0):
     return (jacobian @ jacobian.T).float().to(device)
 
 
+def repetitions(name):
+    """How often to ask a method, and the tolerance that the mean deserves; more than once if it draws numbers."""
+    random = "generator" in inspect.signature(METHODS[name].cls).parameters
+    tolerance = 0.05 if random else 1e-4
+    return DRAWS if random else 1, {"rtol": tolerance, "atol": tolerance}
+
+
 def mean_weights(name, gramian, present=None):
     """The weights; of a method that draws random numbers their mean, and the tolerance that it deserves."""
-    random = "generator" in inspect.signature(METHODS[name].cls).parameters
     weighting = build(name, gramian.device, len(gramian))
-    found = torch.stack([weighting(gramian, present) for _ in range(DRAWS if random else 1)]).mean(0)
-    tolerance = 0.05 if random else 1e-4
-    return found, {"rtol": tolerance, "atol": tolerance}
+    number, tolerance = repetitions(name)
+    return torch.stack([weighting(gramian, present) for _ in range(number)]).mean(0), tolerance
 
 
-def slopes(weighting, losses, present=None):
+def slopes(weighting, losses, present=None, number=None):
     """The scalar of a weighting of losses, and the weights n ∂scalar/∂L that it implies."""
     losses = losses.clone().requires_grad_()
     scalar = weighting(losses, present)
-    number = len(losses) if present is None else int(present.sum())
+    if number is None:
+        number = len(losses) if present is None else int(present.sum())
     return scalar, torch.autograd.grad(scalar, losses)[0] * number
+
+
+def mean_slopes(name, losses, present=None):
+    """What `slopes` finds of a new weighting, of one that draws random numbers the mean, and the tolerance."""
+    weighting = build(name, losses.device, len(losses))
+    number, tolerance = repetitions(name)
+    scalars, weights = zip(*(slopes(weighting, losses, present) for _ in range(number)), strict=True)
+    return torch.stack(scalars).mean(0), torch.stack(weights).mean(0), tolerance if number > 1 else {}
 
 
 @pytest.mark.parametrize("name", GRAMIAN)
@@ -103,25 +117,66 @@ def test_losses_become_a_scalar_with_a_finite_weight_for_each(name, device):
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_scalar_ignores_the_order_of_the_clusters(name, device):
     order, losses = torch.tensor([2, 0, 3, 1]), torch.tensor([0.5, 2.0, 1.0, 4.0], device=device)
-    one, weights = slopes(build(name, device), losses)
-    other, permuted = slopes(build(name, device), losses[order])
-    torch.testing.assert_close(other, one)
-    torch.testing.assert_close(permuted, weights[order])
+    one, weights, _ = mean_slopes(name, losses)
+    other, permuted, tolerance = mean_slopes(name, losses[order])
+    torch.testing.assert_close(other, one, **tolerance)
+    torch.testing.assert_close(permuted, weights[order], **tolerance)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_loss_of_an_absent_cluster_changes_nothing(name, device):
     losses = torch.tensor([0.5, 2.0, 1.0, 4.0], device=device)
     present = torch.tensor([True, False, True, True], device=device)
-    expected, weights = slopes(build(name, device, 3), losses[present])
+    expected, weights, _ = mean_slopes(name, losses[present])
     for value in (0.0, 2.0, 1e6):
-        weighting = build(name, device)
-        found, implied = slopes(
-            weighting, losses.index_fill(0, torch.tensor([1], device=device), value), present
-        )
-        torch.testing.assert_close(found, expected)
-        torch.testing.assert_close(implied[present], weights)
+        given = losses.index_fill(0, torch.tensor([1], device=device), value)
+        found, implied, tolerance = mean_slopes(name, given, present)
+        torch.testing.assert_close(found, expected, **tolerance)
+        torch.testing.assert_close(implied[present], weights, **tolerance)
         assert implied[1] == 0
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_an_absent_cluster_keeps_its_state(name, device):
+    """Steps without it leave every buffer's entry of a cluster as it was, and its parameters without slopes."""
+    weighting = build(name, device)
+    weighting(torch.tensor([0.5, 2.0, 1.0, 4.0], device=device))
+    before = {key: value.clone() for key, value in weighting.named_buffers()}
+    present = torch.tensor([True, False, True, True], device=device)
+    for value in (0.0, 3.0):
+        scalar, _ = slopes(weighting, torch.tensor([0.4, value, 0.9, 3.0], device=device), present)
+        assert scalar.isfinite()
+    for key, value in weighting.named_buffers():
+        torch.testing.assert_close(value[1], before[key][1], rtol=0, atol=0, equal_nan=True)
+    losses = torch.tensor([0.4, 3.0, 0.9, 3.0], device=device, requires_grad=True)
+    weighting(losses, present).backward()
+    assert all(parameter.grad[1] == 0 for parameter in weighting.parameters())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_nothing_is_read_on_the_host(name):
+    """A tensor on the meta device has no values to wait for: reading one raises."""
+    weighting = build(name, torch.device("cpu")).to("meta")
+    losses, present = torch.ones(K, device="meta"), torch.ones(K, dtype=torch.bool, device="meta")
+    for given in (None, present):
+        scalar, weights = slopes(weighting, losses, given, number=K)
+        assert scalar.shape == ()
+        assert weights.shape == (K,)
+        weighting(losses.clone().requires_grad_(), given).backward()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_that_overflowed_leave_no_trace(name, device):
+    """Steps later the weights are what they are without that step, but for the parameters, a scaler's matter."""
+    good = torch.tensor([0.5, 2.0, 1.0, 4.0], device=device)
+    for bad in (float("nan"), float("inf")):
+        struck, spared = build(name, device), build(name, device)
+        for weighting in (struck, spared):
+            slopes(weighting, good)
+        slopes(struck, torch.full((K,), bad, device=device))
+        for key, value in struck.named_buffers():
+            torch.testing.assert_close(value, spared.get_buffer(key), rtol=0, atol=0, equal_nan=True)
+        assert all(found.isfinite().all() for found in slopes(struck, good))
 
 
 @pytest.mark.parametrize("name", METHODS)
