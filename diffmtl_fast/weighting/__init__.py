@@ -24,10 +24,18 @@ for _module in pkgutil.iter_modules(__path__):
 METHODS = methods()
 
 if TYPE_CHECKING:  # for editors and type checkers alone: a class that is not here works all the same
+    from .aligned import AlignedMTL as AlignedMTL
+    from .cagrad import CAGrad as CAGrad
+    from .dualproj import DualProj as DualProj
     from .equal import Equal as Equal
+    from .fairgrad import FairGrad as FairGrad
+    from .gradvac import GradVac as GradVac
+    from .imtl import IMTLG as IMTLG
+    from .mgda import MGDA as MGDA
     from .nash import NashMTL as NashMTL
     from .pcgrad import PCGrad as PCGrad
     from .uncertainty import UncertaintyWeighting as UncertaintyWeighting
+    from .upgrad import UPGrad as UPGrad
 else:
     _classes = {method.cls.__name__: method.cls for method in METHODS.values()}
     globals().update(_classes)
