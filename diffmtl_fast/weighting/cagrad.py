@@ -12,6 +12,7 @@ from ._registry import register
 
 # Newton steps towards the worst improvement; 7 is the most that random Gramians take.
 NEWTON_STEPS = 12
+CONVERGED = 1e-14
 # Added to the cosine of a gradient with itself: it bounds the weights where nothing improves all clusters.
 RIDGE = 1e-10
 
@@ -67,6 +68,10 @@ class CAGrad(UnitGramianWeighting):
             distance = (u @ matrix @ u).sqrt()
             step = (distance - radius) * distance / (u @ inverse)
             worst = worst - torch.where(distance > radius, step, 0)
+            # Reading this stalls an accelerator, so only the CPU leaves early; further steps change nothing.
+            eager = norms.device.type == "cpu" and not torch.compiler.is_compiling()
+            if eager and not distance > radius * (1 + CONVERGED):
+                break
         return 1 + number * u / norms
 
     def extra_repr(self) -> str:

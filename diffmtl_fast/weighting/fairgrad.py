@@ -76,7 +76,7 @@ def _newton(matrix: Tensor, pull: Tensor, power: float) -> Tensor:
         tried = beta + bound * halves * step
         # The length at which the objective is flattest along the step: the values themselves are lost in rounding.
         slopes = (tried @ matrix - pull * tried**-power) @ step
-        moved = tried[slopes.abs().argmin()]
+        moved = tried.index_select(0, slopes.abs().argmin(0, keepdim=True)).squeeze(0)
         # Reading this stalls an accelerator, so only the CPU leaves early; further steps change nothing.
         eager = beta.device.type == "cpu" and not torch.compiler.is_compiling()
         converged = eager and bool((step.abs() <= CONVERGED * beta).all())

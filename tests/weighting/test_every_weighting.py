@@ -82,6 +82,20 @@ def test_the_update_harms_no_cluster(name, device, jacobians):
         assert products.amin() >= -2e-7 * (w.abs() @ rows.norm(dim=1)), (name, rows)
 
 
+@pytest.mark.parametrize("k", [K, 8])
+@pytest.mark.parametrize("name", GRAMIAN)
+def test_an_accelerator_is_never_waited_for(name, k):
+    """Tensors of the device "meta" have no values: reading one on the host is an error."""
+    method = METHODS[name]
+    supplied = {"num_clusters": k} if "num_clusters" in inspect.signature(method.cls).parameters else {}
+    weighting = method.cls(**supplied).to("meta")
+    g, present = torch.empty(k, k, device="meta"), torch.empty(k, dtype=torch.bool, device="meta")
+    for _ in range(2):
+        found = weighting(g, present)
+        assert found.shape == (k,)
+        assert found.is_meta
+
+
 @pytest.mark.parametrize("absent", [[0], [1, 3]])
 @pytest.mark.parametrize("name", GRAMIAN)
 def test_absent_clusters_weigh_nothing_and_change_nothing(name, absent, device):
