@@ -24,8 +24,8 @@ class DualProj(UnitGramianWeighting):
     d = (1/n) Jᵀw with the w that minimises wᵀGw over w ≥ 1, which is solved exactly. A common factor of the
     gradients does not change it.
 
-    Source: Lopez-Paz and Ranzato, "Gradient Episodic Memory for Continual Learning", NeurIPS 2017, equations 8 to
-    12, there for the gradient of one task and constraints from others; the name is TorchJD's.
+    Source: Lopez-Paz and Ranzato, "Gradient Episodic Memory for Continual Learning", NeurIPS 2017,
+    there for the gradient of one task and constraints from others; the name is TorchJD's.
     """
 
     def weigh(self, unit: UnitGramian, number: Tensor, ridge: float) -> Tensor:

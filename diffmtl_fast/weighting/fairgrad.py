@@ -30,7 +30,7 @@ class FairGrad(UnitGramianWeighting):
     found by Newton's method in the unknowns w_k |g_k|. No w exists where no direction improves all clusters; so
     G_kk counts 1 + √eps times (eps of the Gramian's dtype), which bounds w.
 
-    Source: Ban and Ji, "Fair Resource Allocation in Multi-Task Learning", ICML 2024, equation 7.
+    Source: Ban and Ji, "Fair Resource Allocation in Multi-Task Learning", ICML 2024.
 
     Args:
         alpha: α, the degree of fairness, from 0.5 to 5: beyond, Newton's method needs more steps than it is given.

@@ -25,7 +25,7 @@ class IMTLG(UnitGramianWeighting):
     of the gradients does not change. They may be negative, and nothing keeps the common projection above 0. Where
     the α_k found sum to zero they cannot be normalised, and w = 0.
 
-    Source: Liu et al., "Towards Impartial Multi-task Learning", ICLR 2021, section 3.1.
+    Source: Liu et al., "Towards Impartial Multi-task Learning", ICLR 2021.
     """
 
     def weigh(self, unit: UnitGramian, number: Tensor, ridge: float) -> Tensor:

@@ -25,7 +25,8 @@ class MGDA(UnitGramianWeighting):
 
     Source: Désidéri, "Multiple-gradient descent algorithm (MGDA) for multiobjective optimization", C. R. Acad.
     Sci. Paris 350, 2012; Sener and Koltun, "Multi-Task Learning as Multi-Objective Optimization", NeurIPS 2018,
-    whose Frank-Wolfe iterations approach the same point.
+    whose Frank-Wolfe iterations approach the same point. SDMGrad, its variant for noisy gradients, needs the
+    products of two independent batches, which no Gramian holds, and is not among the weightings.
     """
 
     def weigh(self, unit: UnitGramian, number: Tensor, ridge: float) -> Tensor:
