@@ -59,7 +59,7 @@ test: $(VENV)/dev.stamp
 
 campaign: $(VENV)/dev.stamp
 	DIFFMTL_CAMPAIGN=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q tests/gradients/test_architectures.py \
-	  tests/gradients/test_random_programs.py
+	  tests/gradients/test_random_programs.py tests/weighting
 
 # The tables come last, and are in the JSON file that it names. BENCH passes options on, such as
 # BENCH='--groups clustering' or BENCH='--reference-repo PATH'.

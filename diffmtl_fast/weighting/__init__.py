@@ -26,17 +26,25 @@ for _module in pkgutil.iter_modules(__path__):
 METHODS = methods()
 
 if TYPE_CHECKING:  # for editors and type checkers alone: a class that is not here works all the same
+    from .aligned import AlignedMTL as AlignedMTL
+    from .cagrad import CAGrad as CAGrad
+    from .dualproj import DualProj as DualProj
     from .dwa import DWA as DWA
     from .equal import Equal as Equal
+    from .fairgrad import FairGrad as FairGrad
     from .famo import FAMO as FAMO
     from .gls import GLS as GLS
+    from .gradvac import GradVac as GradVac
+    from .imtl import IMTLG as IMTLG
     from .imtl_l import IMTLL as IMTLL
+    from .mgda import MGDA as MGDA
     from .nash import NashMTL as NashMTL
     from .pcgrad import PCGrad as PCGrad
     from .rlw import RLW as RLW
     from .si import ScaleInvariant as ScaleInvariant
     from .stch import STCH as STCH
     from .uncertainty import UncertaintyWeighting as UncertaintyWeighting
+    from .upgrad import UPGrad as UPGrad
 else:
     _classes = {method.cls.__name__: method.cls for method in METHODS.values()}
     globals().update(_classes)

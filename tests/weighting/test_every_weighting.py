@@ -14,6 +14,8 @@ from diffmtl_fast.weighting import METHODS
 
 GRAMIAN = [name for name, method in METHODS.items() if issubclass(method.cls, dm.GramianWeighting)]
 LOSSES = [name for name in METHODS if name not in GRAMIAN]
+# Those that promise that no cluster's loss rises along the update.
+HARMLESS = ["dualproj", "fairgrad", "mgda", "nash", "upgrad"]
 K = 4
 DRAWS = 3000
 
@@ -82,6 +84,30 @@ def test_the_direction_does_not_depend_on_the_scale_of_the_gradients(name, devic
     one, tolerance = mean_weights(name, gramian(device))
     other, _ = mean_weights(name, 16 * gramian(device))
     torch.testing.assert_close(other / other.norm(), one / one.norm(), **tolerance)
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_the_update_harms_no_cluster(name, device, jacobians):
+    """⟨d, g_k⟩ ≥ 0 up to rounding, relative to the longest gradient."""
+    for rows in jacobians(number=60):
+        rows = (rows / rows.norm(dim=1).amax()).to(device)
+        w = build(name, device, len(rows))(rows @ rows.T)
+        products = rows @ (w @ rows) / rows.norm(dim=1)
+        assert products.amin() >= -2e-7 * (w.abs() @ rows.norm(dim=1)), (name, rows)
+
+
+@pytest.mark.parametrize("k", [K, 8])
+@pytest.mark.parametrize("name", GRAMIAN)
+def test_an_accelerator_is_never_waited_for(name, k):
+    """Tensors of the device "meta" have no values: reading one on the host is an error."""
+    method = METHODS[name]
+    supplied = {"num_clusters": k} if "num_clusters" in inspect.signature(method.cls).parameters else {}
+    weighting = method.cls(**supplied).to("meta")
+    g, present = torch.empty(k, k, device="meta"), torch.empty(k, dtype=torch.bool, device="meta")
+    for _ in range(2):
+        found = weighting(g, present)
+        assert found.shape == (k,)
+        assert found.is_meta
 
 
 @pytest.mark.parametrize("absent", [[0], [1, 3]])
