@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import tree_flatten, tree_unflatten
-
 from .._host import upload
+from .._torch import tree_flatten, tree_unflatten
 
 
 def flags(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
