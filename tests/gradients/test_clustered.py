@@ -402,17 +402,6 @@ def test_bad_set_ups_are_refused(call, error, message):
         call()
 
 
-def test_several_processes_are_warned_about_once(monkeypatch, caplog, device):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    x, t, _, cluster = make_batch(SORTED, device)
-    mtl = dm.ClusteredMTL(make_net(device), K, dm.PCGrad())
-    with caplog.at_level(logging.WARNING, "diffmtl_fast"):
-        mtl(x, t, cluster=cluster)
-        mtl(x, t, cluster=cluster)
-    assert [record.message.count("between processes") for record in caplog.records] == [1]
-
-
 def test_the_jacobian_is_one_buffer_for_all_steps(device):
     net, (x, t, target, cluster) = make_net(device), make_batch(SORTED, device)
     mtl = dm.ClusteredMTL(net, K, dm.PCGrad())
