@@ -27,7 +27,7 @@ def pools(tmp_path_factory):
 
 @pytest.fixture
 def on_ranks(pools):
-    """Call a function of `programs` on so many ranks, with a file of the group's alone; returns what each returned."""
+    """Call a function of `programs` on so many ranks; returns what each returned."""
     return lambda size, function, *args, **kwargs: pools(size).call(function, *args, **kwargs)
 
 

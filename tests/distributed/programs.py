@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-import os
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -15,6 +12,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
 
 import diffmtl_fast as dm
 from benchmarks.reference import cluster_gradients
@@ -35,7 +33,7 @@ LAYOUTS = {
 
 
 class Denoiser(nn.Module):
-    """Every kind of parameter gradient: of linear layers, a norm, an embedding, a raw one, one that is not used."""
+    """Parameters of several kinds: of linear layers, a norm, an embedding, raw, frozen, seldom and never used."""
 
     def __init__(self, width: int = 21) -> None:
         super().__init__()
@@ -104,6 +102,8 @@ def make_weighting(name: str, rank: int = 0) -> nn.Module:
         return weighting
     if name == "random pcgrad":
         return dm.PCGrad(torch.Generator().manual_seed(rank))
+    if name == "seldom nash":
+        return dm.NashMTL(update_every=3)
     return {"equal": dm.Equal, "pcgrad": FixedOrder, "nash": dm.NashMTL}[name]()
 
 
@@ -171,6 +171,36 @@ def train(
             with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
                 step(mtl, batch)
     return outcome(mtl, bytes_sent=counted["bytes"], messages=messages)
+
+
+def train_for_some_time(
+    weighting: str, steps: int, overflow: tuple[int, int] | None = None, ranks: int | None = None
+) -> dict[str, Tensor]:
+    """Train by SGD, on this rank or, with the samples of so many ranks, alone; return the state in the end.
+
+    With `overflow`, a GradScaler goes with it, and in that step the gradients of that rank's samples are infinite.
+    """
+    rank = None if ranks is not None else dist.get_rank()
+    model, chosen = make_model(torch.float64), make_weighting(weighting).double()
+    mtl = dm.ClusteredMTL(model, K, chosen)
+    optimizer = torch.optim.SGD([*model.parameters(), *chosen.parameters()], lr=0.05)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=overflow is not None)
+    before = parameters_to_vector(model.parameters()).detach().clone()
+    taken = 0
+    for number in range(steps):
+        parts = batches("unequal and unsorted", ranks or dist.get_world_size(), torch.float64, seed=number)
+        batch = joined(parts) if rank is None else parts[rank]
+        if overflow == (number, rank):
+            batch.target[:] = 1e200
+        optimizer.zero_grad()
+        step(mtl, batch, **({} if overflow is None else {"scaler": scaler}))
+        scaler.step(optimizer)
+        scaler.update()
+        now = parameters_to_vector(model.parameters()).detach().clone()
+        taken += not torch.equal(before, now)
+        before = now
+    scale = torch.tensor(scaler.get_scale())
+    return {**model.state_dict(), "weights": mtl.last.weights, "scale": scale, "steps taken": torch.tensor(taken)}
 
 
 def expected(

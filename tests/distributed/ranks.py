@@ -24,7 +24,9 @@ class Pool:
     """
 
     def __init__(self, size: int, folder: Path, timeout: float = 20) -> None:
-        context = multiprocessing.get_context("spawn")
+        # One process imports torch, which takes seconds, and the ranks are forked from it before it has threads.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["diffmtl_fast", "benchmarks.reference"])
         self.alive, self._timeout = True, timeout
         self._connections, self._processes = [], []
         for rank in range(size):
