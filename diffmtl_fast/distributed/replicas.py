@@ -118,9 +118,11 @@ class Replicas(Alone):
         """
         local = ops.cluster_mean(loss, cluster, num_clusters)
         counts = torch.bincount(cluster, minlength=num_clusters)
-        settings = [loss.new_tensor(by_cluster), loss.new_ones(()) if scale is None else scale.to(loss.dtype)]
         sums = local.detach().double() * counts
-        rows = self.ranks.share(torch.cat([counts.double(), sums, torch.stack(settings).double()]))
+        settings = counts.new_tensor([by_cluster, 1], dtype=torch.float64)
+        if scale is not None:
+            settings[1] = scale
+        rows = self.ranks.share(torch.cat([counts.double(), sums, settings]))
         self._refuse_differences(rows[:, 2 * num_clusters :])
         numbers, totals = rows[:, : 2 * num_clusters].sum(0).split(num_clusters)
         means = (totals / numbers.clamp(min=1)).to(local.dtype)

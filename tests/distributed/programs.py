@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -68,7 +71,7 @@ class Batch:
 
 
 def batches(
-    layout: str | Sequence[Sequence[int]], ranks: int, dtype: torch.dtype, seed: int = 1
+    layout: str | Sequence[Sequence[int]], ranks: int, dtype: torch.dtype, seed: int = 0
 ) -> list[Batch]:
     """Return every rank's samples, whose clusters want different things."""
     made = []
@@ -188,7 +191,10 @@ def train_for_some_time(
     before = parameters_to_vector(model.parameters()).detach().clone()
     taken = 0
     for number in range(steps):
-        parts = batches("unequal and unsorted", ranks or dist.get_world_size(), torch.float64, seed=number)
+        layout = list(LAYOUTS)[
+            number % len(LAYOUTS)
+        ]  # batches of new sizes are checked on one rank or the other
+        parts = batches(layout, ranks or dist.get_world_size(), torch.float64, seed=number)
         batch = joined(parts) if rank is None else parts[rank]
         if overflow == (number, rank):
             batch.target[:] = 1e200
@@ -200,7 +206,12 @@ def train_for_some_time(
         taken += not torch.equal(before, now)
         before = now
     scale = torch.tensor(scaler.get_scale())
-    return {**model.state_dict(), "weights": mtl.last.weights, "scale": scale, "steps taken": torch.tensor(taken)}
+    return {
+        **model.state_dict(),
+        "weights": mtl.last.weights,
+        "scale": scale,
+        "steps taken": torch.tensor(taken),
+    }
 
 
 def expected(
@@ -265,6 +276,139 @@ def assert_exact(found: Sequence[Outcome], wanted: Outcome, tolerance: float) ->
 
 def relative(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted).abs().max() / wanted.abs().max())
+
+
+class Trouble(nn.Module):
+    """Does something to one rank in forward or in backward: an error, death, a long sleep, mixed samples.
+
+    Args:
+        kind: what.
+        rank: to whom.
+    """
+
+    def __init__(self, kind: str, rank: int) -> None:
+        super().__init__()
+        self.kind = kind if rank == dist.get_rank() else ""
+        self.inner = make_model(torch.float32)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        if self.kind == "error in forward":
+            raise ValueError("a bad sample")
+        if self.kind == "mixed samples":
+            x = x - x.mean(0)
+        return self.inner(x, t)
+
+
+def stumble(kind: str, rank: int, weighting: str = "pcgrad", again: bool = False) -> tuple[str, float, Any]:
+    """Take a step in which a rank has trouble; return the error, how long it took, and what came of another step."""
+    batch = batches("sorted", dist.get_world_size(), torch.float32)[dist.get_rank()]
+    model = Trouble(kind, rank)
+    mtl = dm.ClusteredMTL(model, K, make_weighting(weighting))
+    mine, model.kind = model.kind, ""
+    step(mtl, batch)
+    for p in model.parameters():
+        p.grad = None
+    model.kind = mine
+    if model.kind == "mixed samples":
+        batch = Batch(*(torch.cat([part, part]) for part in (batch.x, batch.t, batch.target, batch.cluster)))
+    began, error = time.perf_counter(), ""
+    try:
+        output = mtl(batch.x, batch.t, cluster=batch.cluster)
+        if mine == "error in backward":
+            output.register_hook(_raise)
+        if mine == "a loss for each element":
+            output = output.flatten()
+        if mine == "death":
+            os._exit(1)
+        if mine == "sleep":
+            time.sleep(8)
+        mtl.backward(dm.ops.sample_mse(output, batch.target.view(output.shape)))
+    except (RuntimeError, ValueError) as found:
+        error = f"{type(found).__name__}: {found}"
+    took, after = time.perf_counter() - began, None
+    if again:
+        model.kind = ""
+        batch = batches("sorted", dist.get_world_size(), torch.float32)[dist.get_rank()]
+        left = [name for name, p in model.named_parameters() if p.grad is not None]
+        assert not left, left
+        step(mtl, batch)
+        after = {name: p.grad for name, p in model.inner.named_parameters()}
+    return error, took, after
+
+
+def _raise(gradient: Tensor) -> None:
+    raise RuntimeError("no such gradient")
+
+
+def differ(kind: str) -> str:
+    """Take a step with settings that are not those of the other ranks; return the error."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    last = rank == ranks - 1
+    width = 22 if kind == "width" and last else 21
+    weighting = dm.NashMTL() if kind == "weighting" and last else dm.PCGrad()
+    options = {"jacobian_dtype": torch.bfloat16} if kind == "jacobian_dtype" and last else {}
+    scale = 2.0 if kind == "scale" and last else 4.0
+    if kind == "measure_gramian":
+        weighting = dm.Equal()
+    model = make_model(torch.float32, width=width)
+    if kind == "frozen" and last:
+        model.gain.requires_grad_(False)
+    mtl = dm.ClusteredMTL(model, K + (kind == "num_clusters" and last), weighting, **options)
+    mtl.measure_gramian = kind == "measure_gramian" and last
+    batch = batches("sorted", ranks, torch.float32)[rank]
+    with pytest.raises((ValueError, RuntimeError)) as error:
+        step(mtl, batch, scaler=torch.amp.GradScaler("cpu", init_scale=scale))
+    return f"{error.type.__name__}: {error.value}"
+
+
+def refused(kind: str) -> str:
+    """Set something up that several processes can't do; return the error."""
+    options, batch = {}, batches("sorted", dist.get_world_size(), torch.float32)[dist.get_rank()]
+    model, weighting = make_model(torch.float32), make_weighting("pcgrad")
+    if kind == "lean":
+        options["memory"] = "lean"
+    if kind == "sparse":
+        model.time, weighting = nn.Embedding(50, 21, sparse=True), make_weighting("uw")
+    if kind == "fully_shard":
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(model, mesh=dist.init_device_mesh("cpu", (dist.get_world_size(),)))
+    with pytest.raises((TypeError, ValueError)) as error:
+        if kind == "group":
+            groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+            options["process_group"] = groups[(dist.get_rank() + 1) % len(groups)]
+        mtl = dm.ClusteredMTL(model, K, weighting, **options)
+        if kind == "DistributedDataParallel around it":
+            nn.parallel.DistributedDataParallel(mtl)(batch.x, batch.t, cluster=batch.cluster)
+        step(mtl, batch)
+    return f"{error.type.__name__}: {error.value}"
+
+
+def alone_in_a_group() -> tuple[float, bool]:
+    """Take a step in a group of one's own; return the bytes sent, and whether .grad is that of one process."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    group = [dist.new_group([each]) for each in range(ranks)][rank]
+    batch = batches("sorted", ranks, torch.float64)[rank]
+    mtl = dm.ClusteredMTL(make_model(torch.float64), K, make_weighting("pcgrad"), process_group=group)
+    with counting_bytes() as counted:
+        step(mtl, batch)
+    dist.barrier()
+    wanted = expected([batch.cluster.tolist()], 1, "pcgrad", torch.float64)
+    return counted["bytes"], mtl.last.present.equal(wanted.present)
+
+
+def bytes_of_a_forward() -> float:
+    """Return what is exchanged in a forward after the first step, with all checks of a new size of batch."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    mtl = dm.ClusteredMTL(make_model(torch.float32), K, make_weighting("pcgrad"))
+    sorted_one, other = (
+        batches(name, ranks, torch.float32)[rank] for name in ("sorted", "unequal and unsorted")
+    )
+    step(mtl, sorted_one)
+    with logged() as messages, counting_bytes() as counted:
+        mtl(other.x, other.t, cluster=other.cluster)
+    assert any("checked the model on a batch" in line for line in messages)
+    return counted["bytes"]
 
 
 @contextmanager
