@@ -144,6 +144,11 @@ def sparse_values(tensor: Tensor) -> Tensor:
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
+def within_data_parallel() -> bool:
+    """Whether a `DistributedDataParallel` is running its module. No, where PyTorch can't say: it warns by itself."""
+    return getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None) is not None
+
+
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """Return the dictionary that holds a module's own parameters. Replaced by `setattr` and `getattr`."""
     return module._parameters
@@ -221,4 +226,5 @@ __all__ = [
     "tree_unflatten",
     "unsafe_view",
     "version",
+    "within_data_parallel",
 ]

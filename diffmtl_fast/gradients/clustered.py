@@ -14,9 +14,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from .._host import upload
 from .._torch import sparse_values
+from ..distributed import Alone, Ranks, Replicas, find_group, refuse_outer_wrapper, settle
 from ..weighting import GramianWeighting, LossWeighting
 from . import diagnostics
 from .batch import BatchLayout, check_cluster
@@ -92,6 +92,9 @@ class ClusteredMTL(nn.Module):
             the Gramian is accumulated in float32 all the same. Default: each parameter's own.
         shared: names of keyword arguments, or positions of positional ones, that belong to the whole batch
             although their first dimension happens to equal its size.
+        process_group: the processes that train replicas of the model together, each on samples of its own; their
+            steps are the step of one process with all of the samples. Default: the world, where torch.distributed
+            is initialised; a model in `DistributedDataParallel` is taken out of it, and its group taken over.
 
     Attributes:
         module: the model.
@@ -102,7 +105,7 @@ class ClusteredMTL(nn.Module):
             not need it. The update stays the weighting's.
 
     Raises:
-        TypeError: an argument has the wrong type, or the model is already wrapped for data parallelism.
+        TypeError: an argument has the wrong type, or the model is in `DataParallel`.
         ValueError: an argument is out of range.
     """
 
@@ -116,13 +119,10 @@ class ClusteredMTL(nn.Module):
         memory: Memory = "full",
         jacobian_dtype: torch.dtype | None = None,
         shared: Collection[str | int] = (),
+        process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(model, _DATA_PARALLEL):
-            raise TypeError(
-                f"model: expected the bare model, found {type(model).__name__}, whose averaging would see the "
-                "clusters' gradients and not the update"
-            )
+        model, process_group = _bare(model, process_group)
         if not isinstance(weighting, LossWeighting | GramianWeighting):
             raise TypeError(
                 f"weighting: expected a LossWeighting or a GramianWeighting, found {type(weighting).__name__}"
@@ -141,7 +141,8 @@ class ClusteredMTL(nn.Module):
         self.memory = memory
         self.measure_gramian = False
         self.last: StepRecord | None = None
-        self._warned_of_processes = False
+        self._process_group = process_group
+        self._replicas = Alone()
         self._engine = Engine(model, num_clusters, engine, memory, shared, jacobian_dtype)
         self._step: Step | None = None  # that waits for its backward
 
@@ -172,13 +173,17 @@ class ClusteredMTL(nn.Module):
     def _forward(self, cluster: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if cluster is None or not torch.is_grad_enabled():
             return self.module(*args, **kwargs)
+        self._meet_other_processes()
+        with self._replicas.telling_before_losses():
+            return self._forward_by_cluster(cluster, args, kwargs)
+
+    def _forward_by_cluster(self, cluster: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         check_cluster(cluster, self.num_clusters)
         self._refuse_lost_gradients()
         step = self._step or self._begin()  # several forwards may share one backward
         self._step = None  # a forward that fails leaves no step to finish
         if step.by_cluster:
             refuse_hooks(self.module, self._engine.parameters)
-            self._warn_of_processes()
             output = self._engine.forward(step, BatchLayout(cluster, self.num_clusters), args, kwargs)
         else:
             output = step.watch(self.module(*args, **kwargs))
@@ -189,8 +194,31 @@ class ClusteredMTL(nn.Module):
     def _begin(self) -> Step:
         step = Step(self._needs_gradients_by_cluster())
         if step.by_cluster:
+            if self.memory == "lean" and isinstance(self._replicas, Replicas):
+                raise ValueError(
+                    "memory='lean': expected one process, found several, which add up their Jacobians; use "
+                    "memory='full', with jacobian_dtype=torch.bfloat16 to halve it"
+                )
             self._engine.begin()
         return step
+
+    def _meet_other_processes(self) -> None:
+        """Find the processes that train together; at their first step they settle that they do the same."""
+        group = find_group(self._process_group)
+        if group is None:
+            self._replicas = Alone()
+            return
+        refuse_outer_wrapper()
+        if isinstance(self._replicas, Replicas) and self._replicas.ranks.group is group:
+            return
+        settings = {
+            "num_clusters": self.num_clusters,
+            "memory": self.memory,
+            "jacobian_dtype": self._engine.dtype,
+        }
+        ranks = Ranks(group, next(self.module.parameters()).device)
+        settle(ranks, self.module, self.weighting, settings)
+        self._replicas = Replicas(ranks, self.num_clusters)
 
     def backward(
         self, loss: Tensor, cluster: Tensor | None = None, *, scaler: torch.amp.GradScaler | None = None
@@ -214,6 +242,18 @@ class ClusteredMTL(nn.Module):
             TypeError, ValueError: the loss is not as stated.
             RuntimeError: no forward with a cluster preceded.
         """
+        with self._replicas.telling_before_losses():
+            step, cluster = self._end_step(loss, cluster)
+            scale = None if scaler is None else scaler.scale(torch.ones((), device=loss.device))
+        losses, present = self._replicas.losses(loss, cluster, self.num_clusters, step.by_cluster, scale)
+        with nullcontext() if scale is None else self._undone_where_skipped():
+            if step.by_cluster:
+                self._backward_by_cluster(step, losses, present, scale)
+            else:
+                self._backward_losses(losses, present, scale)
+
+    def _end_step(self, loss: Tensor, cluster: Tensor | None) -> tuple[Step, Tensor]:
+        """Return the step that the loss belongs to, and the clusters of its samples, after checking both."""
         step = self._step
         if step is None or step.cluster is None:
             raise RuntimeError("expected a forward with cluster=... before backward, found none")
@@ -224,20 +264,12 @@ class ClusteredMTL(nn.Module):
             check_cluster(cluster, self.num_clusters)
         check_loss(loss, cluster)
         self._refuse_device(loss)
-        cluster = upload(cluster, loss.device)
-        present = torch.zeros(self.num_clusters, dtype=torch.bool, device=loss.device)
-        present = present.index_fill(0, cluster, True)
-        losses = ops.cluster_mean(loss, cluster, self.num_clusters)
-        scale = None if scaler is None else scaler.scale(torch.ones((), device=loss.device))
-        self._step = None  # first, so that a failure below does not block the next step
-        with nullcontext() if scale is None else self._undone_where_skipped():
-            if step.by_cluster:
-                step.keep_passes_of(loss)
-                if own:
-                    self._engine.check_losses(step, loss)
-                self._backward_by_cluster(step, losses, present, scale)
-            else:
-                self._backward_losses(losses, present, scale)
+        self._step = None  # a failure from here on does not block the next step
+        if step.by_cluster:
+            step.keep_passes_of(loss)
+            if own:
+                self._engine.check_losses(step, loss)
+        return step, upload(cluster, loss.device)
 
     def _refuse_device(self, loss: Tensor) -> None:
         device = next(self.module.parameters()).device
@@ -251,11 +283,12 @@ class ClusteredMTL(nn.Module):
     def _backward_losses(self, losses: Tensor, present: Tensor, scale: Tensor | None) -> None:
         """One plain backward of the weighted loss."""
         if isinstance(self.weighting, GramianWeighting):
-            weights = self.weighting(None, present)
+            weights = self._replicas.weights(self.weighting(None, present))
             objective = (weights * losses).sum() / present.sum()
         else:
             objective, weights = self._weigh_losses(losses, present)
-        _scaled(objective, scale).backward()
+        with self._replicas.adding_up([p for p in self.module.parameters() if p.requires_grad]):
+            _scaled(objective, scale).backward()
         self.last = StepRecord(losses.detach(), weights.detach(), present, None)
 
     def _backward_by_cluster(self, step: Step, losses: Tensor, present: Tensor, scale: Tensor | None) -> None:
@@ -269,16 +302,16 @@ class ClusteredMTL(nn.Module):
         # Row k of J is the gradient of L_k / n: the form in which the losses enter the published methods.
         objective = _scaled(losses.sum() / number, scale)
         store = self._engine.store(step)
-        self._engine.collect(step, objective, store)
-        gramian = store.gramian() * number**2
+        with self._replicas.telling_before_gradients(self._engine.parameters):
+            self._engine.collect(step, objective, store)
+        gradients = self._replicas.reader(store)
+        gramian = gradients.gramian() * number**2
         if scale is not None:
             gramian = gramian / scale.to(gramian.dtype) ** 2
-        weights = self._weigh(losses, gramian, present, scale)
-        square = store.update(weights.to(gramian.dtype), again)
+        weights = self._replicas.weights(self._weigh(losses, gramian, present, scale))
+        square = gradients.update(weights.to(gramian.dtype), again)
         norm = None if square is None else square.sqrt()
-        if isinstance(
-            self.weighting, LossWeighting
-        ):  # the Gramian was only measured, not needed step by step
+        if isinstance(self.weighting, LossWeighting):  # the Gramian was only measured
             self._engine.release()
         self.last = StepRecord(losses.detach(), weights.detach(), present, gramian, norm)
 
@@ -330,21 +363,9 @@ class ClusteredMTL(nn.Module):
                 "(loss.backward()?); they were not weighted"
             )
 
-    def _warn_of_processes(self) -> None:
-        distributed = torch.distributed
-        several = (
-            distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-        )
-        if several and not self._warned_of_processes:
-            _logger.warning(
-                "ClusteredMTL does not average cluster gradients between processes: each weighs its own batch, "
-                "and .grad is left for you to average"
-            )
-            self._warned_of_processes = True
-
     def __getstate__(self) -> dict[str, Any]:
         """Start anew when copied or pickled: a graph that waits for its backward is not the copy's."""
-        return self.__dict__ | {"_step": None}
+        return self.__dict__ | {"_step": None, "_replicas": Alone()}
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the model's own state, under the model's own names.
@@ -358,6 +379,27 @@ class ClusteredMTL(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Load the model's own state."""
         return self.module.load_state_dict(state_dict, *args, **kwargs)
+
+
+def _bare(
+    model: nn.Module, group: torch.distributed.ProcessGroup | None
+) -> tuple[nn.Module, torch.distributed.ProcessGroup | None]:
+    """Take a model out of `DistributedDataParallel`; return it with the process group."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        _logger.info(
+            "ClusteredMTL: took the model out of DistributedDataParallel, whose averaging would see no update by "
+            "cluster; ClusteredMTL adds the gradients up itself, in the same process group"
+        )
+        if group is None and model.process_group is not torch.distributed.group.WORLD:
+            group = model.process_group
+        return model.module, group
+    wrapped = next((m for m in model.modules() if isinstance(m, _DATA_PARALLEL)), None)
+    if wrapped is not None:
+        raise TypeError(
+            f"model: expected the bare model, found {type(wrapped).__name__}, whose averaging would see the "
+            "clusters' gradients and not the update"
+        )
+    return model, group
 
 
 def _forward_with_a_warning(

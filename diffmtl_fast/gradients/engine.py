@@ -51,6 +51,7 @@ class Engine:
         training: of every module, whether it is in training mode.
         slots: where the model's modules look them up.
         grouped: the grouped engine, where the model is run by it.
+        dtype: of the stored gradients; None for each parameter's own.
         jacobian_in_use: whether the Jacobian holds gradients that a check of the model must not write over.
     """
 
@@ -70,7 +71,7 @@ class Engine:
         self._name = name
         self._memory = memory
         self.shared = frozenset(shared)
-        self._dtype = dtype
+        self.dtype = dtype
         self._forget()
 
     def _forget(self) -> None:
@@ -91,7 +92,7 @@ class Engine:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the Jacobian and the stand-ins behind when copied or pickled: `begin` makes new ones."""
-        settings = ("model", "num_clusters", "_name", "_memory", "shared", "_dtype")
+        settings = ("model", "num_clusters", "_name", "_memory", "shared", "dtype")
         return {name: self.__dict__[name] for name in settings}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -248,7 +249,7 @@ class Engine:
     @property
     def eps(self) -> float:
         """The relative rounding of the lowest precision that gradients are known to be formed in."""
-        dtypes = {p.dtype for p in self.parameters} | ({self._dtype} if self._dtype else set())
+        dtypes = {p.dtype for p in self.parameters} | ({self.dtype} if self.dtype else set())
         device = self.parameters[0].device.type
         if torch.is_autocast_enabled(device):
             dtypes.add(torch.get_autocast_dtype(device))
@@ -259,7 +260,7 @@ class Engine:
     def jacobian(self) -> Jacobian:
         """The Jacobian, whose memory is the same in all steps."""
         if self._jacobian is None:
-            self._jacobian = Jacobian(self.parameters, self.num_clusters, self._dtype)
+            self._jacobian = Jacobian(self.parameters, self.num_clusters, self.dtype)
         return self._jacobian
 
     def store(self, step: Step) -> Store:
@@ -274,14 +275,12 @@ class Engine:
         if self.grouped is None:
             raise ValueError(f"memory='lean': expected the grouped engine, found slices: {self._told}")
         by_row = self.grouped.slices.positions
-        return LeanGramian(
-            self.parameters, self.num_clusters, step.uses, by_row, step.recomputes, self._dtype
-        )
+        return LeanGramian(self.parameters, self.num_clusters, step.uses, by_row, step.recomputes, self.dtype)
 
     def spare_store(self, step: Step) -> Store:
         """Return a store for a check."""
         if self.jacobian_in_use:
-            return Jacobian(self.parameters, self.num_clusters, self._dtype)
+            return Jacobian(self.parameters, self.num_clusters, self.dtype)
         return self.store(step)
 
     def release(self) -> None:

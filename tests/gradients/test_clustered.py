@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 
 import pytest
 import torch
@@ -400,17 +399,6 @@ def test_bad_losses_are_refused(change, error, message):
 def test_bad_set_ups_are_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()
-
-
-def test_several_processes_are_warned_about_once(monkeypatch, caplog, device):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    x, t, _, cluster = make_batch(SORTED, device)
-    mtl = dm.ClusteredMTL(make_net(device), K, dm.PCGrad())
-    with caplog.at_level(logging.WARNING, "diffmtl_fast"):
-        mtl(x, t, cluster=cluster)
-        mtl(x, t, cluster=cluster)
-    assert [record.message.count("between processes") for record in caplog.records] == [1]
 
 
 def test_the_jacobian_is_one_buffer_for_all_steps(device):

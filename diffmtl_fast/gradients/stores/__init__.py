@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .base import Deferred, Store
+from .base import Deferred, Gradients, Store
 from .jacobian import Jacobian
 from .lean import LeanGramian
 
-__all__ = ["Deferred", "Jacobian", "LeanGramian", "Store"]
+__all__ = ["Deferred", "Gradients", "Jacobian", "LeanGramian", "Store"]

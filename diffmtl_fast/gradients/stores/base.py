@@ -11,8 +11,26 @@ from torch import Tensor
 Deferred = Callable[[Tensor], None]
 
 
-class Store(Protocol):
-    """The write side is called by the graph during a backward, the read side once by the step after it.
+class Gradients(Protocol):
+    """Gradients of the clusters that are complete: what a step asks for, once, in this order."""
+
+    def gramian(self) -> Tensor:
+        """Return J Jᵀ, [K, K], float32 at least."""
+
+    def update(self, weights: Tensor, backward: Callable[[Tensor], None]) -> Tensor | None:
+        """Add Σ_k w_k g_k to the parameters' ``.grad`` as autograd would.
+
+        Args:
+            weights: w, [K].
+            backward: differentiates the loss whose samples are weighted by w, for stores that keep the graph.
+
+        Returns:
+            The squared norm of what is in ``.grad`` of all trainable parameters afterwards, where it is known.
+        """
+
+
+class Store(Gradients, Protocol):
+    """What the graph calls during a backward, to be read afterwards.
 
     Parameters are named by their position in the list of trainable parameters.
 
@@ -24,8 +42,6 @@ class Store(Protocol):
 
     def clear(self) -> None:
         """Forget the gradients of the last backward."""
-
-    # The write side.
 
     def lend(self, position: int) -> Tensor | None:
         """Lend contiguous memory [K, *shape] to write a parameter's first gradients to, if there is any.
@@ -54,20 +70,4 @@ class Store(Protocol):
             positions: the parameters.
             tensors: the operation's tensors that would have to be kept for it.
             form: given some of the parameters, returns what forms their part of the update from these tensors.
-        """
-
-    # The read side.
-
-    def gramian(self) -> Tensor:
-        """Return J Jᵀ, [K, K], float32 at least."""
-
-    def update(self, weights: Tensor, backward: Callable[[Tensor], None]) -> Tensor | None:
-        """Add Σ_k w_k g_k to the parameters' ``.grad`` as autograd would.
-
-        Args:
-            weights: w, [K].
-            backward: differentiates the loss whose samples are weighted by w, for stores that keep the graph.
-
-        Returns:
-            The squared norm of what is in ``.grad`` of all trainable parameters afterwards, where it is known.
         """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,19 +23,22 @@ class Jacobian:
         parameters: the trainable parameters, all on one device.
         num_clusters: K.
         dtype: of the stored gradients; default each parameter's own.
+
+    Attributes:
+        blocks: of every parameter, [K, *shape]; rows that nothing was written to hold anything, see `filled`.
     """
 
     def __init__(
         self, parameters: Sequence[nn.Parameter], num_clusters: int, dtype: torch.dtype | None = None
     ) -> None:
-        self._parameters = parameters
-        self._num_clusters = num_clusters
+        self.parameters = parameters
+        self.num_clusters = num_clusters
         self.blocks = _allocate(parameters, num_clusters, dtype)
         self.clear()
 
     def clear(self) -> None:
         """Forget the gradients of the last step; their memory is written over."""
-        self._written = [[False] * self._num_clusters for _ in self.blocks]
+        self._written = [[False] * self.num_clusters for _ in self.blocks]
         self._lent: set[int] = set()
 
     def lend(self, position: int) -> Tensor | None:
@@ -50,7 +53,7 @@ class Jacobian:
     def accept(self, position: int) -> None:
         """Take the gradients that the lent block now holds."""
         self._lent.remove(position)
-        self._written[position] = [True] * self._num_clusters
+        self._written[position] = [True] * self.num_clusters
 
     def take_back(self, position: int) -> None:
         """Take a lent block back that holds nothing of worth."""
@@ -61,11 +64,10 @@ class Jacobian:
         self._refuse_lent(position)
         block, written = self.blocks[position], self._written[position]
         if any(written):
-            self._fill(position)
-            block.add_(gradients)
+            self.filled(position).add_(gradients)
         else:
             block.copy_(gradients)
-        self._written[position] = [True] * self._num_clusters
+        self._written[position] = [True] * self.num_clusters
 
     def add_row(self, position: int, k: int, gradient: Tensor) -> None:
         """Add the gradient [*shape] of a parameter for one cluster."""
@@ -102,10 +104,9 @@ class Jacobian:
         blocks = []
         for position, written in enumerate(self._written):
             if any(written):
-                self._fill(position)
-                blocks.append(self.blocks[position])
+                blocks.append(self.filled(position))
         if not blocks:
-            return torch.zeros(self._num_clusters, self._num_clusters, device=self.blocks[0].device)
+            return torch.zeros(self.num_clusters, self.num_clusters, device=self.blocks[0].device)
         return ops.gram(blocks)
 
     def matrix(self, out: Tensor | None = None) -> Tensor:
@@ -115,12 +116,10 @@ class Jacobian:
             out: [n, P], n <= K: where the first n rows go; by default a new matrix [K, P] of all of them, in the
                 dtype that the blocks promote to.
         """
-        rows = self._num_clusters if out is None else len(out)
+        rows = self.num_clusters if out is None else len(out)
         parts = []
         for position, (block, reached) in enumerate(zip(self.blocks, self.touched, strict=True)):
-            if reached:
-                self._fill(position)
-            part = block if reached else torch.zeros_like(block)
+            part = self.filled(position) if reached else torch.zeros_like(block)
             parts.append(part[:rows].reshape(rows, block[0].numel()))
         return torch.cat(parts, 1, out=out)
 
@@ -130,23 +129,31 @@ class Jacobian:
         Returns:
             The squared norm of what is in ``.grad`` of all parameters afterwards.
         """
-        touched = [i for i, reached in enumerate(self.touched) if reached]
-        parameters = self._parameters
-        squared = accumulate([parameters[i] for i in touched], [self.blocks[i] for i in touched], weights)
-        for parameter, reached in zip(parameters, self.touched, strict=True):
-            if parameter.grad is not None and not reached:  # left there by an earlier backward
+        touched = {i: self.blocks[i] for i, reached in enumerate(self.touched) if reached}
+        return self.add_to_grads(touched, weights)
+
+    def add_to_grads(self, blocks: Mapping[int, Tensor], weights: Tensor) -> Tensor:
+        """Add the weighted sums of the rows of blocks, by position, to the ``.grad`` of their parameters.
+
+        Returns:
+            The squared norm of what is in ``.grad`` of all parameters afterwards.
+        """
+        squared = accumulate([self.parameters[i] for i in blocks], list(blocks.values()), weights)
+        for position, parameter in enumerate(self.parameters):
+            if parameter.grad is not None and position not in blocks:  # left there by an earlier backward
                 wide = torch.promote_types(parameter.grad.dtype, torch.float32)
                 squared = squared + torch.linalg.vector_norm(parameter.grad, dtype=wide).square().to(
                     squared.dtype
                 )
         return squared
 
-    def _fill(self, position: int) -> None:
-        """Set the rows that got no gradient to zero."""
+    def filled(self, position: int) -> Tensor:
+        """Return a parameter's block, after setting the rows that got no gradient to zero."""
         for k, written in enumerate(self._written[position]):
             if not written:
                 self.blocks[position][k].zero_()
                 self._written[position][k] = True
+        return self.blocks[position]
 
 
 def _allocate(

@@ -1,0 +1,12 @@
+"""Processes that train replicas of one model: what they exchange so that a step is that of the whole batch.
+
+`gradients` imports this package and hands it what it needs; nothing here imports `gradients`.
+"""
+
+from __future__ import annotations
+
+from .ranks import Ranks
+from .replicas import Alone, Replicas, find_group, refuse_outer_wrapper
+from .settling import settle
+
+__all__ = ["Alone", "Ranks", "Replicas", "find_group", "refuse_outer_wrapper", "settle"]

@@ -1,0 +1,131 @@
+"""The collectives of a process group, and how a rank that fails tells the others."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .buckets import in_buckets
+
+_logger = logging.getLogger("diffmtl_fast")
+
+
+class Ranks:
+    """The processes of a group. Each of the methods is called by all of them, in the same order.
+
+    What a method gives to all ranks has the same bits on all of them, sums included: each element of a sum is
+    formed by one rank.
+
+    Args:
+        group: the process group.
+        device: of the tensors that are exchanged.
+
+    Attributes:
+        rank: of this process in the group.
+        size: how many processes there are.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.group, self.device = group, device
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    # Small things, and errors.
+
+    def gather_objects(self, thing: Any) -> list[Any]:
+        """Return every rank's object."""
+        found: list[Any] = [None] * self.size
+        self._together(lambda: dist.all_gather_object(found, thing, group=self.group))
+        return found
+
+    def share(self, numbers: Tensor) -> Tensor:
+        """Return every rank's numbers [n] as float64 [ranks, n].
+
+        Raises:
+            RuntimeError: a rank failed in `telling` instead.
+        """
+        return self._share(numbers, None)
+
+    @contextmanager
+    def telling(self, count: int) -> Iterator[None]:
+        """Tell the others of an error inside, in the place of the `count` numbers that they expect in `share`."""
+        try:
+            yield
+        except Exception as error:
+            try:
+                self._share(torch.zeros(count), f"{type(error).__name__}: {error}")
+            except RuntimeError as lost:  # as it must: all ranks fail together, or the others are gone
+                _logger.debug("rank %d told of its error: %s", self.rank, lost)
+            raise
+
+    def _share(self, numbers: Tensor, failure: str | None) -> Tensor:
+        failed = torch.tensor([float(failure is not None)], dtype=torch.float64, device=self.device)
+        own = torch.cat([numbers.to(self.device, torch.float64), failed])
+        rows = torch.empty(self.size, len(own), dtype=torch.float64, device=self.device)
+        self._together(lambda: dist.all_gather(list(rows), own, group=self.group))
+        if bool(rows[:, -1].any()):
+            told = self.gather_objects(failure)
+            errors = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(told) if text is not None)
+            raise RuntimeError(f"expected a step of all ranks, found that some failed in it: {errors}")
+        return rows[:, :-1]
+
+    def _together(self, collective: Callable[[], Any]) -> None:
+        try:
+            collective()
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {self.rank} of {self.size}: expected every rank to take part in the exchange of this step, "
+                f"found that one has died, has not come within the process group's timeout, or exchanges "
+                f"something else: {error}"
+            ) from error
+
+    # Tensors.
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Return rank 0's tensor; all have its shape and dtype."""
+        tensor = tensor.contiguous().clone()
+        self._together(lambda: dist.broadcast(tensor, group=self.group, group_src=0))
+        return tensor
+
+    def broadcast_(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite tensors by rank 0's."""
+        self._in_buckets(tensors, lambda flat: dist.broadcast(flat, group=self.group, group_src=0))
+
+    def add_(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite tensors by their sums over the ranks."""
+        self._in_buckets(tensors, lambda flat: dist.all_reduce(flat, group=self.group))
+
+    def _in_buckets(self, tensors: Sequence[Tensor], collective: Callable[[Tensor], Any]) -> None:
+        for bucket in in_buckets((t.dtype, t.numel() * t.element_size()) for t in tensors):
+            members = [tensors[i] for i in bucket]
+            flat = torch.cat([t.reshape(-1) for t in members])
+            self._together(lambda flat=flat: collective(flat))  # type: ignore[misc]
+            for tensor, part in zip(members, flat.split([t.numel() for t in members]), strict=True):
+                tensor.copy_(part.view(tensor.shape))
+
+    def scatter_sum(self, parts: Tensor) -> Tensor:
+        """Return the sum over the ranks of the part that belongs to this one.
+
+        All-to-all and a sum in rank order, in float32 at least: it moves no more than a reduce-scatter (that of
+        gloo moves twice as much), and the order of summation is known.
+
+        Args:
+            parts: [ranks, ...], contiguous: what this rank adds to each rank's part.
+        """
+        received = torch.empty_like(parts)
+        self._together(lambda: dist.all_to_all_single(received.view(-1), parts.view(-1), group=self.group))
+        total = received[0].to(torch.promote_types(parts.dtype, torch.float32))
+        for part in received[1:]:
+            total += part
+        return total
+
+    def gather(self, part: Tensor) -> Tensor:
+        """Return every rank's tensor, [ranks, ...]."""
+        parts = torch.empty(self.size, *part.shape, dtype=part.dtype, device=part.device)
+        self._together(lambda: dist.all_gather(list(parts), part.contiguous(), group=self.group))
+        return parts

@@ -1,0 +1,174 @@
+"""Data parallel training: every process has a replica of the model and samples of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .. import ops
+from .._torch import within_data_parallel
+from .ranks import Ranks
+from .sharded_jacobian import ShardedJacobian
+
+if TYPE_CHECKING:
+    from ..gradients.stores import Gradients, Jacobian, Store
+
+
+def find_group(given: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """Return the process group of several processes to train with: the given one or the world; None where alone.
+
+    Raises:
+        ValueError: this process does not belong to the given group.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = dist.group.WORLD if given is None else given
+    size = dist.get_world_size(group)
+    if size < 0:
+        raise ValueError("process_group: expected a group that this process belongs to, found another")
+    return group if size > 1 else None
+
+
+def refuse_outer_wrapper() -> None:
+    """Refuse a forward that `DistributedDataParallel` has called.
+
+    Raises:
+        TypeError: it has.
+    """
+    if within_data_parallel():
+        raise TypeError(
+            "expected ClusteredMTL around the bare model, found it within DistributedDataParallel; leave that "
+            "out: ClusteredMTL(model, ...) adds the gradients up itself (process_group=)"
+        )
+
+
+class Alone:
+    """One process: there is nothing to exchange. The methods are those of `Replicas`."""
+
+    def telling_before_losses(self) -> AbstractContextManager[None]:
+        """Do nothing."""
+        return nullcontext()
+
+    def telling_before_gradients(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+        """Do nothing."""
+        return nullcontext()
+
+    def losses(
+        self, loss: Tensor, cluster: Tensor, num_clusters: int, by_cluster: bool, scale: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the mean loss of every cluster [K], and the clusters that are present, bool [K]."""
+        present = torch.zeros(num_clusters, dtype=torch.bool, device=loss.device)
+        return ops.cluster_mean(loss, cluster, num_clusters), present.index_fill(0, cluster, True)
+
+    def weights(self, weights: Tensor) -> Tensor:
+        """Return the weights."""
+        return weights
+
+    def adding_up(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+        """Do nothing."""
+        return nullcontext()
+
+    def reader(self, store: Store) -> Gradients:
+        """Return the store."""
+        return store
+
+
+class Replicas(Alone):
+    """Several processes, whose steps together are the step of one process with all of their samples.
+
+    Losses are those of the whole batch, and what a rank differentiates is its part of them; so the gradients of
+    all ranks add up to those of the whole batch, by cluster or not.
+
+    Args:
+        ranks: the processes.
+        num_clusters: K.
+    """
+
+    _SETTINGS = (
+        "the formation of cluster gradients in this step (the weighting's state, measure_gramian)",
+        "the scale of the GradScaler",
+    )
+
+    def __init__(self, ranks: Ranks, num_clusters: int) -> None:
+        self.ranks = ranks
+        self._count = 2 * num_clusters + len(self._SETTINGS)
+
+    def telling_before_losses(self) -> AbstractContextManager[None]:
+        """Tell the other ranks of an error inside, where they come to `losses`."""
+        return self.ranks.telling(self._count)
+
+    def telling_before_gradients(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+        """Tell the other ranks of an error inside, where they come to exchange the parameters' gradients."""
+        return self.ranks.telling(len(parameters))
+
+    def losses(
+        self, loss: Tensor, cluster: Tensor, num_clusters: int, by_cluster: bool, scale: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the mean loss of every cluster over all ranks [K], and the clusters that are present on any.
+
+        The gradient of the losses is that of this rank's part of them.
+
+        Raises:
+            RuntimeError: a rank failed before it came here.
+            ValueError: ranks differ in what they are about to do.
+        """
+        local = ops.cluster_mean(loss, cluster, num_clusters)
+        counts = torch.bincount(cluster, minlength=num_clusters)
+        sums = local.detach().double() * counts
+        settings = counts.new_tensor([by_cluster, 1], dtype=torch.float64)
+        if scale is not None:
+            settings[1] = scale
+        rows = self.ranks.share(torch.cat([counts.double(), sums, settings]))
+        self._refuse_differences(rows[:, 2 * num_clusters :])
+        numbers, totals = rows[:, : 2 * num_clusters].sum(0).split(num_clusters)
+        means = (totals / numbers.clamp(min=1)).to(local.dtype)
+        part = local * (counts / numbers.clamp(min=1)).to(local.dtype)
+        return means + (part - part.detach()), numbers > 0
+
+    def _refuse_differences(self, rows: Tensor) -> None:
+        for name, column in zip(self._SETTINGS, rows.T.tolist(), strict=True):
+            if len(set(column)) > 1:
+                found = ", ".join(f"{value:g} on rank {rank}" for rank, value in enumerate(column))
+                raise ValueError(f"expected the same on every rank for {name}, found {found}")
+
+    def weights(self, weights: Tensor) -> Tensor:
+        """Return rank 0's weights: a weighting may draw random numbers."""
+        return self.ranks.broadcast(weights.detach())
+
+    @contextmanager
+    def adding_up(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        """Let the backward inside add to ``.grad`` the sum of what it adds on all ranks."""
+        before = [p.grad for p in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        try:
+            with self.telling_before_gradients(parameters):
+                yield
+                _refuse_sparse(parameters)
+            reached = self.ranks.share(torch.tensor([p.grad is not None for p in parameters])).any(0).tolist()
+            found = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+            self.ranks.add_([grad for grad, there in zip(found, reached, strict=True) if there])
+        except BaseException:
+            for parameter, old in zip(parameters, before, strict=True):
+                parameter.grad = old
+            raise
+        for parameter, old, grad, there in zip(parameters, before, found, reached, strict=True):
+            new = grad if there else None
+            parameter.grad = new if old is None else old if new is None else old.add_(new)
+
+    def reader(self, store: Store) -> Gradients:
+        """Return what reads the sum of all ranks' stores, which are Jacobians."""
+        return ShardedJacobian(cast("Jacobian", store), self.ranks)
+
+
+def _refuse_sparse(parameters: Sequence[nn.Parameter]) -> None:
+    if any(p.grad is not None and p.grad.is_sparse for p in parameters):
+        raise ValueError(
+            "model: expected dense gradients, found a sparse one, which is not added up between processes; make "
+            "its embedding with sparse=False"
+        )

@@ -1,0 +1,92 @@
+"""Ranks that differ, fail, stall or die: what the others are told, and when."""
+
+from __future__ import annotations
+
+import pytest
+from programs import K, differ, expected, refused, stumble
+from ranks import Failed
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (
+            "num_clusters",
+            f"expected the same num_clusters on every rank, found {K} on rank 0; {K + 1} on rank 1",
+        ),
+        ("weighting", "expected the same weighting on every rank, found PCGrad on rank 0; NashMTL on rank 1"),
+        ("width", "expected the same number of parameters on every rank, found "),
+        ("frozen", "expected the same trainable parameters on every rank, found 12 on rank 0; 11 on rank 1"),
+        ("jacobian_dtype", "found None on rank 0; torch.bfloat16 on rank 1"),
+        ("measure_gramian", "measure_gramian), found 0 on rank 0, 1 on rank 1"),
+        ("scale", "for the scale of the GradScaler, found 4 on rank 0, 2 on rank 1"),
+    ],
+)
+def test_ranks_that_differ_are_told(on_ranks, kind, message):
+    for error in on_ranks(2, differ, kind):
+        assert error.startswith("ValueError: expected the same")
+        assert message in error
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("lean", "ValueError: memory='lean': expected one process, found several"),
+        ("sparse", "ValueError: model: expected dense gradients, found a sparse one"),
+        (
+            "fully_shard",
+            "ValueError: model: expected a whole replica on every rank, found sharded parameters: ",
+        ),
+        (
+            "DistributedDataParallel around it",
+            "TypeError: expected ClusteredMTL around the bare model, found it ",
+        ),
+        ("group", "ValueError: process_group: expected a group that this process belongs to"),
+    ],
+)
+def test_what_is_refused(on_ranks, kind, message):
+    for error in on_ranks(2, refused, kind):
+        assert error.startswith(message), error
+
+
+@pytest.mark.parametrize("weighting", ["uw", "pcgrad"])
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [
+        ("error in forward", "ValueError: a bad sample"),
+        ("error in backward", "RuntimeError: no such gradient"),
+        ("a loss for each element", "ValueError: loss: expected per-sample losses of shape"),
+    ],
+)
+def test_a_rank_that_fails_makes_all_fail_and_the_next_step_works(on_ranks, kind, own, weighting):
+    found = on_ranks(4, stumble, kind, 2, weighting, again=True)
+    for rank, (error, took, after) in enumerate(found):
+        assert error.startswith(own if rank == 2 else "RuntimeError: expected a step of all ranks, found"), (
+            error
+        )
+        assert f"rank 2: {own}" in error or rank == 2
+        assert took < 10
+        for name, grad in expected("sorted", 4, weighting).grads.items():
+            assert name == "unused" or (after[name].flatten() - grad).abs().max() <= 1e-5
+
+
+def test_a_rank_whose_model_is_refused_makes_all_fail(on_ranks):
+    (refusing, _, _), (other, _, _) = on_ranks(2, stumble, "mixed samples", 0)
+    assert refusing.startswith("ValueError: model: expected each sample's output to depend on that sample")
+    assert "found that some failed in it: rank 0: ValueError: model: expected each sample's output" in other
+
+
+def test_a_rank_that_dies_ends_the_others(fresh_pool):
+    living, dead = fresh_pool(2).results(stumble, "death", 1)
+    assert dead is None
+    assert living[0].startswith("RuntimeError: rank 0 of 2: expected every rank to take part in the exchange")
+    assert living[1] < 3
+
+
+def test_a_rank_that_stalls_ends_the_others_within_the_timeout(fresh_pool):
+    waiting, late = fresh_pool(2, timeout=3).results(stumble, "sleep", 1)
+    assert waiting[0].startswith(
+        "RuntimeError: rank 0 of 2: expected every rank to take part in the exchange"
+    )
+    assert waiting[1] < 7
+    assert isinstance(late, Failed) or late[0].startswith("RuntimeError: rank 1 of 2")
