@@ -145,7 +145,7 @@ BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 def within_data_parallel() -> bool:
-    """Whether a `DistributedDataParallel` is running its module. No, where PyTorch can't say: it warns by itself."""
+    """Whether a `DistributedDataParallel` is running its module. No, where PyTorch can't say."""
     return getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None) is not None
 
 

@@ -75,7 +75,7 @@ class ClusterJacobian:
             return engine.forward(step, layout, args, kwargs)
 
         with torch.enable_grad():
-            engine.begin()
+            engine.begin(engine.model)
             engine.jacobian_in_use = add
             sample_losses = loss(model)
             check_loss(sample_losses, cluster)

@@ -180,7 +180,7 @@ class ClusteredMTL(nn.Module):
     def _forward_by_cluster(self, cluster: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         check_cluster(cluster, self.num_clusters)
         self._refuse_lost_gradients()
-        step = self._step or self._begin()  # several forwards may share one backward
+        step = self._continue_or_begin()
         self._step = None  # a forward that fails leaves no step to finish
         if step.by_cluster:
             refuse_hooks(self.module, self._engine.parameters)
@@ -188,19 +188,24 @@ class ClusteredMTL(nn.Module):
         else:
             output = step.watch(self.module(*args, **kwargs))
         step.cluster = cluster
+        if step.passes:
+            step.passes[-1].cluster = cluster
         self._step = step
         return output
 
-    def _begin(self) -> Step:
-        step = Step(self._needs_gradients_by_cluster())
-        if step.by_cluster:
+    def _continue_or_begin(self) -> Step:
+        """Return the step of this forward: that of the last one, if they can share a backward."""
+        by_cluster, changed = self._needs_gradients_by_cluster(), False
+        if by_cluster:
             if self.memory == "lean" and isinstance(self._replicas, Replicas):
                 raise ValueError(
                     "memory='lean': expected one process, found several, which add up their Jacobians; use "
                     "memory='full', with jacobian_dtype=torch.bfloat16 to halve it"
                 )
-            self._engine.begin()
-        return step
+            changed = self._engine.begin(self.module)
+        if self._step is None or changed or self._step.by_cluster != by_cluster:
+            return Step(by_cluster)
+        return self._step
 
     def _meet_other_processes(self) -> None:
         """Find the processes that train together; at their first step they settle that they do the same."""
@@ -269,6 +274,7 @@ class ClusteredMTL(nn.Module):
             step.keep_passes_of(loss)
             if own:
                 self._engine.check_losses(step, loss)
+            step.take_outputs()
         return step, upload(cluster, loss.device)
 
     def _refuse_device(self, loss: Tensor) -> None:
@@ -297,7 +303,8 @@ class ClusteredMTL(nn.Module):
 
         def again(weights: Tensor) -> None:
             with self._engine.during_backward():
-                _scaled((weights.to(losses.dtype) * losses).sum() / number, scale).backward()
+                weighted = (weights.to(losses.dtype) * losses).sum() / number
+                _scaled(weighted, scale).backward(inputs=self._engine.leaves)
 
         # Row k of J is the gradient of L_k / n: the form in which the losses enter the published methods.
         objective = _scaled(losses.sum() / number, scale)

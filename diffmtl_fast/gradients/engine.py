@@ -99,17 +99,26 @@ class Engine:
         self.__dict__.update(state)
         self._forget()
 
-    def begin(self) -> None:
-        """Start a step: find the trainable parameters, and renew the stand-ins if they have changed.
+    def begin(self, model: nn.Module) -> bool:
+        """Start a forward: find the trainable parameters, and renew the stand-ins if they have changed.
+
+        Args:
+            model: the model, which may be another one now.
+
+        Returns:
+            Whether they have, so that no forward before this one can share its backward.
 
         Raises:
             ValueError: see `find_slots`.
         """
+        if model is not self.model:
+            self.model, self._key = model, []
         self.slots, self.parameters = find_slots(self.model)
         self.training = tuple([module.training for module in self.model.modules()])
         self._values = self.parameters
-        key = fingerprint(self.parameters)
-        if key != self._key:
+        key = fingerprint(self.slots, self.parameters)
+        changed = key != self._key
+        if changed:
             self._key, self._jacobian = key, None
             self._model_check, self._loss_check = ModelCheck(self), LossCheck()
             self.names = parameter_names(self.model, self.parameters)
@@ -117,6 +126,7 @@ class Engine:
             self.grouped = self._make_grouped()
         if self.grouped is not None:
             self.grouped.begin(self.training)
+        return changed
 
     def _make_aliases(self) -> list[Aliases]:
         def step() -> Step:
@@ -177,6 +187,7 @@ class Engine:
             self._tell("grouped", self.grouped.describe())
             return output
         self._step = step
+        step.begin_pass(layout.clusters)
         return self.run_slices(layout, ordered, self._aliases)
 
     def run_slices(self, layout: BatchLayout, ordered: _Arguments, stand_ins: Any) -> Any:
@@ -193,13 +204,17 @@ class Engine:
 
     def _remember(self, step: Step, output: Any) -> Any:
         leaves = flatten(output)[0]
-        step.outputs = [leaf for leaf in leaves if is_measured(leaf) and leaf.requires_grad]
+        step.passes[-1].outputs = [leaf for leaf in leaves if is_measured(leaf) and leaf.requires_grad]
         return output
 
     def check_losses(self, step: Step, losses: Tensor) -> None:
-        """Refuse losses that depend on other samples' outputs, once for every kind of them."""
-        outputs, step.outputs = step.outputs, []
-        self._loss_check(losses, outputs)
+        """Refuse losses that depend on other samples' outputs, once for every kind of them.
+
+        Raises:
+            ValueError: they do, or come from forwards with different clusters.
+        """
+        step.refuse_other_clusters()
+        self._loss_check(losses, step.take_outputs())
 
     def collect(self, step: Step, objective: Tensor, store: Store) -> None:
         """Run the backward of a scalar; the parameters' gradients go to `store`, cluster by cluster.
@@ -274,6 +289,9 @@ class Engine:
             return self.jacobian
         if self.grouped is None:
             raise ValueError(f"memory='lean': expected the grouped engine, found slices: {self._told}")
+        # The second backward leaves out what is outside of the model, which such a checkpoint can't.
+        if step.recomputes and self.grouped.reentrant:
+            raise RuntimeError("memory='lean': expected checkpoints with use_reentrant=False, found others")
         by_row = self.grouped.slices.positions
         return LeanGramian(self.parameters, self.num_clusters, step.uses, by_row, step.recomputes, self.dtype)
 
@@ -281,7 +299,15 @@ class Engine:
         """Return a store for a check."""
         if self.jacobian_in_use:
             return Jacobian(self.parameters, self.num_clusters, self.dtype)
-        return self.store(step)
+        store = self.store(step)
+        store.poison()
+        return store
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """The tensors that the parameters' gradients end at."""
+        aliases = self._aliases if self.grouped is None else self.grouped.slices.aliases
+        return [*self._values, *(leaf for each in aliases for leaf in each.made)]
 
     def release(self) -> None:
         """Give the Jacobian's memory back."""

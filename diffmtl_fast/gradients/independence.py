@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -118,7 +118,7 @@ def interact(
     *,
     shared: Collection[str | int] = (),
     folded: bool = False,
-    sets: int | None = None,
+    sets: Sequence[Tensor] | None = None,
 ) -> bool:
     """Tell whether samples have an effect on each other: whether other arguments for some change others' output.
 
@@ -130,7 +130,7 @@ def interact(
         state: put back before every run.
         shared: arguments that are not the samples'.
         folded: arguments and outputs may have several rows per sample.
-        sets: how many sets of samples get others' arguments; default as many as it takes to be sure.
+        sets: the sets of samples, bool [B], that get others' arguments; default as many as it takes to be sure.
 
     Raises:
         ValueError: an output that is not one row per sample depends on the samples.
@@ -143,7 +143,7 @@ def interact(
     expected = outputs(args, kwargs)
     tolerances = [tolerance(a, b) for a, b in zip(expected, outputs(args, kwargs), strict=True)]
     following = torch.arange(1, batch_size + 1) % batch_size
-    for disturbed in itertools.islice(halves(batch_size), sets):
+    for disturbed in halves(batch_size) if sets is None else sets:
         source = torch.where(disturbed, following, torch.arange(batch_size))
         found = outputs(*replace_rows(args, kwargs, source, shared=shared, folded=folded))
         if leaks(expected, found, tolerances, disturbed, folded=folded):
@@ -189,7 +189,7 @@ def mixing_module(
         state.restore()
         run(args, kwargs)
         quiet = False
-        for disturbed in itertools.islice(halves(batch_size), options["sets"]):
+        for disturbed in halves(batch_size) if options["sets"] is None else options["sets"]:
             source = torch.where(disturbed, following, torch.arange(batch_size))
             state.restore()
             run(*replace_rows(args, kwargs, source, shared=options["shared"]))

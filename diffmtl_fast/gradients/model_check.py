@@ -20,7 +20,7 @@ from .model_state import ModelState, drawing_module, evaluating
 from .parameters import grads_set_aside, installed, module_name, raising_module, take_gradients
 from .rules import WrongRule
 from .step import Step
-from .trees import flags, flatten, map_tensors
+from .trees import copied, flags, flatten, map_tensors
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -30,6 +30,8 @@ _Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 #: Batches of so many sizes are checked before the first step with them; sizes that come later are not.
 MAX_BATCH_SIZES = 16
+#: So many whole checks in all: shapes that change with every batch must not be checked with every batch.
+MAX_CHECKS = 64
 #: After so many steps, and then every so many, a spot check follows. It costs three forwards, about a plain step:
 #: a thousandth of training, and three steps more.
 SPOT_CHECKS = (16, 64, 256)
@@ -52,6 +54,8 @@ class ModelCheck:
             tuple[Any, ...], set[int]
         ] = {}  # of the batches that were checked, by the rest of the kind
         self._steps = 0  # since the last whole check
+        self._spots = 0  # checks so far
+        self._checks = 0  # whole ones so far
         self._checked_at = 0  # the step of the last check of any kind
         self._differentiates = False  # whether the model forms gradients in its forward
         self.writes = False
@@ -70,7 +74,7 @@ class ModelCheck:
             RuntimeError: it can't be run by cluster.
         """
         sizes = self._sizes.setdefault(self._kind(layout, given), set())
-        if layout.batch_size in sizes or len(sizes) >= MAX_BATCH_SIZES:
+        if layout.batch_size in sizes or len(sizes) >= MAX_BATCH_SIZES or self._checks >= MAX_CHECKS:
             self._steps += 1
             if self._steps in SPOT_CHECKS or self._steps % SPOT_CHECK_EVERY == 0:
                 self._spot_check(layout, ordered)
@@ -83,6 +87,7 @@ class ModelCheck:
             time.perf_counter() - began,
         )
         sizes.add(layout.batch_size)
+        self._checks += 1
         self._steps = self._checked_at = 0
 
     def _kind(self, layout: BatchLayout, given: _Arguments) -> tuple[Any, ...]:
@@ -131,11 +136,15 @@ class ModelCheck:
             return
         grouped = self._engine.grouped
         steps, self._checked_at = self._steps - self._checked_at, self._steps
+        some = torch.randperm(layout.batch_size, generator=torch.Generator().manual_seed(self._spots))
+        half = torch.zeros(layout.batch_size, dtype=torch.bool)
+        half[some[: (layout.batch_size + 1) // 2]] = True
+        self._spots += 1
         if grouped is not None:
-            found = grouped.spot_check(layout, *ordered)
+            found = grouped.spot_check(layout, *ordered, half)
         else:
             with self._without_consequences(ordered) as state:
-                found = self._mixing(layout, ordered, state, sets=1)
+                found = self._mixing(layout, ordered, state, [half])
         if found is not None:
             raise ValueError(
                 "model: expected each sample's output to depend on that sample alone, as was found before, found "
@@ -181,7 +190,7 @@ class ModelCheck:
 
     def _unsorted_slices(self, layout: BatchLayout, ordered: _Arguments, stand_ins: Any) -> Any:
         with torch.set_grad_enabled(self._differentiates):
-            output = self._engine.run_slices(layout, ordered, stand_ins)
+            output = self._engine.run_slices(layout, map_tensors(copied, ordered), stand_ins)
         return map_tensors(Tensor.detach, layout.unsort(output))
 
     def _twice(self, state: ModelState, given: _Arguments, other: Any) -> tuple[Any, Any, str | None]:
@@ -222,7 +231,7 @@ class ModelCheck:
             )
 
     def _mixing(
-        self, layout: BatchLayout, given: _Arguments, state: ModelState, sets: int | None = None
+        self, layout: BatchLayout, given: _Arguments, state: ModelState, sets: Sequence[Tensor] | None = None
     ) -> str | None:
         """Return the name of the first module in which samples have an effect on each other, if they do."""
         engine = self._engine
@@ -242,7 +251,7 @@ class ModelCheck:
 
     def _call(self, given: _Arguments) -> Any:
         """Call the model for an output that nobody differentiates."""
-        args, kwargs = given
+        args, kwargs = map_tensors(copied, given)
         with torch.set_grad_enabled(self._differentiates):
             return map_tensors(Tensor.detach, self._engine.model(*args, **kwargs))
 
@@ -280,7 +289,6 @@ class ModelCheck:
         a plain backward. That finds whatever the other checks can't see: gradients that go astray, that are no
         sums over samples, that are formed by a wrong rule, or that a step would overwrite.
         """
-        ordered = map_tensors(_detached, ordered)
         engine, state = self._engine, ModelState(self._engine.model)
         weights = torch.linspace(0.5, 1.5, engine.num_clusters, device=engine.parameters[0].device)
         values = [revealing(p) for p in engine.parameters]
@@ -324,7 +332,7 @@ class ModelCheck:
         """Return the plain model's gradients of the weighted loss; None where it has none."""
         engine = self._engine
         with torch.enable_grad(), installed(engine.slots, values):
-            args, kwargs = ordered
+            args, kwargs = map_tensors(copied, ordered)
             objective = _made_up_loss(engine.model(*args, **kwargs), layout, weights)
             if objective is None:
                 return None
@@ -344,7 +352,7 @@ class ModelCheck:
         """Return the same gradients as the engine forms them."""
         engine, step = self._engine, Step(by_cluster=True)
         with torch.enable_grad(), engine.standing_for(values):
-            output = engine.run(step, layout, ordered)
+            output = engine.run(step, layout, map_tensors(copied, ordered))
             objective = _made_up_loss(output, layout, None)
             assert objective is not None
             store = engine.spare_store(step)
@@ -358,7 +366,7 @@ class ModelCheck:
         objective = _made_up_loss(output, layout, weights)
         assert objective is not None
         with self._engine.during_backward():
-            objective.backward()
+            objective.backward(inputs=self._engine.leaves)
 
 
 def _made_up_loss(output: Any, layout: BatchLayout, weights: Tensor | None) -> Tensor | None:
@@ -377,10 +385,6 @@ def _made_up_loss(output: Any, layout: BatchLayout, weights: Tensor | None) -> T
             losses = losses * layout.clusters.by_row(weights, layout.batch_size).to(losses)
         total = losses.sum() if total is None else total + losses.sum()
     return total
-
-
-def _detached(tensor: Tensor) -> Tensor:
-    return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
 def _near(a: Tensor | None, b: Tensor | None, scale: Tensor, eps: float) -> bool:

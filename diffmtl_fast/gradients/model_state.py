@@ -20,7 +20,8 @@ from .._torch import DisableTorchFunctionSubclass, own_buffers
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Put a module into evaluation mode, where most models draw no random numbers."""
     training = [(m, m.training) for m in module.modules()]
-    module.eval()
+    for m, _ in training:  # not by eval(), which may do more: layers that merge adapters do
+        m.training = False
     try:
         yield
     finally:
@@ -36,18 +37,22 @@ class BufferSlot(NamedTuple):
 
 
 class ModelState:
-    """Random states, a model's buffers, and the parameters that a forward writes to.
+    """Random states, a model's buffers and numbers of its own, and the parameters that a forward writes to.
 
     Args:
         model: the model.
-        slots: the buffers to keep; default all.
+        slots: the buffers to keep; default all, and the modules' attributes that are plain numbers or flags.
     """
 
     def __init__(self, model: nn.Module, slots: Sequence[BufferSlot] | None = None) -> None:
         if slots is None:
             slots = [BufferSlot(m, name) for m in model.modules() for name, _ in own_buffers(m).items()]
+            self._attributes = [(m, _plain_attributes(m)) for m in model.modules()]
+        else:
+            self._attributes = []
         found = [(slot, getattr(slot.module, slot.name)) for slot in slots]
         self._buffers = [(slot, b, b.detach().clone()) for slot, b in found if b is not None]
+        self._empty = [slot for slot, b in found if b is None]
         device = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0)).device
         self._device = device.type
         self._random = RandomState(device)
@@ -60,6 +65,10 @@ class ModelState:
             with torch.no_grad():
                 buffer.copy_(value)
             own_buffers(slot.module)[slot.name] = buffer
+        for slot in self._empty:
+            own_buffers(slot.module)[slot.name] = None
+        for module, attributes in self._attributes:
+            module.__dict__.update(attributes)
         for parameter, value in self._written.values():
             parameter.data.copy_(value)  # by .data: a graph that waits for its backward is none the wiser
         self._random.restore()
@@ -132,6 +141,7 @@ class RandomState:
         return any(_differ(a, b) for a, b in zip(self._states, self._read(), strict=True))
 
 
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _READING = ("__index__", "__int__", "__invert__")
 
 
@@ -175,7 +185,10 @@ class ParameterWrites(TorchFunctionMode):
         dtypes: set[torch.dtype] | None = None,
     ) -> None:
         super().__init__()
-        self._by_memory = {memory(p): p for p in parameters if p.numel()}
+        self._by_memory: dict[int | None, list[Tensor]] = {}  # several parameters may share one flat memory
+        for parameter in parameters:
+            if parameter.numel():
+                self._by_memory.setdefault(memory(parameter), []).append(parameter)
         self._allow = allow
         self._dtypes = set() if dtypes is None else dtypes
 
@@ -184,12 +197,17 @@ class ParameterWrites(TorchFunctionMode):
     ) -> Any:
         """Run the operation, or not."""
         kwargs = kwargs or {}
+        if func == _SET_DATA and memory(args[0]) in self._by_memory:
+            raise ValueError(
+                "model: expected parameters that a forward writes in place, such as by copy_() under no_grad, "
+                "found the .data of one replaced, which stand-ins of it would not see"
+            )
         if writes_in_place(func) or "out" in kwargs:
             target = kwargs["out"] if "out" in kwargs else args[0]
             targets = target if isinstance(target, tuple | list) else [target]
             memories = [memory(t) for t in targets if isinstance(t, Tensor)]
-            found = [self._by_memory.get(m) for m in memories if m is not None]
-            allowed = [self._allow(func, p) for p in found if p is not None]  # each is asked
+            found = [p for m in memories if m is not None for p in self._by_memory.get(m, [])]
+            allowed = [self._allow(func, p) for p in found]  # each is asked
             if not all(allowed):
                 return target
         result = func(*args, **kwargs)
@@ -219,6 +237,12 @@ def memory(tensor: Tensor) -> int | None:
             return tensor.untyped_storage().data_ptr()
     except NotImplementedError:
         return None
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """Return a module's numbers and flags, such as a counter, but not its mode."""
+    plain = (bool, int, float, str, type(None))
+    return {n: v for n, v in module.__dict__.items() if isinstance(v, plain) and n != "training"}
 
 
 def _differ(a: Any, b: Any) -> bool:

@@ -77,9 +77,9 @@ def refuse_hooks(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
         )
 
 
-def fingerprint(parameters: Iterable[nn.Parameter]) -> list[tuple[Any, ...]]:
-    """Tell whether stand-ins made for the parameters still fit them."""
-    return [(id(p), p.data_ptr(), p.dtype, p.device, p.stride()) for p in parameters]
+def fingerprint(slots: Sequence[Slot], parameters: Iterable[nn.Parameter]) -> list[Any]:
+    """Tell whether stand-ins made for the parameters, and where they are put, still fit them."""
+    return [len(slots), *((id(p), p.data_ptr(), p.dtype, p.device, p.stride()) for p in parameters)]
 
 
 def grad_versions(parameters: Iterable[Tensor]) -> list[tuple[int, int] | None]:

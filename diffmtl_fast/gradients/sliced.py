@@ -48,6 +48,11 @@ class Aliases(Sequence[Tensor]):
             self._leaves[position] = leaf
         return self._leaves[position]
 
+    @property
+    def made(self) -> list[Tensor]:
+        """The leaves made so far."""
+        return list(self._leaves.values())
+
     def _hand_over(self, position: int) -> Callable[[Tensor], None]:
         def hook(leaf: Tensor) -> None:
             gradient, leaf.grad = leaf.grad, None

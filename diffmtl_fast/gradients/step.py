@@ -23,12 +23,16 @@ class Pass:
         clusters: of the sorted batch.
 
     Attributes:
+        cluster: int64 [B], as it was given.
+        outputs: that a loss may be differentiated by, until the loss is checked.
         uses: how many operations each parameter took part in, by position.
         recomputes: whether activations are packed away, to be recomputed or fetched in backward.
     """
 
     def __init__(self, step: Step, clusters: Clusters) -> None:
         self.step, self.clusters = step, clusters
+        self.cluster: Tensor | None = None
+        self.outputs: list[Tensor] = []
         self.uses: Counter[int] = Counter()
         self.recomputes = False
 
@@ -42,7 +46,6 @@ class Step:
     Attributes:
         cluster: int64 [B], of the last forward; None until one has succeeded.
         passes: the forwards whose graphs can tell the clusters apart.
-        outputs: the last forward's outputs that a loss may be differentiated by, until the loss is checked.
         store: what takes per-cluster gradients now; None in any backward but `ClusteredMTL.backward`'s own, where
             the graph behaves like the plain model's.
         bypassed: whether such another backward has come by.
@@ -52,7 +55,6 @@ class Step:
         self.by_cluster = by_cluster
         self.cluster: Tensor | None = None
         self.passes: list[Pass] = []
-        self.outputs: list[Tensor] = []
         self.store: Store | None = None
         self.bypassed = False
 
@@ -79,8 +81,30 @@ class Step:
         """Forget the forwards that the loss does not come from, such as one whose loss was NaN and skipped."""
         if len(self.passes) < 2:
             return
-        reached = {getattr(node, "forward_pass", None) for node in nodes(loss, set())}
-        self.passes = [p for p in self.passes if p in reached]
+        reached = set(nodes(loss, set()))
+        self.passes = [p for p in self.passes if any(output.grad_fn in reached for output in p.outputs)]
+
+    def refuse_other_clusters(self) -> None:
+        """Refuse forwards of one loss whose samples are of different clusters.
+
+        Raises:
+            ValueError: there are such.
+        """
+        clusters = [p.cluster for p in self.passes if p.cluster is not None]
+        for other in clusters[1:]:
+            # Comparing waits for an accelerator: where forwards that share a backward have tensors of their own.
+            if other is not clusters[0] and not torch.equal(other, clusters[0]):
+                raise ValueError(
+                    "cluster: expected the same clusters in all forwards that share a backward, found others; "
+                    "pass those of the losses to mtl.backward(loss, cluster)"
+                )
+
+    def take_outputs(self) -> list[Tensor]:
+        """Return the outputs of the forwards, and keep them no longer."""
+        taken = [output for each in self.passes for output in each.outputs]
+        for each in self.passes:
+            each.outputs = []
+        return taken
 
     @property
     def uses(self) -> Counter[int]:

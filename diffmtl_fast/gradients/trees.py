@@ -15,8 +15,8 @@ from .._torch import tree_flatten, tree_unflatten
 
 def flags(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """Return the arguments of a call that choose what the model does: strings, booleans, None."""
-    named = [*enumerate(args), *kwargs.items()]
-    return tuple((name, value) for name, value in named if value is None or isinstance(value, bool | str))
+    leaves = flatten((args, kwargs))[0]
+    return tuple((i, v) for i, v in enumerate(leaves) if v is None or isinstance(v, bool | str))
 
 
 def flatten(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any], Any]:
@@ -64,6 +64,11 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     """Apply a function to every tensor of a nested structure."""
     leaves, rebuild, _ = flatten(tree)
     return rebuild([function(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """Return a copy for a forward that must not count: models may write to their arguments."""
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def cut(tree: Any, batch_size: int, begin: int, end: int, *, folded: bool = False) -> Any:

@@ -300,7 +300,7 @@ class Trouble(nn.Module):
 
 
 def stumble(kind: str, rank: int, weighting: str = "pcgrad", again: bool = False) -> tuple[str, float, Any]:
-    """Take a step in which a rank has trouble; return the error, how long it took, and what came of another step."""
+    """Take a step in which a rank has trouble; return the error, its time, and what came of another step."""
     batch = batches("sorted", dist.get_world_size(), torch.float32)[dist.get_rank()]
     model = Trouble(kind, rank)
     mtl = dm.ClusteredMTL(model, K, make_weighting(weighting))
@@ -373,14 +373,18 @@ def refused(kind: str) -> str:
         from torch.distributed.fsdp import fully_shard
 
         fully_shard(model, mesh=dist.init_device_mesh("cpu", (dist.get_world_size(),)))
-    with pytest.raises((TypeError, ValueError)) as error:
-        if kind == "group":
-            groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
-            options["process_group"] = groups[(dist.get_rank() + 1) % len(groups)]
+    if kind == "group":
+        groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+        options["process_group"] = groups[(dist.get_rank() + 1) % len(groups)]
+
+    def attempt() -> None:
         mtl = dm.ClusteredMTL(model, K, weighting, **options)
         if kind == "DistributedDataParallel around it":
             nn.parallel.DistributedDataParallel(mtl)(batch.x, batch.t, cluster=batch.cluster)
         step(mtl, batch)
+
+    with pytest.raises((TypeError, ValueError)) as error:
+        attempt()
     return f"{error.type.__name__}: {error.value}"
 
 

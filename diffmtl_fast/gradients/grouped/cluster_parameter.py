@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..._torch import DisableTorchFunctionSubclass, make_subclass, tree_flatten, tree_unflatten
+from ..._torch import DisableTorchFunctionSubclass, make_subclass, tree_flatten, tree_unflatten, version
 from ..step import nodes
 from ..uncompiled import uncompiled
 
@@ -109,6 +109,26 @@ class Call:
         self._device = next(find_handles((args, kwargs))).device.type
         self._enabled = torch.is_autocast_enabled(self._device)
         self._dtype = torch.get_autocast_dtype(self._device)
+        self._written = self._versions()
+
+    def _versions(self) -> list[int]:
+        """Tell whether anything has been written to what the call was given."""
+        arguments = (self.args, self.kwargs)
+        given = [*find_tensors(arguments), *(handle.value for handle in find_handles(arguments))]
+        return [version(tensor) for tensor in given if not tensor.is_inference()]
+
+    def refuse_changes(self) -> None:
+        """Refuse to repeat a call whose arguments have been written to since.
+
+        Raises:
+            RuntimeError: they have.
+        """
+        if self._versions() != self._written:
+            name = getattr(self.func, "__name__", str(self.func))
+            raise RuntimeError(
+                f"model: expected parameters and buffers as they were in the forward, found that what {name} was "
+                "given has been written to since; use engine='sliced'"
+            )
 
     def run(self, value: Callable[[ClusterParameter], Tensor]) -> Any:
         """Call the function as it was called then, with values in the handles' places."""
@@ -196,9 +216,18 @@ def repeatable(handle: ClusterParameter, parameters: Sequence[Tensor]) -> bool:
     return torch.equal(again, handle.value.detach())
 
 
+def _refuse_changes(handle: ClusterParameter) -> None:
+    if handle.source is not None:
+        call, _ = handle.source
+        call.refuse_changes()
+        for given in find_handles((call.args, call.kwargs)):
+            _refuse_changes(given)
+
+
 def pull_back(handle: ClusterParameter, gradients: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     """Turn gradients [K, ...] of a derived tensor into those of its parameters, in the order of its origins."""
     num = gradients.shape[0]
+    _refuse_changes(handle)
     # This small graph is no part of the model's: a checkpoint around the model must not pack its tensors.
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
         leaves = [

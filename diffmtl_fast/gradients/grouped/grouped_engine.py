@@ -50,6 +50,7 @@ class GroupedEngine:
         forward_pass: the forward that is running; None in checks.
         probe: while a check's forward is running.
         recomputing: whether a backward is running.
+        reentrant: whether a check has met reentrant checkpoints.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class GroupedEngine:
         self.forward_pass: Pass | None = None
         self.probe: Probe | None = None
         self.recomputing = False
+        self.reentrant = False
         self._last: tuple[BatchLayout, Pass] | None = None
 
     def begin(self, training: tuple[bool, ...]) -> None:
@@ -104,9 +106,11 @@ class GroupedEngine:
         """
         self._verification.run(layout, (args, kwargs))
 
-    def spot_check(self, layout: BatchLayout, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    def spot_check(
+        self, layout: BatchLayout, args: tuple[Any, ...], kwargs: dict[str, Any], disturbed: Tensor
+    ) -> str | None:
         """Check again, at the price of three forwards; returns what mixes samples, if something does."""
-        error = self._verification.spot_check(layout, (args, kwargs))
+        error = self._verification.spot_check(layout, (args, kwargs), disturbed)
         if error is None:
             return None
         names = [name for module, name in self._names().items() if module in error.operation.owners]

@@ -31,24 +31,25 @@ class ModuleSlices:
 
     Attributes:
         reasons: why each of them does.
+        aliases: the stand-ins of the parameters for every cluster, made when there is such a module.
     """
 
     def __init__(self, engine: GroupedEngine) -> None:
         self._engine = engine
         self.reasons: dict[nn.Module, str] = {}
         self._values: Sequence[Tensor] = engine.parameters
-        self._aliases: list[Aliases] = []  # of every cluster, made when there is such a module
+        self.aliases: list[Aliases] = []
         self._writing: set[nn.Module] = set()  # modules that write their own parameters
 
     def stand_for(self, values: Sequence[Tensor]) -> None:
         """Let the modules in slices see these values of the parameters."""
-        self._aliases, self._values = [], values
+        self.aliases, self._values = [], values
 
     def _of_clusters(self, num: int) -> list[Aliases]:
-        if len(self._aliases) != num:
+        if len(self.aliases) != num:
             engine = self._engine
-            self._aliases = [Aliases(self._values, engine.names, k, engine.current_step) for k in range(num)]
-        return self._aliases
+            self.aliases = [Aliases(self._values, engine.names, k, engine.current_step) for k in range(num)]
+        return self.aliases
 
     @property
     def positions(self) -> set[int]:

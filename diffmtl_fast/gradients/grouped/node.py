@@ -22,13 +22,13 @@ class _Apply(torch.autograd.Function):
         out = run_forward(use.registered, context, list(values), use.handles)
         ctx.save_for_backward(*context.to_save)
         context.to_save = ()
-        ctx.use, ctx.context, ctx.forward_pass = use, context, use.forward_pass
+        ctx.use, ctx.context = use, context
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        use, context, step = ctx.use, ctx.context, ctx.forward_pass.step
+        use, context, step = ctx.use, ctx.context, ctx.use.forward_pass.step
         store = step.store
         if use.recomputed and store is not None:
             use.engine.refuse_ambiguity(step)

@@ -15,7 +15,7 @@ from ..batch import BatchLayout
 from ..independence import halves, leaks, revealing, tolerance
 from ..model_state import BufferSlot, ModelState
 from ..parameters import module_name
-from ..trees import flatten, map_tensors, replace_rows
+from ..trees import copied, flatten, map_tensors, replace_rows
 from .cluster_parameter import find_handles
 from .operation import CannotGroup, Differentiated, NoRows, Operation
 
@@ -92,17 +92,12 @@ class Verification:
                 except Differentiated:
                     self._differentiates = True
 
-    def spot_check(self, layout: BatchLayout, given: _Given) -> NoRows | None:
-        """Look again, with noise in one random half of the samples, whether it stays there.
+    def spot_check(self, layout: BatchLayout, given: _Given, disturbed: Tensor) -> NoRows | None:
+        """Look again, with noise in some samples, bool [B], whether it stays there.
 
         Returns:
             The operation whose noise leaks, if one does.
         """
-        chosen = torch.randperm(
-            layout.batch_size, generator=torch.Generator().manual_seed(len(self._engine.verified))
-        )
-        disturbed = torch.zeros(layout.batch_size, dtype=torch.bool)
-        disturbed[chosen[: (layout.batch_size + 1) // 2]] = True
         with self._probing(given) as state:
             try:
                 self._check_sets(layout, given, state, [disturbed])
@@ -162,7 +157,7 @@ class Verification:
     def _forward(
         self, layout: BatchLayout, given: _Given, state: ModelState, probe: Probe
     ) -> tuple[Probe, list[Any]]:
-        engine, (args, kwargs) = self._engine, given
+        engine, (args, kwargs) = self._engine, map_tensors(copied, given)
         state.restore()
         engine.probe = probe
         try:
@@ -170,7 +165,7 @@ class Verification:
                 engine.installed(layout, None),
                 torch.enable_grad(),
                 self._saving(),
-                _checkpoints_run_plainly(),
+                _checkpoints_run_plainly(engine),
             ):
                 outputs = flatten(engine.refuse_handles(engine.model(*args, **kwargs)))[0]
                 engine.dispatch.check_seen(outputs)
@@ -236,7 +231,7 @@ def _vary(given: _Given, batch_size: int) -> _Given:
 
 
 @contextmanager
-def _checkpoints_run_plainly() -> Iterator[None]:
+def _checkpoints_run_plainly(engine: GroupedEngine) -> Iterator[None]:
     """Let reentrant checkpoints run in a check's forward as they will in backward, with gradients."""
     original = torch.utils.checkpoint.CheckpointFunction
 
@@ -245,6 +240,7 @@ def _checkpoints_run_plainly() -> Iterator[None]:
         def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
             if any(True for _ in find_handles(args)):  # a parameter handed to a torch.autograd.Function
                 return original.apply(function, preserve, *args)
+            engine.reentrant = True
             return function(*args)
 
     torch.utils.checkpoint.CheckpointFunction = Plain  # type: ignore[misc]

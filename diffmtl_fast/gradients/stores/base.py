@@ -43,6 +43,9 @@ class Store(Gradients, Protocol):
     def clear(self) -> None:
         """Forget the gradients of the last backward."""
 
+    def poison(self) -> None:
+        """Lend memory full of NaN from now on until `clear`, so that a check finds who relies on what is in it."""
+
     def lend(self, position: int) -> Tensor | None:
         """Lend contiguous memory [K, *shape] to write a parameter's first gradients to, if there is any.
 

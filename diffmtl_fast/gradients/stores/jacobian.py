@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
@@ -40,6 +41,11 @@ class Jacobian:
         """Forget the gradients of the last step; their memory is written over."""
         self._written = [[False] * self.num_clusters for _ in self.blocks]
         self._lent: set[int] = set()
+        self._poisoned = False
+
+    def poison(self) -> None:
+        """Lend memory full of NaN until `clear`."""
+        self._poisoned = True
 
     def lend(self, position: int) -> Tensor | None:
         """Lend a parameter's block if nothing of this step is in it yet, and it is contiguous."""
@@ -48,7 +54,7 @@ class Jacobian:
         if not usable or position in self._lent or any(self._written[position]):
             return None
         self._lent.add(position)
-        return block
+        return block.fill_(math.nan) if self._poisoned else block
 
     def accept(self, position: int) -> None:
         """Take the gradients that the lent block now holds."""

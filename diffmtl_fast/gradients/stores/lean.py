@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 
@@ -55,10 +56,15 @@ class LeanGramian:
         self._lent: dict[int, Tensor] = {}
         self._free: list[Tensor] = []  # memory of finished blocks: mapping fresh memory each time is slow
         self._gramian: Tensor | None = None
+        self._poisoned = False
         self._deferred: list[Deferred] = []
 
     def clear(self) -> None:
         """Nothing to forget: every backward has a store of its own."""
+
+    def poison(self) -> None:
+        """Lend memory full of NaN."""
+        self._poisoned = True
 
     def offer(
         self, positions: Collection[int], tensors: Sequence[Tensor], form: Callable[[set[int]], Deferred]
@@ -89,7 +95,7 @@ class LeanGramian:
         memory = self._scratch(parameter)
         block = self._block(memory, parameter)
         self._lent[position] = memory
-        return block
+        return block.fill_(math.nan) if self._poisoned else block
 
     def accept(self, position: int) -> None:
         """Take the gradients that the lent memory now holds."""
