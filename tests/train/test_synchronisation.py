@@ -36,6 +36,11 @@ OPERATORS = {
 #: Functions of the package that may read in a step, and why.
 ON_THE_HOST = {
     "clustering/intervals.py assign": "of levels on the CPU alone, where samplers draw",
+    # On the CPU alone; that no weighting reads what is elsewhere is tested by tensors without values.
+    "weighting/_losses.py log_losses": "refuses negative losses",
+    "weighting/_nonnegative.py minimise": "leaves a finished loop",
+    "weighting/cagrad.py weigh": "leaves a finished loop",
+    "weighting/fairgrad.py _newton": "leaves a finished loop",
 }
 
 
