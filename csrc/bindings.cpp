@@ -5,7 +5,7 @@
 #include <sstream>
 #include <string>
 
-#include "clustering/clustering.hpp"
+#include "clustering/choose_solver.hpp"
 #include "cpu/instruction_sets.hpp"
 #include "cpu/jacobian.hpp"
 #include "cpu/layers.hpp"

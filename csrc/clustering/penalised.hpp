@@ -2,7 +2,7 @@
 #pragma once
 #include <cmath>
 
-#include "windows.hpp"
+#include "windowed_programme.hpp"
 
 namespace diffmtl {
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from .._number_types import PositiveInt
-from ..diffusion.schedules import SCHEDULES, named_log_snr
+from ..diffusion.named_schedules import SCHEDULES, named_log_snr
 from ..train.errors import UserError, blame
 from .runs import writing
 

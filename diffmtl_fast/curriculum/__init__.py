@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ._base import TimestepSampler
-from .difficulty import DifficultyCurriculum
+from .difficulty_curriculum import DifficultyCurriculum
 from .samplers import DistributionSampler, StratifiedSampler, UniformSampler
 from .second_moment import LossSecondMomentSampler
+from .timestep_sampler import TimestepSampler
 
 __all__ = [
     "DifficultyCurriculum",

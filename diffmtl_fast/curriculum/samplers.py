@@ -12,8 +12,8 @@ from .._host import upload
 from ..clustering import IntervalClustering, NoiseClustering, NoiseDistribution
 from ..clustering.distributions import DISTRIBUTIONS
 from ..clustering.drawing import random_integers
-from ._base import TimestepSampler, cumulative, draw_categories
 from ._levels import Clustering, draw, ordinary_density
+from .timestep_sampler import TimestepSampler, cumulative, draw_categories
 
 
 class UniformSampler(TimestepSampler):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._base import TimestepSampler, check_sample_losses, cumulative, draw_categories
 from ._levels import Clustering, draw, equal_cells, ordinary_density, overlaps
+from .timestep_sampler import TimestepSampler, check_sample_losses, cumulative, draw_categories
 
 _CONTINUOUS_CELLS = 100
 

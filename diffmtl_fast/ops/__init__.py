@@ -18,7 +18,7 @@ from .cluster_wgrad import cluster_wgrad
 from .combine import combine, combine_
 from .denoising_loss import denoising_loss, sample_huber
 from .gram import gram
-from .group_norm import group_norm_backward
+from .group_norm_backward import group_norm_backward
 from .nash import nash_weights
 from .pcgrad import pcgrad_weights
 from .philox import philox_normal

@@ -30,7 +30,7 @@ from ..curriculum import (
     TimestepSampler,
     UniformSampler,
 )
-from ..curriculum.difficulty import Sampling
+from ..curriculum.difficulty_curriculum import Sampling
 from ..diffusion import LOSS_WEIGHTS, log_snr, predicted_weight
 from ..weighting import METHODS, ContinuousUncertainty, GramianWeighting, LossWeighting
 from .config import CONTINUOUS, Clusters, Component, Config, Curriculum

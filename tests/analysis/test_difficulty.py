@@ -19,7 +19,7 @@ from diffmtl_fast.analysis.difficulty import (
 )
 from diffmtl_fast.analysis.plots import plot_convergence, plot_relative_entropy
 from diffmtl_fast.clustering import IntervalClustering, cluster_timesteps
-from diffmtl_fast.diffusion.schedules import named_log_snr
+from diffmtl_fast.diffusion.named_schedules import named_log_snr
 
 PROCESSES = {
     "vp": lambda s: (np.sqrt(1 / (1 + np.exp(-s))), np.sqrt(1 / (1 + np.exp(s)))),

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from diffmtl_fast.cli import main
-from diffmtl_fast.diffusion.schedules import named_log_snr
+from diffmtl_fast.diffusion.named_schedules import named_log_snr
 from diffmtl_fast.train.config import CONTINUOUS
 from diffmtl_fast.weighting import METHODS
 

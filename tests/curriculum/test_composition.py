@@ -10,7 +10,7 @@ from torch import nn
 import diffmtl_fast as dm
 from diffmtl_fast.clustering import LogNormalSigma, cluster_noise
 from diffmtl_fast.diffusion import min_snr_weight, p2_weight
-from diffmtl_fast.diffusion.schedules import named_log_snr
+from diffmtl_fast.diffusion.named_schedules import named_log_snr
 
 T, B, TASKS, N = 50, 16, 3, 6
 LEVELS = named_log_snr("squaredcos_cap_v2", T)

@@ -19,7 +19,7 @@ from diffmtl_fast.clustering import (
     cluster_noise,
 )
 from diffmtl_fast.curriculum import DistributionSampler, StratifiedSampler, TimestepSampler, UniformSampler
-from diffmtl_fast.diffusion.schedules import named_log_snr
+from diffmtl_fast.diffusion.named_schedules import named_log_snr
 
 TIMESTEPS = IntervalClustering(np.array([0, 3, 4, 15, 20]))
 LEVELS = named_log_snr("squaredcos_cap_v2", 20)

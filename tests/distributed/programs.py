@@ -300,7 +300,7 @@ class Trouble(nn.Module):
 
 
 def stumble(kind: str, rank: int, weighting: str = "pcgrad", again: bool = False) -> tuple[str, float, Any]:
-    """Take a step in which a rank has trouble; return the error, its time, and what came of another step."""
+    """Take a step in which a rank has trouble; return the error, its time, and the gradients of another step."""
     batch = batches("sorted", dist.get_world_size(), torch.float32)[dist.get_rank()]
     model = Trouble(kind, rank)
     mtl = dm.ClusteredMTL(model, K, make_weighting(weighting))
@@ -376,20 +376,16 @@ def refused(kind: str) -> str:
     if kind == "group":
         groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
         options["process_group"] = groups[(dist.get_rank() + 1) % len(groups)]
-
-    def attempt() -> None:
-        mtl = dm.ClusteredMTL(model, K, weighting, **options)
-        if kind == "DistributedDataParallel around it":
-            nn.parallel.DistributedDataParallel(mtl)(batch.x, batch.t, cluster=batch.cluster)
-        step(mtl, batch)
-
+    called = mtl = dm.ClusteredMTL(model, K, weighting, **options)
+    if kind == "DistributedDataParallel around it":
+        called = nn.parallel.DistributedDataParallel(mtl)
     with pytest.raises((TypeError, ValueError)) as error:
-        attempt()
+        mtl.backward(dm.ops.sample_mse(called(batch.x, batch.t, cluster=batch.cluster), batch.target))
     return f"{error.type.__name__}: {error.value}"
 
 
-def alone_in_a_group() -> tuple[float, bool]:
-    """Take a step in a group of one's own; return the bytes sent, and whether .grad is that of one process."""
+def alone_in_a_group() -> tuple[float, Outcome]:
+    """Take a step in a group of one's own; return the bytes sent and the outcome."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     group = [dist.new_group([each]) for each in range(ranks)][rank]
     batch = batches("sorted", ranks, torch.float64)[rank]
@@ -397,8 +393,7 @@ def alone_in_a_group() -> tuple[float, bool]:
     with counting_bytes() as counted:
         step(mtl, batch)
     dist.barrier()
-    wanted = expected([batch.cluster.tolist()], 1, "pcgrad", torch.float64)
-    return counted["bytes"], mtl.last.present.equal(wanted.present)
+    return counted["bytes"], outcome(mtl)
 
 
 def bytes_of_a_forward() -> float:

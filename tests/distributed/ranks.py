@@ -24,9 +24,10 @@ class Pool:
     """
 
     def __init__(self, size: int, folder: Path, timeout: float = 20) -> None:
-        # One process imports torch, which takes seconds, and the ranks are forked from it before it has threads.
+        # One process imports torch and what makes it deterministic, which takes seconds; the ranks are forked from
+        # it before it has threads.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["diffmtl_fast", "benchmarks.reference"])
+        context.set_forkserver_preload(["diffmtl_fast", "benchmarks.reference", "torch._inductor.config"])
         self.alive, self._timeout = True, timeout
         self._connections, self._processes = [], []
         for rank in range(size):

@@ -15,7 +15,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 import diffmtl_fast as dm
 from diffmtl_fast.gradients import ClusterRule, Clusters, NoClusterRule, RuleContext, register_cluster_rule
 from diffmtl_fast.gradients.rules import RULES
-from diffmtl_fast.gradients.rules.precision import lower_precision
+from diffmtl_fast.gradients.rules.autocast import lower_precision
 
 B, K = 6, 3
 

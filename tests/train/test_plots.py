@@ -8,7 +8,7 @@ import torch
 
 from diffmtl_fast.clustering import cluster_path, cluster_snr
 from diffmtl_fast.clustering.inputs import named_cost
-from diffmtl_fast.diffusion.schedules import named_log_snr
+from diffmtl_fast.diffusion.named_schedules import named_log_snr
 from diffmtl_fast.train import plots
 
 PNG = b"\x89PNG"

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import diffmtl_fast as dm
 from diffmtl_fast import _host
 from diffmtl_fast.clustering import drawing, intervals
-from diffmtl_fast.curriculum import _base
+from diffmtl_fast.curriculum import timestep_sampler
 from diffmtl_fast.train.config import PLAIN
 from diffmtl_fast.train.history import History
 from diffmtl_fast.train.loop import Trainer
@@ -127,7 +127,7 @@ def _as_if_uploaded(monkeypatch):
             _host._counts[there] = there._version, drawn_counts(cluster)
         return level, there
 
-    for module in (intervals, _base):
+    for module in (intervals, timestep_sampler):
         monkeypatch.setattr(module, "hand_over", hand_over)
 
 

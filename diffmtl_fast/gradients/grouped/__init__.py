@@ -2,8 +2,8 @@
 
 `grouped_engine` runs the model with a `cluster_parameter` in every parameter's place. `dispatch` chooses how each
 operation on one is run, `node` is its autograd node, and `delivery` brings its gradients to the store; with lean
-memory `deferred` forms its part of the update later. `module_slices` runs modules without a rule in slices.
-`verification` checks that all of it is exact, by what `operation` says of every operation.
+memory `deferred_update` forms its part of the update later. `module_slices` runs modules without a rule in slices.
+`noise_check` checks that all of it is exact, by what `operation` says of every operation.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from ..trees import flatten
 from .cluster_parameter import ClusterParameter
 from .dispatch import Dispatch
 from .module_slices import ModuleSlices
+from .noise_check import Probe, Verification
 from .operation import CannotGroup, NoRows, Unverified
-from .verification import Probe, Verification
 
 
 class GroupedEngine:

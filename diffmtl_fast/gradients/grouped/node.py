@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..._torch import function_apply, functorch_transforms_active
 from ..rules import RuleContext
-from .deferred import deferred_part
+from .deferred_update import deferred_part
 from .delivery import Use, deliver, no_autocast, no_buffer, run_backward, run_forward
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import convolution, embedding, linear, normalisation  # each registers its rules
-from .per_sample import PER_SAMPLE
+from .broadcast import PER_SAMPLE
 from .registry import (
     RULES,
     ClusterRule,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ... import ops
 from ..batch import Clusters
-from .precision import lower_precision
+from .autocast import lower_precision
 from .registry import ClusterRule, NoClusterRule, RuleContext, register_cluster_rule
 
 _aten = torch.ops.aten

@@ -9,7 +9,7 @@ from torch import Tensor
 from ... import ops
 from ..._torch import unsafe_view
 from ..batch import Clusters
-from .precision import lower_precision
+from .autocast import lower_precision
 from .registry import ClusterRule, NoClusterRule, RuleContext, register_cluster_rule
 
 

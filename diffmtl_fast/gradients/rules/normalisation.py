@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import ops
 from ..batch import Clusters
-from .precision import norm_precision
+from .autocast import norm_precision
 from .registry import ClusterRule, NoClusterRule, RuleContext, register_cluster_rule
 
 _aten = torch.ops.aten

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from .base import Deferred, Gradients, Store
 from .jacobian import Jacobian
-from .lean import LeanGramian
+from .lean_gramian import LeanGramian
 
 __all__ = ["Deferred", "Gradients", "Jacobian", "LeanGramian", "Store"]

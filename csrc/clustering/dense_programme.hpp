@@ -5,7 +5,7 @@
 #include <limits>
 
 #include "simd.hpp"
-#include "windows.hpp"
+#include "windowed_programme.hpp"
 
 namespace diffmtl {
 

@@ -1,13 +1,13 @@
 // Checks every argument, then chooses the solver.
-#include "clustering.hpp"
+#include "choose_solver.hpp"
 
 #include <sstream>
 #include <stdexcept>
 
 #include "costs.hpp"
-#include "dense.hpp"
+#include "dense_programme.hpp"
 #include "penalised.hpp"
-#include "windows.hpp"
+#include "windowed_programme.hpp"
 
 namespace diffmtl {
 namespace {

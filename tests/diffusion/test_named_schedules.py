@@ -8,7 +8,7 @@ import pytest
 
 from diffmtl_fast.clustering import cluster_snr
 from diffmtl_fast.diffusion import log_snr
-from diffmtl_fast.diffusion.schedules import SCHEDULES, named_log_snr
+from diffmtl_fast.diffusion.named_schedules import SCHEDULES, named_log_snr
 
 CONSTANTS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012), "squaredcos_cap_v2": (1e-4, 0.02)}
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .._host import upload
 from ..clustering.drawing import random_integers
-from ._base import TimestepSampler
 from ._levels import (
     Clustering,
     boundary_indices,
@@ -21,6 +20,7 @@ from ._levels import (
     merge,
     ordinary_density,
 )
+from .timestep_sampler import TimestepSampler
 
 Order: TypeAlias = Literal["easy_to_hard", "hard_to_easy"]
 Sampling: TypeAlias = Literal["union", "clusters", "tasks"]

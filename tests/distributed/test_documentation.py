@@ -1,0 +1,38 @@
+"""The example of docs/distributed.md runs as it is written."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_example_runs_under_torchrun(tmp_path):
+    (block,) = re.findall(
+        r"```python\n(.*?)```",
+        (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8"),
+        flags=re.DOTALL,
+    )
+    script = tmp_path / "train.py"
+    script.write_text(block, encoding="utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = sorted(re.findall(r"rank \d: (.*)", done.stdout))
+    assert len(lines) == 2
+    assert lines[0] == lines[1]
