@@ -83,8 +83,9 @@ class Trainer:
         # Fresh dropout masks and the like come from torch's own generators: build_model seeded them.
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
         # Timesteps are drawn on the host, so that a step does not wait for a GPU to know its clusters.
-        on_host = self.device.type == "cpu"
-        self.host_generator = self.generator if on_host else torch.Generator().manual_seed(config.seed)
+        self._one_generator = self.device.type == "cpu"
+        own = self.generator if self._one_generator else torch.Generator().manual_seed(config.seed)
+        self.host_generator = own
         self.sampler = EpochSampler(len(self.data.train), self.generator)
         self._images = self.data.train.to(self.device)
         self._labels = None if self.data.train_labels is None else self.data.train_labels.to(self.device)
@@ -157,7 +158,7 @@ class Trainer:
                 "timesteps": self.timesteps.state_dict(),
                 "history": history.state_dict(),
                 "generator": self.generator.get_state(),
-                "host_generator": self.host_generator.get_state(),
+                "host_generator": None if self._one_generator else self.host_generator.get_state(),
                 "torch_rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             },
@@ -186,7 +187,8 @@ class Trainer:
             self.weighting.load_state_dict(state["weighting"])
         self.ema.updates = state["ema_updates"]
         self.generator.set_state(state["generator"])
-        self.host_generator.set_state(state["host_generator"])
+        if not self._one_generator:
+            self.host_generator.set_state(state["host_generator"])
         self.sampler.load_state_dict(state["sampler"])
         with blame("curriculum"):
             self.timesteps.load_state_dict(state["timesteps"])
