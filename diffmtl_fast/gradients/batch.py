@@ -42,6 +42,10 @@ class Clusters:
         """
         return self._in_rows(rows)[1]
 
+    def placed_offsets(self, rows: int, device: torch.device) -> Tensor:
+        """Return the same on a device, where the host does not wait for the copy."""
+        return upload(self.offsets(rows), device)
+
     def sizes(self, rows: int) -> list[int]:
         """Return how many rows each cluster has.
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .._torch import compiled_modules, parametrize_cached
 from .batch import BatchLayout
+from .compiled import CompiledEngine
 from .grouped import CannotGroup, GroupedEngine
 from .independence import is_measured
 from .loss_check import LossCheck
@@ -35,8 +36,8 @@ class Engine:
     Args:
         model: the model; its trainable parameters are those that require a gradient at the time of a forward.
         num_clusters: K.
-        name: "grouped", "sliced", or "auto": grouped wherever it is exact, which is checked; slices for compiled
-            models, whose operations Python does not see, and where the check fails.
+        name: "grouped", "sliced", or "auto": grouped wherever it is exact, which is checked, and slices where the
+            check fails. Compiled models are grouped by an engine of their own.
         memory: "full" or "lean", see `ClusteredMTL`.
         shared: names of keyword arguments (or positions of positional ones) that belong to the whole batch.
         dtype: of the stored gradients; default each parameter's own.
@@ -51,6 +52,7 @@ class Engine:
         training: of every module, whether it is in training mode.
         slots: where the model's modules look them up.
         grouped: the grouped engine, where the model is run by it.
+        compiled: the engine of compiled models, where the model is run by it.
         dtype: of the stored gradients; None for each parameter's own.
         jacobian_in_use: whether the Jacobian holds gradients that a check of the model must not write over.
     """
@@ -69,7 +71,7 @@ class Engine:
         self.model = model
         self.num_clusters = num_clusters
         self._name = name
-        self._memory = memory
+        self.memory = memory
         self.shared = frozenset(shared)
         self.dtype = dtype
         self._forget()
@@ -83,16 +85,18 @@ class Engine:
         self.names: list[str] = []
         self.parameters: list[nn.Parameter] = []
         self.grouped: GroupedEngine | None = None
+        self.compiled: CompiledEngine | None = None
         self.training: tuple[bool, ...] = ()
         self._jacobian: Jacobian | None = None
         self.jacobian_in_use = False
+        self._spare: Jacobian | None = None  # in checks of a compiled model
         self._model_check = ModelCheck(self)
         self._loss_check = LossCheck()
         self._told: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the Jacobian and the stand-ins behind when copied or pickled: `begin` makes new ones."""
-        settings = ("model", "num_clusters", "_name", "_memory", "shared", "dtype")
+        settings = ("model", "num_clusters", "_name", "memory", "shared", "dtype")
         return {name: self.__dict__[name] for name in settings}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -123,7 +127,7 @@ class Engine:
             self._model_check, self._loss_check = ModelCheck(self), LossCheck()
             self.names = parameter_names(self.model, self.parameters)
             self._aliases = self._make_aliases()
-            self.grouped = self._make_grouped()
+            self.grouped, self.compiled = self._make_engine()
         if self.grouped is not None:
             self.grouped.begin(self.training)
         return changed
@@ -135,20 +139,20 @@ class Engine:
 
         return [Aliases(self._values, self.names, k, step) for k in range(self.num_clusters)]
 
-    def _make_grouped(self) -> GroupedEngine | None:
+    def _make_engine(self) -> tuple[GroupedEngine | None, CompiledEngine | None]:
         if self._name == "sliced":
             self._tell("sliced", "as asked for")
-            return None
-        compiled = _compiled_module(self.model)
-        if compiled is not None and self._name == "grouped":
-            raise ValueError(
-                f"engine='grouped': expected a model that is not compiled, found '{compiled}' compiled; use "
-                "engine='auto' or 'sliced'"
-            )
-        if compiled is not None:
-            self._tell("sliced", f"'{compiled}' is compiled")
-            return None
-        return GroupedEngine(self.model, self.slots, self.parameters, self.names)
+            return None, None
+        of = (self.model, self.slots, self.parameters, self.names)
+        if self._compiled_part is None:
+            return GroupedEngine(*of), None
+        return None, CompiledEngine(*of, self.num_clusters)
+
+    @property
+    def _compiled_part(self) -> str | None:
+        """The name of a compiled module, if there is one."""
+        names = compiled_modules(self.model)
+        return next((name or type(self.model).__name__ for name in names), None)
 
     def forward(self, step: Step, layout: BatchLayout, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the model; the order of the samples in arguments and outputs is the batch's own.
@@ -164,7 +168,7 @@ class Engine:
                 "clusters would share the tensors that gradients are told apart by"
             )
         given, ordered = (args, kwargs), layout.sort(args, kwargs, self.shared)
-        if self.grouped is not None:
+        if self.grouped is not None or self.compiled is not None:
             try:
                 self._model_check.before(layout, given, ordered)
                 return self._remember(step, layout.unsort(self.run(step, layout, ordered)))
@@ -176,7 +180,7 @@ class Engine:
     def _leave_grouped(self, error: CannotGroup) -> None:
         if self._name == "grouped":
             raise RuntimeError(f"engine='grouped': {error}") from error
-        self.grouped = None
+        self.grouped = self.compiled = None
         self._tell("sliced", str(error))
 
     def run(self, step: Step, layout: BatchLayout, ordered: _Arguments) -> Any:
@@ -185,6 +189,10 @@ class Engine:
         if self.grouped is not None:
             output = self.grouped.forward(layout, step, args, kwargs)
             self._tell("grouped", self.grouped.describe())
+            return output
+        if self.compiled is not None:
+            output = self.compiled.forward(layout, step, self._target, args, kwargs)
+            self._tell("compiled", f"'{self._compiled_part}' is compiled, and every parameter has a rule")
             return output
         self._step = step
         step.begin_pass(layout.clusters)
@@ -231,6 +239,8 @@ class Engine:
         before = grad_versions(watched)
         with step.collecting(store), self.during_backward():
             objective.backward(retain_graph=store.keeps_graph)
+            if self.compiled is not None:
+                self.compiled.deliver(store)
         after = grad_versions(watched)
         if after != before:
             changed = [i % len(self.names) for i, a in enumerate(before) if a != after[i]]
@@ -246,20 +256,28 @@ class Engine:
         """Return a context that keeps the stand-ins in place, where checkpoints are recomputed."""
         if self.grouped is not None:
             return self.grouped.backward()
+        if self.compiled is not None:
+            return self.compiled.backward()
         # What slices recompute, they recompute with the parameters themselves; a check, with its other values.
         return nullcontext() if self._values is self.parameters else installed(self.slots, self._values)
 
     @contextmanager
     def standing_for(self, values: Sequence[Tensor]) -> Iterator[None]:
         """Run the model with other values of the parameters, for a check."""
-        with nullcontext() if self.grouped is None else self.grouped.standing_for(values):
+        engine = self.grouped or self.compiled
+        if self.compiled is not None:
+            self._spare = (
+                Jacobian(self.parameters, self.num_clusters, self.dtype) if self.jacobian_in_use else self.jacobian
+            )
+            self._spare.clear()
+        with nullcontext() if engine is None else engine.standing_for(values):
             aliases = self._aliases
             self._values = values
             self._aliases = self._make_aliases()
             try:
                 yield
             finally:
-                self._values, self._aliases = self.parameters, aliases
+                self._values, self._aliases, self._spare = self.parameters, aliases, None
 
     @property
     def eps(self) -> float:
@@ -278,15 +296,25 @@ class Engine:
             self._jacobian = Jacobian(self.parameters, self.num_clusters, self.dtype)
         return self._jacobian
 
+    @property
+    def _target(self) -> Jacobian:
+        """Whose blocks the backward of a compiled model writes to."""
+        return self.jacobian if self._spare is None else self._spare
+
     def store(self, step: Step) -> Store:
         """Return an empty store for a step's gradients.
 
         Raises:
             ValueError: memory="lean", and the model runs in slices as a whole.
         """
-        if self._memory == "full":
+        if self.memory == "full":
             self.jacobian.clear()
             return self.jacobian
+        if self.compiled is not None:
+            raise ValueError(
+                f"memory='lean': expected a model that is not compiled, found '{self._compiled_part}' compiled; use "
+                "memory='full', with jacobian_dtype=torch.bfloat16 to halve it"
+            )
         if self.grouped is None:
             raise ValueError(f"memory='lean': expected the grouped engine, found slices: {self._told}")
         # The second backward leaves out what is outside of the model, which such a checkpoint can't.
@@ -297,6 +325,8 @@ class Engine:
 
     def spare_store(self, step: Step) -> Store:
         """Return a store for a check."""
+        if self._spare is not None:
+            return self._spare
         if self.jacobian_in_use:
             return Jacobian(self.parameters, self.num_clusters, self.dtype)
         store = self.store(step)
@@ -326,8 +356,3 @@ class Engine:
                 why,
             )
             self._told = message
-
-
-def _compiled_module(model: nn.Module) -> str | None:
-    """Return the name of a compiled module, if there is one."""
-    return next((name or type(model).__name__ for name in compiled_modules(model)), None)

@@ -97,11 +97,14 @@ class ModelCheck:
             for leaf in flatten(given)[0]
             if isinstance(leaf, Tensor)
         ]
-        grouped = self._engine.grouped is not None
-        return (grouped, layout.order is None, self._engine.training, flags(*given), *shapes)
+        engine = self._engine
+        return (engine.grouped is not None, engine.compiled is not None, layout.order is None, engine.training, flags(*given), *shapes)
 
     def _check(self, layout: BatchLayout, given: _Arguments, ordered: _Arguments) -> None:
         grouped = self._engine.grouped
+        if self._engine.compiled is not None:
+            self._check_compiled(layout, given, ordered)
+            return
         if grouped is None:
             if layout.batch_size > 1:
                 self._check_slices(layout, given, ordered)
@@ -125,6 +128,22 @@ class ModelCheck:
             raise CannotGroup(
                 f"{where}: its operations can't be run by cluster as a whole: {error}"
             ) from error
+
+    def _check_compiled(self, layout: BatchLayout, given: _Arguments, ordered: _Arguments) -> None:
+        """Check a compiled model as a whole, without the compiler."""
+        if self._engine.memory == "lean":
+            self._engine.store(Step(by_cluster=True))  # says why not
+        if layout.batch_size > 1:
+            with self._without_consequences(given) as state:
+                self._refuse_interaction(layout, given, state)
+        if layout.batch_size > 1 and layout.order is not None:
+            self._check_order(layout, given, ordered)
+        try:
+            self._check_gradients(layout, ordered)
+        except (CannotGroup, WrongRule, torch.OutOfMemoryError):
+            raise
+        except (RuntimeError, TypeError, LookupError, ValueError, AttributeError) as error:
+            raise CannotGroup(f"its operations can't be run by cluster as a whole: {error}") from error
 
     def _spot_check(self, layout: BatchLayout, ordered: _Arguments) -> None:
         """Look again whether samples have an effect on each other.
@@ -296,7 +315,7 @@ class ModelCheck:
             try:
                 mode: Any = nullcontext()
                 expected = self._plain(layout, ordered, values, weights)
-                if state.drawn and (engine.grouped is None or engine.grouped.slices.reasons):
+                if state.drawn and self._in_slices:
                     state.restore()  # slices draw other numbers than the whole batch
                     mode = evaluating(engine.model)
                     with evaluating(engine.model):
@@ -315,7 +334,7 @@ class ModelCheck:
             for name, a, b in zip(engine.names, expected, found, strict=True)
             if not _near(a, b, scale, eps)
         ]
-        if wrong and engine.grouped is not None:
+        if wrong and (engine.grouped is not None or engine.compiled is not None):
             raise CannotGroup(
                 f"{', '.join(wrong)}: gradients formed by cluster do not add up to the plain ones"
             )
@@ -325,6 +344,12 @@ class ModelCheck:
                 "by cluster, do not add up to the plain ones (scaled by frequencies in the batch, or normalised "
                 "over it?)"
             )
+
+    @property
+    def _in_slices(self) -> bool:
+        """Whether a part of the model, or all of it, runs in slices."""
+        engine = self._engine
+        return bool(engine.grouped.slices.reasons) if engine.grouped is not None else engine.compiled is None
 
     def _plain(
         self, layout: BatchLayout, ordered: _Arguments, values: Sequence[Tensor], weights: Tensor

@@ -13,6 +13,7 @@ from ..._torch import saved_tensors_are_packed
 from ..model_state import writes_in_place
 from ..parameters import module_name
 from ..rules import PER_SAMPLE, NoClusterRule, Registered, RuleContext, registry
+from ..rules.broadcast import BROADCASTING, JOINING, LIKE, REPEATING
 from .cluster_parameter import (
     Call,
     ClusterParameter,
@@ -31,26 +32,6 @@ from .operation import NoRows, Operation, Unverified
 if TYPE_CHECKING:
     from .grouped_engine import GroupedEngine
 
-# Operations that broadcast: a parameter among their arguments may be given once per row of the batch instead.
-_BROADCASTING = frozenset(
-    [
-        *("add", "add_", "sub", "sub_", "subtract", "rsub", "__rsub__", "mul", "mul_", "multiply"),
-        *("div", "div_", "divide", "true_divide", "__rdiv__", "pow", "__rpow__", "addcmul", "lerp"),
-        *("where", "maximum", "minimum", "clamp", "clip"),
-    ]
-)
-# So do these along any dimension but the samples'.
-_JOINING = frozenset(["cat", "concat", "concatenate", "stack"])
-# With these a parameter is given to every sample, as a class token is.
-_REPEATING = frozenset(["expand", "broadcast_to", "repeat", "tile"])
-# Operations that ask another tensor only for its shape or type: what they do, and what to ask for.
-_LIKE: dict[Any, tuple[Any, Callable[[Tensor], tuple[Any, ...]]]] = {
-    Tensor.expand_as: (Tensor.expand, lambda other: (other.shape,)),
-    Tensor.view_as: (Tensor.view, lambda other: (other.shape,)),
-    Tensor.reshape_as: (Tensor.reshape, lambda other: (other.shape,)),
-    Tensor.type_as: (Tensor.to, lambda other: (other.device, other.dtype)),
-    Tensor.to: (Tensor.to, lambda other: (other.device, other.dtype)),
-}
 
 
 class Dispatch:
@@ -88,7 +69,7 @@ class Dispatch:
                 if key in self._engine.constant:
                     return self._derive(func, args, kwargs)
                 return self._apply(registered, values, key)
-        if func in _LIKE and len(args) > 1 and isinstance(args[1], Tensor):
+        if func in LIKE and len(args) > 1 and isinstance(args[1], Tensor):
             return self._like(func, args, kwargs)
         if any(True for _ in find_tensors((args, kwargs))):
             return self._broadcast(func, args, kwargs)
@@ -162,11 +143,11 @@ class Dispatch:
         key = self._key(name, widest, find_handles((args, kwargs)))
         if key in self._engine.constant:
             return self._derive(func, args, kwargs)
-        if name in _JOINING:
+        if name in JOINING:
             dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
             allowed = isinstance(dim, int) and dim % (dims + (name == "stack")) != 0
         else:
-            allowed = name in _BROADCASTING
+            allowed = name in BROADCASTING
         if not allowed:
             raise self._no_rule(func, args, kwargs, f"no rule for {name}", key)
 
@@ -191,7 +172,7 @@ class Dispatch:
         result = func(*substitute(args, _value), **substitute(kwargs, _value))
         if not _has_tensor(result):
             return result
-        if getattr(func, "__name__", "") in _REPEATING and isinstance(args[0], ClusterParameter):
+        if getattr(func, "__name__", "") in REPEATING and isinstance(args[0], ClusterParameter):
             assert self._engine.layout is not None
             handle, shape = args[0], result.shape
             key = self._key("repeat", shape[0], (handle,))
@@ -208,7 +189,7 @@ class Dispatch:
         first, other, *rest = args
         if not isinstance(first, ClusterParameter):
             return func(first, other.value, *rest, **kwargs)
-        func, ask = _LIKE[func]
+        func, ask = LIKE[func]
         return self._derive(func, (first, *ask(_plain(other)), *rest), kwargs)
 
     def _check_derived(self, handles: dict[int, ClusterParameter]) -> None:

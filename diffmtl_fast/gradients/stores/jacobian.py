@@ -66,10 +66,13 @@ class Jacobian:
         self._lent.remove(position)
 
     def add(self, position: int, gradients: Tensor) -> None:
-        """Add the gradients [K, *shape] of a parameter."""
+        """Add the gradients [K, *shape] of a parameter; the block itself, where they were written there."""
         self._refuse_lent(position)
         block, written = self.blocks[position], self._written[position]
-        if any(written):
+        if gradients is block:
+            if any(written):
+                raise RuntimeError(f"parameter {position}: expected its block alone to be written, found others")
+        elif any(written):
             self.filled(position).add_(gradients)
         else:
             block.copy_(gradients)

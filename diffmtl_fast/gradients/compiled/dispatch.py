@@ -1,0 +1,351 @@
+"""Decides how an operation on a stand-in is run. The compiler traces this, so it is plain Python over tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..model_state import writes_in_place
+from ..rules import NoClusterRule
+from ..rules.autocast import lower_precision, norm_precision
+from ..rules.broadcast import BROADCASTING, JOINING, LIKE, REPEATING
+from . import operations
+from .stand_in import Stacked, StandIn, batch, first_of, rows_of
+
+# Attributes that are tensors with a gradient; others say something about the parameter, or have none.
+_VIEWS = tuple([getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")])
+
+
+def _functions(names: Iterable[str]) -> dict[Any, str]:
+    """Return the functions of these names by themselves: the compiler can look functions up, but not their names."""
+    holders = (Tensor, torch)
+    return {getattr(holder, name): name for name in names for holder in holders if hasattr(holder, name)}
+
+
+_BROADCASTING, _JOINING, _REPEATING = _functions(BROADCASTING), _functions(JOINING), _functions(REPEATING)
+_WRITING = _functions(name for name in dir(Tensor) if writes_in_place(getattr(Tensor, name)))
+
+
+def operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operation with stand-ins among its arguments.
+
+    Raises:
+        NoClusterRule: it can't be run so that the gradients of the clusters can be told apart.
+    """
+    about = _name(func) == "__get__" and func not in _VIEWS
+    if about or not torch.is_grad_enabled() or func in (Tensor.detach, torch.detach):
+        return func(*_swap(args, _value), **_swap(kwargs, _value))
+    rule = _RULES.get(func)
+    if rule is not None and _is_batch(args[0] if args else kwargs.get("input")):
+        return rule(*args, **kwargs)
+    if func in _WRITING and _is_stand_in(args[0]):
+        raise NoClusterRule(f"{_name(func)} writes to a parameter")
+    if func in LIKE and len(args) > 1 and isinstance(args[1], Tensor):
+        return _like(func, args, kwargs)
+    widest = _widest(args, kwargs)
+    if widest is not None:
+        return _broadcast(func, args, kwargs, widest)
+    return _derive(func, args, kwargs)
+
+
+# ----- Parameters as arguments
+
+
+def _is_stand_in(value: Any) -> bool:
+    return isinstance(value, StandIn | Stacked)
+
+
+def _is_batch(value: Any) -> bool:
+    """Tell whether a tensor has equally many rows for every sample, as far as its shape tells."""
+    if not isinstance(value, Tensor) or _is_stand_in(value) or value.dim() == 0:
+        return False
+    return value.shape[0] > 0 and value.shape[0] % batch.cluster.shape[0] == 0
+
+
+def _value(stand_in: Any) -> Tensor:
+    return stand_in.value if isinstance(stand_in, StandIn) else first_of(stand_in)
+
+
+def _count(stand_in: StandIn) -> None:
+    if not torch.compiler.is_compiling():
+        stand_in.uses += 1
+
+
+def _stacked(stand_in: Any) -> Tensor:
+    """Return a stand-in's value once per cluster, [K, *shape], differentiably."""
+    if isinstance(stand_in, Stacked):
+        return rows_of(stand_in)
+    _count(stand_in)
+    return operations.Stack.apply(stand_in.value, stand_in.anchor, stand_in.block, stand_in.accumulate)
+
+
+def _given(parameter: Any, precision: Callable[[Tensor], Tensor]) -> tuple[Any, Any, Any, bool]:
+    """Return a parameter as `operations` take it, and whether its gradients are added to what is there."""
+    if isinstance(parameter, StandIn):
+        _count(parameter)
+        return precision(parameter.value), parameter.anchor, parameter.block, parameter.accumulate
+    if isinstance(parameter, Stacked):
+        rows = precision(rows_of(parameter))
+        return rows[0].detach(), rows, None, False
+    if parameter is not None and parameter.requires_grad:
+        raise NoClusterRule("expected a parameter or a constant beside another one, found a tensor of the batch")
+    return None if parameter is None else precision(parameter), None, None, False
+
+
+def _swap(tree: Any, replace: Callable[[Any], Any]) -> Any:
+    """Replace the stand-ins in a call's arguments."""
+    if _is_stand_in(tree):
+        return replace(tree)
+    if isinstance(tree, list):
+        return [_swap(item, replace) for item in tree]
+    if type(tree) is tuple:
+        return tuple([_swap(item, replace) for item in tree])
+    if isinstance(tree, dict):
+        return {name: _swap(item, replace) for name, item in tree.items()}
+    return tree
+
+
+def _tensors(tree: Any) -> list[Any]:
+    """Return the tensors in a call's arguments, stand-ins included."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, list | tuple):
+        return [tensor for item in tree for tensor in _tensors(item)]
+    if isinstance(tree, dict):
+        return [tensor for item in tree.values() for tensor in _tensors(item)]
+    return []
+
+
+def _widest(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the argument with the most dimensions that is a batch, as far as can be seen."""
+    found = None
+    dims = max([_value(t).dim() for t in _tensors((args, kwargs)) if _is_stand_in(t)])
+    for tensor in _tensors((args, kwargs)):
+        if not _is_stand_in(tensor) and (tensor.requires_grad or _is_batch(tensor)):
+            if tensor.dim() >= dims and (found is None or tensor.dim() > found.dim()):
+                found = tensor
+            elif tensor.requires_grad and found is None:
+                found = tensor
+    return found
+
+
+# ----- Operations that combine a parameter with a batch element by element
+
+
+def _name(func: Any) -> str:
+    return getattr(func, "__name__", str(func))
+
+
+def _lacks_rows(value: Tensor, dims: int) -> bool:
+    """Tell whether a value broadcasts over dimension 0 of a batch with so many dimensions."""
+    return value.dim() < dims or (value.dim() == dims and dims > 0 and value.shape[0] == 1)
+
+
+def _broadcast(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], widest: Tensor) -> Any:
+    """Run an operation with every parameter given once per row of the batch."""
+    dims, rows = widest.dim(), widest.shape[0]
+    lacking = all([_lacks_rows(_value(t), dims) for t in _tensors((args, kwargs)) if _is_stand_in(t)])
+    if not widest.requires_grad and not lacking:
+        return _derive(func, args, kwargs)  # a constant that has as many rows as samples by chance
+    if func in _JOINING:
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+        allowed = isinstance(dim, int) and dim % (dims + (_JOINING[func] == "stack")) != 0
+    else:
+        allowed = func in _BROADCASTING
+    if not allowed or not lacking:
+        raise NoClusterRule(f"no rule for {_name(func)}")
+
+    def per_row(stand_in: Any) -> Tensor:
+        return _rows(stand_in, dims, rows)
+
+    return func(*_swap(args, per_row), **_swap(kwargs, per_row))
+
+
+def _rows(stand_in: Any, dims: int, rows: int) -> Tensor:
+    """Return a parameter once per row, with so many dimensions in all."""
+    stacked = _stacked(stand_in)
+    copies = operations.PerRow.apply(stacked, rows, batch.offsets, batch.cluster.shape[0])
+    extra = dims - (stacked.dim() - 1)  # dimensions of the batch that the parameter does not have
+    if extra == 0:
+        return copies.squeeze(1)
+    return copies.reshape(rows, *[1] * (extra - 1), *stacked.shape[1:])
+
+
+# ----- Operations on parameters and constants alone
+
+
+def _derive(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Compute a tensor from parameters and constants: a `Stacked`, or a batch of copies."""
+    plain = func(*_swap(args, _value), **_swap(kwargs, _value))
+    found = [plain] if isinstance(plain, Tensor) else list(plain) if isinstance(plain, tuple | list) else []
+    if not [t for t in found if isinstance(t, Tensor) and t.is_floating_point()]:
+        return plain
+    if func in _REPEATING and _is_stand_in(args[0]):
+        value = _value(args[0])
+        if _is_batch(plain) and _lacks_rows(value, plain.dim()):
+            copies = _rows(args[0], plain.dim(), plain.shape[0])
+            return copies.repeat(1, *[n // m for n, m in zip(plain.shape[1:], copies.shape[1:], strict=True)])
+    stacked = [_stacked(t) for t in _tensors((args, kwargs)) if _is_stand_in(t)]
+
+    def compute(*values: Tensor) -> Any:
+        rest = iter(values)
+        return func(*_swap(args, lambda _: next(rest)), **_swap(kwargs, lambda _: next(rest)))
+
+    result = torch.vmap(compute)(*stacked)
+    if isinstance(result, Tensor):
+        return result.as_subclass(Stacked)
+    return tuple([item.as_subclass(Stacked) for item in result])
+
+
+def _like(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operation that asks its second argument only for its shape or type."""
+    first, other, *rest = args
+    if not _is_stand_in(first):
+        return func(first, _value(other), *rest, **kwargs)
+    plain = _value(other) if _is_stand_in(other) else other
+    run, ask = LIKE[func]
+    return _derive(run, (first, *ask(plain), *rest), kwargs)
+
+
+# ----- Operations with a rule
+
+
+def _linear(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
+    if input.dim() < 2 or _value_dims(weight) != 2:
+        raise NoClusterRule("linear: expected an input [B, ..., in] and a weight [out, in]")
+    w, w_key, w_block, w_add = _given(weight, lower_precision)
+    b, b_key, b_block, b_add = _given(bias, lower_precision)
+    x, offsets, samples = lower_precision(input), batch.offsets, batch.cluster.shape[0]
+    return operations.Linear.apply(
+        x, w, w_key, w_block, b, b_key, b_block, offsets, samples, (w_add, b_add)
+    )
+
+
+def _value_dims(weight: Any) -> int:
+    return (_value(weight) if _is_stand_in(weight) else weight).dim()
+
+
+def _matmul(input: Tensor, other: Any) -> Tensor:
+    if input.dim() < 2 or _value_dims(other) != 2:
+        raise NoClusterRule("matmul: expected [B, ..., in] times [in, out]")
+    w, key, block, add = _given(other, lower_precision)
+    return operations.Matmul.apply(
+        lower_precision(input), w, key, block, batch.offsets, batch.cluster.shape[0], add
+    )
+
+
+def _convolution(
+    input: Tensor,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    w, w_key, w_block, w_add = _given(weight, lower_precision)
+    b, b_key, b_block, b_add = _given(bias, lower_precision)
+    spatial = w.dim() - 2
+    if input.dim() != w.dim():
+        raise NoClusterRule("convolution: expected an input [B, in, ...]")
+    stride, dilation = _each(stride, spatial), _each(dilation, spatial)
+    if padding == "same":
+        totals = [d * (size - 1) for d, size in zip(dilation, w.shape[2:], strict=True)]
+        if [total for total in totals if total % 2]:
+            raise NoClusterRule("convolution: no rule for padding='same' with an even kernel")
+        padding = [total // 2 for total in totals]
+    padding = _each(0 if isinstance(padding, str) else padding, spatial)
+    return operations.Convolution.apply(
+        lower_precision(input), w, w_key, w_block, b, b_key, b_block,
+        batch.offsets, batch.host_offsets, batch.cluster.shape[0], (w_add, b_add),
+        stride, padding, dilation, groups,
+    )  # fmt: skip
+
+
+def _each(value: Any, spatial: int) -> list[int]:
+    values = [value] * spatial if isinstance(value, int) else list(value)
+    return values * spatial if len(values) == 1 else values
+
+
+def _layer_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Tensor:
+    if input.dim() == len(normalized_shape):
+        raise NoClusterRule("layer_norm: expected an input [B, ...]")
+    x = norm_precision(input)
+    return _affine(F.layer_norm(_wide(x), normalized_shape, None, None, eps), x.dtype, weight, bias)
+
+
+def _rms_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None
+) -> Tensor:
+    if input.dim() == len(normalized_shape):
+        raise NoClusterRule("rms_norm: expected an input [B, ...]")
+    x = norm_precision(input)
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    return _affine(F.rms_norm(_wide(x), normalized_shape, None, eps), x.dtype, weight, None)
+
+
+def _group_norm(
+    input: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Tensor:
+    x = norm_precision(input)
+    normal = F.group_norm(_wide(x), num_groups, None, None, eps)
+    return _affine(normal, x.dtype, weight, bias, channels=True)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _affine(normal: Tensor, dtype: torch.dtype, weight: Any, bias: Any, channels: bool = False) -> Tensor:
+    """Scale and shift what is normalised, by one value per channel or over the last dimensions."""
+    if weight is not None:
+        normal = normal * _aligned(weight, normal, channels)
+    if bias is not None:
+        normal = normal + _aligned(bias, normal, channels)
+    return normal.to(dtype)
+
+
+def _aligned(parameter: Any, normal: Tensor, channels: bool) -> Tensor:
+    if _is_stand_in(parameter):
+        dims = 2 if channels else normal.dim()
+        values = _rows(parameter, dims, normal.shape[0])
+    else:
+        values = parameter.unsqueeze(0) if channels else parameter
+    return values.reshape(*values.shape, *[1] * (normal.dim() - 2)) if channels else values
+
+
+def _embedding(
+    input: Tensor,
+    weight: Any,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    if sparse or max_norm is not None or scale_grad_by_freq:
+        raise NoClusterRule("embedding: no rule for sparse, max_norm or scale_grad_by_freq in compiled models")
+    table, key, block, add = _given(weight, lambda t: t)
+    num = batch.offsets.shape[0] - 1
+    return operations.Embedding.apply(input, table, key, block, batch.cluster, num, padding_idx, add)
+
+
+_RULES: dict[Any, Callable[..., Tensor]] = {
+    F.linear: _linear,
+    torch.matmul: _matmul,
+    Tensor.matmul: _matmul,
+    Tensor.__matmul__: _matmul,
+    F.conv1d: _convolution,
+    F.conv2d: _convolution,
+    F.conv3d: _convolution,
+    F.layer_norm: _layer_norm,
+    F.rms_norm: _rms_norm,
+    F.group_norm: _group_norm,
+    F.embedding: _embedding,
+}
