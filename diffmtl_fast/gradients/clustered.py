@@ -95,6 +95,8 @@ class ClusteredMTL(nn.Module):
         process_group: the processes that train replicas of the model together, each on samples of its own; their
             steps are the step of one process with all of the samples. Default: the world, where torch.distributed
             is initialised; a model in `DistributedDataParallel` is taken out of it, and its group taken over.
+        compile: compile the model in place, by `torch.nn.Module.compile` with these arguments (``mode``,
+            ``dynamic``, ``backend``, ...), or with none. The same as to compile it before it is wrapped.
 
     Attributes:
         module: the model.
@@ -120,6 +122,7 @@ class ClusteredMTL(nn.Module):
         jacobian_dtype: torch.dtype | None = None,
         shared: Collection[str | int] = (),
         process_group: torch.distributed.ProcessGroup | None = None,
+        compile: bool | Mapping[str, Any] = False,
     ) -> None:
         super().__init__()
         model, process_group = _bare(model, process_group)
@@ -135,6 +138,8 @@ class ClusteredMTL(nn.Module):
             raise ValueError("memory='lean': expected engine 'auto' or 'grouped', found 'sliced'")
         if jacobian_dtype is not None and not jacobian_dtype.is_floating_point:
             raise ValueError(f"jacobian_dtype: expected a floating-point dtype, found {jacobian_dtype}")
+        if compile:
+            model.compile(**(compile if isinstance(compile, Mapping) else {}))
         self.module = model
         self.weighting = weighting
         self.num_clusters = num_clusters

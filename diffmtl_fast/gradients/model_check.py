@@ -130,7 +130,7 @@ class ModelCheck:
             ) from error
 
     def _check_compiled(self, layout: BatchLayout, given: _Arguments, ordered: _Arguments) -> None:
-        """Check a compiled model as a whole, without the compiler."""
+        """Check a compiled model as a whole, first without the compiler, then what the compiler makes of it."""
         if self._engine.memory == "lean":
             self._engine.store(Step(by_cluster=True))  # says why not
         if layout.batch_size > 1:
@@ -138,8 +138,11 @@ class ModelCheck:
                 self._refuse_interaction(layout, given, state)
         if layout.batch_size > 1 and layout.order is not None:
             self._check_order(layout, given, ordered)
+        assert self._engine.compiled is not None
+        self._engine.compiled.learn()
         try:
-            self._check_gradients(layout, ordered)
+            self._check_gradients(layout, ordered)  # finds operations without a rule, and says so in plain words
+            self._check_gradients(layout, ordered, compiled=True)
         except (CannotGroup, WrongRule, torch.OutOfMemoryError):
             raise
         except (RuntimeError, TypeError, LookupError, ValueError, AttributeError) as error:
@@ -300,7 +303,7 @@ class ModelCheck:
 
     # Gradients.
 
-    def _check_gradients(self, layout: BatchLayout, ordered: _Arguments) -> None:
+    def _check_gradients(self, layout: BatchLayout, ordered: _Arguments, compiled: bool = False) -> None:
         """Refuse gradients of the clusters that do not add up to the plain model's.
 
         With any weights w, Σ_k w_k g_k is the gradient of the loss whose samples are weighted by their cluster's
@@ -311,21 +314,18 @@ class ModelCheck:
         engine, state = self._engine, ModelState(self._engine.model)
         weights = torch.linspace(0.5, 1.5, engine.num_clusters, device=engine.parameters[0].device)
         values = [revealing(p) for p in engine.parameters]
-        with _quietly(), grads_set_aside(engine.parameters), state.watching(engine.parameters):
+        with _quietly(), grads_set_aside(engine.parameters):
             try:
-                mode: Any = nullcontext()
-                expected = self._plain(layout, ordered, values, weights)
-                if state.drawn and self._in_slices:
-                    state.restore()  # slices draw other numbers than the whole batch
-                    mode = evaluating(engine.model)
-                    with evaluating(engine.model):
-                        expected = self._plain(layout, ordered, values, weights)
-                self.writes = self.writes or state.writes
-                if expected is None:
-                    return
-                state.restore()
-                with mode:
-                    found = self._by_cluster(layout, ordered, values, weights)
+                with state.watching(engine.parameters):
+                    expected, mode = self._expected(layout, ordered, values, weights, state, compiled)
+                    if expected is None:
+                        return
+                    if not compiled:
+                        with mode:
+                            found = self._by_cluster(layout, ordered, values, weights)
+                if compiled:  # beside what watches, which would be compiled, too
+                    with mode, _stance("default"):
+                        found = self._by_cluster(layout, ordered, values, weights)
             finally:
                 state.restore()
         eps, scale = max(engine.eps, state.eps), _mean_size(expected)
@@ -344,6 +344,27 @@ class ModelCheck:
                 "by cluster, do not add up to the plain ones (scaled by frequencies in the batch, or normalised "
                 "over it?)"
             )
+
+    def _expected(
+        self,
+        layout: BatchLayout,
+        ordered: _Arguments,
+        values: Sequence[Tensor],
+        weights: Tensor,
+        state: ModelState,
+        compiled: bool,
+    ) -> tuple[list[Tensor | None] | None, Any]:
+        """Return the plain model's gradients of the weighted loss, and the mode in which they can be compared."""
+        mode: Any = nullcontext()
+        expected = self._plain(layout, ordered, values, weights)
+        if state.drawn and (compiled or self._in_slices):
+            state.restore()  # slices and compiled code draw other numbers than the model
+            mode = evaluating(self._engine.model)
+            with evaluating(self._engine.model):
+                expected = self._plain(layout, ordered, values, weights)
+        self.writes = self.writes or state.writes
+        state.restore()
+        return expected, mode
 
     @property
     def _in_slices(self) -> bool:
@@ -433,11 +454,14 @@ def _no_autocast(tensor: Tensor) -> Any:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
+def _stance(name: str) -> Any:
+    """Return a context in which the compiler takes this stance; without dynamo, slow to import, nothing is compiled."""
+    return torch.compiler.set_stance(name) if dynamo() is not None else nullcontext()
+
+
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Run models as they are written, and without their warnings, which the real forward will repeat."""
-    # Without dynamo, slow to import, nothing is compiled.
-    eager = torch.compiler.set_stance("force_eager") if dynamo() is not None else nullcontext()
-    with warnings.catch_warnings(), eager:
+    with warnings.catch_warnings(), _stance("force_eager"):
         warnings.simplefilter("ignore")
         yield

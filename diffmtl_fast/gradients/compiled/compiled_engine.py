@@ -54,6 +54,7 @@ class CompiledEngine:
         self.model, self.slots, self.parameters, self.names = model, slots, parameters, names
         self.values: Sequence[Tensor] = parameters
         self._num_clusters = num_clusters
+        self._learning = False  # whether the next check tells how often each parameter is used
         self._shared: set[int] = set()  # parameters of which several operations write to the block
         self._passes: list[list[StandIn]] = []  # of the first forward that shares a backward, of the second, ...
         self._step: Step | None = None
@@ -173,16 +174,21 @@ class CompiledEngine:
         with installed(self.slots, stand_ins):
             yield
 
+    def learn(self) -> None:
+        """Find out in the next check, which is not compiled, how often each parameter is used."""
+        self._learning = True
+
     @contextmanager
     def standing_for(self, values: Sequence[Tensor]) -> Iterator[None]:
-        """Let the stand-ins stand for other values of the parameters, and learn how often each one is used."""
+        """Let the stand-ins stand for other values of the parameters."""
         before = self.values, self._passes, self._step
         self.values, self._passes = values, []
-        # Until it is known which of the operations share a block, all of them add to it.
-        shared, self._shared = self._shared, set(range(len(values)))
+        shared = self._shared
+        if self._learning:  # all operations add to their blocks
+            self._shared = set(range(len(values)))
         try:
             yield
         finally:
             used = {i for made in self._passes for i, stand_in in enumerate(made) if stand_in.uses > 1}
             self.values, self._passes, self._step = before
-            self._shared = shared | used
+            self._shared, self._learning = shared | used, False

@@ -27,6 +27,7 @@ def _functions(names: Iterable[str]) -> dict[Any, str]:
 
 
 _BROADCASTING, _JOINING, _REPEATING = _functions(BROADCASTING), _functions(JOINING), _functions(REPEATING)
+_DETACHING = _functions(["detach"])
 _WRITING = _functions(name for name in dir(Tensor) if writes_in_place(getattr(Tensor, name)))
 
 
@@ -37,7 +38,7 @@ def operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         NoClusterRule: it can't be run so that the gradients of the clusters can be told apart.
     """
     about = _name(func) == "__get__" and func not in _VIEWS
-    if about or not torch.is_grad_enabled() or func in (Tensor.detach, torch.detach):
+    if about or not torch.is_grad_enabled() or func in _DETACHING:
         return func(*_swap(args, _value), **_swap(kwargs, _value))
     rule = _RULES.get(func)
     if rule is not None and _is_batch(args[0] if args else kwargs.get("input")):

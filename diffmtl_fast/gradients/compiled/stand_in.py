@@ -16,7 +16,29 @@ from ..._torch import DisableTorchFunctionSubclass, make_subclass
 from ..batch import Clusters
 
 
-class StandIn(Tensor):
+class Dispatched(Tensor):
+    """A tensor whose operations are run by `dispatch`.
+
+    The compiler does not hand on those of a tensor's methods that are written in Python, so they are functions here.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Hand the operation on."""
+        return dispatch.operate(func, args, dict(kwargs or {}))
+
+    def norm(self, *args: Any, **kwargs: Any) -> Any:
+        """Call `torch.norm`."""
+        return torch.norm(self, *args, **kwargs)
+
+    def split(self, *args: Any, **kwargs: Any) -> Any:
+        """Call `torch.split`."""
+        return torch.split(self, *args, **kwargs)
+
+
+class StandIn(Dispatched):
     """Stands for a parameter.
 
     Attributes:
@@ -42,23 +64,9 @@ class StandIn(Tensor):
         made.anchor = torch.zeros((), device=value.device, requires_grad=True)
         return made
 
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Hand the operation on."""
-        return dispatch.operate(func, args, dict(kwargs or {}))
 
-
-class Stacked(Tensor):
+class Stacked(Dispatched):
     """A tensor computed from parameters alone, [K, *shape]: equal rows, whose gradients are those of the clusters."""
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Hand the operation on."""
-        return dispatch.operate(func, args, dict(kwargs or {}))
 
 
 class Batch:

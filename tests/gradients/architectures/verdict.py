@@ -26,6 +26,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "grouped": {"engine": "grouped"},
     "grouped-lean": {"engine": "grouped", "memory": "lean"},
     "sliced": {"engine": "sliced"},
+    "compiled": {},
 }
 ORDERS = ("sorted", "unsorted", "absent", "single")
 #: of the norm of the error to the norm of the whole; under autocast besides twice the error of the plain model
@@ -56,6 +57,8 @@ def expected(case: Case, way: str) -> tuple[str | None, bool]:
         return case.refused, False
     if way == "sliced":
         return case.whole, False
+    if way == "compiled":  # grouped by an engine of its own, else in slices
+        return case.whole, True
     return (None, True) if way == "auto" else (case.slices, True)
 
 
@@ -67,7 +70,8 @@ def judge(case: Case, way: str, order: str, precision: str) -> Verdict:
     if case.plain is not None:
         case.plain(plain)
     rounded = _build(case) if precision == "bfloat16" else None
-    mtl = dm.ClusteredMTL(model, K, Given(), **WAYS[way])
+    compiled = torch.compile(model, backend="aot_eager") if way == "compiled" else model
+    mtl = dm.ClusteredMTL(compiled, K, Given(), **WAYS[way])
     mtl.measure_gramian = True
     for step, size in enumerate(case.sizes):
         if step and case.prepare is not None:

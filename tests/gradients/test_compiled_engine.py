@@ -1,0 +1,312 @@
+"""The engine of compiled models, against one torch.autograd.grad per cluster of the model as written."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from exactness import CLUSTERS, K, Given, assert_exact, sample_losses
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import diffmtl_fast as dm
+from benchmarks.models import DiT
+
+pytestmark = pytest.mark.compile
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+class Mixed(nn.Module):
+    """Every kind of use of a parameter: layers, tables, tied and derived weights, a token, a module called twice."""
+
+    def __init__(self, frozen: bool = False) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8)
+        self.label = nn.Embedding(5, 8)
+        self.position, self.token = nn.Parameter(torch.randn(1, 16, 8)), nn.Parameter(torch.randn(1, 1, 8))
+        self.twice, self.tied = nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
+        self.tied.weight = self.twice.weight
+        self.table = nn.Parameter(torch.randn(6, 8))
+        self.direction, self.length = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.rand(8, 1) + 0.5)
+        self.rms, self.layer = nn.RMSNorm(8), nn.LayerNorm(8)
+        self.head = nn.Conv1d(8, 2, 2, stride=2, groups=2)
+        if frozen:
+            for p in (*self.norm.parameters(), self.twice.bias, self.table):
+                p.requires_grad_(False)
+
+    def forward(self, x, y):
+        h = F.silu(self.norm(self.conv(x))).flatten(2).transpose(1, 2) + self.position
+        h = torch.cat([self.token.expand(h.shape[0], -1, -1), h, self.token.expand(h.shape[0], -1, -1)], 1)
+        shift, scale, gate = (self.table[None, :3] + self.label(y)[:, None]).chunk(3, dim=1)
+        h = h + gate * self.tied(self.twice(F.gelu(self.twice(self.layer(h))))) * (1 + scale) + shift
+        weight = self.length * self.direction / self.direction.norm(dim=1, keepdim=True)
+        h = F.linear(self.rms(h), weight) @ (self.direction * 2)
+        return self.head(h.transpose(1, 2))
+
+
+def make(device, dtype=torch.float64, **options):
+    torch.manual_seed(0)
+    model = Mixed(**options).to(device, dtype)
+    size = len(CLUSTERS["sorted"])
+    return model, torch.randn(size, 3, 4, 4, device=device, dtype=dtype), torch.arange(size, device=device) % 5
+
+
+def engine_of(mtl: dm.ClusteredMTL) -> str:
+    return mtl._engine._told.partition(":")[0]
+
+
+def compiled(model, **options):
+    return torch.compile(model, **({"backend": "aot_eager", "fullgraph": True} | options))
+
+
+@pytest.mark.parametrize("clusters", CLUSTERS)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_every_use_of_a_parameter(clusters, frozen, device):
+    (model, *inputs), (plain, *_) = make(device, frozen=frozen), make(device, frozen=frozen)
+    mtl = assert_exact(compiled(model), *inputs, cluster=CLUSTERS[clusters], plain=plain)
+    assert engine_of(mtl) == "compiled"
+
+
+def test_with_the_default_backend(device):
+    (model, *inputs), (plain, *_) = make(device, torch.float32), make(device, torch.float32)
+    mtl = assert_exact(compiled(model, backend="inductor"), *inputs, plain=plain, rtol=1e-4, steps=3)
+    assert engine_of(mtl) == "compiled"
+
+
+def test_autocast(device):
+    (model, *inputs), (plain, *_) = make(device, torch.float32), make(device, torch.float32)
+    mtl = assert_exact(
+        compiled(model),
+        *inputs,
+        plain=plain,
+        rtol=0.1,
+        context=lambda: torch.autocast(device.type, torch.bfloat16),
+    )
+    assert engine_of(mtl) == "compiled"
+
+
+def test_other_clusters_are_no_reason_to_compile_again(device):
+    model, *inputs = make(device)
+    plain = copy.deepcopy(model)
+    clusters = [[0, 0, 1, 2, 2, 2], [0, 1, 1, 1, 1, 2], [2, 0, 2, 1, 0, 2], [1, 1, 1, 1, 1, 1], [0, 0, 0, 2, 2, 2]]
+    mtl = assert_exact(compiled(model), *inputs, cluster=clusters[:2], plain=plain)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs == 1
+    step(mtl, inputs, clusters[2:])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def step(mtl, inputs, clusters):
+    for cluster in clusters:
+        mtl.backward(sample_losses(mtl(*inputs, cluster=torch.tensor(cluster, device=inputs[0].device))))
+
+
+def test_other_batch_sizes_with_dynamic_shapes(device):
+    model, x, y = make(device)
+    plain = copy.deepcopy(model)
+    mtl = dm.ClusteredMTL(compiled(model, dynamic=True), K, Given())
+    graphs = []
+    for size in (6, 5, 4, 3):
+        cluster = torch.arange(size, device=device) % K
+        model.zero_grad()
+        mtl.backward(sample_losses(mtl(x[:size], y[:size], cluster=cluster)))
+        losses = sample_losses(plain(x[:size], y[:size]))
+        rows = [
+            torch.cat([g.flatten() for g in torch.autograd.grad(losses[cluster == k].mean(), list(plain.parameters()), retain_graph=True)])
+            for k in range(K)
+        ]  # fmt: skip
+        jacobian = torch.stack(rows)
+        torch.testing.assert_close(mtl.last.gramian, jacobian @ jacobian.T, rtol=1e-8, atol=1e-10)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert engine_of(mtl) == "compiled"
+    assert graphs[1:] == graphs[1:2] * 3
+
+
+class Blocks(nn.Module):
+    """Blocks that may be checkpointed, with dropout."""
+
+    def __init__(self, reentrant: bool | None, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Dropout(dropout), nn.Linear(16, 8)) for _ in range(3)
+        )
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        for block in self.blocks:
+            inner = block if self.reentrant is None else _checkpointed(block, self.reentrant)
+            x = x + inner(x)
+        return x
+
+
+def _checkpointed(block, reentrant):
+    return lambda x: checkpoint(block, x, use_reentrant=reentrant)
+
+
+@pytest.mark.parametrize("how", ["whole", "blocks", "checkpointed", "checkpointed blocks"])
+def test_parts_and_checkpoints(how, device):
+    torch.manual_seed(0)
+    model = Blocks(False if "checkpointed" in how else None).to(device).double()
+    plain = copy.deepcopy(model)
+    x = torch.randn(6, 8, dtype=torch.float64, device=device)
+    if "blocks" in how:
+        for block in model.blocks:
+            block.compile(backend="aot_eager", fullgraph=True)
+        wrapped = model
+    else:
+        wrapped = compiled(model)
+    assert engine_of(assert_exact(wrapped, x, plain=plain)) == "compiled"
+
+
+def test_dropout_keeps_to_its_samples(device):
+    """The update is that of the masks that the forward drew: a Gramian of equal samples in all clusters tells."""
+    torch.manual_seed(0)
+    model = Blocks(None, dropout=0.5).to(device).double()
+    mtl = dm.ClusteredMTL(compiled(model), K, dm.Equal())
+    mtl.measure_gramian = True
+    x = torch.randn(6, 8, dtype=torch.float64, device=device)
+    output = mtl(x, cluster=torch.tensor([0, 0, 1, 1, 2, 2], device=device))
+    mtl.backward(sample_losses(output))
+    found = [p.grad.clone() for p in model.parameters()]
+    assert engine_of(mtl) == "compiled"
+    assert all(g.isfinite().all() and g.any() for g in found)
+
+
+def test_forwards_that_share_a_backward(device):
+    model, x, y = make(device)
+    plain = copy.deepcopy(model)
+    mtl = dm.ClusteredMTL(compiled(model), K, Given())
+    cluster = torch.tensor([2, 0, 2, 1, 0, 2], device=device)
+    for _ in range(2):
+        model.zero_grad()
+        loss = sample_losses(mtl(x, y, cluster=cluster)) + sample_losses(mtl(x.flip(3), y, cluster=cluster))
+        mtl.backward(loss)
+    losses = sample_losses(plain(x, y)) + sample_losses(plain(x.flip(3), y))
+    rows = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(losses[cluster == k].mean(), list(plain.parameters()), retain_graph=True)])
+        for k in range(K)
+    ]  # fmt: skip
+    jacobian = torch.stack(rows)
+    torch.testing.assert_close(mtl.last.gramian, jacobian @ jacobian.T, rtol=1e-8, atol=1e-10)
+
+
+def test_any_other_backward_is_the_plain_models(device):
+    model, *inputs = make(device)
+    plain = copy.deepcopy(model)
+    mtl = dm.ClusteredMTL(compiled(model), K, dm.PCGrad())
+    cluster = torch.tensor(CLUSTERS["sorted"], device=device)
+    step(mtl, inputs, [CLUSTERS["sorted"]])
+    for _ in range(2):
+        model.zero_grad()
+        sample_losses(mtl(*inputs, cluster=cluster)).sum().backward()
+    sample_losses(plain(*inputs)).sum().backward()
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-10, msg=name)
+
+
+def test_one_argument_compiles_the_model(device, caplog):
+    model, *inputs = make(device)
+    caplog.set_level(logging.INFO, "diffmtl_fast")
+    mtl = dm.ClusteredMTL(model, K, Given(), compile={"backend": "aot_eager"})
+    step(mtl, inputs, [CLUSTERS["unsorted"]])
+    assert "ClusteredMTL: compiled engine for K = 3" in caplog.text
+    assert not any("_orig_mod" in name for name in mtl.state_dict())
+
+
+def test_lean_memory_is_refused(device):
+    model, *inputs = make(device)
+    mtl = dm.ClusteredMTL(compiled(model), K, Given(), memory="lean")
+    with pytest.raises(ValueError, match="memory='lean': expected a model that is not compiled"):
+        mtl(*inputs, cluster=torch.tensor(CLUSTERS["sorted"], device=device))
+
+
+class Mixing(nn.Module):
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.layer, self.what = nn.Linear(4, 4), what
+
+    def forward(self, x):
+        h = self.layer(x)
+        if self.what == "samples":
+            return h + h.mean(0)
+        return h * torch.einsum("oi,oi->o", self.layer.weight, self.layer.weight)  # no rule, but exact in slices
+
+
+def test_samples_that_mix_are_refused(device):
+    mtl = dm.ClusteredMTL(compiled(Mixing("samples").to(device)), K, Given())
+    with pytest.raises(ValueError, match="others' rows change it"):
+        mtl(torch.randn(6, 4, device=device), cluster=torch.tensor(CLUSTERS["sorted"], device=device))
+
+
+class Unruled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Bilinear(4, 4, 4)
+
+    def forward(self, x):
+        return self.layer(x, x)
+
+
+def test_without_a_rule_the_model_runs_in_slices(device):
+    torch.manual_seed(0)
+    model = Unruled().to(device).double()
+    x = torch.randn(6, 4, dtype=torch.float64, device=device)
+    mtl = assert_exact(compiled(model, fullgraph=False), x, plain=copy.deepcopy(model))
+    assert engine_of(mtl) == "sliced"
+    assert "no rule for bilinear" in mtl._engine._told
+
+
+class Growing(nn.Module):
+    """Calls a layer more often from one step on, of which no check tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.calls = nn.Linear(4, 4), [1]
+
+    def forward(self, x):
+        for _ in range(self.calls[0]):
+            x = F.silu(self.layer(x))
+        return x
+
+
+def test_uses_that_no_check_has_seen_are_an_error(device):
+    model = Growing().to(device).double()
+    mtl = dm.ClusteredMTL(compiled(model), K, Given())
+    inputs = [torch.randn(6, 4, dtype=torch.float64, device=device)]
+    step(mtl, inputs, [CLUSTERS["sorted"]])
+    model.calls[0] = 2
+    with pytest.raises(RuntimeError, match="found several on .*layer.weight"):
+        step(mtl, inputs, [CLUSTERS["sorted"]])
+
+
+def test_a_diffusion_transformer(device):
+    torch.manual_seed(0)
+    model = DiT(width=24, depth=2).to(device).double()
+    x = torch.randn(6, 3, 16, 16, dtype=torch.float64, device=device)
+    mtl = assert_exact(compiled(model), x, torch.arange(6, device=device), plain=copy.deepcopy(model))
+    assert engine_of(mtl) == "compiled"
+
+
+def test_losses_alone_add_no_graph_break(device):
+    """The part of a step behind the model, with uncertainty weighting, compiles as one graph."""
+    weighting = dm.UncertaintyWeighting(K).to(device)
+
+    def objective(output, target, cluster):
+        losses = dm.ops.cluster_mean(dm.ops.sample_mse(output, target), cluster, K)
+        return weighting(losses[0] if isinstance(losses, tuple) else losses)
+
+    output, target = torch.randn(2, 6, 8, device=device).unbind()
+    cluster = torch.tensor(CLUSTERS["sorted"], device=device)
+    run = torch.compile(objective, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(run(output, target, cluster), objective(output, target, cluster))
