@@ -267,7 +267,9 @@ class Engine:
         engine = self.grouped or self.compiled
         if self.compiled is not None:
             self._spare = (
-                Jacobian(self.parameters, self.num_clusters, self.dtype) if self.jacobian_in_use else self.jacobian
+                Jacobian(self.parameters, self.num_clusters, self.dtype)
+                if self.jacobian_in_use
+                else self.jacobian
             )
             self._spare.clear()
         with nullcontext() if engine is None else engine.standing_for(values):
@@ -312,8 +314,8 @@ class Engine:
             return self.jacobian
         if self.compiled is not None:
             raise ValueError(
-                f"memory='lean': expected a model that is not compiled, found '{self._compiled_part}' compiled; use "
-                "memory='full', with jacobian_dtype=torch.bfloat16 to halve it"
+                f"memory='lean': expected a model that is not compiled, found '{self._compiled_part}' compiled; "
+                "use memory='full', with jacobian_dtype=torch.bfloat16 to halve it"
             )
         if self.grouped is None:
             raise ValueError(f"memory='lean': expected the grouped engine, found slices: {self._told}")

@@ -98,7 +98,14 @@ class ModelCheck:
             if isinstance(leaf, Tensor)
         ]
         engine = self._engine
-        return (engine.grouped is not None, engine.compiled is not None, layout.order is None, engine.training, flags(*given), *shapes)
+        return (
+            engine.grouped is not None,
+            engine.compiled is not None,
+            layout.order is None,
+            engine.training,
+            flags(*given),
+            *shapes,
+        )
 
     def _check(self, layout: BatchLayout, given: _Arguments, ordered: _Arguments) -> None:
         grouped = self._engine.grouped
@@ -141,7 +148,9 @@ class ModelCheck:
         assert self._engine.compiled is not None
         self._engine.compiled.learn()
         try:
-            self._check_gradients(layout, ordered)  # finds operations without a rule, and says so in plain words
+            self._check_gradients(
+                layout, ordered
+            )  # finds operations without a rule, and says so in plain words
             self._check_gradients(layout, ordered, compiled=True)
         except (CannotGroup, WrongRule, torch.OutOfMemoryError):
             raise
@@ -400,7 +409,8 @@ class ModelCheck:
         with torch.enable_grad(), engine.standing_for(values):
             output = engine.run(step, layout, map_tensors(copied, ordered))
             objective = _made_up_loss(output, layout, None)
-            assert objective is not None
+            if objective is None:
+                raise CannotGroup("no output that a loss can be of has a gradient")
             store = engine.spare_store(step)
             with _no_autocast(objective):
                 engine.collect(step, objective, store)
@@ -455,7 +465,8 @@ def _no_autocast(tensor: Tensor) -> Any:
 
 
 def _stance(name: str) -> Any:
-    """Return a context in which the compiler takes this stance; without dynamo, slow to import, nothing is compiled."""
+    """Return a context in which the compiler takes this stance."""
+    # Without dynamo, slow to import, nothing is compiled.
     return torch.compiler.set_stance(name) if dynamo() is not None else nullcontext()
 
 

@@ -24,10 +24,11 @@ _READ_BACK_EVERY = 1024
 class CompiledEngine:
     """Per-cluster gradients from one forward and one backward of a compiled model.
 
-    In the parameters' places the modules find stand-ins, whose operations the compiler traces into graphs that write
-    every cluster's gradients straight into the Jacobian: memory of the same address in all steps, which graphs are
-    given like any other input. Where clusters begin is an input, too, so that other clusters are no reason to compile
-    again. A model that is compiled in parts runs the rest of its operations by the same functions, not compiled.
+    In the parameters' places the modules find stand-ins, whose operations the compiler traces into graphs that
+    write every cluster's gradients straight into the Jacobian: memory of the same address in all steps, which
+    graphs are given like any other input. Where clusters begin is an input, too, so that other clusters are no
+    reason to compile again. A model that is compiled in parts runs the rest of its operations by the same
+    functions, not compiled.
 
     Nothing here sees samples that mix within the model: the checks of the whole model do (see `ModelCheck`), which
     run it without the compiler.
@@ -56,13 +57,20 @@ class CompiledEngine:
         self._num_clusters = num_clusters
         self._learning = False  # whether the next check tells how often each parameter is used
         self._shared: set[int] = set()  # parameters of which several operations write to the block
-        self._passes: list[list[StandIn]] = []  # of the first forward that shares a backward, of the second, ...
+        self._passes: list[
+            list[StandIn]
+        ] = []  # of the first forward that shares a backward, of the second, ...
         self._step: Step | None = None
         self._arrived: list[tuple[int, int, Tensor]] = []
         self._steps = 0
 
     def forward(
-        self, layout: BatchLayout, step: Step, jacobian: Jacobian, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        layout: BatchLayout,
+        step: Step,
+        jacobian: Jacobian,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         """Run the model on a sorted batch.
 
@@ -126,8 +134,8 @@ class CompiledEngine:
         def hook(stand_in: Tensor) -> None:
             raise RuntimeError(
                 f"model: expected operations that tensor subclasses see, found a gradient of "
-                f"'{self.names[position]}' from one that they do not see (a torch.autograd.Function or C++ that takes "
-                "the parameter itself); use engine='sliced'"
+                f"'{self.names[position]}' from one that they do not see (a torch.autograd.Function or C++ that "
+                "takes the parameter itself); use engine='sliced'"
             )
 
         return hook
@@ -155,8 +163,8 @@ class CompiledEngine:
         wrong = [self.names[p] for (_, p, _), count in zip(alone, counts, strict=True) if count != 1]
         if wrong:
             raise RuntimeError(
-                f"model: expected operations as in the check of the model, found several on {wrong} in one forward, "
-                "where there was one; call the model in that way in its first step, or use engine='sliced'"
+                f"model: expected operations as in the check of the model, found several on {wrong} in one "
+                "forward, where there was one; call it so in the first step, or use engine='sliced'"
             )
 
     @contextmanager

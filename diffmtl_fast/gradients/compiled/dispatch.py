@@ -21,7 +21,7 @@ _VIEWS = tuple([getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH",
 
 
 def _functions(names: Iterable[str]) -> dict[Any, str]:
-    """Return the functions of these names by themselves: the compiler can look functions up, but not their names."""
+    """Return the functions of these names: the compiler can look functions up, but not their names."""
     holders = (Tensor, torch)
     return {getattr(holder, name): name for name in names for holder in holders if hasattr(holder, name)}
 
@@ -93,7 +93,9 @@ def _given(parameter: Any, precision: Callable[[Tensor], Tensor]) -> tuple[Any, 
         rows = precision(rows_of(parameter))
         return rows[0].detach(), rows, None, False
     if parameter is not None and parameter.requires_grad:
-        raise NoClusterRule("expected a parameter or a constant beside another one, found a tensor of the batch")
+        raise NoClusterRule(
+            "expected a parameter or a constant beside another one, found a tensor of the batch"
+        )
     return None if parameter is None else precision(parameter), None, None, False
 
 
@@ -123,14 +125,15 @@ def _tensors(tree: Any) -> list[Any]:
 
 def _widest(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """Return the argument with the most dimensions that is a batch, as far as can be seen."""
+    tensors = _tensors((args, kwargs))
+    least = max([_value(tensor).dim() for tensor in tensors if _is_stand_in(tensor)])
     found = None
-    dims = max([_value(t).dim() for t in _tensors((args, kwargs)) if _is_stand_in(t)])
-    for tensor in _tensors((args, kwargs)):
-        if not _is_stand_in(tensor) and (tensor.requires_grad or _is_batch(tensor)):
-            if tensor.dim() >= dims and (found is None or tensor.dim() > found.dim()):
-                found = tensor
-            elif tensor.requires_grad and found is None:
-                found = tensor
+    for tensor in tensors:
+        if _is_stand_in(tensor) or not (tensor.requires_grad or _is_batch(tensor)):
+            continue
+        wider = found is None or tensor.dim() > found.dim()
+        if wider and (tensor.requires_grad or tensor.dim() >= least):
+            found = tensor
     return found
 
 
@@ -149,7 +152,8 @@ def _lacks_rows(value: Tensor, dims: int) -> bool:
 def _broadcast(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], widest: Tensor) -> Any:
     """Run an operation with every parameter given once per row of the batch."""
     dims, rows = widest.dim(), widest.shape[0]
-    lacking = all([_lacks_rows(_value(t), dims) for t in _tensors((args, kwargs)) if _is_stand_in(t)])
+    stand_ins = [tensor for tensor in _tensors((args, kwargs)) if _is_stand_in(tensor)]
+    lacking = not [stand_in for stand_in in stand_ins if not _lacks_rows(_value(stand_in), dims)]
     if not widest.requires_grad and not lacking:
         return _derive(func, args, kwargs)  # a constant that has as many rows as samples by chance
     if func in _JOINING:
@@ -221,9 +225,7 @@ def _linear(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
     w, w_key, w_block, w_add = _given(weight, lower_precision)
     b, b_key, b_block, b_add = _given(bias, lower_precision)
     x, offsets, samples = lower_precision(input), batch.offsets, batch.cluster.shape[0]
-    return operations.Linear.apply(
-        x, w, w_key, w_block, b, b_key, b_block, offsets, samples, (w_add, b_add)
-    )
+    return operations.Linear.apply(x, w, w_key, w_block, b, b_key, b_block, offsets, samples, (w_add, b_add))
 
 
 def _value_dims(weight: Any) -> int:
@@ -331,7 +333,9 @@ def _embedding(
     sparse: bool = False,
 ) -> Tensor:
     if sparse or max_norm is not None or scale_grad_by_freq:
-        raise NoClusterRule("embedding: no rule for sparse, max_norm or scale_grad_by_freq in compiled models")
+        raise NoClusterRule(
+            "embedding: no rule for sparse, max_norm or scale_grad_by_freq in compiled models"
+        )
     table, key, block, add = _given(weight, lambda t: t)
     num = batch.offsets.shape[0] - 1
     return operations.Embedding.apply(input, table, key, block, batch.cluster, num, padding_idx, add)

@@ -1,8 +1,8 @@
 """Operations on parameters as autograd functions that the compiler can trace.
 
-A parameter is given as three arguments: its value; a key, which is a `StandIn`'s anchor, or the rows of a `Stacked`,
-or None for a constant; and the block that the gradients of all clusters are written to, or None. Where there is a
-block, the gradient of the key is 1; otherwise it is the gradients [K, *shape] themselves.
+A parameter is given as three arguments: its value; a key, which is a `StandIn`'s anchor, or the rows of a
+`Stacked`, or None for a constant; and the block that the gradients of all clusters are written to, or None. Where
+there is a block, the gradient of the key is 1; otherwise it is the gradients [K, *shape] themselves.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Linear(torch.autograd.Function):
     """y = x Wᵀ + b, x [..., in]."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
@@ -68,7 +68,7 @@ class Linear(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Form the gradients of all clusters."""
         x, weight, offsets = ctx.saved_tensors
         weight_block, bias_block = ctx.blocks
@@ -88,7 +88,7 @@ class Matmul(torch.autograd.Function):
     """y = x W, x [..., in]."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
@@ -105,7 +105,7 @@ class Matmul(torch.autograd.Function):
         return x @ weight
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Form the gradients of all clusters."""
         x, weight, offsets = ctx.saved_tensors
         block = ctx.block
@@ -123,7 +123,7 @@ class Convolution(torch.autograd.Function):
     """Cross-correlation over one to three dimensions, x [B, in, ...]."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
@@ -149,7 +149,7 @@ class Convolution(torch.autograd.Function):
         return _aten.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Form the gradients of all clusters."""
         x, weight, offsets, host_offsets = ctx.saved_tensors
         block, bias_block = ctx.blocks
@@ -169,7 +169,9 @@ class Convolution(torch.autograd.Function):
         if ctx.needs_input_grad[5]:
             wide = torch.promote_types(grad.dtype, torch.float32)
             by_sample = grad.sum(list(range(2, grad.dim())), dtype=wide)
-            by_bias = _sums(by_sample, in_rows(offsets, ctx.samples, x.shape[0]), bias_block, ctx.accumulate[1])
+            by_bias = _sums(
+                by_sample, in_rows(offsets, ctx.samples, x.shape[0]), bias_block, ctx.accumulate[1]
+            )
         return by_x, None, by_weight, None, None, by_bias, *[None] * 9
 
 
@@ -177,7 +179,7 @@ class Embedding(torch.autograd.Function):
     """Rows of a table, looked up by indices [B, ...]."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         index: Tensor,
         table: Tensor,
@@ -196,7 +198,7 @@ class Embedding(torch.autograd.Function):
         return F.embedding(index, table)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Form the gradients of all clusters: their tables one below the other, by one deterministic kernel."""
         index, cluster = ctx.saved_tensors
         block = ctx.block
@@ -217,13 +219,13 @@ class Stack(torch.autograd.Function):
     """A parameter once per cluster, [*shape] → [K, *shape], without memory for it."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, anchor: Tensor, block: Tensor, accumulate: bool) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, value: Tensor, anchor: Tensor, block: Tensor, accumulate: bool) -> Tensor:
         """Repeat."""
         ctx.block, ctx.accumulate = block, accumulate
         return value.expand(block.shape[0], *value.shape)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Write the gradients of all clusters."""
         block = ctx.block
         block.copy_(block + grad if ctx.accumulate else grad)
@@ -234,14 +236,14 @@ class PerRow(torch.autograd.Function):
     """Equal rows [K, *shape], given once for every row of a batch: [rows, *shape], without memory for it."""
 
     @staticmethod
-    def forward(ctx: Any, stacked: Tensor, rows: int, offsets: Tensor, samples: int) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, stacked: Tensor, rows: int, offsets: Tensor, samples: int) -> Tensor:
         """Repeat."""
         ctx.save_for_backward(offsets)
         ctx.samples = samples
         return stacked[0].expand(rows, *stacked.shape[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Add up every cluster's rows."""
         (offsets,) = ctx.saved_tensors
         return _sums(grad, in_rows(offsets, ctx.samples, grad.shape[0]), None, False), None, None, None

@@ -19,7 +19,7 @@ from ..batch import Clusters
 class Dispatched(Tensor):
     """A tensor whose operations are run by `dispatch`.
 
-    The compiler does not hand on those of a tensor's methods that are written in Python, so they are functions here.
+    The compiler does not hand on a tensor's methods that are written in Python; the usual ones are functions here.
     """
 
     @classmethod
@@ -66,7 +66,7 @@ class StandIn(Dispatched):
 
 
 class Stacked(Dispatched):
-    """A tensor computed from parameters alone, [K, *shape]: equal rows, whose gradients are those of the clusters."""
+    """A tensor computed from parameters alone, [K, *shape]: equal rows; their gradients are the clusters'."""
 
 
 class Batch:

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from .grouped_engine import GroupedEngine
 
 
-
 class Dispatch:
     """Runs the operations that meet a cluster parameter.
 

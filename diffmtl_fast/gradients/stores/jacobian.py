@@ -71,7 +71,9 @@ class Jacobian:
         block, written = self.blocks[position], self._written[position]
         if gradients is block:
             if any(written):
-                raise RuntimeError(f"parameter {position}: expected its block alone to be written, found others")
+                raise RuntimeError(
+                    f"parameter {position}: expected its block alone to be written, found others"
+                )
         elif any(written):
             self.filled(position).add_(gradients)
         else:
