@@ -202,6 +202,20 @@ def unet(batch_size: int, num_clusters: int) -> Case:
     return Case("UNet2DModel", model, batch, num_clusters, {"return_dict": False})
 
 
+def small_unet(batch_size: int, num_clusters: int) -> Case:
+    """Return a diffusers UNet2DModel of 0.16M parameters, whose operations are small."""
+    model = require("diffusers", "train").UNet2DModel(
+        sample_size=16,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+    batch = _batch(3, 16, batch_size, num_clusters)
+    return Case("UNet2DModel, small", model, batch, num_clusters, {"return_dict": False})
+
+
 def diffusers_dit(batch_size: int, num_clusters: int) -> Case:
     """Return a diffusers DiTTransformer2DModel: width 192, 4 layers, 64 tokens.
 
@@ -277,6 +291,7 @@ MODELS: dict[str, Callable[[int, int], Case]] = {
     "tiny": tiny_dit,
     "dit": dit,
     "unet": unet,
+    "small-unet": small_unet,
     "diffusers-dit": diffusers_dit,
     "conditional-unet": conditional_unet,
     "pixart": pixart,
@@ -289,6 +304,7 @@ TITLES = {
     "tiny": "DiT, tiny",
     "dit": "DiT",
     "unet": "UNet2DModel",
+    "small-unet": "UNet2DModel, small",
     "diffusers-dit": "DiTTransformer2DModel",
     "conditional-unet": "UNet2DConditionModel",
     "pixart": "PixArtTransformer2DModel",

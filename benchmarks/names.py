@@ -58,6 +58,10 @@ def engine_step(engine: str, weighting: str) -> str:
     return f"{OURS} {engine}, {weighting}"
 
 
+# Compiled steps.
+COMPILED_PLAIN = f"{PLAIN_STEP}, torch.compile"
+COMPILED_PCGRAD = engine_step("compiled", "PCGrad")
+
 # Task affinity, and the models that it is measured on.
 SCALED = f"{PUBLISHED}, scaled from a part"
 POINTS, STUDY_UNET, DIGITS_DIT = "MLP of points in the plane", "the study's UNet", "DiT of the digits"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -19,6 +20,8 @@ from benchmarks.harness import GateError
 from benchmarks.models import Case, as_sampled
 from benchmarks.names import (
     AUTOJAC_PCGRAD,
+    COMPILED_PCGRAD,
+    COMPILED_PLAIN,
     CURRICULUM,
     K_BACKWARDS_PCGRAD,
     OURS,
@@ -37,7 +40,7 @@ SEED = 0
 Rows = Iterable[Sequence[Tensor | None]]
 Run = Callable[[], Rows]
 Weighting = dm.LossWeighting | dm.GramianWeighting
-EngineName = Literal["grouped", "sliced"]
+EngineName = Literal["auto", "grouped", "sliced"]
 Memory = Literal["full", "lean"]
 Outcome = Literal["mean", "uncertainty", "pcgrad", "pcgrad, torchjd's order", "nash", "jacobian"]
 
@@ -96,13 +99,21 @@ def compiled_ways() -> list[StepWay]:
     """Return the ways of a step with torch.compile, beside the plain step and the best without it."""
     return [
         StepWay(PLAIN_STEP, "mean", "limit", plain),
-        StepWay(f"{PLAIN_STEP}, {COMPILED}", "mean", "baseline", compiled_plain, 1e-4, peer=True),
+        StepWay(COMPILED_PLAIN, "mean", "baseline", compiled_plain, 1e-4, peer=True),
         StepWay(f"{VMAP}, PCGrad", "pcgrad", "baseline", vmap_pcgrad, ROUNDED, peer=True),
         StepWay(
             f"{COMPILED}({VMAP}), PCGrad", "pcgrad", "baseline", compiled_vmap_pcgrad, ROUNDED, peer=True
         ),
         _ours("grouped", "PCGrad"),
-        StepWay(f"{OURS} sliced, PCGrad, {COMPILED}", "pcgrad", "ours", _compiled_step, ROUNDED, peer=True),
+        StepWay(COMPILED_PCGRAD, "pcgrad", "ours", partial(_compiled_step, "auto"), ROUNDED, peer=True),
+        StepWay(
+            f"{OURS} sliced, PCGrad, {COMPILED}",
+            "pcgrad",
+            "ours",
+            partial(_compiled_step, "sliced"),
+            ROUNDED,
+            peer=True,
+        ),
     ]
 
 
@@ -143,11 +154,9 @@ def _step(
     return prepare
 
 
-def _compiled_step(case: Case) -> Run:
+def _compiled_step(engine: EngineName, case: Case) -> Run:
     model = cast(nn.Module, torch.compile(case.model, dynamic=False))
-    return ours(
-        case, dm.ClusteredMTL(model, case.num_clusters, dm.Equal(), engine="sliced"), projecting(case)
-    )
+    return ours(case, dm.ClusteredMTL(model, case.num_clusters, dm.Equal(), engine=engine), projecting(case))
 
 
 def plain(case: Case) -> Run:

@@ -22,6 +22,11 @@ def benchmarks(options: Options) -> Iterator[Benchmark]:
     asked_for = Group.COMPILED.key in (options.groups or ())
     if not options.compile or options.quick or not (options.gpu or options.full or asked_for):
         return
-    for setting in settings(options):
-        if setting.k in KS:
-            yield replace(benchmark(Group.COMPILED, setting, compiled_ways, options), memory=False)
+    chosen = [setting for setting in settings(options) if setting.k == TYPICAL_K]
+    if not (options.gpu or options.models):
+        chosen.append(replace(chosen[0], model="small-unet"))  # the time of small operations shows most
+    for setting in chosen:
+        if setting.batch == chosen[0].batch:
+            for k in KS:
+                case = benchmark(Group.COMPILED, replace(setting, k=k), compiled_ways, options)
+                yield replace(case, memory=False)

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from benchmarks.names import (
     COMPILED_ONCE,
+    COMPILED_PCGRAD,
+    COMPILED_PLAIN,
     CURRICULUM,
     DIGITS_DIT,
     GRAM,
@@ -146,6 +148,15 @@ def _engines(weighting: str) -> tuple[str, ...]:
     return tuple(engine_step(engine, weighting) for engine in ("grouped", "sliced", "lean"))
 
 
+# Of the compiled step, by model and K: the bar and the stretch.
+_COMPILED_BARS = {
+    "dit": {5: (1.10, 1.06), 20: (1.15, 1.10)},
+    "diffusers-dit": {5: (1.12, 1.06), 20: (1.18, 1.10)},
+    "unet": {5: (1.18, 1.10), 20: (1.35, 1.20)},
+    "small-unet": {5: (1.4, 1.2)},
+}
+
+
 def _goals() -> Iterator[Goal]:
     step, ops, weights, clustering = Group.STEP, Group.OPS, Group.WEIGHTS, Group.CLUSTERING
     five = {"k": TYPICAL_K}
@@ -155,6 +166,18 @@ def _goals() -> Iterator[Goal]:
         yield Goal(title, step, _engines(weighting), 1.10, 1.03, five, device="cuda")
     for title, way in (("UncertaintyWeighting", UNCERTAINTY), ("DifficultyCurriculum", CURRICULUM)):
         yield Goal(f"{title} step / plain step", step, (way,), 1.02, 1.01, five)
+    for model, bars in _COMPILED_BARS.items():
+        for k, (bar, stretch) in bars.items():
+            yield Goal(
+                f"PCGrad step / plain step, both compiled, K = {k}",
+                Group.COMPILED,
+                (COMPILED_PCGRAD,),
+                bar,
+                stretch,
+                {"k": k, "model": model},
+                COMPILED_PLAIN,
+                device="cpu",
+            )
     one_pass = {"op": GRAM, "dtype": "float32", "kind": "memory"}
     yield Goal("Gramian's bandwidth / that of reading J", ops, (OURS,), 0.7, 0.9, one_pass, measure="share")
     yield Goal(
