@@ -11,7 +11,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
 BUILD_INPUTS := pyproject.toml $(CONSTRAINTS) CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*)
 
-.PHONY: help train test campaign bench bench-full figures check check-native clean
+.PHONY: help train test campaign bench bench-full figures check check-native docs clean
 help:
 	@echo "make train   train on the embedded digits and write pictures and metrics to $(RUN)"
 	@echo "make test    run the test suite (DIFFMTL_TEST_DEVICE=cuda runs it on a GPU, TORCH=2.9.1 with that PyTorch)"
@@ -22,6 +22,7 @@ help:
 	@echo "make figures   put what they found into README and docs/figures"
 	@echo "make check   lint, type check, compile the GPU kernels ahead of time (needs no GPU)"
 	@echo "make check-native   fuzz the C++ code under the address and undefined behaviour sanitizers"
+	@echo "make docs    build the documentation site into build/site; warnings are errors"
 	@echo "make clean   remove the virtual environments and build outputs (runs/ is kept)"
 
 $(BIN)/python:
@@ -82,6 +83,10 @@ check: $(VENV)/dev.stamp
 # Not part of check: the sanitizers' build takes a minute, and the fuzzer as long as it is given.
 check-native: $(VENV)/dev.stamp
 	$(BIN)/python tests/native/check.py --seconds 60
+
+# Nothing is loaded from elsewhere, neither here nor by a reader's browser.
+docs: $(VENV)/dev.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 clean:
 	rm -rf .venv .venv-torch-* $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -261,6 +261,7 @@ class BetaTime(_Time):
 NoiseDistribution: TypeAlias = (
     "LogNormalSigma | UniformTime | LogitNormalTime | LaplaceSigma | LaplaceTime | BetaTime"
 )
+"""A distribution of noise levels: one of the classes of this module."""
 
 DISTRIBUTIONS: dict[str, type[NoiseDistribution]] = {
     kind.name: kind

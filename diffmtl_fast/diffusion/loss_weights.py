@@ -199,7 +199,6 @@ def sigma_sqrt_weight(log_snr: Tensor) -> Tensor:
     return torch.sigmoid(0.5 * log_snr) ** -2
 
 
-#: The weights by the names that are typed.
 LOSS_WEIGHTS: dict[str, Callable[..., Tensor]] = {
     "min_snr": min_snr_weight,
     "soft_min_snr": soft_min_snr_weight,
@@ -212,6 +211,7 @@ LOSS_WEIGHTS: dict[str, Callable[..., Tensor]] = {
     "cosmap": cosmap_weight,
     "sigma_sqrt": sigma_sqrt_weight,
 }
+"""The functions of loss weights by the names that the command line takes."""
 
 
 def predicted_weight(weight: Tensor, log_snr: Tensor, prediction_type: str) -> Tensor:

@@ -33,8 +33,8 @@ _AUTOCAST_DEVICES = ("CPU", "CUDA", "XPU", "MPS")
 # A plain definition or a kernel: all of an op's have one signature.
 Kernel: TypeAlias = Callable[..., Any]
 
-# The plain definition of every op by its name.
 PLAIN: dict[str, Kernel] = {}
+"""The plain definition of every op by its name: functions of PyTorch alone, what the kernels are held against."""
 
 # The ops whose kernel on a device is made of the kernel of another one there: that one, and how.
 _MADE_OF: dict[str, tuple[str, Callable[[Kernel], Kernel]]] = {}
