@@ -42,7 +42,7 @@ def draw_clusters() -> Any:
 
 def draw_conflict() -> Any:
     """Two gradients that agree, two that conflict, and what PCGrad does about it."""
-    figure = new_figure(9.0, 2.3)
+    figure = new_figure(9.0, 1.75)
     panels = figure.subplots(1, 3)
     for axes, gradients, title in zip(
         panels, (AGREEING, CONFLICTING, CONFLICTING), ("no conflict", "conflict", "PCGrad"), strict=True
@@ -62,7 +62,7 @@ def draw_conflict() -> Any:
 def draw_methods() -> Any:
     """The direction of every weighting of gradients for the same two conflicting ones."""
     chosen = [m for m in dm.weighting.METHODS.values() if m.forms_gramian]
-    figure = new_figure(9.0, 5.0)
+    figure = new_figure(9.0, 4.4)
     panels = figure.subplots(3, 4).ravel()
     _plane(panels[0], CONFLICTING, "mean of the losses")
     _arrow(panels[0], CONFLICTING.mean(0), BLACK, "")
