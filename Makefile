@@ -11,7 +11,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
 BUILD_INPUTS := pyproject.toml $(CONSTRAINTS) CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*)
 
-.PHONY: help train test campaign bench bench-full figures check check-native docs clean
+.PHONY: help train test campaign bench bench-full figures check check-native docs wheel clean
 help:
 	@echo "make train   train on the embedded digits and write pictures and metrics to $(RUN)"
 	@echo "make test    run the test suite (DIFFMTL_TEST_DEVICE=cuda runs it on a GPU, TORCH=2.9.1 with that PyTorch)"
@@ -23,6 +23,7 @@ help:
 	@echo "make check   lint, type check, compile the GPU kernels ahead of time (needs no GPU)"
 	@echo "make check-native   fuzz the C++ code under the address and undefined behaviour sanitizers"
 	@echo "make docs    build the documentation site into build/site; warnings are errors"
+	@echo "make wheel   build this machine's wheel into dist, and test it in empty environments with PyTorch $(WHEEL_TORCH)"
 	@echo "make clean   remove the virtual environments and build outputs (runs/ is kept)"
 
 $(BIN)/python:
@@ -87,6 +88,15 @@ check-native: $(VENV)/dev.stamp
 # Nothing is loaded from elsewhere, neither here nor by a reader's browser.
 docs: $(VENV)/dev.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
+# With the oldest PyTorch supported and the one developed with. The wheel carries no library: auditwheel finds none to
+# add, and names the oldest Linux that it runs on. The wheels of a release are made by cibuildwheel (pyproject.toml).
+WHEEL_TORCH ?= 2.9.1 $(patsubst torch==%,%,$(filter torch==%,$(file <constraints.txt)))
+wheel: $(VENV)/dev.stamp
+	rm -rf build/wheel dist
+	$(BIN)/python -m build --wheel --outdir build/wheel
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
+	$(BIN)/python tests/wheel/check.py dist --torch $(WHEEL_TORCH)
 
 clean:
 	rm -rf .venv .venv-torch-* $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
