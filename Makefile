@@ -75,10 +75,13 @@ bench-full: bench
 figures: $(VENV)/bench.stamp
 	$(BIN)/python -m benchmarks report benchmarks/results/*.json --out docs/figures --readme README.md docs/benchmarks.md
 
+# tests/typing/usage.py is a user's program, which their type checkers, too, must accept.
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --strict --follow-imports=silent tests/typing/usage.py
+	$(BIN)/pyright --pythonpath $(BIN)/python tests/typing/usage.py
 	$(BIN)/python tests/kernels/aot.py
 
 # Not part of check: the sanitizers' build takes a minute, and the fuzzer as long as it is given.

@@ -1,4 +1,4 @@
-"""Install wheels into empty environments and run ``program.py`` there: ``python check.py dist --torch 2.9.1 2.13.0``."""
+"""Run ``program.py`` in empty environments with a wheel: ``python check.py dist --torch 2.9.1 2.13.0``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a wheel must do where nothing but it and PyTorch is installed: ``python -I program.py``, outside a checkout."""
+"""What a wheel must do where it and PyTorch are all there is: ``python -I program.py`` outside a checkout."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def check_kernels() -> None:
             mse = (pred.double() - target.double()).square().mean(1)
             torch.testing.assert_close(dm.ops.sample_mse(pred, target).double(), mse, rtol=tolerance, atol=0)
             gramian = jacobian.double() @ jacobian.double().T
-            torch.testing.assert_close(dm.ops.gram(jacobian).double(), gramian, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(
+                dm.ops.gram(jacobian).double(), gramian, rtol=tolerance, atol=tolerance
+            )
     _C.cpu_select_kernels(None)
 
 
