@@ -68,6 +68,10 @@ def test_names_and_links_exist():
             assert anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}, target
 
 
+def test_it_is_short():
+    assert len(README.splitlines()) <= 250
+
+
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^make (\S+)", README, flags=re.MULTILINE):
