@@ -7,6 +7,7 @@ from typing import assert_type
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import diffmtl_fast as dm
@@ -75,6 +76,15 @@ def sample(count: int) -> Tensor:
     return sigma * curriculum.weight(level)
 
 
+def analyse(steps: NDArray[np.float64], images: Tensor) -> dm.analysis.Convergence:
+    """The analyses."""
+    fit = assert_type(dm.analysis.GaussianFit.of(images), dm.analysis.GaussianFit)
+    entropy = dm.analysis.gaussian_relative_entropy(steps, fit) + dm.analysis.conditional_relative_entropy(
+        steps, 1.0
+    )
+    return dm.analysis.convergence(dm.cluster_timesteps(1000, 5), steps, entropy)
+
+
 WEIGHTINGS: list[dm.LossWeighting | dm.GramianWeighting] = [
     dm.Equal(), dm.UncertaintyWeighting(5), dm.DWA(5), dm.GLS(), dm.IMTLL(5), dm.RLW(), dm.ScaleInvariant(),
     dm.FAMO(5), dm.STCH(5), dm.PCGrad(), dm.NashMTL(), dm.MGDA(), dm.DualProj(), dm.CAGrad(), dm.IMTLG(),
@@ -82,4 +92,3 @@ WEIGHTINGS: list[dm.LossWeighting | dm.GramianWeighting] = [
 ]  # fmt: skip
 JACOBIAN = ClusterJacobian(nn.Linear(4, 4), 5)
 MATRIX: Tensor = dm.ops.gram(torch.randn(5, 7))
-AFFINITY: dm.analysis.TaskAffinity | None = None
