@@ -466,7 +466,7 @@ def _warn_uncompiled() -> None:
 
 
 def _within(gramian: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a float64 Gramian in the dtype whose rounding its gradients have, so that weightings trust it no further.
+    """Return a float64 Gramian in the dtype whose rounding its gradients have, to be trusted no further.
 
     Where float32 has little room left, a power of four brings the largest entry to about 2⁶⁰: a common scale that
     changes no weights of the methods here, and leaves room for norms that are 10²⁸ times smaller.

@@ -273,7 +273,7 @@ class Engine:
 
     @property
     def sum_dtype(self) -> torch.dtype:
-        """The dtype that sums over the stored gradients are trusted in: float64 where one of them is, else float32."""
+        """The dtype that sums over the stored gradients are trusted in: float32, or float64 where one is."""
         dtypes = {self.dtype} if self.dtype else {p.dtype for p in self.parameters}
         return torch.float64 if torch.float64 in dtypes else torch.float32
 

@@ -122,8 +122,8 @@ def combine_(
         accumulate: add to what `out` holds instead of replacing it; one answer, or one for every parameter.
 
     Returns:
-        Σ_l ‖out[l]‖² of what `out` now holds, float64, 0-dim, right at any scale that the dtypes of `out` hold. Its
-        root is the norm to clip by.
+        Σ_l ‖out[l]‖² of what `out` now holds, float64, 0-dim, right at any scale that the dtypes of `out`
+        hold. Its root is the norm to clip by.
 
     Raises:
         TypeError: an input is not floating point.
