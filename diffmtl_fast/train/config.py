@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from .._extras import require
 from .._number_types import (
@@ -393,6 +393,8 @@ def _build(cls: Any, typed: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
     """An object of a class; dictionaries as they were given, since jsonargparse reads strings in them as YAML."""
     types, arguments = get_type_hints(cls), {}
     for name, value in typed.items():
+        if value is None and type(None) not in get_args(types[name]):
+            raise UserError(f"{name}: expected a value, found null")
         if is_dataclass(types[name]):
             value = _build(types[name], value, given.get(name, {}))
         elif isinstance(value, int | float) and not isinstance(value, bool):

@@ -147,7 +147,7 @@ def test_train_sample_evaluate(tiny, tmp_path, capsys):
             ["--clusters.cost", "affinity", "--clusters.affinity", "none.npy"],
             "clusters.affinity: cannot read none.npy",
         ),
-        (["--scheduler.args.trained_betas", "[" + "0.1, " * 19 + ".nan]"], "clusters: "),
+        (["--scheduler.args.trained_betas", "[" + "0.1, " * 19 + ".nan]"], "scheduler: alphas_cumprod: "),
         (["--scheduler.args.trained_betas", str([0.1, -0.1] * 10)], "clusters: "),
         (["--device", "cuda:99"], "device: 'cuda:99' is not there"),
         (["--device", "abacus"], "device: expected auto, cpu, cuda or cuda:N, found 'abacus'"),

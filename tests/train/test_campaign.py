@@ -1,10 +1,11 @@
 """Breaking the trainer: kills, damaged files, malformed options, components that fail, calls of the ops.
 
-Seeded. `make campaign` (DIFFMTL_CAMPAIGN=1) does all of it, `make test` a part; docs/reliability.md has the figures.
+Seeded. `make campaign` (DIFFMTL_CAMPAIGN=1) does all of it, `make test` a part; docs/reliability.md has figures.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -25,9 +26,9 @@ from diffmtl_fast.train.config import to_dict
 from diffmtl_fast.train.data import ImageData, digits
 
 WHOLE = bool(os.environ.get("DIFFMTL_CAMPAIGN"))
-KILLS = 100 if WHOLE else 2
-DAMAGED = 200 if WHOLE else 12
-OPTIONS = 1000 if WHOLE else 60
+KILLS = int(os.environ.get("DIFFMTL_KILLS", 100 if WHOLE else 2))
+DAMAGED = 200 if WHOLE else 3
+OPTIONS = 1000 if WHOLE else 12
 CALLS = 5000 if WHOLE else 300
 
 COMPONENTS = """
@@ -150,22 +151,14 @@ def broken_components():
 @pytest.mark.parametrize("method", ["vanilla", "pcgrad"] if WHOLE else ["pcgrad"])
 def test_broken_components_are_one_line(run_of, tmp_path, capsys, method):
     cases = broken_components()
-    for i, (changes, option) in enumerate(cases if WHOLE else random.Random(0).sample(cases, 12)):
+    for i, (changes, option) in enumerate(cases if WHOLE else random.Random(0).sample(cases, 5)):
         if "model" not in changes and "scheduler" not in changes and "sampling" not in changes:
             changes = {"model": {**OWN_MODEL, "args": {}}, **changes}
         if "model" in changes or changes.get("scheduler", {}).get("path"):
             changes = {"data": {**OWN_DATA, "args": {}}, **changes}
-        message = one_line(*run_of(capsys, tmp_path / f"run{i}", method=method, **_replacing(changes)))
+        message = one_line(*run_of(capsys, tmp_path / f"run{i}", method=method, **changes))
         assert message.startswith(option or ""), (changes, message)
         assert "as asked" in message or "expected" in message or option, message
-
-
-def _replacing(changes):
-    """Arguments that replace those of the tiny run, which are merged otherwise."""
-    names = ("sample_size", "in_channels", "out_channels", "num_class_embeds", "layers_per_block", "block_out_channels",
-             "down_block_types", "up_block_types", "norm_num_groups")  # fmt: skip
-    del names
-    return changes
 
 
 def bad_options(generator):
@@ -440,10 +433,8 @@ def test_calls_with_anything_answer_or_raise_by_name():
     for _ in range(CALLS):
         name = generator.choice(names)
         given = [arguments(generator) for _ in range(generator.randrange(1, 5))]
-        try:
+        with contextlib.suppress(TypeError, ValueError, RuntimeError, IndexError, NotImplementedError):
             getattr(dm.ops, name)(*given)
-        except (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError):
-            pass
 
 
 def test_images_of_bytes_are_scaled_on_request():
