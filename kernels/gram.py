@@ -65,7 +65,7 @@ def _gram_tile_kernel(
 ):
     """partial[:, :, program] = Gramian of a run of column blocks, for many clusters, as products of tiles.
 
-    The products of float32 rows are float32 (PRECISION "ieee"): TF32 keeps three digits, and the weights need more.
+    Products of float32 rows are float32 (PRECISION "ieee"): TF32 keeps three digits, and the weights need more.
     A bfloat16 or float16 fits into TF32 without loss, so their products are exact with "tf32". Sums over blocks in
     float64 are of rows that a power of two, their own in every block, has brought to 1 to 2 before they are
     multiplied: no product overflows, and none vanishes that counts beside the row's largest number.
