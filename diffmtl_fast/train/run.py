@@ -107,8 +107,8 @@ def rehearse(trainer: Trainer) -> None:
     kind = trainer.scheduler.config.get("prediction_type", "epsilon")
     if kind == "epsilon" and bool((torch.as_tensor(trainer.scheduler.alphas_cumprod) == 0).any()):
         raise UserError(
-            "sampling: expected prediction type v_prediction or sample for a schedule that reaches pure noise, from "
-            "which epsilon cannot draw, found epsilon"
+            "sampling: expected prediction type v_prediction or sample for a schedule that ends in pure noise, of "
+            "which epsilon tells nothing, found epsilon"
         )
     some = torch.linspace(0, len(data.train) - 1, min(len(data.train), REHEARSED)).long()
     few = torch.linspace(0, len(data.test) - 1, min(len(data.test), REHEARSED)).long()
