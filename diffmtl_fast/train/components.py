@@ -52,10 +52,8 @@ def import_object(key: str, path: str) -> Callable[..., Any]:
         UserError: there is none; the message begins with ``key``.
     """
     module, _, name = path.rpartition(".")
-    try:
+    with blame(f"{key}.path: cannot import {path!r}"):
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{key}.path: cannot import {path!r} ({error})") from error
     if not callable(found):
         raise UserError(f"{key}.path: expected a class or function, found {type(found).__name__} {path}")
     return found
@@ -72,26 +70,50 @@ def build(key: str, component: Component) -> Any:
         return target(**component.args)
 
 
-def build_model(config: Config, data: ImageData, device: torch.device) -> nn.Module:
-    """The denoiser with the weights that the seed gives it, checked by one call on a pair of images."""
+def build_model(config: Config, data: ImageData, device: torch.device, num_timesteps: int = 1) -> nn.Module:
+    """The denoiser with the weights that the seed gives it.
+
+    It is checked by one call on two images: of the first and the last class, at the first and the last timestep.
+    """
     torch.manual_seed(config.seed)
     model = build("model", config.model)
     if not isinstance(model, nn.Module):
         raise UserError(
             f"model: expected an nn.Module, found {type(model).__name__} from {config.model.path}"
         )
-    model = model.to(device)
-    images = data.train[:2].to(device)
-    labels = None if data.train_labels is None else data.train_labels[:2].to(device)
-    with torch.no_grad(), blame("model", (TypeError, ValueError, RuntimeError)):
+    _refuse_parameters(model)
+    with blame("model"):
+        model = model.to(device)
+    labels = data.train_labels
+    chosen = torch.arange(2) % len(data.train)
+    if labels is not None:
+        chosen = torch.stack([labels.argmin(), labels.argmax()])
+    images, classes = data.train[chosen].to(device), None if labels is None else labels[chosen].to(device)
+    with blame("model"):
         output = prediction(
-            model(images, torch.zeros(len(images), dtype=torch.int64, device=device), **condition(labels))
+            model(images, torch.tensor([0, num_timesteps - 1], device=device), **condition(classes))
         )
     if output.shape != images.shape:
         raise UserError(
             f"model: expected an output of the images' shape {list(images.shape)}, found {list(output.shape)}"
         )
+    if not output.is_floating_point() or not output.requires_grad:
+        found = f"{output.dtype}, {'with' if output.requires_grad else 'without'} a gradient"
+        raise UserError(f"model: expected a floating-point output with a gradient, found one of {found}")
     return model
+
+
+def _refuse_parameters(model: nn.Module) -> None:
+    """Refuse a model that cannot be trained."""
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if parameter.is_meta or parameter.layout != torch.strided or not parameter.is_floating_point():
+            kind = "a meta tensor" if parameter.is_meta else f"{parameter.dtype}, {parameter.layout}"
+            raise UserError(
+                f"model: expected dense floating-point parameters with values, found {name}: {kind}"
+            )
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise UserError("model: expected a parameter that is trained (requires_grad), found none")
 
 
 def build_scheduler(config: Config) -> Any:
@@ -102,7 +124,21 @@ def build_scheduler(config: Config) -> Any:
         raise UserError(
             f"scheduler: {config.scheduler.path} has no {missing[0]}; expected a discrete-time one"
         )
+    with blame("scheduler"):
+        _check_schedule(scheduler)
     return scheduler
+
+
+def _check_schedule(scheduler: Any) -> None:
+    number = getattr(scheduler.config, "num_train_timesteps", None)
+    if not isinstance(number, int) or number < 1:
+        raise ValueError(f"config.num_train_timesteps: expected an integer >= 1, found {number!r}")
+    signal = torch.as_tensor(scheduler.alphas_cumprod)
+    if signal.shape != (number,) or not bool(((signal >= 0) & (signal <= 1)).all()):
+        raise ValueError(
+            f"alphas_cumprod: expected {number} numbers from 0 to 1 (num_train_timesteps), found shape "
+            f"{list(signal.shape)} of {signal.dtype}"
+        )
 
 
 def build_data(config: Config) -> ImageData:
@@ -167,7 +203,7 @@ def build_timesteps(
     if config.timesteps.interval is not None:
         return _build_expert(config.timesteps.interval, clusters.num_timesteps)
     args, kind = config.timesteps.args, config.timesteps.sampler or ("stratified" if balanced else "uniform")
-    with blame("timesteps.args", (ValueError, TypeError, ImportError)):
+    with blame("timesteps.args"):
         if kind == "stratified":
             return StratifiedSampler(clusters, **args)
         if kind == "logit_normal":
@@ -219,7 +255,7 @@ def build_loss_weights(config: Config, scheduler: Any, device: torch.device) -> 
     # At pure noise and pure signal the limit is wanted, where there is one: not infinity times zero.
     levels = torch.from_numpy(log_snr(scheduler, clip=(-_REACH, _REACH)))
     kind = scheduler.config.get("prediction_type", "epsilon")
-    with blame("loss.args", (ValueError, TypeError)):
+    with blame("loss.args"):
         weights = LOSS_WEIGHTS[name](levels, **_named_as_published(name, config.loss.args))
     with blame("scheduler.args"):
         weights = predicted_weight(weights, levels, kind)
@@ -264,7 +300,7 @@ def load_array(key: str, path: str | Path | None) -> np.ndarray:
     """
     try:
         return load_values(str(path))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, MemoryError, OverflowError, RecursionError) as error:
         raise UserError(f"{key}: cannot read {path} ({error})") from error
 
 
@@ -295,5 +331,14 @@ def condition(labels: Tensor | None) -> dict[str, Tensor]:
 
 
 def prediction(output: Any) -> Tensor:
-    """The tensor in what a model returned: itself, or the ``sample`` of a diffusers output."""
-    return output if isinstance(output, Tensor) else output.sample
+    """The tensor in what a model returned: itself, or the ``sample`` of a diffusers output.
+
+    Raises:
+        UserError: it returned neither.
+    """
+    found = output if isinstance(output, Tensor) else getattr(output, "sample", None)
+    if not isinstance(found, Tensor):
+        raise UserError(
+            f"model: expected it to return a tensor, or one as .sample, found {type(output).__name__}"
+        )
+    return found

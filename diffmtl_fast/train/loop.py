@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ from .config import Config
 from .data import EpochSampler
 from .denoising import Denoising
 from .ema import Ema
-from .errors import TrainingDiverged, UserError, blame
+from .errors import Interrupted, TrainingDiverged, UserError, blame
 from .history import History, describe
 
 
@@ -50,6 +51,7 @@ class Trainer:
     Attributes:
         iteration: optimizer steps done.
         seconds: time that they took.
+        stop: set it to what asks for it, and training stops after the present iteration, with a checkpoint.
 
     Raises:
         UserError: a part of the configuration cannot be used.
@@ -69,12 +71,17 @@ class Trainer:
             torch.from_numpy(log_snr(self.scheduler, clip=(-math.inf, math.inf))).float().to(self.device)
         )
         self.denoising = Denoising(self.scheduler, self.device, weights)
-        self.model = build_model(config, self.data, self.device)
+        self.model = build_model(config, self.data, self.device, self.scheduler.config.num_train_timesteps)
         self.ema = Ema(self.model, config.ema_decay)
         self.weighting = build_weighting(config, self.clusters.k, self.device)
         self.mtl = None
         if isinstance(self.weighting, LossWeighting | GramianWeighting):
-            self.mtl = ClusteredMTL(self.model, num_clusters=self.clusters.k, weighting=self.weighting)
+            self.mtl = ClusteredMTL(
+                self.model,
+                num_clusters=self.clusters.k,
+                weighting=self.weighting,
+                drop_nonfinite=config.loss.nonfinite == "drop",
+            )
         self.optimizer = torch.optim.AdamW(
             param_groups(self.model, self.weighting or torch.nn.Module()),
             lr=config.optimizer.lr,
@@ -91,6 +98,7 @@ class Trainer:
         self._labels = None if self.data.train_labels is None else self.data.train_labels.to(self.device)
         self.iteration = 0
         self.seconds = 0.0
+        self.stop: str | None = None
 
     def fit(self, folder: Path, history: History, progress: Progress) -> None:
         """Train up to the configured iteration.
@@ -102,6 +110,7 @@ class Trainer:
 
         Raises:
             TrainingDiverged: a loss or a weight is not finite; the checkpoints before it stay.
+            Interrupted: `stop` was set.
         """
         self.model.train()
         begun = time.perf_counter() - self.seconds
@@ -113,8 +122,10 @@ class Trainer:
             if self.iteration % self.config.logging.every == 0 or self.iteration == total:
                 line = history.flush(self.iteration, **self._phase(), seconds=round(self.seconds, 3))
             progress.update(self.iteration, None if line is None else describe(line))
-            if self.iteration % self.config.checkpoints.every == 0 or self.iteration == total:
+            if self.iteration % self.config.checkpoints.every == 0 or self.iteration == total or self.stop:
                 self.save(folder, history)
+            if self.stop and self.iteration < total:
+                raise Interrupted(f"{self.stop} at iteration {self.iteration}; --resume continues from there")
 
     def step(self, history: History) -> None:
         """One optimizer step."""
@@ -122,14 +133,19 @@ class Trainer:
         if self.mtl is not None:
             self.mtl.measure_gramian = every > 0 and self.iteration % every == 0
         self.optimizer.zero_grad(set_to_none=True)
-        drawn = [self._backward(history) for _ in range(self.config.accumulate)]
+        with blame("training"):
+            drawn = [self._backward(history) for _ in range(self.config.accumulate)]
         norm = self._finish_gradients()
         if norm is not None:
             history.add_gradient_norm(norm)
         self.optimizer.step()
         self.ema.update(self.model)
         losses, timesteps = (torch.cat(parts) for parts in zip(*drawn, strict=True))
-        self.timesteps.update(losses, timesteps)
+        if self.config.loss.nonfinite == "drop":
+            counted = losses.isfinite()
+            losses, timesteps = losses[counted], timesteps[counted]
+        if len(losses):
+            self.timesteps.update(losses, timesteps)
         self.iteration += 1
 
     def save(self, folder: Path, history: History) -> Path:
@@ -148,6 +164,7 @@ class Trainer:
             {"model": self.model, "ema": self.ema.model},
             {
                 "iteration": self.iteration,
+                "data": self.data.fingerprint(),
                 "seconds": self.seconds,
                 "device": self.device.type,
                 "clusters": self.clusters.to_dict(),
@@ -177,11 +194,18 @@ class Trainer:
             raise UserError(
                 f"device: expected {state['device']}, on which {path} was written, found {self.device.type}"
             )
+        data = self.data.fingerprint()
+        if state.get("data", data) != data:
+            raise UserError(f"data: expected those of {path}, {state['data']}, found {data}")
         checkpoint.load_module(path, "model", self.model)
         checkpoint.load_module(path, "ema", self.ema.model)
         saved = IntervalClustering.from_dict(state["clusters"])
         if saved.boundaries.tolist() != self.clusters.boundaries.tolist():  # of another affinity, for example
             raise UserError(f"clusters: expected those of {path}, {saved}, found {self.clusters}")
+        with blame(f"checkpoint {path}: {checkpoint.STATE} does not fit"):
+            self._load_state(state, history)
+
+    def _load_state(self, state: dict[str, Any], history: History) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.weighting is not None:
             self.weighting.load_state_dict(state["weighting"])
@@ -212,7 +236,8 @@ class Trainer:
         noisy = self.denoising.add_noise(images, noise, t)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             if self.mtl is None:
-                output = self.model(noisy, t, **condition(labels))
+                with blame("model"):
+                    output = self.model(noisy, t, **condition(labels))
             else:
                 with blame("model"):  # it may be one that cannot be split by cluster
                     output = self.mtl(noisy, t, **condition(labels), cluster=cluster)
@@ -229,7 +254,7 @@ class Trainer:
             self.mtl.backward(loss * weight)
             last = self.mtl.last
             assert last is not None  # set by backward
-            history.add(last.losses, last.present, last.weights, last.gramian)
+            history.add(last.losses, last.present, last.weights, last.gramian, last.dropped)
         return loss.detach(), t
 
     def _record_plain(
@@ -249,7 +274,8 @@ class Trainer:
         history.add(losses, present, weights)
 
     def _log_snr(self) -> NDArray[np.float64]:
-        return log_snr(self.scheduler)
+        clip = self.config.clusters.clip
+        return log_snr(self.scheduler, clip=None if clip is None else (clip[0], clip[1]))
 
     def _phase(self) -> dict[str, int]:
         """The phase of the next iteration, for the log; empty without a curriculum."""

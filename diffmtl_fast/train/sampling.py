@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .components import condition, import_object, prediction
 from .config import Sampling
-from .errors import blame
+from .errors import UserError, blame
 
 
 def build_sampler(config: Sampling, scheduler: Any) -> Any:
@@ -21,7 +21,7 @@ def build_sampler(config: Sampling, scheduler: Any) -> Any:
         UserError: it cannot be made from that schedule.
     """
     sampler_class: Any = import_object("sampling.scheduler", config.scheduler.path)
-    with blame("sampling", (AttributeError, TypeError, ValueError)):
+    with blame("sampling"):
         sampler = sampler_class.from_config(scheduler.config, **config.scheduler.args)
         sampler.set_timesteps(config.steps)
     return sampler
@@ -51,6 +51,9 @@ def draw(
 
     Returns:
         float32 [N, C, H, W] on the CPU, clipped to [-1, 1].
+
+    Raises:
+        UserError: the sampler cannot draw with this model, or draws what is not finite.
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
@@ -59,16 +62,19 @@ def draw(
     parts = []
     for start in range(0, len(noise), config.batch_size):
         part = slice(start, start + config.batch_size)
-        parts.append(
-            _denoise(
-                model,
-                build_sampler(config, scheduler),
-                noise[part].to(device),
-                None if labels is None else labels[part].to(device),
-                generator,
-            )
+        sampler, classes = (
+            build_sampler(config, scheduler),
+            None if labels is None else labels[part].to(device),
         )
-    return torch.cat(parts).clamp(-1.0, 1.0)
+        with blame("sampling"):
+            parts.append(_denoise(model, sampler, noise[part].to(device), classes, generator))
+    pictures = torch.cat(parts)
+    if not pictures.isfinite().all():
+        raise UserError(
+            f"sampling: expected finite pictures, found NaN or infinity after {config.steps} steps of "
+            f"{config.scheduler.path} (of pure noise epsilon tells nothing: predict v, or sample)"
+        )
+    return pictures.clamp(-1.0, 1.0)
 
 
 def balanced_labels(count: int, num_classes: int) -> Tensor | None:

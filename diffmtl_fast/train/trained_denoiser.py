@@ -14,7 +14,7 @@ from . import checkpoint, evaluation, plots, sampling
 from .components import build_data, build_model, build_scheduler, resolve_device
 from .config import NEIGHBOURS, Config
 from .data import ImageData
-from .errors import UserError
+from .errors import UserError, blame
 from .folder import RunFolder
 from .titles import method_title
 
@@ -107,10 +107,11 @@ class TrainedDenoiser:
 
     def write_model(self, path: Path) -> None:
         """Write the weights as the model's own ``save_pretrained`` does, else as safetensors."""
-        with replacing(path) as aside:
+        with blame(f"{path}: cannot be written", (OSError,)), replacing(path) as aside:
             save_pretrained = getattr(self.model, "save_pretrained", None)
             if callable(save_pretrained):
-                save_pretrained(aside)
+                with blame("model: save_pretrained"):
+                    save_pretrained(aside)
             else:
                 aside.mkdir()
                 checkpoint.save_module(aside / "model.safetensors", self.model)
