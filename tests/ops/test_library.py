@@ -137,6 +137,19 @@ SAMPLES = {
         order(d),
         torch.ones(K, dtype=torch.bool, device=d),
     ),
+    "gramian_weights": lambda d, t, g: (
+        gramian(d, torch.float32).to(t),
+        torch.tensor([True, False, True], device=d),
+        "CAGrad",
+        [0.5],
+    ),
+    "gradvac_weights": lambda d, t, g: (
+        gramian(d, torch.float32).to(t),
+        order(d),
+        torch.ones(K, dtype=torch.bool, device=d),
+        torch.rand(K, K, device=d, dtype=torch.float64),
+        0.5,
+    ),
     "nash_weights": lambda d, t, g: (
         gramian(d, torch.float32).to(t),
         torch.tensor([True, False, True], device=d),
@@ -232,6 +245,9 @@ def everything(pred, x0, index, jacobian, log_var, alpha, sigma):
     total = losses.sum() + ops.uncertainty_loss(pred, x0, index, log_var)
     gramian = ops.gram(jacobian.detach())
     weights = ops.nash_weights(gramian) + ops.pcgrad_weights(gramian, order(pred.device))
+    targets = torch.zeros(k, k, dtype=torch.float64, device=pred.device)
+    weights = weights + ops.gramian_weights(gramian, "UPGrad")
+    weights = weights + ops.gradvac_weights(gramian, order(pred.device), targets, 0.5)[0]
     rows, bounds = pred.detach().flatten(1), offsets(pred.device)
     constants = ops.cluster_sum(rows, bounds).sum() + ops.cluster_wgrad(rows, rows, bounds).sum()
     moments = torch.ones(2, len(rows), 1, device=pred.device)
