@@ -158,13 +158,21 @@ Vec fairgrad(const ActiveGramian& active, const Given& given) {
   return beta;
 }
 
+Vec db_mtl(const ActiveGramian& active, const Given&) {
+  Vec weights(active.norms.size());
+  for (std::size_t i = 0; i < weights.size(); ++i) weights[i] = 1 / active.norms[i];
+  return weights;
+}
+
 struct Method {
   const char* name;
   Vec (*solve)(const ActiveGramian&, const Given&);
 };
 
-constexpr Method kMethods[] = {{"MGDA", mgda},         {"UPGrad", upgrad},         {"DualProj", dualproj}, {"CAGrad", cagrad},
-                               {"AlignedMTL", aligned_mtl}, {"IMTLG", imtl_g}, {"FairGrad", fairgrad}};
+constexpr Method kMethods[] = {
+    {"MGDA", mgda},    {"UPGrad", upgrad},     {"DualProj", dualproj}, {"CAGrad", cagrad}, {"AlignedMTL", aligned_mtl},
+    {"IMTLG", imtl_g}, {"FairGrad", fairgrad}, {"DBMTL", db_mtl},
+};
 
 }  // namespace
 

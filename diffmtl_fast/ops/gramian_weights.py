@@ -11,9 +11,8 @@ from ._checks import check_present, check_same_device, check_square
 from ._gramians import UnitGramian, as_weights, finite_unit_gramian
 from ._library import define_op, refuse_autograd
 
-#: The definition of each method: weigh(unit, number, ridge, *settings) → w, float64 [K], with the unit Gramian and the
-#: number of present clusters. What stands at clusters that are not active is not looked at. The weightings enter
-#: themselves here.
+#: The definition of each method, weigh(unit, number, ridge, *settings) → w, float64 [K]: see
+#: `weighting._from_gramian`, where the weightings enter themselves.
 DEFINITIONS: dict[str, Callable[..., Tensor]] = {}
 
 
