@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# Bisections until the time of SD3's mode sampling is known to the last bit of a float64.
-_BISECTIONS = 60
+from .._mode_time import check_mode_scale, mode_density
+from .._published_names import rename
 
 
 def min_snr_weight(log_snr: Tensor, gamma: float = 5.0) -> Tensor:
@@ -155,16 +155,8 @@ def mode_weight(log_snr: Tensor, mode_scale: float = 1.29) -> Tensor:
     Raises:
         ValueError: ``mode_scale`` is out of range.
     """
-    if not -1.0 < mode_scale < 2.0 / (math.pi - 2.0):
-        raise ValueError(f"mode_scale: expected above -1 and below 2 / (pi - 2), found {mode_scale}")
-    t = torch.sigmoid(-0.5 * log_snr.double())
-    low, high = torch.zeros_like(t), torch.ones_like(t)
-    for _ in range(_BISECTIONS):
-        u = 0.5 * (low + high)
-        later = 1.0 - u - mode_scale * (torch.cos(0.5 * math.pi * u) ** 2 - 1.0 + u) > t  # t falls as u grows
-        low, high = torch.where(later, u, low), torch.where(later, high, u)
-    u = 0.5 * (low + high)
-    density = 1.0 / (1.0 + mode_scale - 0.5 * math.pi * mode_scale * torch.sin(math.pi * u))
+    check_mode_scale(mode_scale)
+    density = mode_density(torch.sigmoid(-0.5 * log_snr.double()), mode_scale)
     return (density / torch.sigmoid(0.5 * log_snr.double()) ** 2).to(log_snr.dtype)
 
 
@@ -212,6 +204,33 @@ LOSS_WEIGHTS: dict[str, Callable[..., Tensor]] = {
     "cosmap": cosmap_weight,
     "sigma_sqrt": sigma_sqrt_weight,
 }
+#: Names that training scripts give the arguments.
+_PUBLISHED_NAMES = {
+    "min_snr": {"snr_gamma": "gamma", "min_snr_gamma": "gamma"},
+    "soft_min_snr": {"snr_gamma": "gamma", "min_snr_gamma": "gamma"},
+}
+
+
+def loss_weight(name: str, log_snr: Tensor, prediction_type: str = "epsilon", **arguments: float) -> Tensor:
+    """A weight by the names that are typed, for what the model predicts.
+
+    Args:
+        name: one of `LOSS_WEIGHTS`.
+        log_snr: any shape.
+        prediction_type: see `predicted_weight`.
+        **arguments: those of the weight's function; gamma of Min-SNR also as ``snr_gamma`` or ``min_snr_gamma``.
+
+    Returns:
+        Weights of the squared error of the prediction, same shape, dtype and device.
+
+    Raises:
+        TypeError: the weight does not take an argument.
+        ValueError: there is no such weight or prediction type, an argument is given twice or is out of range.
+    """
+    if name not in LOSS_WEIGHTS:
+        raise ValueError(f"name: expected one of {', '.join(LOSS_WEIGHTS)}, found {name!r}")
+    renamed = rename(arguments, _PUBLISHED_NAMES.get(name, {}))
+    return predicted_weight(LOSS_WEIGHTS[name](log_snr, **renamed), log_snr, prediction_type)
 
 
 def predicted_weight(weight: Tensor, log_snr: Tensor, prediction_type: str) -> Tensor:

@@ -12,11 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .._published_names import rename
 from ..clustering import (
     BetaTime,
     IntervalClustering,
     LaplaceSigma,
     LogitNormalTime,
+    ModeTime,
     cluster_affinity,
     cluster_snr,
     cluster_timesteps,
@@ -25,13 +27,16 @@ from ..clustering.inputs import load_values
 from ..curriculum import (
     DifficultyCurriculum,
     DistributionSampler,
+    LossSampler,
     LossSecondMomentSampler,
+    RangeSampler,
+    SpeeDSampler,
     StratifiedSampler,
     TimestepSampler,
     UniformSampler,
 )
 from ..curriculum.difficulty_curriculum import Sampling
-from ..diffusion import LOSS_WEIGHTS, log_snr, predicted_weight
+from ..diffusion import log_snr, loss_weight, predicted_weight
 from ..weighting import METHODS, ContinuousUncertainty, GramianWeighting, LossWeighting
 from .config import CONTINUOUS, Clusters, Component, Config, Curriculum
 from .data import ImageData
@@ -171,13 +176,22 @@ def build_timesteps(
         if kind == "stratified":
             return StratifiedSampler(clusters, **args)
         if kind == "logit_normal":
-            return DistributionSampler(tasks, LogitNormalTime(**args))
+            named = rename(args, {"logit_mean": "mean", "logit_std": "std"})
+            return DistributionSampler(tasks, LogitNormalTime(**named))
+        if kind == "mode":
+            return DistributionSampler(tasks, ModeTime(**args))
         if kind == "beta":
             return DistributionSampler(tasks, BetaTime(**args))
         if kind == "laplace":
             return DistributionSampler(tasks, LaplaceSigma(**args), log_snr=levels())
         if kind == "second_moment":
             return LossSecondMomentSampler(tasks, **args)
+        if kind == "loss":
+            return LossSampler(tasks, **args)
+        if kind == "range":
+            return RangeSampler(tasks, **args)
+        if kind == "speed":
+            return SpeeDSampler(tasks, levels(), **args)
         return UniformSampler(tasks, **args)
 
 
@@ -220,7 +234,7 @@ def build_loss_weights(config: Config, scheduler: Any, device: torch.device) -> 
     levels = torch.from_numpy(log_snr(scheduler, clip=(-_REACH, _REACH)))
     kind = scheduler.config.get("prediction_type", "epsilon")
     with blame("loss.args", (ValueError, TypeError)):
-        weights = LOSS_WEIGHTS[name](levels, **_named_as_published(name, config.loss.args))
+        weights = loss_weight(name, levels, **config.loss.args)
     with blame("scheduler.args"):
         weights = predicted_weight(weights, levels, kind)
     if not weights.max() < _UNBOUNDED:
@@ -229,15 +243,6 @@ def build_loss_weights(config: Config, scheduler: Any, device: torch.device) -> 
             f"{name}, which is {weights.max():.3g} at timestep {int(weights.argmax())}"
         )
     return weights.float().to(device)
-
-
-def _named_as_published(weight: str, args: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a loss weight, γ of Min-SNR under any of the names that training scripts give it."""
-    names = {"snr_gamma": "gamma", "min_snr_gamma": "gamma"} if weight.endswith("min_snr") else {}
-    renamed = {names.get(name, name): value for name, value in args.items()}
-    if len(renamed) < len(args):
-        raise ValueError(f"expected gamma once, found {', '.join(args)}")
-    return renamed
 
 
 def build_weighting(

@@ -89,6 +89,47 @@ def clusters(
     save(figure, path)
 
 
+def samplers(
+    path: Path,
+    probabilities: dict[str, dict[str, NDArray[np.float64]]],
+    clustering: IntervalClustering,
+    title: str,
+) -> None:
+    """What every sampler draws, a panel each, with the clusters' intervals shaded.
+
+    Args:
+        path: the picture file.
+        probabilities: [T] of the timesteps, by the sampler and what it depends on.
+        clustering: the clusters.
+        title: above the panels.
+    """
+    columns = 4
+    rows = -(-len(probabilities) // columns)
+    figure = new_figure(2.9 * columns, 2.2 * rows + 0.4)
+    panels = figure.subplots(rows, columns, sharex=True, squeeze=False).ravel()
+    for axis in panels[len(probabilities) :]:
+        axis.set_axis_off()
+    number = clustering.num_timesteps
+    for axis, (name, cases) in zip(panels, probabilities.items(), strict=False):
+        for cluster, (left, right) in enumerate(itertools.pairwise(clustering.boundaries)):
+            axis.axvspan(left, right, color="black", alpha=0.07 * (cluster % 2), linewidth=0)
+        axis.axhline(1.0, color="dimgray", linewidth=0.8, linestyle=":")
+        for colour, (case, values) in zip(colours(len(cases)), cases.items(), strict=True):
+            axis.stairs(
+                number * values, np.arange(number + 1), color=colour, baseline=None, linewidth=1.4, label=case
+            )
+        axis.set_title(name, fontsize=10)
+        axis.set_xlim(0, number)
+        axis.set_ylim(bottom=0)
+        axis.tick_params(labelsize=8, labelbottom=True)
+        if len(cases) > 1:
+            axis.legend(fontsize=6, frameon=False)
+    figure.supxlabel("timestep t (log-SNR clusters shaded)", fontsize=9)
+    figure.supylabel("times as often as in ordinary training", fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    save(figure, path)
+
+
 def _plot_costs(path: ClusterPath, axis: Any) -> None:
     """Cost against k, with the chosen k."""
     chosen = path.chosen

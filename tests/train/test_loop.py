@@ -306,7 +306,7 @@ def test_loss_weights_with_every_method_and_the_curriculum(tiny, tmp_path, metho
         ({"args": {"gamma": 1}}, "loss.args: expected none without a loss.weight"),
         (
             {"weight": "min_snr", "args": {"gamma": 1, "snr_gamma": 5}},
-            "loss.args: expected gamma once, found gamma",
+            "loss.args: expected each setting once, found gamma, snr_gamma",
         ),
         ({"weight": "p2", "args": {"snr_gamma": 5}}, "loss.args: "),
         ({"weight": "best"}, "loss.weight: expected one of 'none', 'min_snr', 'soft_min_snr', 'p2', "),
