@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._mode_time import check_mode_scale, mode_density
 from .._published_names import rename
+from .snr import log_snr
+
+# log-SNR that stands for pure signal, and negative for pure noise: its exponential is finite in float32.
+_REACH = 80.0
+# No schedule that keeps some signal and some noise comes near.
+_UNBOUNDED = 1e12
 
 
 def min_snr_weight(log_snr: Tensor, gamma: float = 5.0) -> Tensor:
@@ -264,3 +271,36 @@ def predicted_weight(weight: Tensor, log_snr: Tensor, prediction_type: str) -> T
         "prediction_type: expected 'epsilon', 'v_prediction', 'sample' or 'flow_prediction', found "
         f"{prediction_type!r}"
     )
+
+
+def scheduler_weights(
+    scheduler: Any, name: str, prediction_type: str | None = None, **arguments: float
+) -> Tensor:
+    """The weight of the squared error at every training noise level of a scheduler.
+
+    Args:
+        scheduler: as `diffusion.log_snr` takes it.
+        name: one of `LOSS_WEIGHTS`.
+        prediction_type: whose error it is; by default what the scheduler's config says, or else "epsilon", and the
+            velocity for flow matching.
+        **arguments: see `loss_weight`.
+
+    Returns:
+        float32 [T], in the order of `diffusion.log_snr`.
+
+    Raises:
+        TypeError: the weight does not take an argument.
+        ValueError: there is no such weight, or it has no bound on this schedule.
+    """
+    usual = "flow_prediction" if hasattr(scheduler, "scale_noise") else "epsilon"
+    kind = prediction_type or scheduler.config.get("prediction_type") or usual
+    # At pure noise and pure signal the limit is wanted, where there is one: not infinity times zero.
+    weights = loss_weight(
+        name, torch.from_numpy(log_snr(scheduler, clip=(-_REACH, _REACH))), kind, **arguments
+    )
+    if not weights.max() < _UNBOUNDED:
+        raise ValueError(
+            f"weight: expected one that is bounded for prediction type {kind} on this schedule, found "
+            f"{name}, which is {weights.max():.3g} at timestep {int(weights.argmax())}"
+        )
+    return weights.float()

@@ -36,18 +36,13 @@ from ..curriculum import (
     UniformSampler,
 )
 from ..curriculum.difficulty_curriculum import Sampling
-from ..diffusion import log_snr, loss_weight, predicted_weight
+from ..diffusion import scheduler_weights
 from ..weighting import METHODS, ContinuousUncertainty, GramianWeighting, LossWeighting
 from .config import CONTINUOUS, Clusters, Component, Config, Curriculum
 from .data import ImageData
 from .errors import UserError, blame
 
 Array = NDArray[np.float64]
-
-# log-SNR that stands for pure signal, and negative for pure noise: its exponential is finite in float32.
-_REACH = 80.0
-# No schedule that keeps some signal and some noise comes near.
-_UNBOUNDED = 1e12
 
 
 def import_object(key: str, path: str) -> Callable[..., Any]:
@@ -230,19 +225,8 @@ def build_loss_weights(config: Config, scheduler: Any, device: torch.device) -> 
     name = config.loss.weight
     if name == "none":
         return None
-    # At pure noise and pure signal the limit is wanted, where there is one: not infinity times zero.
-    levels = torch.from_numpy(log_snr(scheduler, clip=(-_REACH, _REACH)))
-    kind = scheduler.config.get("prediction_type", "epsilon")
     with blame("loss.args", (ValueError, TypeError)):
-        weights = loss_weight(name, levels, **config.loss.args)
-    with blame("scheduler.args"):
-        weights = predicted_weight(weights, levels, kind)
-    if not weights.max() < _UNBOUNDED:
-        raise UserError(
-            f"loss.weight: expected one that is bounded for prediction type {kind} on this schedule, found "
-            f"{name}, which is {weights.max():.3g} at timestep {int(weights.argmax())}"
-        )
-    return weights.float().to(device)
+        return scheduler_weights(scheduler, name, **config.loss.args).to(device)
 
 
 def build_weighting(
