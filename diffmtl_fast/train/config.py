@@ -61,10 +61,9 @@ class Timesteps:
     Attributes:
         sampler: distribution; null for uniform with vanilla, stratified by cluster with the other methods
         args: its arguments: mean, std, also as logit_mean, logit_std (logit_normal), mode_scale (mode), a, b
-        (beta),
-            mean, scale of the log-SNR (laplace), suppression, least_change (speed), min_timestep, max_timestep or
-            ranges of [step, first, end] (range), cells, history, uniform_share (second_moment), cells, decay,
-            power, uniform_share (loss)
+            (beta), mean, scale of the log-SNR (laplace), suppression, least_change (speed), min_timestep,
+            max_timestep or ranges of [step, first, end] (range), cells, history, uniform_share (second_moment),
+            cells, decay, power, uniform_share (loss)
         interval: first timestep and end of those to train on alone, an expert for them (vanilla); null for all
     """
 

@@ -142,6 +142,39 @@ def _plot_costs(path: ClusterPath, axis: Any) -> None:
     axis.legend(frameon=False)
 
 
+def uncertainty(
+    path: Path,
+    log_snr: NDArray[np.float64],
+    log_var: NDArray[np.float64],
+    centres: NDArray[np.float64],
+    log_losses: NDArray[np.float64],
+    title: str,
+) -> None:
+    """The log-variance u learned at every noise level, and the weight e^−u of the loss there.
+
+    Args:
+        path: the picture file.
+        log_snr: [T].
+        log_var: u, [T].
+        centres: mean log-SNR of every cluster, [K].
+        log_losses: logarithm of every cluster's last losses, [K], which u is best at; NaN for none.
+        title: above the panels.
+    """
+    figure = new_figure(8.4, 3.2)
+    left, right = figure.subplots(1, 2)
+    left.plot(log_snr, log_var, color="black", linewidth=1.8, label="u")
+    left.plot(centres, log_losses, "o", color="tab:red", markersize=5, label="log loss of each cluster")
+    left.set_ylabel("log-variance u")
+    left.legend(frameon=False, fontsize=8)
+    right.semilogy(log_snr, np.exp(-log_var), color="black", linewidth=1.8)
+    right.set_ylabel("weight of the loss, exp(−u)")
+    for axis in (left, right):
+        axis.set_xlabel("log-SNR (noisier to the left)")
+        axis.grid(alpha=0.25)
+    figure.suptitle(title, fontsize=10)
+    save(figure, path)
+
+
 def training(path: Path, lines: Sequence[dict[str, Any]], title: str) -> None:
     """Losses, weights and gradient cosines of the clusters over the iterations, and the phases of a curriculum.
 
