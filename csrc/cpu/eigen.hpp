@@ -70,8 +70,9 @@ class Eigen {
       for (int i = 0; i < size; ++i) add_scaled(image.data(), factors_[j] * v[i], a[begin + i] + begin, size);
       add_scaled(image.data(), -0.5 * factors_[j] * dot(image.data(), v, size), v, size);
       for (int i = 0; i < size; ++i) {
-        add_scaled(a[begin + i] + begin, -v[i], image.data(), size);
-        add_scaled(a[begin + i] + begin, -image[i], v, size);
+        double* row = a[begin + i] + begin;
+        const double first = v[i], second = image[i];
+        for (int k = 0; k < size; ++k) row[k] -= first * image[k] + second * v[k];
       }
     }
   }

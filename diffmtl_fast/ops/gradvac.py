@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ._checks import check_order, check_present, check_same_device, check_square, check_targets
 from ._gramians import as_weights, finite_unit_gramian, relative_norms
-from ._library import define_op, refuse_autograd
+from ._library import call, define_op, refuse_autograd
 
 # The largest target: at 1 the correction has no bound.
 LARGEST = 1 - 1e-6
@@ -81,4 +81,4 @@ def gradvac_weights(
         check_present(present, k)
         tensors["present"] = present
     check_same_device(**tensors)
-    return _gradvac_weights(gramian, order, present, targets, beta)
+    return call(_gradvac_weights, "gradvac_weights", gramian, order, present, targets, beta)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._checks import check_present, check_same_device, check_square
 from ._gramians import UnitGramian, as_weights, finite_unit_gramian
-from ._library import define_op, refuse_autograd
+from ._library import call, define_op, refuse_autograd
 
 #: The definition of each method, weigh(unit, number, ridge, *settings) → w, float64 [K]: see
 #: `weighting._from_gramian`, where the weightings enter themselves.
@@ -63,4 +63,4 @@ def gramian_weights(
         check_same_device(gramian=gramian, present=present)
     if method not in DEFINITIONS:
         raise ValueError(f"method: expected one of {', '.join(sorted(DEFINITIONS))}, found {method!r}")
-    return _gramian_weights(gramian, present, method, settings)
+    return call(_gramian_weights, "gramian_weights", gramian, present, method, settings)

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from diffmtl_fast import ops
+from diffmtl_fast.ops import PLAIN, _library
 
 K, B, P = 3, 6, 10
 
@@ -423,3 +424,34 @@ def test_autocast_leaves_plain_definitions_alone(device):
     with torch.autocast(device.type, dtype=torch.bfloat16):
         found = ops.gram(jacobian), ops.combine(jacobian, weights)
     assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.filterwarnings("ignore")  # tracing is deprecated
+def test_small_ops_reach_their_kernel_without_the_dispatcher_where_it_would_do_nothing(monkeypatch):
+    """And nowhere else: a gradient is refused, and modes, transforms and compilers see the op."""
+    straight = []
+
+    def note(gramian, *rest):
+        straight.append(gramian)
+        return PLAIN["gramian_weights"](gramian, *rest)
+
+    monkeypatch.setitem(_library._CPU, "gramian_weights", note)
+
+    def weigh(gramian):
+        return ops.gramian_weights(gramian, "DualProj")
+
+    given = gramian("cpu", torch.float32)
+    expected = weigh(given)
+    assert len(straight) == 1
+    with Seen() as seen:
+        torch.testing.assert_close(weigh(given), expected)
+    assert seen.names == {"gramian_weights"}
+    with pytest.raises(RuntimeError, match="gramian_weights has no gradient"):
+        weigh(given.clone().requires_grad_()).sum().backward()
+    with pytest.raises(NotImplementedError, match="gramian_weights has no forward-mode gradient"):
+        jvp(weigh, (given,), (given,))
+    torch.testing.assert_close(vmap(weigh)(given[None])[0], expected)
+    torch.testing.assert_close(torch.compile(weigh, fullgraph=True, backend="eager")(given), expected)
+    assert "gramian_weights" in str(torch.jit.trace(weigh, given, check_trace=False).graph)
+    torch.testing.assert_close(weigh(torch.nn.Parameter(given, requires_grad=False)), expected)  # a subclass
+    assert len(straight) == 1
