@@ -282,6 +282,33 @@ def test_phases_of_a_curriculum(tiny, tmp_path, method, order):
             assert sum(line) == min(phase, 3)
 
 
+@pytest.mark.parametrize(
+    "timesteps",
+    [
+        {"sampler": "mode", "args": {"mode_scale": 0.8}},
+        {"sampler": "speed"},
+        {"sampler": "loss", "args": {"cells": 4}},
+        {"sampler": "range", "args": {"ranges": [[0, 10, 20], [3, 0, 20]]}},
+    ],
+    ids=lambda options: options["sampler"],
+)
+def test_samplers_continue_to_the_same_bits(tiny, tmp_path, timesteps, device):
+    if device.type != "cpu":
+        pytest.skip("the same bits are promised on CPUs")
+    config = tiny(method="uw", timesteps=timesteps, iterations=6, checkpoints={"every": 2, "keep": 9})
+    whole, lines = fit(config, tmp_path / "whole")
+    log = History(tmp_path / "whole" / "log.jsonl")
+    resumed = Trainer(config)
+    resumed.load(tmp_path / "whole" / "iter-00000002", log)
+    (tmp_path / "again").mkdir()
+    resumed.fit(tmp_path / "again", log, Silent())
+    log.close()
+    assert same_weights(whole.model, resumed.model)
+    if timesteps["sampler"] == "range":  # the noisier half alone, and then all
+        trained = [[loss is not None for loss in line["losses"]] for line in lines]
+        assert [line[0] for line in trained] == [False, True, True]
+
+
 @pytest.mark.parametrize("method", KINDS)
 @pytest.mark.parametrize(
     "timesteps",
