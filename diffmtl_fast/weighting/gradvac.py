@@ -62,7 +62,7 @@ class GradVac(GramianWeighting):
             raise ValueError(f"gramian: expected K = {len(self.targets)}, found K = {len(gramian)}")
         order = self.orders.draw_order(len(gramian), gramian.device)
         weights, moved = gradvac_weights(gramian, order, self.targets, self.beta, present)
-        self.targets.copy_(moved)
+        self.targets.copy_(moved.detach())
         return weights
 
     def extra_repr(self) -> str:
