@@ -40,7 +40,8 @@ KMEANS1D = "kmeans1d"
 # Weights, and the cases that they belong to.
 LOOP = "published loop over vectors"
 REBUILT, COMPILED_ONCE = "cvxpy + ECOS, as published", "cvxpy + ECOS, compiled once"
-PCGRAD_GIVEN_J, NASH_WEIGHTS = "PCGrad given J", "Nash weights"
+PCGRAD_GIVEN_J, NASH_WEIGHTS, GRAMIAN_WEIGHTS = "PCGrad given J", "Nash weights", "weights from the Gramian"
+TORCHJD = "TorchJD"
 
 # Ops.
 GRAM = "gram"

@@ -55,6 +55,10 @@ functorch_transforms_active: Callable[[], bool] = getattr(
 unsafe_view = torch.ops.aten._unsafe_view
 
 
+# How many dispatch modes are on. Where it is missing the answer is one: right, and slower.
+dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+
+
 def schema(op: OpOverload) -> Any:
     """Return an op's schema, with `arguments` and `returns`. Replaced by the string that the op was defined by."""
     return op._schema

@@ -11,6 +11,7 @@ from benchmarks.names import (
     CURRICULUM,
     DIGITS_DIT,
     GRAM,
+    GRAMIAN_WEIGHTS,
     KMEANS1D,
     LOOP,
     NASH_WEIGHTS,
@@ -21,6 +22,7 @@ from benchmarks.names import (
     SCALED,
     SQUARED,
     STUDY_UNET,
+    TORCHJD,
     TYPICAL_K,
     UNCERTAINTY,
     Group,
@@ -170,6 +172,15 @@ def _goals() -> Iterator[Goal]:
             {"op": NASH_WEIGHTS},
             solver,
         )
+    yield Goal(
+        "weights from the Gramian / TorchJD",
+        weights,
+        (OURS,),
+        1 / 10,
+        1 / 20,
+        {"op": GRAMIAN_WEIGHTS},
+        TORCHJD,
+    )
     thousand = {"T": 1000, "k": 5, "cost": "log-SNR"}
     yield Goal(
         "cluster_snr, T = 1000, the whole call", clustering, (OURS,), 1e-3, 2e-4, thousand, measure="seconds"

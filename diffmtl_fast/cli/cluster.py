@@ -52,7 +52,7 @@ def cluster(
     from ..clustering import cluster_intervals, cluster_path
     from ..clustering.inputs import named_cost
 
-    levels = _log_snr(scheduler, timesteps, clip)
+    levels = levels_of(scheduler, timesteps, clip)
     values = levels if affinity is None else _affinities(affinity, len(levels))
     if (cost == "affinity") != (affinity is not None):
         raise UserError(
@@ -99,7 +99,7 @@ def table(clusters: IntervalClustering, log_snr: NDArray[np.float64]) -> str:
     return "\n".join([*lines, f"cost {clusters.cost:.9g}"])
 
 
-def _log_snr(scheduler: str, timesteps: int, clip: list[float] | None) -> NDArray[np.float64]:
+def levels_of(scheduler: str, timesteps: int, clip: list[float] | None = None) -> NDArray[np.float64]:
     """The log-SNR of the schedule that was named, or that the file holds."""
     import numpy as np
 

@@ -10,6 +10,7 @@ from .distributions import (
     LaplaceTime,
     LogitNormalTime,
     LogNormalSigma,
+    ModeTime,
     NoiseDistribution,
     UniformTime,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "LogNormalSigma",
     "LogitNormalTime",
     "MatrixCost",
+    "ModeTime",
     "NoiseClustering",
     "NoiseDistribution",
     "SquaredDeviation",

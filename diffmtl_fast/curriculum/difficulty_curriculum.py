@@ -254,12 +254,12 @@ def _strata(
     Returns:
         int64 [N + 1, S, 2]; where both boundaries are equal the phase has one interval less.
     """
-    edges, n = np.array(boundary_indices(grid, clusters)), clusters.k
+    edges, n = np.array(boundary_indices(grid, clusters.probabilities)), clusters.k
     phases = [(edges[n - i], edges[n]) if last_first else (edges[0], edges[i]) for i in range(1, n + 1)]
     whole = np.array([[edges[0], edges[n]]])
     if sampling == "union":
         return np.array([*([phase] for phase in phases), whole])
-    parts = edges if sampling == "clusters" else np.array(boundary_indices(grid, tasks))
+    parts = edges if sampling == "clusters" else np.array(boundary_indices(grid, tasks.probabilities))
     intervals = np.stack([parts[:-1], parts[1:]], axis=1)
     rows = [np.clip(intervals, *phase) for phase in phases]
     if sampling == "tasks":

@@ -24,9 +24,10 @@ class TimestepSampler(nn.Module):
         sampler.update(loss.detach(), t)           # after the weights were used
 
     Levels are drawn on the host, or on the device whose generator is given. A sampler that defines `update`
-    learns from losses and draws on their device in any case, from the generator's random numbers. State is kept in
-    buffers, where levels are drawn, and `state_dict` resumes to the same bits. Nothing waits for the device, as
-    long as `update` gets losses from the device that `sample` was asked for.
+    learns from losses (unless its `follows_losses` is false) and draws on their device in any case, from the
+    generator's random numbers. State is kept in buffers, where levels are drawn, and `state_dict` resumes to the
+    same bits. Nothing waits for the device, as long as `update` gets losses from the device that `sample` was
+    asked for.
 
     Args:
         clusters: the tasks, whose index `sample` returns beside each level. They also tell what ordinary
@@ -50,6 +51,11 @@ class TimestepSampler(nn.Module):
         self.generator = generator
         self.register_buffer("_anchor", torch.empty(0), persistent=False)  # tells the device of the buffers
         self._anchor: Tensor
+
+    @property
+    def follows_losses(self) -> bool:
+        """Whether what it draws depends on losses, which the host could not read without waiting."""
+        return type(self).update is not TimestepSampler.update
 
     def sample(
         self,
@@ -79,8 +85,8 @@ class TimestepSampler(nn.Module):
             raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
         generator = self.generator if generator is None else generator
         target, source = places(device, generator)
-        if type(self).update is not TimestepSampler.update:
-            source = target  # what it draws depends on losses, which the host could not read without waiting
+        if self.follows_losses:
+            source = target
         if self._anchor.device != source:
             self.to(source)
         level = self._draw(batch_size, source, generator, dtype)

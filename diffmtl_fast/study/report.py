@@ -93,7 +93,7 @@ _READING = """## How to read it
 
 def _introduction(results: Results, study: StudyFolder) -> str:
     plan, base = results.plan, results.plan.base
-    done, planned = len(results.curves), plan.seeds * len(VARIANTS)
+    done, planned = len(results.curves), plan.seeds * len(plan.variants)
     missing = "" if done == planned else f" **{planned - done} of {planned} runs are missing.**"
     return (
         "# Study: multi-task diffusion training on "

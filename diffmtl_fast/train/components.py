@@ -12,11 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .._published_names import rename
 from ..clustering import (
     BetaTime,
     IntervalClustering,
     LaplaceSigma,
     LogitNormalTime,
+    ModeTime,
     cluster_affinity,
     cluster_snr,
     cluster_timesteps,
@@ -25,24 +27,22 @@ from ..clustering.inputs import load_values
 from ..curriculum import (
     DifficultyCurriculum,
     DistributionSampler,
+    LossSampler,
     LossSecondMomentSampler,
+    RangeSampler,
+    SpeeDSampler,
     StratifiedSampler,
     TimestepSampler,
     UniformSampler,
 )
 from ..curriculum.difficulty_curriculum import Sampling
-from ..diffusion import LOSS_WEIGHTS, log_snr, predicted_weight
+from ..diffusion import scheduler_weights
 from ..weighting import METHODS, ContinuousUncertainty, GramianWeighting, LossWeighting
 from .config import CONTINUOUS, Clusters, Component, Config, Curriculum
 from .data import ImageData
 from .errors import UserError, blame
 
 Array = NDArray[np.float64]
-
-# log-SNR that stands for pure signal, and negative for pure noise: its exponential is finite in float32.
-_REACH = 80.0
-# No schedule that keeps some signal and some noise comes near.
-_UNBOUNDED = 1e12
 
 
 def import_object(key: str, path: str) -> Callable[..., Any]:
@@ -207,13 +207,22 @@ def build_timesteps(
         if kind == "stratified":
             return StratifiedSampler(clusters, **args)
         if kind == "logit_normal":
-            return DistributionSampler(tasks, LogitNormalTime(**args))
+            named = rename(args, {"logit_mean": "mean", "logit_std": "std"})
+            return DistributionSampler(tasks, LogitNormalTime(**named))
+        if kind == "mode":
+            return DistributionSampler(tasks, ModeTime(**args))
         if kind == "beta":
             return DistributionSampler(tasks, BetaTime(**args))
         if kind == "laplace":
             return DistributionSampler(tasks, LaplaceSigma(**args), log_snr=levels())
         if kind == "second_moment":
             return LossSecondMomentSampler(tasks, **args)
+        if kind == "loss":
+            return LossSampler(tasks, **args)
+        if kind == "range":
+            return RangeSampler(tasks, **args)
+        if kind == "speed":
+            return SpeeDSampler(tasks, levels(), **args)
         return UniformSampler(tasks, **args)
 
 
@@ -252,28 +261,8 @@ def build_loss_weights(config: Config, scheduler: Any, device: torch.device) -> 
     name = config.loss.weight
     if name == "none":
         return None
-    # At pure noise and pure signal the limit is wanted, where there is one: not infinity times zero.
-    levels = torch.from_numpy(log_snr(scheduler, clip=(-_REACH, _REACH)))
-    kind = scheduler.config.get("prediction_type", "epsilon")
     with blame("loss.args"):
-        weights = LOSS_WEIGHTS[name](levels, **_named_as_published(name, config.loss.args))
-    with blame("scheduler.args"):
-        weights = predicted_weight(weights, levels, kind)
-    if not weights.max() < _UNBOUNDED:
-        raise UserError(
-            f"loss.weight: expected one that is bounded for prediction type {kind} on this schedule, found "
-            f"{name}, which is {weights.max():.3g} at timestep {int(weights.argmax())}"
-        )
-    return weights.float().to(device)
-
-
-def _named_as_published(weight: str, args: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a loss weight, γ of Min-SNR under any of the names that training scripts give it."""
-    names = {"snr_gamma": "gamma", "min_snr_gamma": "gamma"} if weight.endswith("min_snr") else {}
-    renamed = {names.get(name, name): value for name, value in args.items()}
-    if len(renamed) < len(args):
-        raise ValueError(f"expected gamma once, found {', '.join(args)}")
-    return renamed
+        return scheduler_weights(scheduler, name, **config.loss.args).to(device)
 
 
 def build_weighting(

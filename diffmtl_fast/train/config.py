@@ -70,14 +70,28 @@ class Timesteps:
 
     Attributes:
         sampler: distribution; null for uniform with vanilla, stratified by cluster with the other methods
-        args: its arguments: mean, std (logit_normal), a, b (beta), mean, scale of the log-SNR (laplace), cells,
-            history, uniform_share (second_moment)
+        args: its arguments: mean, std, also as logit_mean, logit_std (logit_normal), mode_scale (mode), a, b
+            (beta), mean, scale of the log-SNR (laplace), suppression, least_change (speed), min_timestep,
+            max_timestep or ranges of [step, first, end] (range), cells, history, uniform_share (second_moment),
+            cells, decay, power, uniform_share (loss)
         interval: first timestep and end of those to train on alone, an expert for them (vanilla); null for all
     """
 
-    sampler: Literal["uniform", "stratified", "logit_normal", "beta", "laplace", "second_moment"] | None = (
-        None
-    )
+    sampler: (
+        Literal[
+            "uniform",
+            "stratified",
+            "logit_normal",
+            "mode",
+            "beta",
+            "laplace",
+            "speed",
+            "range",
+            "second_moment",
+            "loss",
+        ]
+        | None
+    ) = None
     args: dict[str, Any] = field(default_factory=dict)
     interval: list[int] | None = None
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .._files import TEMPORARY_PREFIX, remove, remove_leftovers, replacing
 from . import checkpoint
-from .config import Config, read, to_dict
+from .config import CONTINUOUS, Config, read, to_dict
 from .errors import UserError, blame
 
 # What a file system without locks answers.
@@ -36,6 +36,7 @@ class RunFolder:
         self.samples = path / "samples.png"
         self.clusters = path / "clusters.png"
         self.training = path / "training.png"
+        self.uncertainty = path / "uncertainty.png"
         self.metrics = path / "metrics.json"
         self.analysis = path / "analysis"
 
@@ -182,11 +183,19 @@ class RunFolder:
 
     def remove_outputs(self) -> None:
         """Delete the model, the pictures and the metrics."""
-        for path in (self.model, self.samples, self.clusters, self.training, self.metrics):
+        for path in (
+            self.model,
+            self.samples,
+            self.clusters,
+            self.training,
+            self.uncertainty,
+            self.metrics,
+        ):
             if path.exists():
                 remove(path)
 
     def outputs(self, config: Config) -> list[Path]:
         """What a finished run leaves beside its logs and checkpoints."""
         outputs = [self.model, self.samples, self.clusters, self.training]
+        outputs += [self.uncertainty] if config.method == CONTINUOUS else []
         return [*outputs, self.metrics] if config.evaluation.num_samples else outputs

@@ -91,6 +91,47 @@ def clusters(
     save(figure, path)
 
 
+def samplers(
+    path: Path,
+    probabilities: dict[str, dict[str, NDArray[np.float64]]],
+    clustering: IntervalClustering,
+    title: str,
+) -> None:
+    """What every sampler draws, a panel each, with the clusters' intervals shaded.
+
+    Args:
+        path: the picture file.
+        probabilities: [T] of the timesteps, by the sampler and what it depends on.
+        clustering: the clusters.
+        title: above the panels.
+    """
+    columns = 4
+    rows = -(-len(probabilities) // columns)
+    figure = new_figure(2.9 * columns, 2.2 * rows + 0.4)
+    panels = figure.subplots(rows, columns, sharex=True, squeeze=False).ravel()
+    for axis in panels[len(probabilities) :]:
+        axis.set_axis_off()
+    number = clustering.num_timesteps
+    for axis, (name, cases) in zip(panels, probabilities.items(), strict=False):
+        for cluster, (left, right) in enumerate(itertools.pairwise(clustering.boundaries)):
+            axis.axvspan(left, right, color="black", alpha=0.07 * (cluster % 2), linewidth=0)
+        axis.axhline(1.0, color="dimgray", linewidth=0.8, linestyle=":")
+        for colour, (case, values) in zip(colours(len(cases)), cases.items(), strict=True):
+            axis.stairs(
+                number * values, np.arange(number + 1), color=colour, baseline=None, linewidth=1.4, label=case
+            )
+        axis.set_title(name, fontsize=10)
+        axis.set_xlim(0, number)
+        axis.set_ylim(bottom=0)
+        axis.tick_params(labelsize=8, labelbottom=True)
+        if len(cases) > 1:
+            axis.legend(fontsize=6, frameon=False)
+    figure.supxlabel("timestep t (log-SNR clusters shaded)", fontsize=9)
+    figure.supylabel("times as often as in ordinary training", fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    save(figure, path)
+
+
 def _plot_costs(path: ClusterPath, axis: Any) -> None:
     """Cost against k, with the chosen k."""
     chosen = path.chosen
@@ -101,6 +142,39 @@ def _plot_costs(path: ClusterPath, axis: Any) -> None:
     axis.set_xlabel("number of clusters k")
     axis.set_ylabel("optimal cost")
     axis.legend(frameon=False)
+
+
+def uncertainty(
+    path: Path,
+    log_snr: NDArray[np.float64],
+    log_var: NDArray[np.float64],
+    centres: NDArray[np.float64],
+    log_losses: NDArray[np.float64],
+    title: str,
+) -> None:
+    """The log-variance u learned at every noise level, and the weight e^−u of the loss there.
+
+    Args:
+        path: the picture file.
+        log_snr: [T].
+        log_var: u, [T].
+        centres: mean log-SNR of every cluster, [K].
+        log_losses: logarithm of every cluster's last losses, [K], which u is best at; NaN for none.
+        title: above the panels.
+    """
+    figure = new_figure(8.4, 3.2)
+    left, right = figure.subplots(1, 2)
+    left.plot(log_snr, log_var, color="black", linewidth=1.8, label="u")
+    left.plot(centres, log_losses, "o", color="tab:red", markersize=5, label="log loss of each cluster")
+    left.set_ylabel("log-variance u")
+    left.legend(frameon=False, fontsize=8)
+    right.semilogy(log_snr, np.exp(-log_var), color="black", linewidth=1.8)
+    right.set_ylabel("weight of the loss, exp(−u)")
+    for axis in (left, right):
+        axis.set_xlabel("log-SNR (noisier to the left)")
+        axis.grid(alpha=0.25)
+    figure.suptitle(title, fontsize=10)
+    save(figure, path)
 
 
 def training(path: Path, lines: Sequence[dict[str, Any]], title: str) -> None:

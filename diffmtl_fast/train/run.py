@@ -12,11 +12,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from .._figures import smooth
 from .._files import replacing
 from .._progress import open_progress
 from ..diffusion import log_snr
+from ..weighting import ContinuousUncertainty
 from . import checkpoint, evaluation, history, plots
 from .config import NEIGHBOURS, Config, differences
 from .data import ImageData
@@ -38,6 +41,8 @@ _DRAWING = ("sampling.", "evaluation.")
 REHEARSED = 64
 # Schedules that reach pure noise or pure signal have no end on a plot.
 LOG_SNR_DRAWN = (-25.0, 25.0)
+# Of the log, whose losses are averaged for the picture of the uncertainty.
+LINES_DRAWN = 20
 
 
 def train(
@@ -218,6 +223,7 @@ def _write_outputs(trainer: Trainer, run: RunFolder) -> None:
         run.model: trained.write_model,
         run.clusters: lambda path: write_clusters(trainer, path),
         run.training: lambda path: write_training(run, trained.title, path),
+        run.uncertainty: lambda path: write_uncertainty(trainer, run, path),
         run.samples: trained.write_samples,
         run.metrics: trained.write_metrics,
     }
@@ -235,6 +241,20 @@ def write_clusters(trainer: Trainer, path: Path) -> None:
     with replacing(path) as aside:
         found = replace(trainer.config.clusters, k=trainer.clusters.k)  # the number where that was "auto"
         plots.clusters(aside, trainer.clusters, levels, clusters_title(found))
+
+
+def write_uncertainty(trainer: Trainer, run: RunFolder, path: Path) -> None:
+    """Draw the log-variance that continuous uncertainty weighting learned, beside the clusters' last losses."""
+    assert isinstance(trainer.weighting, ContinuousUncertainty)
+    levels = log_snr(trainer.scheduler, clip=LOG_SNR_DRAWN)
+    with torch.no_grad():
+        log_var = trainer.weighting.log_var(torch.from_numpy(levels).float().to(trainer.device)).cpu().numpy()
+    lines = history.read(run.log)
+    losses = np.array([line["losses"] for line in lines], dtype=float)  # None becomes NaN
+    means = smooth(losses, LINES_DRAWN)[-1]
+    centres = np.add.reduceat(levels, trainer.clusters.boundaries[:-1]) / trainer.clusters.sizes
+    with replacing(path) as aside:
+        plots.uncertainty(aside, levels, log_var, centres, np.log(means), method_title(trainer.config))
 
 
 def write_training(run: RunFolder, title: str, path: Path) -> None:

@@ -25,6 +25,7 @@ from benchmarks.names import Group
 from benchmarks.report import Results
 from benchmarks.report.goals import GOALS, Goal
 from benchmarks.suite import GROUPS, benchmarks
+from diffmtl_fast.weighting import METHODS
 
 ROOT = Path(__file__).parents[2]
 
@@ -164,7 +165,12 @@ def test_a_run_stores_what_it_measured(tmp_path: Path) -> None:
     done = run("--groups", "weights", "--rounds", "3", "--results", str(tmp_path), "--machine", "here")
     assert done.returncode == 0, done.stdout + done.stderr
     found = Results.read(tmp_path / "here.json")
-    assert [(c.group, c.rounds) for c in found.comparisons] == [(Group.WEIGHTS, 3)] * 2
+    assert {(c.group, c.rounds) for c in found.comparisons} == {(Group.WEIGHTS, 3)}
+    measured = {c.parameters.get("method") for c in found.comparisons}
+    assert {m.cls.__name__ for m in METHODS.values() if m.forms_gramian} - {"NashMTL"} <= measured
+    mgda = next(c for c in found.comparisons if c.parameters.get("method") == "MGDA")
+    assert mgda["TorchJD"].error is not None
+    assert mgda["diffmtl_fast"].error < 1e-4
     nash = next(c for c in found.comparisons if c.parameters["op"] == "Nash weights")
     assert {"diffmtl_fast", "cvxpy + ECOS, as published", "cvxpy + ECOS, compiled once"} < {
         way.name for way in nash.ways

@@ -189,7 +189,9 @@ def test_bad_commands(capsys, arguments):
     refused(capsys, *arguments)
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["sample"], ["evaluate"], ["cluster"], ["analyze"]])
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["sample"], ["evaluate"], ["cluster"], ["samplers"], ["analyze"]]
+)
 def test_help(capsys, command):
     with pytest.raises(SystemExit) as caught:
         main([*command, "--help"])
@@ -204,6 +206,19 @@ def test_printed_configuration_can_be_read_back(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["train", "--config", "all.yaml", "--print_config"])
     assert capsys.readouterr().out == (tmp_path / "all.yaml").read_text()
+
+
+def test_samplers_table_and_plot(tmp_path, capsys):
+    assert main(["samplers", "--timesteps", "40", "--k", "3", "--plot", "a.png"]) == 0
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["sampler", "cluster", "0", "cluster", "1", "cluster", "2"]
+    shares = {line[:22].strip(): [float(share) for share in line.split()[-3:]] for line in lines}
+    assert shares["stratified"] == [0.333, 0.333, 0.333]
+    assert shares["curriculum, phase 1"] == [0, 0, 1]
+    assert shares["loss"][0] > shares["uniform"][0] > shares["curriculum, phase 2"][0] == 0
+    assert all(abs(sum(line) - 1) < 0.002 for line in shares.values())
+    assert refused(capsys, "samplers", "--timesteps", "4", "--k", "5").startswith("k: expected 1 <= k")
 
 
 def test_cluster_table_and_plot(tmp_path, capsys):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import sys
 from dataclasses import replace
+from itertools import product
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -23,6 +25,22 @@ from diffmtl_fast.train.loop import Trainer
 from diffmtl_fast.train.titles import LOSS_TITLES
 
 METHODS = (PLAIN, CONTINUOUS, *weighting.METHODS)
+
+
+def kind(method):
+    """What the trainer sees of a method: what it balances by; whether it learns, draws, clips or skips steps."""
+    made = method.build(3, torch.device("cpu"), 0)
+    return (
+        method.forms_gramian,
+        any(True for _ in made.parameters()),
+        "generator" in inspect.signature(method.cls).parameters,
+        method.clip > 0,
+        method.published_every is not None,
+    )
+
+
+# One method of each kind: the trainer knows no other difference. All methods are tested to train and to resume.
+KINDS = (PLAIN, CONTINUOUS, *{kind(method): name for name, method in weighting.METHODS.items()}.values())
 
 
 class Silent:
@@ -97,8 +115,10 @@ def test_vanilla_is_the_loop_that_everybody_writes(tiny, tmp_path, device, accum
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=5e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("cost", ["snr", "timestep", "affinity"])
+@pytest.mark.parametrize(
+    ("method", "cost"),
+    [*product(METHODS, ["snr"]), *product(KINDS, ["timestep", "affinity"])],
+)
 def test_every_method_on_every_clustering(tiny, tmp_path, method, cost):
     clusters = {"cost": cost}
     if cost == "affinity":
@@ -164,7 +184,7 @@ def test_continuous_uncertainty_is_the_three_lines_of_the_guide(tiny, tmp_path, 
     torch.testing.assert_close(trainer.weighting.weight, learned.weight, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", KINDS)
 def test_the_loss_goes_down(tiny, tmp_path, method):
     config = tiny(
         method=method, iterations=20, optimizer={"lr": 1e-2}, logging={"every": 5, "cosines_every": 0}
@@ -210,7 +230,7 @@ CURRICULUM = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("method", "accumulate"), [*((method, 1) for method in METHODS), ("uw", 2)])
+@pytest.mark.parametrize(("method", "accumulate"), [*((method, 1) for method in KINDS), ("uw", 2)])
 def test_a_curriculum_stopped_in_the_middle_of_a_phase_continues_to_the_same_bits(
     tiny, tmp_path, method, accumulate, device
 ):
@@ -246,7 +266,7 @@ def test_a_curriculum_stopped_in_the_middle_of_a_phase_continues_to_the_same_bit
 
 
 @pytest.mark.parametrize("order", ["easy_to_hard", "hard_to_easy"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", KINDS)
 def test_phases_of_a_curriculum(tiny, tmp_path, method, order):
     curriculum = {"order": order, "patience": None, "max_length": 2, "clusters": {"k": 3}}
     _, lines = fit(
@@ -262,7 +282,34 @@ def test_phases_of_a_curriculum(tiny, tmp_path, method, order):
             assert sum(line) == min(phase, 3)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "timesteps",
+    [
+        {"sampler": "mode", "args": {"mode_scale": 0.8}},
+        {"sampler": "speed"},
+        {"sampler": "loss", "args": {"cells": 4}},
+        {"sampler": "range", "args": {"ranges": [[0, 10, 20], [3, 0, 20]]}},
+    ],
+    ids=lambda options: options["sampler"],
+)
+def test_samplers_continue_to_the_same_bits(tiny, tmp_path, timesteps, device):
+    if device.type != "cpu":
+        pytest.skip("the same bits are promised on CPUs")
+    config = tiny(method="uw", timesteps=timesteps, iterations=6, checkpoints={"every": 2, "keep": 9})
+    whole, lines = fit(config, tmp_path / "whole")
+    log = History(tmp_path / "whole" / "log.jsonl")
+    resumed = Trainer(config)
+    resumed.load(tmp_path / "whole" / "iter-00000002", log)
+    (tmp_path / "again").mkdir()
+    resumed.fit(tmp_path / "again", log, Silent())
+    log.close()
+    assert same_weights(whole.model, resumed.model)
+    if timesteps["sampler"] == "range":  # the noisier half alone, and then all
+        trained = [[loss is not None for loss in line["losses"]] for line in lines]
+        assert [line[0] for line in trained] == [False, True, True]
+
+
+@pytest.mark.parametrize("method", KINDS)
 @pytest.mark.parametrize(
     "timesteps",
     [
@@ -272,7 +319,7 @@ def test_phases_of_a_curriculum(tiny, tmp_path, method, order):
     ],
     ids=lambda options: options["sampler"],
 )
-def test_every_method_with_other_timesteps(tiny, tmp_path, method, timesteps):
+def test_methods_with_other_timesteps(tiny, tmp_path, method, timesteps):
     trainer, lines = fit(tiny(method=method, timesteps=timesteps, iterations=4), tmp_path / "run")
     assert all(loss is None or loss > 0 for line in lines for loss in line["losses"])
     assert "phase" not in lines[0]
@@ -283,7 +330,7 @@ def test_every_method_with_other_timesteps(tiny, tmp_path, method, timesteps):
         assert torch.equal(other.timesteps.losses, trainer.timesteps.losses)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", KINDS)
 @pytest.mark.parametrize("order", ["none", "easy_to_hard"])
 def test_loss_weights_with_every_method_and_the_curriculum(tiny, tmp_path, method, order):
     curriculum = {"order": order, "clusters": {"k": 4}, "patience": 1}
@@ -306,7 +353,7 @@ def test_loss_weights_with_every_method_and_the_curriculum(tiny, tmp_path, metho
         ({"args": {"gamma": 1}}, "loss.args: expected none without a loss.weight"),
         (
             {"weight": "min_snr", "args": {"gamma": 1, "snr_gamma": 5}},
-            "loss.args: expected gamma once, found gamma",
+            "loss.args: expected each setting once, found gamma, snr_gamma",
         ),
         ({"weight": "p2", "args": {"snr_gamma": 5}}, "loss.args: "),
         ({"weight": "best"}, "loss.weight: expected one of 'none', 'min_snr', 'soft_min_snr', 'p2', "),
@@ -384,8 +431,9 @@ def test_gradients_are_clipped(tiny, tmp_path):
     assert lines[0]["gradient_norm"] > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "kind"), [*product(METHODS, ["epsilon"]), *product(KINDS, ["v_prediction", "sample"])]
+)
 def test_a_step_runs_no_plain_definition(tiny, tmp_path, monkeypatch, method, kind):
     def refuse(name, reason):
         raise AssertionError(f"{name} ran its plain definition: {reason}")
@@ -405,7 +453,7 @@ def test_unknown_prediction_type(tiny, tmp_path):
         fit(tiny(scheduler={"args": {"prediction_type": "score"}}), tmp_path / "run")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", KINDS)
 def test_divergence_stops_the_run_and_keeps_what_was_good(tiny, tmp_path, method):
     config = tiny(method=method, iterations=50, checkpoints={"every": 1})
     trainer = Trainer(config)
@@ -449,7 +497,7 @@ def images(count):
 """
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", KINDS)
 def test_any_module_and_data_without_labels(tiny, tmp_path, monkeypatch, method):
     (tmp_path / "my_project.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)

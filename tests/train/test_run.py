@@ -11,11 +11,12 @@ import diffusers
 import pytest
 import torch
 
-from diffmtl_fast.train import checkpoint
+from diffmtl_fast.train import checkpoint, plots
 from diffmtl_fast.train.config import Sampling
 from diffmtl_fast.train.data import ImageData
 from diffmtl_fast.train.errors import UserError
 from diffmtl_fast.train.folder import RunFolder
+from diffmtl_fast.train.history import History
 from diffmtl_fast.train.loop import Trainer
 from diffmtl_fast.train.run import train
 from diffmtl_fast.train.trained_denoiser import TrainedDenoiser, load
@@ -55,6 +56,24 @@ def log(run):
 @pytest.fixture
 def run(tmp_path):
     return RunFolder(tmp_path / "runs" / "a")
+
+
+def test_continuous_uncertainty_leaves_a_picture_of_what_it_learned(tiny, run, monkeypatch):
+    drawn = []
+    draw = plots.uncertainty
+    monkeypatch.setattr(plots, "uncertainty", lambda *given: (drawn.append(given), draw(*given)))
+    train(tiny(method="continuous_uw", iterations=3), run)
+    assert run.uncertainty.read_bytes().startswith(b"\x89PNG")
+    (_, levels, log_var, centres, log_losses, title), trained = drawn[0], Trainer(run.read_config())
+    trained.load(run.checkpoint(), History(run.log))
+    found = trained.weighting.log_var(torch.from_numpy(levels).float())
+    assert torch.equal(found, torch.from_numpy(log_var))
+    assert (log_var != 0).any()
+    assert levels.shape == (20,)
+    assert centres.shape == log_losses.shape == (trained.clusters.k,)
+    assert "continuous uncertainty" in title
+    run.remove_outputs()
+    assert not run.uncertainty.exists()
 
 
 def test_a_run_leaves_everything_and_is_then_complete(tiny, run, capsys):
