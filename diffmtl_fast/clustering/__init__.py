@@ -11,6 +11,7 @@ from .distributions import (
     LogitNormalTime,
     LogNormalSigma,
     NoiseDistribution,
+    ShiftedTime,
     UniformTime,
 )
 from .intervals import IntervalClustering
@@ -31,6 +32,7 @@ __all__ = [
     "MatrixCost",
     "NoiseClustering",
     "NoiseDistribution",
+    "ShiftedTime",
     "SquaredDeviation",
     "UniformTime",
     "cluster_affinity",

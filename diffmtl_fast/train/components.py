@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -17,7 +17,11 @@ from ..clustering import (
     IntervalClustering,
     LaplaceSigma,
     LogitNormalTime,
+    LogNormalSigma,
+    NoiseClustering,
+    NoiseDistribution,
     cluster_affinity,
+    cluster_noise,
     cluster_snr,
     cluster_timesteps,
 )
@@ -31,18 +35,14 @@ from ..curriculum import (
     UniformSampler,
 )
 from ..curriculum.difficulty_curriculum import Sampling
-from ..diffusion import LOSS_WEIGHTS, log_snr, predicted_weight
+from ..diffusion import noise_process
 from ..weighting import METHODS, ContinuousUncertainty, GramianWeighting, LossWeighting
 from .config import CONTINUOUS, Clusters, Component, Config, Curriculum
 from .data import ImageData
 from .errors import UserError, blame
 
 Array = NDArray[np.float64]
-
-# log-SNR that stands for pure signal, and negative for pure noise: its exponential is finite in float32.
-_REACH = 80.0
-# No schedule that keeps some signal and some noise comes near.
-_UNBOUNDED = 1e12
+Clustering: TypeAlias = IntervalClustering | NoiseClustering
 
 
 def import_object(key: str, path: str) -> Callable[..., Any]:
@@ -95,13 +95,10 @@ def build_model(config: Config, data: ImageData, device: torch.device) -> nn.Mod
 
 
 def build_scheduler(config: Config) -> Any:
-    """The noise schedule, which `denoising.Denoising` reads."""
+    """The scheduler that the noise process is read from, see `diffmtl_fast.diffusion.noise_process`."""
     scheduler = build("scheduler", config.scheduler)
-    missing = [name for name in ("alphas_cumprod", "config") if not hasattr(scheduler, name)]
-    if missing:
-        raise UserError(
-            f"scheduler: {config.scheduler.path} has no {missing[0]}; expected a discrete-time one"
-        )
+    with blame("scheduler"):
+        noise_process(scheduler)
     return scheduler
 
 
@@ -118,8 +115,12 @@ def build_data(config: Config) -> ImageData:
 
 
 def build_clusters(
-    config: Clusters, levels: Callable[[], Array], num_timesteps: int, key: str = "clusters"
-) -> IntervalClustering:
+    config: Clusters,
+    levels: Callable[[], Array],
+    num_timesteps: int,
+    key: str = "clusters",
+    distribution: NoiseDistribution | None = None,
+) -> Clustering:
     """The clusters of a noise schedule.
 
     Args:
@@ -128,12 +129,21 @@ def build_clusters(
             pure noise has none that is finite.
         num_timesteps: T.
         key: the option that the configuration came from.
+        distribution: of continuous levels, of which the timesteps are T cells of equal probability.
 
     Raises:
         UserError: the clusters cannot be formed as asked.
     """
     low, high = config.min_size, config.max_size
     with blame(key):
+        if config.cost != "affinity" and distribution is not None:
+            return cluster_noise(
+                distribution,
+                config.k,
+                cost="quantile" if config.cost == "timestep" else "absolute",
+                min_probability=(low or 0) / num_timesteps,
+                max_probability=1.0 if high is None else high / num_timesteps,
+            )
         if config.cost == "timestep":
             return cluster_timesteps(num_timesteps, config.k, min_size=low, max_size=high)
         if config.cost == "snr":
@@ -143,30 +153,46 @@ def build_clusters(
             raise ValueError(
                 f"affinity: expected [T, T] with T = {num_timesteps}, found {list(affinity.shape)}"
             )
-        return cluster_affinity(affinity, config.k, min_size=low, max_size=high)
+        found = cluster_affinity(affinity, config.k, min_size=low, max_size=high)
+        return found if distribution is None else NoiseClustering(distribution, found.probabilities)
+
+
+def in_timesteps(clusters: Clustering, num_timesteps: int) -> IntervalClustering:
+    """Clusters as intervals of timesteps; those of continuous levels rounded to cells of equal probability."""
+    if isinstance(clusters, IntervalClustering):
+        return clusters
+    return IntervalClustering(np.rint(clusters.probabilities * num_timesteps).astype(np.int64))
 
 
 def build_timesteps(
-    config: Config, clusters: IntervalClustering, levels: Callable[[], Array]
+    config: Config,
+    clusters: Clustering,
+    levels: Callable[[], Array],
+    num_timesteps: int | None = None,
 ) -> TimestepSampler:
-    """What draws the timesteps of a batch.
+    """What draws the noise levels of a batch.
 
     Args:
         config: the configuration.
         clusters: the tasks that the method balances.
         levels: gives the log-SNR [T]; asked for only where it is needed.
+        num_timesteps: T; the clusters' own by default.
 
     Raises:
         UserError: it cannot be made as asked.
     """
-    whole = IntervalClustering(np.array([0, clusters.num_timesteps]))
+    continuous = isinstance(clusters, NoiseClustering)
+    number = num_timesteps or clusters.num_timesteps
     balanced = config.balanced
-    tasks = clusters if balanced else whole  # plain training averages over all timesteps
+    tasks = clusters if balanced else _with_bounds(clusters, [0, number], number)  # plain training has one
     if config.curriculum.order != "none":
-        return _build_curriculum(config.curriculum, tasks, levels, "tasks" if balanced else "union")
+        return _build_curriculum(config.curriculum, tasks, levels, number, "tasks" if balanced else "union")
     if config.timesteps.interval is not None:
-        return _build_expert(config.timesteps.interval, clusters.num_timesteps)
+        return _build_expert(config.timesteps.interval, clusters, number)
     args, kind = config.timesteps.args, config.timesteps.sampler or ("stratified" if balanced else "uniform")
+    if continuous and kind in ("logit_normal", "log_normal", "beta", "laplace"):
+        # That is the distribution of the clusters' levels; what is left to say is how a batch takes from them.
+        args, kind = {}, "stratified" if balanced else "uniform"
     with blame("timesteps.args", (ValueError, TypeError, ImportError)):
         if kind == "stratified":
             return StratifiedSampler(clusters, **args)
@@ -174,25 +200,39 @@ def build_timesteps(
             return DistributionSampler(tasks, LogitNormalTime(**args))
         if kind == "beta":
             return DistributionSampler(tasks, BetaTime(**args))
-        if kind == "laplace":
-            return DistributionSampler(tasks, LaplaceSigma(**args), log_snr=levels())
+        if kind in ("laplace", "log_normal"):
+            law = LaplaceSigma(**args) if kind == "laplace" else LogNormalSigma(**args)
+            return DistributionSampler(tasks, law, log_snr=levels())
         if kind == "second_moment":
             return LossSecondMomentSampler(tasks, **args)
         return UniformSampler(tasks, **args)
 
 
-def _build_expert(interval: list[int], num_timesteps: int) -> UniformSampler:
+def _build_expert(interval: list[int], clusters: Clustering, num_timesteps: int) -> UniformSampler:
     first, end = interval
     if end > num_timesteps:
         raise UserError(f"timesteps.interval: expected an end of at most {num_timesteps}, found {end}")
     bounds = np.unique([0, first, end, num_timesteps])
-    return UniformSampler(IntervalClustering(bounds), only=int(np.searchsorted(bounds, first)))
+    tasks = _with_bounds(clusters, bounds, num_timesteps)
+    return UniformSampler(tasks, only=int(np.searchsorted(bounds, first)))
+
+
+def _with_bounds(clusters: Clustering, bounds: Any, num_timesteps: int) -> Clustering:
+    """A clustering of the same levels with other bounds, in timesteps."""
+    if isinstance(clusters, NoiseClustering):
+        return NoiseClustering(clusters.distribution, np.asarray(bounds) / num_timesteps)
+    return IntervalClustering(np.asarray(bounds))
 
 
 def _build_curriculum(
-    config: Curriculum, tasks: IntervalClustering, levels: Callable[[], Array], sampling: Sampling
+    config: Curriculum,
+    tasks: Clustering,
+    levels: Callable[[], Array],
+    num_timesteps: int,
+    sampling: Sampling,
 ) -> DifficultyCurriculum:
-    clusters = build_clusters(config.clusters, levels, tasks.num_timesteps, "curriculum.clusters")
+    distribution = tasks.distribution if isinstance(tasks, NoiseClustering) else None
+    clusters = build_clusters(config.clusters, levels, num_timesteps, "curriculum.clusters", distribution)
     assert config.order != "none"
     with blame("curriculum"):
         return DifficultyCurriculum(
@@ -205,39 +245,6 @@ def _build_curriculum(
             sampling=config.sampling or sampling,
             tasks=tasks,
         )
-
-
-def build_loss_weights(config: Config, scheduler: Any, device: torch.device) -> Tensor | None:
-    """The weight of the squared error at every timestep, float32 [T]; None for 1 everywhere.
-
-    Raises:
-        UserError: the weight does not take the arguments, or has no bound on this schedule.
-    """
-    name = config.loss.weight
-    if name == "none":
-        return None
-    # At pure noise and pure signal the limit is wanted, where there is one: not infinity times zero.
-    levels = torch.from_numpy(log_snr(scheduler, clip=(-_REACH, _REACH)))
-    kind = scheduler.config.get("prediction_type", "epsilon")
-    with blame("loss.args", (ValueError, TypeError)):
-        weights = LOSS_WEIGHTS[name](levels, **_named_as_published(name, config.loss.args))
-    with blame("scheduler.args"):
-        weights = predicted_weight(weights, levels, kind)
-    if not weights.max() < _UNBOUNDED:
-        raise UserError(
-            f"loss.weight: expected one that is bounded for prediction type {kind} on this schedule, found "
-            f"{name}, which is {weights.max():.3g} at timestep {int(weights.argmax())}"
-        )
-    return weights.float().to(device)
-
-
-def _named_as_published(weight: str, args: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a loss weight, γ of Min-SNR under any of the names that training scripts give it."""
-    names = {"snr_gamma": "gamma", "min_snr_gamma": "gamma"} if weight.endswith("min_snr") else {}
-    renamed = {names.get(name, name): value for name, value in args.items()}
-    if len(renamed) < len(args):
-        raise ValueError(f"expected gamma once, found {', '.join(args)}")
-    return renamed
 
 
 def build_weighting(

@@ -59,15 +59,18 @@ class Timesteps:
     """How timesteps are drawn where no curriculum does it.
 
     Attributes:
-        sampler: distribution; null for uniform with vanilla, stratified by cluster with the other methods
-        args: its arguments: mean, std (logit_normal), a, b (beta), mean, scale of the log-SNR (laplace), cells,
-            history, uniform_share (second_moment)
+        sampler: distribution; null for uniform with vanilla, stratified by cluster with the other methods. Of
+            continuous levels: log_normal or laplace for EDM (null: log_normal), logit_normal, beta or laplace for
+            flow matching (null: uniform), from which batches are drawn uniformly or by cluster in the same way
+        args: its arguments: mean, std (logit_normal; log_normal, EDM's P_mean and P_std), a, b (beta), mean, scale
+            of the log-SNR (laplace), cells, history, uniform_share (second_moment)
         interval: first timestep and end of those to train on alone, an expert for them (vanilla); null for all
     """
 
-    sampler: Literal["uniform", "stratified", "logit_normal", "beta", "laplace", "second_moment"] | None = (
-        None
-    )
+    sampler: (
+        Literal["uniform", "stratified", "logit_normal", "log_normal", "beta", "laplace", "second_moment"]
+        | None
+    ) = None
     args: dict[str, Any] = field(default_factory=dict)
     interval: list[int] | None = None
 
@@ -142,12 +145,12 @@ class Sampling:
     """How pictures are drawn from the EMA weights.
 
     Attributes:
-        scheduler: Sampler, on the noise schedule of training
+        scheduler: Sampler, on the noise schedule of training; auto: DDIM for timesteps, else the scheduler itself
         steps: denoising steps per picture
         batch_size: pictures denoised at a time
     """
 
-    scheduler: Component = field(default_factory=lambda: Component("diffusers.DDIMScheduler"))
+    scheduler: Component = field(default_factory=lambda: Component("auto"))
     steps: PositiveInt = 50
     batch_size: PositiveInt = 360
 
@@ -227,7 +230,7 @@ class Config:
         curriculum: Curriculum, easy timesteps first
         loss: Loss of a sample
         model: Model, called with (x, t, class_labels=y)
-        scheduler: Noise schedule, a diffusers scheduler with discrete timesteps
+        scheduler: Noise process, by a diffusers scheduler; with discrete timesteps, of EDM or of flow matching
         data: Data, a function that returns diffmtl_fast.train.data.ImageData
         optimizer: Optimizer, AdamW
         sampling: Drawing pictures
@@ -411,7 +414,7 @@ def _check(config: Config) -> None:
         "sampling.scheduler": config.sampling.scheduler,
     }
     for key, component in components.items():
-        if "." not in component.path:
+        if "." not in component.path and (key, component.path) != ("sampling.scheduler", "auto"):
             raise UserError(
                 f"{key}.path: expected an import path such as package.Class, found {component.path!r}"
             )

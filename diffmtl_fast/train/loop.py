@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import ops
 from .._progress import Progress
 from .._torch import foreach_div_
-from ..clustering import IntervalClustering
 from ..curriculum import DifficultyCurriculum
-from ..diffusion import log_snr
 from ..gradients import ClusteredMTL
 from ..weighting import ContinuousUncertainty, GramianWeighting, LossWeighting, param_groups
 from . import checkpoint
 from .components import (
     build_clusters,
     build_data,
-    build_loss_weights,
     build_model,
     build_scheduler,
     build_timesteps,
@@ -34,10 +28,10 @@ from .components import (
 )
 from .config import Config
 from .data import EpochSampler
-from .denoising import Denoising
 from .ema import Ema
 from .errors import TrainingDiverged, UserError, blame
 from .history import History, describe
+from .noise import Noise
 
 
 class Trainer:
@@ -60,15 +54,11 @@ class Trainer:
         self.device = resolve_device(config.device)
         self.data = build_data(config)
         self.scheduler = build_scheduler(config)
-        self.clusters = build_clusters(
-            config.clusters, self._log_snr, self.scheduler.config.num_train_timesteps
-        )
-        self.timesteps = build_timesteps(config, self.clusters, self._log_snr)
-        weights = build_loss_weights(config, self.scheduler, self.device)
-        self._levels = (
-            torch.from_numpy(log_snr(self.scheduler, clip=(-math.inf, math.inf))).float().to(self.device)
-        )
-        self.denoising = Denoising(self.scheduler, self.device, weights)
+        self.noise = Noise(config, self.scheduler, self.device)
+        self.process = self.noise.process
+        number, log_snr = self.noise.num_timesteps, self.noise.log_snr
+        self.clusters = build_clusters(config.clusters, log_snr, number, distribution=self.noise.distribution)
+        self.timesteps = build_timesteps(config, self.clusters, log_snr, number)
         self.model = build_model(config, self.data, self.device)
         self.ema = Ema(self.model, config.ema_decay)
         self.weighting = build_weighting(config, self.clusters.k, self.device)
@@ -179,8 +169,8 @@ class Trainer:
             )
         checkpoint.load_module(path, "model", self.model)
         checkpoint.load_module(path, "ema", self.ema.model)
-        saved = IntervalClustering.from_dict(state["clusters"])
-        if saved.boundaries.tolist() != self.clusters.boundaries.tolist():  # of another affinity, for example
+        saved = type(self.clusters).from_dict(state["clusters"])
+        if saved.probabilities.tolist() != self.clusters.probabilities.tolist():  # of another affinity, say
             raise UserError(f"clusters: expected those of {path}, {saved}, found {self.clusters}")
         self.optimizer.load_state_dict(state["optimizer"])
         if self.weighting is not None:
@@ -209,17 +199,17 @@ class Trainer:
         labels = None if self._labels is None else self._labels[index]
         t, cluster = self.timesteps.sample(len(images), device=self.device, generator=self.host_generator)
         noise = torch.randn(images.shape, generator=self.generator, device=self.device)
-        noisy = self.denoising.add_noise(images, noise, t)
+        noisy, told = self.process.inputs(self.process.noisy(images, noise, t), t)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             if self.mtl is None:
-                output = self.model(noisy, t, **condition(labels))
+                output = self.model(noisy, told, **condition(labels))
             else:
                 with blame("model"):  # it may be one that cannot be split by cluster
-                    output = self.mtl(noisy, t, **condition(labels), cluster=cluster)
-        loss = self.denoising.loss(prediction(output), images, noise, t)
+                    output = self.mtl(noisy, told, **condition(labels), cluster=cluster)
+        loss = self.process.loss(prediction(output), images, noise, t)
         weight = self.timesteps.weight(t)
         if isinstance(self.weighting, ContinuousUncertainty):
-            levels = self._levels[t]
+            levels = self.process.log_snr(t)
             (self.weighting.per_sample(loss, levels) * weight).mean().backward()
             self._record_plain(history, loss.detach(), weight, t, self.weighting.log_var(levels).detach())
         elif self.mtl is None:
@@ -247,9 +237,6 @@ class Trainer:
         )
         present = torch.zeros(k, dtype=torch.bool, device=self.device).index_fill(0, cluster, True)
         history.add(losses, present, weights)
-
-    def _log_snr(self) -> NDArray[np.float64]:
-        return log_snr(self.scheduler)
 
     def _phase(self) -> dict[str, int]:
         """The phase of the next iteration, for the log; empty without a curriculum."""

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from .._files import replacing
 from .._progress import open_progress
-from ..diffusion import log_snr
 from . import checkpoint, evaluation, history, plots
+from .components import in_timesteps
 from .config import Config, differences
 from .errors import TrainingDiverged, UserError
 from .folder import RunFolder
@@ -149,10 +149,11 @@ def _write_outputs(trainer: Trainer, run: RunFolder) -> None:
 
 def write_clusters(trainer: Trainer, path: Path) -> None:
     """Draw the clusters of a run."""
-    levels = log_snr(trainer.scheduler, clip=LOG_SNR_DRAWN)
+    levels = trainer.noise.log_snr(LOG_SNR_DRAWN)
     with replacing(path) as aside:
         found = replace(trainer.config.clusters, k=trainer.clusters.k)  # the number where that was "auto"
-        plots.clusters(aside, trainer.clusters, levels, clusters_title(found))
+        shown = in_timesteps(trainer.clusters, trainer.noise.num_timesteps)
+        plots.clusters(aside, shown, levels, clusters_title(found), continuous=trainer.process.continuous)
 
 
 def write_training(run: RunFolder, title: str, path: Path) -> None:

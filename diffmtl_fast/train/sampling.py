@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._extras import require
+from ..diffusion import noise_process
 from .components import condition, import_object, prediction
 from .config import Sampling
 from .errors import blame
@@ -20,7 +22,11 @@ def build_sampler(config: Sampling, scheduler: Any) -> Any:
     Raises:
         UserError: it cannot be made from that schedule.
     """
-    sampler_class: Any = import_object("sampling.scheduler", config.scheduler.path)
+    sampler_class: Any = type(scheduler)
+    if config.scheduler.path != "auto":
+        sampler_class = import_object("sampling.scheduler", config.scheduler.path)
+    elif not noise_process(scheduler).continuous:
+        sampler_class = require("diffusers", "train").DDIMScheduler
     with blame("sampling", (AttributeError, TypeError, ValueError)):
         sampler = sampler_class.from_config(scheduler.config, **config.scheduler.args)
         sampler.set_timesteps(config.steps)
@@ -80,9 +86,9 @@ def _denoise(
     model: nn.Module, sampler: Any, x: Tensor, labels: Tensor | None, generator: torch.Generator
 ) -> Tensor:
     stochastic = "generator" in inspect.signature(sampler.step).parameters
-    x = x * sampler.init_noise_sigma
+    x = x * getattr(sampler, "init_noise_sigma", 1.0)  # flow matching starts from the noise as it is
     for t in sampler.timesteps:
-        scaled = sampler.scale_model_input(x, t)
+        scaled = sampler.scale_model_input(x, t) if hasattr(sampler, "scale_model_input") else x
         output = prediction(model(scaled, t.to(x.device).expand(len(x)), **condition(labels)))
         x = sampler.step(output.float(), t, x, **({"generator": generator} if stochastic else {})).prev_sample
     return x.float().cpu()

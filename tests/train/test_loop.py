@@ -12,14 +12,16 @@ import pytest
 import torch
 
 from diffmtl_fast import weighting
+from diffmtl_fast.clustering import NoiseClustering
 from diffmtl_fast.diffusion import LOSS_WEIGHTS, log_snr
 from diffmtl_fast.ops import _library
 from diffmtl_fast.train import checkpoint, history
-from diffmtl_fast.train.components import build_data, build_loss_weights, build_model, build_scheduler
+from diffmtl_fast.train.components import build_data, build_model, build_scheduler
 from diffmtl_fast.train.config import CONTINUOUS, PLAIN, Component, Loss
 from diffmtl_fast.train.errors import TrainingDiverged, UserError
 from diffmtl_fast.train.history import History
 from diffmtl_fast.train.loop import Trainer
+from diffmtl_fast.train.noise import Noise
 from diffmtl_fast.train.titles import LOSS_TITLES
 
 METHODS = (PLAIN, CONTINUOUS, *weighting.METHODS)
@@ -329,7 +331,7 @@ def test_names_that_people_type(tiny, weight, name):
     config = tiny(loss={"weight": weight, "args": {name: 3.0}})
     scheduler = build_scheduler(config)
     expected = LOSS_WEIGHTS[weight](torch.from_numpy(log_snr(scheduler)), gamma=3.0).float()
-    torch.testing.assert_close(build_loss_weights(config, scheduler, torch.device("cpu")), expected)
+    torch.testing.assert_close(Noise(config, scheduler).process.weights, expected)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
@@ -341,13 +343,90 @@ def test_loss_weights_of_a_schedule_that_ends_in_pure_noise(tiny, weight, kind):
     scheduler.alphas_cumprod[-1] = 0.0  # diffusers leaves 2^-24
     bounded = kind == "v_prediction" or weight in ("min_snr", "soft_min_snr", "p2", "logit_normal")
     if bounded:
-        found = build_loss_weights(config, scheduler, torch.device("cpu"))
+        found = Noise(config, scheduler).process.weights
         assert found.isfinite().all()
     else:
         with pytest.raises(
             UserError, match=f"expected one that is bounded for prediction type {kind} .* found {weight}"
         ):
-            build_loss_weights(config, scheduler, torch.device("cpu"))
+            Noise(config, scheduler).process.weights
+
+
+@pytest.mark.parametrize("process", ["edm", "flow"])
+@pytest.mark.parametrize("method", ["vanilla", "continuous_uw", "uw", "nash"])
+def test_continuous_processes(tiny, tmp_path, process, method):
+    """Clusters, a curriculum, loss weights and what a line of the log holds; a stop in the middle changes nothing."""
+    config = tiny(
+        process=process,
+        method=method,
+        iterations=5,
+        loss={"weight": "min_snr"},
+        curriculum={"order": "easy_to_hard", "patience": None, "max_length": 1, "clusters": {"k": 3}},
+        timesteps={"sampler": None},
+        checkpoints={"every": 3},
+    )
+    whole, lines = fit(config, tmp_path / "whole")
+    assert isinstance(whole.clusters, NoiseClustering)
+    assert whole.clusters.k == 3
+    assert lines[0]["phase"] < lines[-1]["phase"]
+    log = History(tmp_path / "whole" / "log.jsonl")
+    resumed = Trainer(config)
+    resumed.load(tmp_path / "whole" / "iter-00000003", log)
+    (tmp_path / "again").mkdir()
+    resumed.fit(tmp_path / "again", log, Silent())
+    log.close()
+    if config.device == "cpu":
+        assert same_weights(whole.model, resumed.model)
+
+
+LAWS = {
+    "edm": [
+        (None, {}, 1.0, "LogNormalSigma(mean=-1.2, std=1.2)"),
+        ("log_normal", {"mean": -0.4, "std": 1.0}, 1.0, "LogNormalSigma(mean=-0.4, std=1.0)"),
+        ("laplace", {}, 1.0, "LaplaceSigma(mean=0.0, scale=0.5)"),
+        ("second_moment", {"cells": 3}, 1.0, "LogNormalSigma(mean=-1.2, std=1.2)"),
+    ],
+    "flow": [
+        (None, {}, 1.0, "UniformTime()"),
+        ("uniform", {}, 3.0, "ShiftedTime(shift=3.0)"),
+        ("logit_normal", {"std": 2.0}, np.e, "LogitNormalTime(mean=1.0, std=2.0)"),
+        ("laplace", {}, np.e, "LaplaceTime(mean=-2.0, scale=0.5)"),
+        ("beta", {"a": 1.5, "b": 1.0}, 1.0, "BetaTime(a=1.5, b=1.0)"),
+    ],
+}
+
+
+@pytest.mark.parametrize("cost", ["snr", "timestep"])
+@pytest.mark.parametrize("method", ["vanilla", "uw"])
+@pytest.mark.parametrize(("process", "law"), [(key, law) for key, laws in LAWS.items() for law in laws])
+def test_distributions_of_continuous_levels(tiny, process, law, method, cost):
+    sampler, args, shift, expected = law
+    scheduler = {"args": {"shift": shift}} if process == "flow" else {}
+    timesteps = {"sampler": sampler, "args": args}
+    config = tiny(
+        process=process, method=method, timesteps=timesteps, scheduler=scheduler, clusters={"cost": cost}
+    )
+    trainer = Trainer(config)
+    assert str(trainer.clusters.distribution) == expected
+    if cost == "timestep":
+        np.testing.assert_allclose(trainer.clusters.probabilities, [0, 1 / 3, 2 / 3, 1])
+    level, cluster = trainer.timesteps.sample(30, generator=torch.Generator().manual_seed(0))
+    assert level.is_floating_point()
+    if method == "uw" and sampler not in ("second_moment", "uniform"):
+        assert cluster.bincount().tolist() == [10, 10, 10]
+
+
+@pytest.mark.parametrize(
+    ("process", "sampler", "message"),
+    [
+        ("edm", "logit_normal", "timesteps: sampler: expected log_normal or laplace for EDM's σ"),
+        ("flow", "log_normal", "timesteps: sampler: expected logit_normal, beta or laplace for times"),
+    ],
+)
+def test_distributions_of_other_levels_are_refused(tiny, process, sampler, message):
+    with pytest.raises(UserError) as caught:
+        Trainer(tiny(process=process, timesteps={"sampler": sampler}))
+    assert str(caught.value).startswith(message)
 
 
 def test_the_number_of_clusters_can_be_chosen(tiny, tmp_path):
