@@ -35,13 +35,15 @@ from ..curriculum import (
     UniformSampler,
 )
 from ..curriculum.difficulty_curriculum import Sampling
+from ..data import Batch, Classes, Conditioning, Embeddings, EpochOrder, FileData, ImageData, Text, batches
+from ..data.conditioning import times_keyword
 from ..diffusion import noise_process
 from ..weighting import METHODS, ContinuousUncertainty, GramianWeighting, LossWeighting
 from .config import CONTINUOUS, Clusters, Component, Config, Curriculum
-from .data import ImageData
 from .errors import UserError, blame
 
 Array = NDArray[np.float64]
+Data: TypeAlias = ImageData | FileData
 Clustering: TypeAlias = IntervalClustering | NoiseClustering
 
 
@@ -72,7 +74,7 @@ def build(key: str, component: Component) -> Any:
         return target(**component.args)
 
 
-def build_model(config: Config, data: ImageData, device: torch.device) -> nn.Module:
+def build_model(config: Config, data: Data, device: torch.device) -> nn.Module:
     """The denoiser with the weights that the seed gives it, checked by one call on a pair of images."""
     torch.manual_seed(config.seed)
     model = build("model", config.model)
@@ -81,12 +83,15 @@ def build_model(config: Config, data: ImageData, device: torch.device) -> nn.Mod
             f"model: expected an nn.Module, found {type(model).__name__} from {config.model.path}"
         )
     model = model.to(device)
-    images = data.train[:2].to(device)
-    labels = None if data.train_labels is None else data.train_labels[:2].to(device)
+    with blame("data"):
+        batch = next(
+            batches(data.training, EpochOrder(len(data.training), 2, config.seed), augment=False)
+        ).to(device)
+    images = batch.x
+    arguments = build_conditioning(config, data, device).arguments(batch.conditioning)
     with torch.no_grad(), blame("model", (TypeError, ValueError, RuntimeError)):
-        output = prediction(
-            model(images, torch.zeros(len(images), dtype=torch.int64, device=device), **condition(labels))
-        )
+        told = torch.zeros(len(images), dtype=torch.int64, device=device)
+        output = prediction(denoise(model, images, told, arguments))
     if output.shape != images.shape:
         raise UserError(
             f"model: expected an output of the images' shape {list(images.shape)}, found {list(output.shape)}"
@@ -102,12 +107,14 @@ def build_scheduler(config: Config) -> Any:
     return scheduler
 
 
-def build_data(config: Config) -> ImageData:
-    """The images."""
+def build_data(config: Config) -> Data:
+    """The samples."""
     data = build("data", config.data)
-    if not isinstance(data, ImageData):
-        raise UserError(f"data: expected {config.data.path} to return ImageData, found {type(data).__name__}")
-    if config.evaluation.num_samples and (data.train_labels is None or data.test_labels is None):
+    if not isinstance(data, ImageData | FileData):
+        raise UserError(
+            f"data: expected {config.data.path} to return ImageData or FileData, found {type(data).__name__}"
+        )
+    if config.evaluation.num_samples and not data.num_classes:
         raise UserError(
             "evaluation.num_samples: expected 0 for data without labels (its metrics need classes)"
         )
@@ -182,7 +189,8 @@ def build_timesteps(
         UserError: it cannot be made as asked.
     """
     continuous = isinstance(clusters, NoiseClustering)
-    number = num_timesteps or clusters.num_timesteps
+    number = num_timesteps if isinstance(clusters, NoiseClustering) else clusters.num_timesteps
+    assert number is not None
     balanced = config.balanced
     tasks = clusters if balanced else _with_bounds(clusters, [0, number], number)  # plain training has one
     if config.curriculum.order != "none":
@@ -296,9 +304,39 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def condition(labels: Tensor | None) -> dict[str, Tensor]:
-    """Keyword arguments that pass the classes to a model."""
-    return {} if labels is None else {"class_labels": labels}
+def _pair(data: Data) -> Batch:
+    """Two samples."""
+    with blame("data"):
+        return next(batches(data.training, EpochOrder(len(data.training), 2, 0), augment=False))
+
+
+def build_conditioning(config: Config, data: Data, device: torch.device) -> Conditioning:
+    """What passes the conditions of the data to the model.
+
+    Raises:
+        UserError: there is no text encoder for captions, or it cannot be loaded.
+    """
+    options = config.conditioning
+    conditions = _pair(data).conditioning if options.enabled else None
+    named = {} if options.argument is None else {"argument": options.argument}
+    if conditions is None:
+        return Conditioning()
+    if isinstance(conditions, Tensor):
+        return Classes(data.num_classes, **named) if conditions.dim() == 1 else Embeddings(**named)
+    if options.encoder is None:
+        raise UserError(
+            "conditioning.encoder: expected the folder of a text encoder for captions, found null"
+        )
+    with blame("conditioning.encoder", (OSError, ValueError, TypeError, AttributeError, ImportError)):
+        return Text(options.encoder, device, mask=options.mask, max_length=options.max_length, **named)
+
+
+def denoise(model: nn.Module, x: Tensor, time: Tensor, arguments: dict[str, Any], **more: Any) -> Any:
+    """Call a model, or its wrapper, with a noisy input, the time and conditions; returns what it returns."""
+    name = times_keyword(getattr(model, "module", model))
+    if name is None:
+        return model(x, time, **arguments, **more)
+    return model(x, **{name: time}, **arguments, **more)
 
 
 def prediction(output: Any) -> Tensor:

@@ -18,6 +18,8 @@ from .errors import UserError, readable
 PLAIN = "vanilla"
 #: The method that weighs every sample by its noise level, without clusters.
 CONTINUOUS = "continuous_uw"
+#: Most samples of a kind that metrics and analyses take into memory.
+IN_MEMORY = 10_000
 # Of the k-nearest-neighbour precision and recall.
 NEIGHBOURS = 3
 
@@ -126,6 +128,28 @@ class Loss:
 
 
 @dataclass(frozen=True)
+class Conditioning:
+    """How the conditions of the data (classes, captions, embeddings) reach the model.
+
+    Attributes:
+        enabled: without it the model is called without them
+        dropout: share of the samples that lose their condition in training, for guidance; classes then need one
+            embedding more than there are classes
+        encoder: folder of a text encoder of transformers and its tokenizer, for captions
+        max_length: tokens of a caption
+        argument: of the model; null for class_labels or encoder_hidden_states
+        mask: argument of the model for the mask of a caption's tokens; null for none
+    """
+
+    enabled: bool = True
+    dropout: UnitFloat = 0.0
+    encoder: str | None = None
+    max_length: PositiveInt = 77
+    argument: str | None = None
+    mask: str | None = None
+
+
+@dataclass(frozen=True)
 class Optimizer:
     """AdamW; what a method learns has a group of its own (learning rate 0.025, no weight decay).
 
@@ -148,11 +172,13 @@ class Sampling:
         scheduler: Sampler, on the noise schedule of training; auto: DDIM for timesteps, else the scheduler itself
         steps: denoising steps per picture
         batch_size: pictures denoised at a time
+        guidance: scale of classifier-free guidance; 1 for none
     """
 
     scheduler: Component = field(default_factory=lambda: Component("auto"))
     steps: PositiveInt = 50
     batch_size: PositiveInt = 360
+    guidance: NonNegativeFloat = 1.0
 
 
 @dataclass(frozen=True)
@@ -229,9 +255,12 @@ class Config:
         timesteps: Timesteps of a batch
         curriculum: Curriculum, easy timesteps first
         loss: Loss of a sample
-        model: Model, called with (x, t, class_labels=y)
+        model: Model, called with (x, t) and the conditions
         scheduler: Noise process, by a diffusers scheduler; with discrete timesteps, of EDM or of flow matching
-        data: Data, a function that returns diffmtl_fast.train.data.ImageData
+        data: Data, a function that returns ImageData or FileData of diffmtl_fast.data
+        workers: processes that read data ahead
+        unreadable: most files that may be left out because they cannot be read; each is named
+        conditioning: Conditions of the samples
         optimizer: Optimizer, AdamW
         sampling: Drawing pictures
         evaluation: Metrics at the end of training
@@ -254,6 +283,9 @@ class Config:
     model: Component = field(default_factory=Component)
     scheduler: Component = field(default_factory=Component)
     data: Component = field(default_factory=Component)
+    workers: NonNegativeInt = 0
+    unreadable: NonNegativeInt = 100
+    conditioning: Conditioning = field(default_factory=Conditioning)
     optimizer: Optimizer = field(default_factory=Optimizer)
     sampling: Sampling = field(default_factory=Sampling)
     evaluation: Evaluation = field(default_factory=Evaluation)

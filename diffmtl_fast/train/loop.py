@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,22 +14,23 @@ from .. import ops
 from .._progress import Progress
 from .._torch import foreach_div_
 from ..curriculum import DifficultyCurriculum
+from ..data import Batch, EpochOrder, batches
 from ..gradients import ClusteredMTL
 from ..weighting import ContinuousUncertainty, GramianWeighting, LossWeighting, param_groups
 from . import checkpoint
 from .components import (
     build_clusters,
+    build_conditioning,
     build_data,
     build_model,
     build_scheduler,
     build_timesteps,
     build_weighting,
-    condition,
+    denoise,
     prediction,
     resolve_device,
 )
 from .config import Config
-from .data import EpochSampler
 from .ema import Ema
 from .errors import TrainingDiverged, UserError, blame
 from .history import History, describe
@@ -76,9 +79,9 @@ class Trainer:
         self._one_generator = self.device.type == "cpu"
         own = self.generator if self._one_generator else torch.Generator().manual_seed(config.seed)
         self.host_generator = own
-        self.sampler = EpochSampler(len(self.data.train), self.generator)
-        self._images = self.data.train.to(self.device)
-        self._labels = None if self.data.train_labels is None else self.data.train_labels.to(self.device)
+        self.conditioning = build_conditioning(config, self.data, self.device)
+        self.unreadable: set[str] = set()
+        self._batches: Iterator[Batch] | None = None
         self.iteration = 0
         self.seconds = 0.0
 
@@ -144,7 +147,7 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "weighting": None if self.weighting is None else self.weighting.state_dict(),
                 "ema_updates": self.ema.updates,
-                "sampler": self.sampler.state_dict(),
+                "unreadable": sorted(self.unreadable),
                 "timesteps": self.timesteps.state_dict(),
                 "history": history.state_dict(),
                 "generator": self.generator.get_state(),
@@ -179,7 +182,7 @@ class Trainer:
         self.generator.set_state(state["generator"])
         if not self._one_generator:
             self.host_generator.set_state(state["host_generator"])
-        self.sampler.load_state_dict(state["sampler"])
+        self.unreadable, self._batches = set(state["unreadable"]), None
         with blame("curriculum"):
             self.timesteps.load_state_dict(state["timesteps"])
         history.load_state_dict(state["history"], self.device)
@@ -194,18 +197,17 @@ class Trainer:
         Returns:
             Losses and timesteps [B] of the samples.
         """
-        index = self.sampler.next(self.config.batch_size)
-        images = self._images[index]
-        labels = None if self._labels is None else self._labels[index]
+        batch = self._next_batch()
+        images, arguments = batch.x, self.conditioning.arguments(batch.conditioning, self._dropped())
         t, cluster = self.timesteps.sample(len(images), device=self.device, generator=self.host_generator)
         noise = torch.randn(images.shape, generator=self.generator, device=self.device)
         noisy, told = self.process.inputs(self.process.noisy(images, noise, t), t)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             if self.mtl is None:
-                output = self.model(noisy, told, **condition(labels))
+                output = denoise(self.model, noisy, told, arguments)
             else:
                 with blame("model"):  # it may be one that cannot be split by cluster
-                    output = self.mtl(noisy, told, **condition(labels), cluster=cluster)
+                    output = denoise(self.mtl, noisy, told, arguments, cluster=cluster)
         loss = self.process.loss(prediction(output), images, noise, t)
         weight = self.timesteps.weight(t)
         if isinstance(self.weighting, ContinuousUncertainty):
@@ -221,6 +223,39 @@ class Trainer:
             assert last is not None  # set by backward
             history.add(last.losses, last.present, last.weights, last.gramian)
         return loss.detach(), t
+
+    def _next_batch(self) -> Batch:
+        """The next batch of the order that the seed gives, on the device.
+
+        Raises:
+            UserError: more samples than allowed cannot be read.
+        """
+        config = self.config
+        if self._batches is None:
+            items, seen = self.data.training, self.iteration * config.accumulate
+            order = EpochOrder(len(items), config.batch_size, config.seed, seen)
+            self._batches = batches(items, order, workers=config.workers, pin=self.device.type == "cuda")
+        with blame("data", (ValueError, RuntimeError)):
+            batch = next(self._batches)
+        for name, reason in batch.unreadable.items():
+            if name not in self.unreadable:
+                logging.getLogger("diffmtl_fast").warning(
+                    "left out %s, which cannot be read: %s", name, reason
+                )
+            self.unreadable.add(name)
+            if len(self.unreadable) > config.unreadable:
+                raise UserError(
+                    f"unreadable: expected at most {config.unreadable} files that cannot be read, found one more: "
+                    f"{name} ({reason})"
+                )
+        return batch.to(self.device)
+
+    def _dropped(self) -> Tensor | None:
+        """Which samples lose their condition, bool [B]; None for none."""
+        share, count = self.config.conditioning.dropout, self.config.batch_size
+        if share == 0:
+            return None
+        return torch.rand(count, generator=self.generator, device=self.device) < share
 
     def _record_plain(
         self, history: History, loss: Tensor, weight: Tensor, t: Tensor, log_var: Tensor | None = None

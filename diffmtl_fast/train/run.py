@@ -83,7 +83,7 @@ def _summary(trainer: Trainer) -> str:
     config = trainer.config
     size = sum(parameter.numel() for parameter in trainer.model.parameters())
     return (
-        f"{method_title(config)}, {size:,} parameters, {len(trainer.data.train):,} images, {trainer.device}, "
+        f"{method_title(config)}, {size:,} parameters, {len(trainer.data.training):,} images, {trainer.device}, "
         f"{config.precision}"
     )
 
@@ -130,7 +130,12 @@ def _fit(trainer: Trainer, run: RunFolder, chosen: Path | None) -> None:
 def _write_outputs(trainer: Trainer, run: RunFolder) -> None:
     """Write what is not there yet; a run killed on the way has a part of it."""
     trained = TrainedDenoiser(
-        trainer.config, trainer.data, trainer.scheduler, trainer.ema.model, trainer.iteration
+        trainer.config,
+        trainer.data,
+        trainer.scheduler,
+        trainer.ema.model,
+        trainer.iteration,
+        trainer.conditioning,
     )
     writers: dict[Path, Callable[[Path], object]] = {
         run.model: trained.write_model,

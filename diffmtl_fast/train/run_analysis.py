@@ -31,19 +31,21 @@ from ..analysis import (
 )
 from ..analysis import negative_transfer as measure_negative_transfer
 from ..clustering import IntervalClustering, cluster_timesteps
+from ..data.items import Visits
 from . import checkpoint, history
 from .components import (
+    Data,
     build_clusters,
+    build_conditioning,
     build_data,
     build_model,
     build_scheduler,
-    condition,
+    denoise,
     in_timesteps,
     prediction,
     resolve_device,
 )
-from .config import Clusters, Config, Loss
-from .data import ImageData
+from .config import IN_MEMORY, Clusters, Config, Loss
 from .errors import UserError, blame
 from .evaluation import Judge
 from .experts import expert_checkpoint, load_expert, train_expert
@@ -113,7 +115,7 @@ def affinity(
     with blame("affinity", (ValueError,)):
         measured = task_affinity(
             model,
-            denoising_loss(data, noise, where),
+            denoising_loss(config, data, noise, where),
             groups,
             checkpoints={path.name: partial(_load_weights, path) for path in paths},
             folder=unfinished,
@@ -191,11 +193,11 @@ def negative_transfer(
         None if expert_iteration is None else expert_checkpoint(folder, expert_iteration)
         for folder in folders
     ]
-    judge = Judge(trained.data)
+    judge = Judge(trained.data.images(IN_MEMORY))
 
     def sample(model: nn.Module) -> Tensor:
         shape = (len(labels), *trained.data.shape)
-        return draw(model, trained.scheduler, config.sampling, shape, labels, seed)
+        return draw(model, trained.scheduler, config.sampling, shape, labels, seed, trained.conditioning)
 
     measured = measure_negative_transfer(
         trained.model,
@@ -255,7 +257,7 @@ def difficulty(
         TrainingDiverged: an expert's loss or weight is not finite.
     """
     config = replace(run.read_config(), device=device)
-    data = build_data(config)
+    data = build_data(config).images(IN_MEMORY)
     noise = Noise(config, build_scheduler(config))
     with blame("fraction"):
         if not 0.0 < fraction < 1.0:
@@ -299,18 +301,18 @@ def difficulty(
 
 
 def denoising_loss(
-    data: ImageData, noise: Noise, device: torch.device
+    config: Config, data: Data, noise: Noise, device: torch.device
 ) -> Callable[[Callable[..., Any], Tensor, torch.Generator], Tensor]:
     """The losses of training images drawn at random, with fresh noise, at given timesteps: a `TimestepLoss`."""
     process = noise.process
-    images = data.train.to(device)
-    labels = None if data.train_labels is None else data.train_labels.to(device)
+    conditioning = build_conditioning(config, data, device)
 
     def loss(model: Callable[..., Any], t: Tensor, generator: torch.Generator) -> Tensor:
-        index = torch.randint(len(images), t.shape, generator=generator, device=device)
-        clean, classes = images[index], None if labels is None else labels[index]
+        index = torch.randint(len(data.training), t.shape, generator=generator, device=device)
+        batch = Visits(data.training, None).__getitems__(index.tolist()).to(device)
+        clean, arguments = batch.x, conditioning.arguments(batch.conditioning)
         drawn, level = torch.randn(clean.shape, generator=generator, device=device), noise.at(t)
-        output = model(*process.inputs(process.noisy(clean, drawn, level), level), **condition(classes))
+        output = denoise(model, *process.inputs(process.noisy(clean, drawn, level), level), arguments)
         return process.loss(prediction(output), clean, drawn, level)
 
     return loss

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .._extras import require
+from ..data import Classes, Conditioning
+from ..data.items import Conditions
 from ..diffusion import noise_process
-from .components import condition, import_object, prediction
+from .components import denoise, import_object, prediction
 from .config import Sampling
 from .errors import blame
 
@@ -39,8 +41,9 @@ def draw(
     scheduler: Any,
     config: Sampling,
     shape: Sequence[int],
-    labels: Tensor | None,
+    labels: Conditions,
     seed: int,
+    conditioning: Conditioning | None = None,
 ) -> Tensor:
     """Denoise pictures from noise.
 
@@ -52,8 +55,9 @@ def draw(
         scheduler: the scheduler of training.
         config: sampler, steps, batch size.
         shape: [N, C, H, W].
-        labels: int64 [N] classes, or None.
+        labels: conditions of the pictures, such as int64 [N] classes, or None.
         seed: of the noise.
+        conditioning: passes the conditions to the model; by default as ``class_labels``.
 
     Returns:
         float32 [N, C, H, W] on the CPU, clipped to [-1, 1].
@@ -70,8 +74,9 @@ def draw(
                 model,
                 build_sampler(config, scheduler),
                 noise[part].to(device),
-                None if labels is None else labels[part].to(device),
+                _arguments(conditioning or Classes(0), labels, part, device, config.guidance),
                 generator,
+                config.guidance,
             )
         )
     return torch.cat(parts).clamp(-1.0, 1.0)
@@ -82,13 +87,30 @@ def balanced_labels(count: int, num_classes: int) -> Tensor | None:
     return torch.arange(count) % num_classes if num_classes else None
 
 
+def _arguments(
+    conditioning: Conditioning, labels: Conditions, part: slice, device: torch.device, guidance: float
+) -> list[dict[str, Any]]:
+    """Arguments of the model for some of the pictures; with guidance also those without a condition."""
+    if labels is None:
+        return [{}]
+    values = labels[part]
+    values = values.to(device) if isinstance(values, Tensor) else values
+    found = [conditioning.arguments(values)]
+    if guidance != 1.0:
+        found.append(conditioning.arguments(values, torch.ones(len(values), dtype=torch.bool, device=device)))
+    return found
+
+
 def _denoise(
-    model: nn.Module, sampler: Any, x: Tensor, labels: Tensor | None, generator: torch.Generator
+    model: nn.Module, sampler: Any, x: Tensor, arguments: Any, generator: torch.Generator, guidance: float
 ) -> Tensor:
     stochastic = "generator" in inspect.signature(sampler.step).parameters
     x = x * getattr(sampler, "init_noise_sigma", 1.0)  # flow matching starts from the noise as it is
     for t in sampler.timesteps:
         scaled = sampler.scale_model_input(x, t) if hasattr(sampler, "scale_model_input") else x
-        output = prediction(model(scaled, t.to(x.device).expand(len(x)), **condition(labels)))
+        told = t.to(x.device).expand(len(x))
+        output, *without = (prediction(denoise(model, scaled, told, each)) for each in arguments)
+        if without:
+            output = torch.lerp(without[0], output, guidance)
         x = sampler.step(output.float(), t, x, **({"generator": generator} if stochastic else {})).prev_sample
     return x.float().cpu()

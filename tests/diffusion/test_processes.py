@@ -145,7 +145,7 @@ def test_edm_weights_make_the_network_error_count_once(device):
 
 
 def test_preconditioning_is_that_of_diffusers(device):
-    process, x0, noise, pred, level = continuous(device, "edm")
+    process, x0, noise, _, level = continuous(device, "edm")
     scheduler = diffusers.EDMEulerScheduler(sigma_data=0.7)
     noisy = process.noisy(x0, noise, level)
     scaled, time = process.inputs(noisy, level)

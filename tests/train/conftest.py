@@ -78,7 +78,7 @@ def _one_thread():
 
 @pytest.fixture
 def tiny(device):
-    """Make the tiny configuration with changes: ``tiny(method="nash", clusters={"k": 2})``, of another process by ``process=``."""
+    """Make the tiny configuration with changes: ``tiny(method="nash", process="edm")``."""
 
     def make(**changes):
         base = {**TINY, "device": str(device)}

@@ -76,12 +76,12 @@ def test_vanilla_is_the_loop_that_everybody_writes(tiny, tmp_path, device, accum
     model = build_model(config, data, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     generator = torch.Generator(device).manual_seed(0)
-    order = torch.randperm(1437, generator=generator, device=device)
+    order = torch.from_numpy(np.random.default_rng([0, 0]).permutation(1437))
     for step in range(3):
         optimizer.zero_grad()
         for part in range(accumulate):
             start = 12 * (step * accumulate + part)
-            index = order[start : start + 12].cpu()
+            index = order[start : start + 12]
             images, labels = data.train[index].to(device), data.train_labels[index].to(device)
             t = torch.randint(20, (12,), generator=generator, device=device)
             noise = torch.randn(images.shape, generator=generator, device=device)
@@ -143,10 +143,10 @@ def test_continuous_uncertainty_is_the_three_lines_of_the_guide(tiny, tmp_path, 
     learned = weighting.ContinuousUncertainty().to(device)
     optimizer = torch.optim.AdamW(weighting.param_groups(model, learned, lr=1e-3, weight_decay=0.0))
     generator = torch.Generator(device).manual_seed(0)
-    order = torch.randperm(1437, generator=generator, device=device)
+    order = torch.from_numpy(np.random.default_rng([0, 0]).permutation(1437))
     levels = torch.from_numpy(log_snr(scheduler)).float().to(device)
     for step in range(3):
-        index = order[12 * step : 12 * step + 12].cpu()
+        index = order[12 * step : 12 * step + 12]
         images, labels = data.train[index].to(device), data.train_labels[index].to(device)
         t = torch.randint(20, (12,), generator=generator, device=device)
         noise = torch.randn(images.shape, generator=generator, device=device)
@@ -349,13 +349,13 @@ def test_loss_weights_of_a_schedule_that_ends_in_pure_noise(tiny, weight, kind):
         with pytest.raises(
             UserError, match=f"expected one that is bounded for prediction type {kind} .* found {weight}"
         ):
-            Noise(config, scheduler).process.weights
+            Noise(config, scheduler)
 
 
 @pytest.mark.parametrize("process", ["edm", "flow"])
 @pytest.mark.parametrize("method", ["vanilla", "continuous_uw", "uw", "nash"])
 def test_continuous_processes(tiny, tmp_path, process, method):
-    """Clusters, a curriculum, loss weights and what a line of the log holds; a stop in the middle changes nothing."""
+    """Clusters, a curriculum and loss weights; a stop in the middle changes nothing."""
     config = tiny(
         process=process,
         method=method,

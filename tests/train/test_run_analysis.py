@@ -55,7 +55,7 @@ def test_affinity_is_the_mean_over_the_checkpoints_raw_weights(run, device):
     config = run.read_config()
     data, noise = build_data(config), Noise(config, build_scheduler(config), device)
     model = build_model(config, data, device)
-    loss, expected = run_analysis.denoising_loss(data, noise, device), []
+    loss, expected = run_analysis.denoising_loss(config, data, noise, device), []
     for path in checkpoints(run.checkpoints):
         load_module(path, "model", model)
         expected.append(task_affinity(model, loss, cluster_timesteps(20, 4), samples=2).matrix)
@@ -77,7 +77,7 @@ def test_disattenuated_affinity(run, device):
     data, noise = build_data(config), Noise(config, build_scheduler(config), device)
     model = build_model(config, data, device)
     load_module(checkpoints(run.checkpoints)[0], "model", model)
-    loss = run_analysis.denoising_loss(data, noise, device)
+    loss = run_analysis.denoising_loss(config, data, noise, device)
     expected = task_affinity(model, loss, cluster_timesteps(20, 4), samples=6, reliability=True)
     np.testing.assert_array_equal(reliability[0], expected.reliability[0])
     one = run_analysis.affinity(

@@ -37,12 +37,10 @@ def denoiser(scheduler, device):
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers with NumPy 2
-@pytest.mark.parametrize(
-    "sampler", ["DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"]
-)
+@pytest.mark.parametrize("sampler", ["DDIM", "DDPM", "DPMSolverMultistep", "EulerDiscrete"])
 def test_an_exact_denoiser_gives_the_data(scheduler, denoiser, sampler):
     labels = balanced_labels(7, 3)
-    config = Sampling(Component(f"diffusers.{sampler}"), steps=20, batch_size=7)
+    config = Sampling(Component(f"diffusers.{sampler}Scheduler"), steps=20, batch_size=7)
     pictures = draw(denoiser, scheduler, config, (7, 1, 4, 4), labels, seed=0)
     expected = torch.tensor([-0.5, 0.25, 1.0])[labels].view(-1, 1, 1, 1).expand(7, 1, 4, 4)
     torch.testing.assert_close(pictures, expected, atol=2e-2, rtol=0)
