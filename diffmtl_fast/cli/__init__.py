@@ -56,8 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno not in FILE_ERRORS:
             raise
         return _fail(f"{error.filename or 'file'}: {error.strerror}")
-    except KeyboardInterrupt:
-        return _fail("interrupted", INTERRUPTED)
+    except KeyboardInterrupt as stop:
+        return _fail(str(stop) or "interrupted", INTERRUPTED)
     return 0
 
 

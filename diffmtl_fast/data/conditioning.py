@@ -89,7 +89,7 @@ class Text(Conditioning):
         mask: str | None = None,
         max_length: int = 77,
     ) -> None:
-        transformers = require("transformers", "train")
+        transformers = require("transformers", "text")
         encoder, tokenizer = (
             path if (path := Path(folder) / name).is_dir() else Path(folder)
             for name in ("text_encoder", "tokenizer")

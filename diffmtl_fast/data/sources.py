@@ -203,7 +203,7 @@ def dataset(
     Raises:
         ValueError: a column or split is missing.
     """
-    library, place, decode = require("datasets", "train"), Path(path), Pictures(size, channels, crop, flip)
+    library, place, decode = require("datasets", "text"), Path(path), Pictures(size, channels, crop, flip)
     if (place / "state.json").is_file() or (place / "dataset_dict.json").is_file():
         rows = library.load_from_disk(path)
         if isinstance(rows, library.DatasetDict):

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .._extras import require
 from ..clustering import (
     BetaTime,
     IntervalClustering,
@@ -39,7 +40,7 @@ from ..data import Batch, Classes, Conditioning, Embeddings, EpochOrder, FileDat
 from ..data.conditioning import times_keyword
 from ..diffusion import noise_process
 from ..weighting import METHODS, ContinuousUncertainty, GramianWeighting, LossWeighting
-from .config import CONTINUOUS, Clusters, Component, Config, Curriculum
+from .config import CONTINUOUS, Clusters, Component, Compute, Config, Curriculum
 from .errors import UserError, blame
 
 Array = NDArray[np.float64]
@@ -82,11 +83,8 @@ def build_model(config: Config, data: Data, device: torch.device) -> nn.Module:
         raise UserError(
             f"model: expected an nn.Module, found {type(model).__name__} from {config.model.path}"
         )
-    model = model.to(device)
-    with blame("data"):
-        batch = next(
-            batches(data.training, EpochOrder(len(data.training), 2, config.seed), augment=False)
-        ).to(device)
+    model = _prepared(model, config.compute).to(device)
+    batch = _pair(data).to(device)
     images = batch.x
     arguments = build_conditioning(config, data, device).arguments(batch.conditioning)
     with torch.no_grad(), blame("model", (TypeError, ValueError, RuntimeError)):
@@ -97,6 +95,22 @@ def build_model(config: Config, data: Data, device: torch.device) -> nn.Module:
             f"model: expected an output of the images' shape {list(images.shape)}, found {list(output.shape)}"
         )
     return model
+
+
+def _prepared(model: nn.Module, options: Compute) -> nn.Module:
+    """The model with the weights to start from, adapters, checkpointing and memory layout as asked."""
+    if options.weights is not None:
+        with blame("compute.weights", (OSError, RuntimeError, ValueError)):
+            require("safetensors.torch", "train").load_model(model, options.weights)
+    if options.lora:
+        peft = require("peft", "lora")
+        adapters = peft.LoraConfig(r=options.lora, target_modules=options.lora_targets)
+        with blame("compute.lora_targets"):
+            peft.inject_adapter_in_model(adapters, model)
+    if options.checkpointing:
+        with blame("compute.checkpointing", (AttributeError, ValueError)):
+            model.enable_gradient_checkpointing()  # type: ignore[operator]
+    return model.to(memory_format=torch.channels_last) if options.channels_last else model  # type: ignore[call-overload]
 
 
 def build_scheduler(config: Config) -> Any:
@@ -253,6 +267,18 @@ def _build_curriculum(
             sampling=config.sampling or sampling,
             tasks=tasks,
         )
+
+
+def build_schedule(config: Config, optimizer: torch.optim.Optimizer) -> Any:
+    """What changes the learning rates from step to step; None where they stay."""
+    options = config.optimizer
+    if options.schedule == "constant" and not options.warmup:
+        return None
+    name = "constant_with_warmup" if options.schedule == "constant" else options.schedule
+    get_scheduler = require("diffusers.optimization", "train").get_scheduler
+    return get_scheduler(
+        name, optimizer, num_warmup_steps=options.warmup, num_training_steps=config.iterations
+    )
 
 
 def build_weighting(

@@ -155,13 +155,44 @@ class Optimizer:
 
     Attributes:
         lr: learning rate of the model
+        warmup: iterations over which all learning rates rise from 0
+        schedule: of the learning rates after that, down to 0 at the last iteration unless constant
         weight_decay: decoupled weight decay
         clip: largest norm of the gradient, 0 for no clipping; null for the method's own, most have none
     """
 
     lr: PositiveFloat = 1e-4
+    warmup: NonNegativeInt = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
     weight_decay: NonNegativeFloat = 0.0
     clip: NonNegativeFloat | None = None
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How the model is run and the gradients of the clusters are formed.
+
+    Attributes:
+        engine: of ClusteredMTL; auto chooses, and the log says what
+        memory: full keeps the gradients of all clusters, lean does with less
+        jacobian_dtype: of the kept gradients; null for the parameters' own
+        compile: torch.compile of the model
+        checkpointing: recompute activations in the backward; of models that offer it
+        channels_last: memory layout of convolutions
+        weights: safetensors file of weights to start from; null for random ones
+        lora: rank of low-rank adapters (peft) that are trained in place of the weights; 0 for none
+        lora_targets: names of the modules that get adapters
+    """
+
+    engine: Literal["auto", "grouped", "sliced"] = "auto"
+    memory: Literal["full", "lean"] = "full"
+    jacobian_dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    compile: bool = False
+    checkpointing: bool = False
+    channels_last: bool = False
+    weights: str | None = None
+    lora: NonNegativeInt = 0
+    lora_targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
 
 
 @dataclass(frozen=True)
@@ -248,7 +279,7 @@ class Config:
         batch_size: images per backward pass
         accumulate: backward passes per optimizer step
         ema_decay: decay per step of the averaged weights
-        precision: of the forward pass; bf16 is autocast, the weights stay fp32
+        precision: of the forward pass; bf16 and fp16 are autocast, the weights stay fp32; fp16 with a GradScaler
         device: auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
         seed: of the weights, the data order, the noise and the pictures
         clusters: Clusters of timesteps, the tasks
@@ -262,6 +293,7 @@ class Config:
         unreadable: most files that may be left out because they cannot be read; each is named
         conditioning: Conditions of the samples
         optimizer: Optimizer, AdamW
+        compute: Running the model
         sampling: Drawing pictures
         evaluation: Metrics at the end of training
         logging: Logs, log.jsonl and TensorBoard
@@ -273,7 +305,7 @@ class Config:
     batch_size: PositiveInt = 128
     accumulate: PositiveInt = 1
     ema_decay: UnitFloat = 0.9999
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: str = "auto"
     seed: NonNegativeInt = 0
     clusters: Clusters = field(default_factory=Clusters)
@@ -287,6 +319,7 @@ class Config:
     unreadable: NonNegativeInt = 100
     conditioning: Conditioning = field(default_factory=Conditioning)
     optimizer: Optimizer = field(default_factory=Optimizer)
+    compute: Compute = field(default_factory=Compute)
     sampling: Sampling = field(default_factory=Sampling)
     evaluation: Evaluation = field(default_factory=Evaluation)
     logging: Logging = field(default_factory=Logging)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from .._number_types import IN_WORDS
 
@@ -14,6 +16,36 @@ Errors: TypeAlias = "tuple[type[Exception], ...]"
 
 class UserError(Exception):
     """The request cannot be carried out as given: a bad option, file, folder or device."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was stopped by a signal, and says how to go on."""
+
+
+class StopSignals:
+    """Notes SIGTERM and Ctrl-C instead of obeying them at once; a second one of the same kind is obeyed.
+
+    Attributes:
+        received: name of the signal that came; None before.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():  # no other may handle signals
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.received = signal.Signals(number).name
+        signal.signal(number, self._before[number])
 
 
 class TrainingDiverged(RuntimeError):

@@ -23,6 +23,7 @@ from .components import (
     build_conditioning,
     build_data,
     build_model,
+    build_schedule,
     build_scheduler,
     build_timesteps,
     build_weighting,
@@ -32,7 +33,7 @@ from .components import (
 )
 from .config import Config
 from .ema import Ema
-from .errors import TrainingDiverged, UserError, blame
+from .errors import Interrupted, StopSignals, TrainingDiverged, UserError, blame
 from .history import History, describe
 from .noise import Noise
 
@@ -64,15 +65,28 @@ class Trainer:
         self.timesteps = build_timesteps(config, self.clusters, log_snr, number)
         self.model = build_model(config, self.data, self.device)
         self.ema = Ema(self.model, config.ema_decay)
+        self._run = torch.compile(self.model) if config.compute.compile else self.model
         self.weighting = build_weighting(config, self.clusters.k, self.device)
         self.mtl = None
         if isinstance(self.weighting, LossWeighting | GramianWeighting):
-            self.mtl = ClusteredMTL(self.model, num_clusters=self.clusters.k, weighting=self.weighting)
+            options, dtype = config.compute, config.compute.jacobian_dtype
+            with blame("compute"):
+                self.mtl = ClusteredMTL(
+                    self._run,
+                    num_clusters=self.clusters.k,
+                    weighting=self.weighting,
+                    engine=options.engine,
+                    memory=options.memory,
+                    jacobian_dtype=None if dtype is None else getattr(torch, dtype),
+                )
         self.optimizer = torch.optim.AdamW(
             param_groups(self.model, self.weighting or torch.nn.Module()),
             lr=config.optimizer.lr,
             weight_decay=config.optimizer.weight_decay,
+            fused=self.device.type == "cuda",
         )
+        self.schedule = build_schedule(config, self.optimizer)
+        self.scaler = torch.amp.GradScaler(self.device.type) if config.precision == "fp16" else None
         # Fresh dropout masks and the like come from torch's own generators: build_model seeded them.
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
         # Timesteps are drawn on the host, so that a step does not wait for a GPU to know its clusters.
@@ -99,6 +113,18 @@ class Trainer:
         self.model.train()
         begun = time.perf_counter() - self.seconds
         total = self.config.iterations
+        with StopSignals() as signals:
+            self._fit(folder, history, progress, begun, total, signals)
+
+    def _fit(
+        self,
+        folder: Path,
+        history: History,
+        progress: Progress,
+        begun: float,
+        total: int,
+        signals: StopSignals,
+    ) -> None:
         while self.iteration < total:
             self.step(history)
             self.seconds = time.perf_counter() - begun
@@ -106,8 +132,17 @@ class Trainer:
             if self.iteration % self.config.logging.every == 0 or self.iteration == total:
                 line = history.flush(self.iteration, **self._phase(), seconds=round(self.seconds, 3))
             progress.update(self.iteration, None if line is None else describe(line))
-            if self.iteration % self.config.checkpoints.every == 0 or self.iteration == total:
+            if (
+                self.iteration % self.config.checkpoints.every == 0
+                or self.iteration == total
+                or signals.received
+            ):
                 self.save(folder, history)
+            if signals.received and self.iteration < total:
+                raise Interrupted(
+                    f"stopped by {signals.received} after iteration {self.iteration}, which a checkpoint holds; "
+                    f"--run-dir {folder.parent} --resume goes on"
+                )
 
     def step(self, history: History) -> None:
         """One optimizer step."""
@@ -119,7 +154,13 @@ class Trainer:
         norm = self._finish_gradients()
         if norm is not None:
             history.add_gradient_norm(norm)
-        self.optimizer.step()
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        if self.schedule is not None:
+            self.schedule.step()
         self.ema.update(self.model)
         losses, timesteps = (torch.cat(parts) for parts in zip(*drawn, strict=True))
         self.timesteps.update(losses, timesteps)
@@ -145,6 +186,8 @@ class Trainer:
                 "device": self.device.type,
                 "clusters": self.clusters.to_dict(),
                 "optimizer": self.optimizer.state_dict(),
+                "schedule": None if self.schedule is None else self.schedule.state_dict(),
+                "scaler": None if self.scaler is None else self.scaler.state_dict(),
                 "weighting": None if self.weighting is None else self.weighting.state_dict(),
                 "ema_updates": self.ema.updates,
                 "unreadable": sorted(self.unreadable),
@@ -176,6 +219,9 @@ class Trainer:
         if saved.probabilities.tolist() != self.clusters.probabilities.tolist():  # of another affinity, say
             raise UserError(f"clusters: expected those of {path}, {saved}, found {self.clusters}")
         self.optimizer.load_state_dict(state["optimizer"])
+        for part, name in ((self.schedule, "schedule"), (self.scaler, "scaler")):
+            if part is not None:
+                part.load_state_dict(state[name])
         if self.weighting is not None:
             self.weighting.load_state_dict(state["weighting"])
         self.ema.updates = state["ema_updates"]
@@ -202,9 +248,10 @@ class Trainer:
         t, cluster = self.timesteps.sample(len(images), device=self.device, generator=self.host_generator)
         noise = torch.randn(images.shape, generator=self.generator, device=self.device)
         noisy, told = self.process.inputs(self.process.noisy(images, noise, t), t)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+        half = torch.float16 if self.config.precision == "fp16" else torch.bfloat16
+        with torch.autocast(self.device.type, half, enabled=self.config.precision != "fp32"):
             if self.mtl is None:
-                output = denoise(self.model, noisy, told, arguments)
+                output = denoise(self._run, noisy, told, arguments)
             else:
                 with blame("model"):  # it may be one that cannot be split by cluster
                     output = denoise(self.mtl, noisy, told, arguments, cluster=cluster)
@@ -212,17 +259,20 @@ class Trainer:
         weight = self.timesteps.weight(t)
         if isinstance(self.weighting, ContinuousUncertainty):
             levels = self.process.log_snr(t)
-            (self.weighting.per_sample(loss, levels) * weight).mean().backward()
+            self._scaled((self.weighting.per_sample(loss, levels) * weight).mean()).backward()
             self._record_plain(history, loss.detach(), weight, t, self.weighting.log_var(levels).detach())
         elif self.mtl is None:
-            (loss * weight).mean().backward()
+            self._scaled((loss * weight).mean()).backward()
             self._record_plain(history, loss.detach(), weight, t)
         else:
-            self.mtl.backward(loss * weight)
+            self.mtl.backward(loss * weight, scaler=self.scaler)
             last = self.mtl.last
             assert last is not None  # set by backward
             history.add(last.losses, last.present, last.weights, last.gramian)
         return loss.detach(), t
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return loss if self.scaler is None else self.scaler.scale(loss)
 
     def _next_batch(self) -> Batch:
         """The next batch of the order that the seed gives, on the device.
@@ -285,4 +335,11 @@ class Trainer:
                 foreach_div_(grads, self.config.accumulate)
         if self.config.clip == 0:
             return None
+        last = None if self.mtl is None else self.mtl.last
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        elif last is not None and last.grad_norm is not None:  # the step has measured it
+            norm = last.grad_norm / self.config.accumulate
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip, norm)
+            return norm
         return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)

@@ -22,7 +22,8 @@ from .titles import clusters_title, method_title
 from .trained_denoiser import TrainedDenoiser
 
 # What may differ when a run is resumed, because the iterations already done do not depend on it. A run may be
-# made longer: no schedule looks at its length. Of the device the type alone counts, and Trainer.load compares it.
+# made longer unless its learning rates fall towards its end. Of the device the type alone counts, and Trainer.load
+# compares it.
 FREE_ON_RESUME = {"iterations", "device", "checkpoints.every", "checkpoints.keep", "logging.tensorboard"}
 
 # Schedules that reach pure noise or pure signal have no end on a plot.
@@ -90,7 +91,7 @@ def _summary(trainer: Trainer) -> str:
 
 def _check_same(config: Config, run: RunFolder) -> None:
     for key, (now, then) in differences(config, run.read_config()).items():
-        if key not in FREE_ON_RESUME:
+        if key not in FREE_ON_RESUME or (key == "iterations" and config.optimizer.schedule != "constant"):
             raise UserError(
                 f"{key}: expected {then!r}, as in the run that --resume continues, found {now!r} "
                 "(what is not given is as in that run)"

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._extras import require
 from .._files import replacing
 from ..data import Conditioning, EpochOrder, batches
 from ..data.items import Conditions
@@ -120,10 +121,14 @@ class TrainedDenoiser:
         return next(batches(items, order, augment=False)).conditioning
 
     def write_model(self, path: Path) -> None:
-        """Write the weights as the model's own ``save_pretrained`` does, else as safetensors."""
+        """Write the weights as the model's own ``save_pretrained`` does, else as safetensors; of LoRA adapters."""
         with replacing(path) as aside:
             save_pretrained = getattr(self.model, "save_pretrained", None)
-            if callable(save_pretrained):
+            if self.config.compute.lora:
+                state = require("peft", "lora").get_peft_model_state_dict(self.model)
+                aside.mkdir()
+                require("safetensors.torch", "train").save_file(state, aside / "adapter_model.safetensors")
+            elif callable(save_pretrained):
                 save_pretrained(aside)
             else:
                 aside.mkdir()

@@ -51,7 +51,5 @@ def test_text(tmp_path):
     empty = text.arguments(["", "one"])["encoder_hidden_states"]
     torch.testing.assert_close(hidden[1], empty[0])
     torch.testing.assert_close(hidden[2], empty[1])
-    with pytest.raises(
-        FileNotFoundError, match=r"expected a text encoder and its tokenizer, found no config\.json"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"expected a text encoder .* found no config"):
         Text(str(tmp_path), torch.device("cpu"))

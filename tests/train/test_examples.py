@@ -70,7 +70,7 @@ def write_folder(folder, count=300, broken=5):
         Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(path)
         if index < broken:
             path.write_bytes(path.read_bytes()[:40])
-    return {"folder": str(folder), "size": 8}
+    return {"folder": str(folder), "size": 8, "held_out": 0.0}
 
 
 def write_captioned(folder):
@@ -115,7 +115,7 @@ def test_broken_files_are_named_and_counted(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "diffmtl_fast"):
         train(config, run)
     named = [record.message for record in caplog.records if "left out" in record.message]
-    assert sorted(message.split("/")[-1].split(",")[0] for message in named) == [f"{i}.png" for i in range(5)]
+    assert sorted(message.split(",")[0].split("/")[-1] for message in named) == [f"{i}.png" for i in range(5)]
     few = replace(config, unreadable=2)
     with pytest.raises(UserError, match=r"unreadable: expected at most 2 files .* found one more: .*\.png"):
         train(few, RunFolder(tmp_path / "few"))

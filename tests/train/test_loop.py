@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import sys
 from dataclasses import replace
 from typing import get_args, get_type_hints
@@ -18,7 +19,7 @@ from diffmtl_fast.ops import _library
 from diffmtl_fast.train import checkpoint, history
 from diffmtl_fast.train.components import build_data, build_model, build_scheduler
 from diffmtl_fast.train.config import CONTINUOUS, PLAIN, Component, Loss
-from diffmtl_fast.train.errors import TrainingDiverged, UserError
+from diffmtl_fast.train.errors import Interrupted, TrainingDiverged, UserError
 from diffmtl_fast.train.history import History
 from diffmtl_fast.train.loop import Trainer
 from diffmtl_fast.train.noise import Noise
@@ -545,3 +546,97 @@ def test_any_module_and_data_without_labels(tiny, tmp_path, monkeypatch, method)
             fit(replace(config, model=Component("my_project.Normed")), tmp_path / "normed")
     with pytest.raises(UserError, match=r"evaluation\.num_samples: expected 0 for data without labels"):
         Trainer(replace(config, evaluation=replace(config.evaluation, num_samples=10)))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("constant", [0.5, 1, 1, 1]), ("linear", [0.5, 1, 0.5, 0]), ("cosine", [0.5, 1, 0.5, 0])],
+)
+def test_learning_rates_rise_and_fall(tiny, tmp_path, schedule, expected):
+    config = tiny(iterations=4, optimizer={"lr": 1e-2, "warmup": 2, "schedule": schedule})
+    trainer, found = Trainer(config), []
+    log = History(tmp_path / "log.jsonl")
+    for _ in range(4):
+        trainer.step(log)
+        found.append(trainer.optimizer.param_groups[0]["lr"] / 1e-2)
+    log.close()
+    assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("method", ["vanilla", "uw", "nash"])
+def test_fp16_scales_and_continues(tiny, tmp_path, method):
+    """The first scale of 65536 overflows nothing that a skipped step would not answer; the state is kept."""
+    options = {"precision": "fp16", "iterations": 4, "checkpoints": {"every": 2}}
+    whole, lines = fit(tiny(method=method, optimizer={"clip": 1.0}, **options), tmp_path / "run")
+    _, exact = fit(tiny(method=method, iterations=4), tmp_path / "full")
+    assert lines[0]["loss"] == pytest.approx(exact[0]["loss"], rel=0.05)
+    log = History(tmp_path / "run" / "log.jsonl")
+    resumed = Trainer(whole.config)
+    resumed.load(tmp_path / "run" / "iter-00000002", log)
+    log.close()
+    assert resumed.scaler.state_dict()["_growth_tracker"] <= 2
+    assert resumed.scaler.get_scale() > 0
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_norm_of_the_step_is_that_of_its_gradients(tiny, tmp_path, accumulate):
+    config = tiny(method="pcgrad", optimizer={"clip": 1e-3}, accumulate=accumulate, logging={"every": 1})
+    trainer, lines = fit(replace(config, iterations=1), tmp_path / "run")
+    norm = torch.stack([p.grad.square().sum() for p in trainer.model.parameters()]).sum().sqrt()
+    assert float(norm) == pytest.approx(1e-3, rel=1e-2)
+    free = Trainer(replace(config, optimizer=replace(config.optimizer, clip=0.0)))
+    log = History(tmp_path / "log.jsonl")
+    free.step(log)
+    log.close()
+    norm = torch.stack([p.grad.square().sum() for p in free.model.parameters()]).sum().sqrt()
+    assert lines[0]["gradient_norm"] == pytest.approx(float(norm), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        {"engine": "sliced"},
+        {"memory": "lean"},
+        {"jacobian_dtype": "bfloat16"},
+        {"channels_last": True},
+    ],
+)
+def test_ways_to_compute_the_same_step(tiny, tmp_path, compute):
+    options = {"method": "nash", "iterations": 2, "logging": {"every": 1}}
+    _, plain = fit(tiny(**options), tmp_path / "plain")
+    _, other = fit(tiny(**options, compute=compute), tmp_path / "other")
+    assert other[1]["loss"] == pytest.approx(plain[1]["loss"], rel=2e-2)
+
+
+def test_adapters_alone_are_trained(tiny, tmp_path):
+    pytest.importorskip("peft")
+    base = Trainer(tiny())
+    weights = tmp_path / "base.safetensors"
+    checkpoint.save_module(weights, base.model)
+    compute = {"lora": 2, "lora_targets": ["conv1"], "weights": str(weights)}
+    trainer, _ = fit(tiny(method="pcgrad", iterations=2, compute=compute), tmp_path / "run")
+    state = trainer.model.state_dict()
+    assert torch.equal(state["conv_in.weight"], base.model.conv_in.weight)
+    trained = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
+    assert any(state[name].abs().max() > 0 for name in trained if "lora_B" in name)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(tiny, tmp_path, monkeypatch, number):
+    step = Trainer.step
+
+    def interrupted(self, history):
+        step(self, history)
+        if self.iteration == 3:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    before = signal.getsignal(number)
+    with pytest.raises(
+        Interrupted, match=rf"stopped by {number.name} after iteration 3, .* --resume goes on"
+    ):
+        fit(tiny(), tmp_path / "run")
+    assert (tmp_path / "run" / "iter-00000003").exists()
+    assert signal.getsignal(number) is before
