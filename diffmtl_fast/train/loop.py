@@ -17,7 +17,7 @@ from ..curriculum import DifficultyCurriculum
 from ..data import Batch, EpochOrder, batches
 from ..gradients import ClusteredMTL
 from ..weighting import ContinuousUncertainty, GramianWeighting, LossWeighting, param_groups
-from . import checkpoint
+from . import checkpoint, processes
 from .components import (
     build_clusters,
     build_conditioning,
@@ -66,6 +66,8 @@ class Trainer:
         self.model = build_model(config, self.data, self.device)
         self.ema = Ema(self.model, config.ema_decay)
         self._run = torch.compile(self.model) if config.compute.compile else self.model
+        if processes.world() > 1 and not config.balanced:
+            self._run = torch.nn.parallel.DistributedDataParallel(self._run)
         self.weighting = build_weighting(config, self.clusters.k, self.device)
         self.mtl = None
         if isinstance(self.weighting, LossWeighting | GramianWeighting):
@@ -88,10 +90,13 @@ class Trainer:
         self.schedule = build_schedule(config, self.optimizer)
         self.scaler = torch.amp.GradScaler(self.device.type) if config.precision == "fp16" else None
         # Fresh dropout masks and the like come from torch's own generators: build_model seeded them.
-        self.generator = torch.Generator(self.device).manual_seed(config.seed)
+        own_seed = (
+            config.seed + 1_000_003 * processes.rank()
+        )  # every process draws noise and levels of its own
+        self.generator = torch.Generator(self.device).manual_seed(own_seed)
         # Timesteps are drawn on the host, so that a step does not wait for a GPU to know its clusters.
         self._one_generator = self.device.type == "cpu"
-        own = self.generator if self._one_generator else torch.Generator().manual_seed(config.seed)
+        own = self.generator if self._one_generator else torch.Generator().manual_seed(own_seed)
         self.host_generator = own
         self.conditioning = build_conditioning(config, self.data, self.device)
         self.unreadable: set[str] = set()
@@ -163,7 +168,7 @@ class Trainer:
             self.schedule.step()
         self.ema.update(self.model)
         losses, timesteps = (torch.cat(parts) for parts in zip(*drawn, strict=True))
-        self.timesteps.update(losses, timesteps)
+        self.timesteps.update(processes.gathered(losses), processes.gathered(timesteps))
         self.iteration += 1
 
     def save(self, folder: Path, history: History) -> Path:
@@ -173,6 +178,8 @@ class Trainer:
             TrainingDiverged: a loss or a weight is not finite.
         """
         history.check(self.iteration)
+        if processes.rank() > 0:
+            return folder
         for name, parameter in self.model.named_parameters():
             if not parameter.isfinite().all():
                 raise TrainingDiverged(f"the weights {name} are not finite at iteration {self.iteration}")
@@ -225,13 +232,18 @@ class Trainer:
         if self.weighting is not None:
             self.weighting.load_state_dict(state["weighting"])
         self.ema.updates = state["ema_updates"]
-        self.generator.set_state(state["generator"])
-        if not self._one_generator:
+        if processes.rank() > 0:  # the saved ones are the first process's
+            for generator in (self.generator, self.host_generator):
+                generator.manual_seed(generator.initial_seed() + state["iteration"])
+        else:
+            self.generator.set_state(state["generator"])
+        if processes.rank() == 0 and not self._one_generator:
             self.host_generator.set_state(state["host_generator"])
         self.unreadable, self._batches = set(state["unreadable"]), None
         with blame("curriculum"):
             self.timesteps.load_state_dict(state["timesteps"])
-        history.load_state_dict(state["history"], self.device)
+        if processes.rank() == 0:
+            history.load_state_dict(state["history"], self.device)
         torch.set_rng_state(state["torch_rng"])
         if state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
@@ -283,7 +295,8 @@ class Trainer:
         config = self.config
         if self._batches is None:
             items, seen = self.data.training, self.iteration * config.accumulate
-            order = EpochOrder(len(items), config.batch_size, config.seed, seen)
+            place = processes.rank(), processes.world()
+            order = EpochOrder(len(items), config.batch_size, config.seed, seen, *place)
             self._batches = batches(items, order, workers=config.workers, pin=self.device.type == "cuda")
         with blame("data", (ValueError, RuntimeError)):
             batch = next(self._batches)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from .._files import replacing
-from .._progress import open_progress
-from . import checkpoint, evaluation, history, plots
+from .._progress import NoProgress, open_progress
+from . import checkpoint, evaluation, history, plots, processes
 from .components import in_timesteps
 from .config import Config, differences
 from .errors import TrainingDiverged, UserError
@@ -52,7 +55,14 @@ def train(
         UserError: the run cannot be started or continued as asked.
         TrainingDiverged: a loss or a weight is not finite.
     """
+    with processes.joined(config) as config:
+        _train(config, run, resume, chosen, outputs)
+
+
+def _train(config: Config, run: RunFolder, resume: bool, chosen: Path | None, outputs: bool) -> None:
     begun = run.begun
+    if processes.world() > 1:
+        torch.distributed.barrier()  # all have looked before the first one makes the folder
     if begun and not resume:
         raise UserError(
             f"run folder {run}: holds a run already; --resume continues it, --run-dir names another"
@@ -66,6 +76,9 @@ def train(
             print(f"{run} is already complete")
             return
     trainer = Trainer(config)  # before the folder is made, so that a bad option leaves nothing behind
+    if processes.rank() > 0:
+        _follow(trainer, run.checkpoint(chosen) if begun else None, run.checkpoints)
+        return
     run.create()
     with run.lock():
         run.write_config(config)
@@ -120,12 +133,25 @@ def _fit(trainer: Trainer, run: RunFolder, chosen: Path | None) -> None:
     with contextlib.closing(log):
         if start is not None:
             trainer.load(start, log)
+        if processes.world() > 1:
+            torch.distributed.barrier()  # all have read before anything is removed or written
+        if start is not None:
             run.remove_newer(start)
             print(f"continuing {run} from iteration {trainer.iteration}")
         if trainer.iteration < trainer.config.iterations:
             run.remove_outputs()  # those of a shorter run would pass for this one's
         with contextlib.closing(open_progress(trainer.config.iterations, trainer.iteration)) as progress:
             trainer.fit(run.checkpoints, log, progress)
+
+
+def _follow(trainer: Trainer, start: Path | None, checkpoints: Path) -> None:
+    """Train with the first process, which alone writes."""
+    with contextlib.closing(History(Path(os.devnull))) as log:
+        if start is not None:
+            trainer.load(start, log)
+        if processes.world() > 1:
+            torch.distributed.barrier()
+        trainer.fit(checkpoints, log, NoProgress())
 
 
 def _write_outputs(trainer: Trainer, run: RunFolder) -> None:
