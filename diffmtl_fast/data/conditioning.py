@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._extras import require
 from .items import Conditions
@@ -119,7 +119,7 @@ class Text(Conditioning):
         return {self.argument: hidden} | ({self.mask: tokens["attention_mask"]} if self.mask else {})
 
 
-def times_keyword(model: nn.Module) -> str | None:
+def times_keyword(model: Any) -> str | None:
     """The name of the time's argument where it need not be the second one; None for the second one."""
-    parameters = inspect.signature(model.forward).parameters
+    parameters = inspect.signature(getattr(model, "forward", model)).parameters
     return "timestep" if "timestep" in parameters else None
