@@ -15,7 +15,8 @@ BUILD_INPUTS := pyproject.toml $(CONSTRAINTS) CMakeLists.txt $(wildcard csrc/*.c
 help:
 	@echo "make train   train on the embedded digits and write pictures and metrics to $(RUN)"
 	@echo "make test    run the test suite (DIFFMTL_TEST_DEVICE=cuda runs it on a GPU, TORCH=2.9.1 with that PyTorch)"
-	@echo "make campaign   hold the engines to the whole table of architectures, of which make test runs a part"
+	@echo "make campaign   the whole table of architectures, and kills, damaged files, malformed options and components,"
+	@echo "             of which make test runs a part"
 	@echo "make bench   time everything beside the reference, the peers and the limit, a quarter of an hour on 2 cores;"
 	@echo "             bench-full takes hours; both use a GPU where there is one and write benchmarks/results,"
 	@echo "             a part of them, as in make bench BENCH='--groups clustering', runs/bench"
@@ -59,7 +60,7 @@ test: $(VENV)/dev.stamp
 
 campaign: $(VENV)/dev.stamp
 	DIFFMTL_CAMPAIGN=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q tests/gradients/test_architectures.py \
-	  tests/gradients/test_random_programs.py tests/weighting
+	  tests/gradients/test_random_programs.py tests/weighting tests/train/test_campaign.py
 
 # The tables come last, and are in the JSON file that it names. BENCH passes options on, such as
 # BENCH='--groups clustering' or BENCH='--reference-repo PATH'.

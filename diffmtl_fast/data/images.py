@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +12,9 @@ from torch import Tensor
 
 from .._extras import require
 from .items import Items, Memory
+
+#: Of a value of a training image; resizing and encoders overshoot 1 a little.
+LARGEST = 2.0
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,44 @@ class ImageData:
                 )
             if int(labels.min()) < 0:
                 raise ValueError(f"{name}_labels: expected classes >= 0, found {int(labels.min())}")
+        if self.test.shape[1:] != self.train.shape[1:]:
+            raise ValueError(
+                f"test: expected images of the shape of the training ones {list(self.train.shape[1:])}, found "
+                f"{list(self.test.shape[1:])}"
+            )
+        low, high = (float(value) for value in self.train.aminmax())
+        if low < -LARGEST or high > LARGEST:
+            raise ValueError(
+                f"train: expected values scaled to [-1, 1], found {low:.4g} to {high:.4g}; "
+                "ImageData.scaled(...) scales images of 0 to 255"
+            )
+        if self.train_labels is not None:
+            found = torch.bincount(self.train_labels)
+            absent = (found == 0).nonzero().flatten().tolist()
+            if absent:
+                raise ValueError(
+                    f"train_labels: expected every class 0 ... {len(found) - 1}, found no image of {absent[:10]}"
+                )
+            if self.test_labels is not None and int(self.test_labels.max()) >= len(found):
+                raise ValueError(
+                    f"test_labels: expected the classes of the training images, 0 ... {len(found) - 1}, found "
+                    f"{int(self.test_labels.max())}"
+                )
+
+    @classmethod
+    def scaled(
+        cls, train: Tensor, train_labels: Tensor | None, test: Tensor, test_labels: Tensor | None
+    ) -> ImageData:
+        """Make it of images whose values are 0 to 255: uint8 or floating point, [N, C, H, W]."""
+        return cls(train.float() / 127.5 - 1, train_labels, test.float() / 127.5 - 1, test_labels)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Count, shape and SHA-256 of the training images and labels."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.train_labels):
+            if part is not None:
+                digest.update(part.contiguous().numpy().data)
+        return {"count": len(self.train), "shape": list(self.shape), "sha256": digest.hexdigest()}
 
     @property
     def shape(self) -> tuple[int, int, int]:

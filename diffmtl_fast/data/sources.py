@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import random
@@ -53,6 +54,13 @@ class FileData:
             except UNREADABLE:
                 continue
         raise ValueError(f"expected a readable sample, found none among {len(self.training)}")
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Count and shape of the training samples, SHA-256 of their names."""
+        digest = hashlib.sha256()
+        for index in range(len(self.training)):
+            digest.update(self.training.name(index).rpartition("/")[2].encode() + b"\0")
+        return {"count": len(self.training), "shape": list(self.shape), "sha256": digest.hexdigest()}
 
     def images(self, limit: int) -> ImageData:
         """The first samples in memory, at most `limit` of each kind, without those that cannot be read."""
@@ -364,5 +372,5 @@ def _load(items: Items, limit: int) -> tuple[Tensor, Tensor | None]:
         isinstance(label, int) or (isinstance(label, Tensor) and label.dim() == 0) for label in labels
     )
     return torch.stack([x for x, _ in found]), torch.tensor(
-        [int(label) for label in labels]
+        [int(label) for label in labels]  # type: ignore[arg-type]
     ) if whole else None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..ops.gram import gram_at_any_scale
 from .buckets import in_buckets
 from .ranks import Ranks
 
@@ -36,7 +37,7 @@ class ShardedJacobian:
         self._shards: list[Tensor] = []  # of every bucket, [K, columns of this rank]
 
     def gramian(self) -> Tensor:
-        """Return J Jᵀ, [K, K], float32 at least.
+        """Return J Jᵀ, float64 [K, K], at any scale.
 
         Raises:
             RuntimeError: a rank failed in its backward.
@@ -51,8 +52,8 @@ class ShardedJacobian:
         self._buckets = [[positions[i] for i in bucket] for bucket in in_buckets(kinds)]
         self._shards = [ranks.scatter_sum(self._cut(bucket)) for bucket in self._buckets]
         if not self._shards:
-            return torch.zeros(jacobian.num_clusters, jacobian.num_clusters, device=ranks.device)
-        gramian = ops.gram(self._shards)
+            return jacobian.blocks[0].new_zeros((jacobian.num_clusters,) * 2, dtype=torch.float64)
+        gramian = gram_at_any_scale(self._shards)
         ranks.add_([gramian])
         return gramian
 
@@ -64,6 +65,11 @@ class ShardedJacobian:
         width = max(1, -(-columns // size))
         parts.append(parts[0].new_zeros(number, size * width - columns))
         return torch.cat(parts, 1).view(number, size, width).transpose(0, 1).contiguous()
+
+    def drop(self, clusters: Tensor) -> None:
+        """Set the gradients of some clusters, bool [K], to zero."""
+        for shard in self._shards:
+            shard.masked_fill_(clusters.unsqueeze(1), 0)
 
     def update(self, weights: Tensor, backward: Callable[[Tensor], None]) -> Tensor:
         """Add Σ_k w_k g_k to the parameters' ``.grad``; see `Store.update`."""

@@ -6,6 +6,7 @@ import copy
 import functools
 import logging
 import math
+import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from .step import Step
 from .uncompiled import uncompiled
 
 _logger = logging.getLogger("diffmtl_fast")
+# Binary orders of magnitude from 1 in which a Gramian is left as it is; float32 has 126.
+_ROOM = 60
 _DATA_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -36,13 +39,15 @@ class StepRecord:
     Attributes:
         losses: [K], the mean loss of each cluster; 0 for an absent one.
         weights: w, [K], in the convention d = (1/n) Σ_k w_k g_k over the n present clusters; 0 for an absent one.
-        present: bool [K], the clusters with samples in the batch.
-        gramian: G = J Jᵀ, [K, K], float32 at least; None where the step formed no per-cluster gradients.
+        present: bool [K], the clusters with samples in the batch that were not dropped.
+        gramian: G = J Jᵀ, float64 [K, K], right for losses from 1e-30 to 1e30; None where the step formed no
+            per-cluster gradients.
         grad_norm: the norm of all ``.grad`` of the model's trainable parameters, those included that earlier
             backwards left there, measured while it was written: the norm that `torch.nn.utils.clip_grad_norm_`
             would find. Pass it to `torch.nn.utils.clip_grads_with_norm_` to clip without another pass. Scaled as
             ``.grad`` is where there is a GradScaler. None where the step formed no per-cluster gradients, and with
             memory="lean".
+        dropped: bool [K], the clusters that ``drop_nonfinite`` left out of the step; None without it.
     """
 
     losses: Tensor
@@ -50,6 +55,7 @@ class StepRecord:
     present: Tensor
     gramian: Tensor | None
     grad_norm: Tensor | None = None
+    dropped: Tensor | None = None
 
     @property
     def cosines(self) -> Tensor | None:
@@ -92,6 +98,9 @@ class ClusteredMTL(nn.Module):
             the Gramian is accumulated in float32 all the same. Default: each parameter's own.
         shared: names of keyword arguments, or positions of positional ones, that belong to the whole batch
             although their first dimension happens to equal its size.
+        drop_nonfinite: leave a cluster whose loss or gradient is not finite out of the step, as if it were absent
+            from the batch; every step forms the cluster gradients for it. With a GradScaler, which wants to see
+            overflowed gradients, the loss alone decides. By default such a cluster makes NaN of every ``.grad``.
         process_group: the processes that train replicas of the model together, each on samples of its own; their
             steps are the step of one process with all of the samples. Default: the world, where torch.distributed
             is initialised; a model in `DistributedDataParallel` is taken out of it, and its group taken over.
@@ -119,6 +128,7 @@ class ClusteredMTL(nn.Module):
         memory: Memory = "full",
         jacobian_dtype: torch.dtype | None = None,
         shared: Collection[str | int] = (),
+        drop_nonfinite: bool = False,
         process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
@@ -133,12 +143,17 @@ class ClusteredMTL(nn.Module):
             raise ValueError(f"memory: expected 'full' or 'lean', found {memory!r}")
         if memory == "lean" and engine == "sliced":
             raise ValueError("memory='lean': expected engine 'auto' or 'grouped', found 'sliced'")
+        if memory == "lean" and drop_nonfinite:
+            raise ValueError(
+                "drop_nonfinite: expected memory='full', whose Jacobian holds the clusters apart, found 'lean'"
+            )
         if jacobian_dtype is not None and not jacobian_dtype.is_floating_point:
             raise ValueError(f"jacobian_dtype: expected a floating-point dtype, found {jacobian_dtype}")
         self.module = model
         self.weighting = weighting
         self.num_clusters = num_clusters
         self.memory = memory
+        self.drop_nonfinite = drop_nonfinite
         self.measure_gramian = False
         self.last: StepRecord | None = None
         self._process_group = process_group
@@ -179,6 +194,7 @@ class ClusteredMTL(nn.Module):
 
     def _forward_by_cluster(self, cluster: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         check_cluster(cluster, self.num_clusters)
+        self._refuse_other_threads()
         self._refuse_lost_gradients()
         step = self._continue_or_begin()
         self._step = None  # a forward that fails leaves no step to finish
@@ -220,6 +236,7 @@ class ClusteredMTL(nn.Module):
             "num_clusters": self.num_clusters,
             "memory": self.memory,
             "jacobian_dtype": self._engine.dtype,
+            "drop_nonfinite": self.drop_nonfinite,
         }
         ranks = Ranks(group, next(self.module.parameters()).device)
         settle(ranks, self.module, self.weighting, settings)
@@ -284,7 +301,8 @@ class ClusteredMTL(nn.Module):
 
     def _needs_gradients_by_cluster(self) -> bool:
         weighting = self.weighting
-        return self.measure_gramian or (isinstance(weighting, GramianWeighting) and weighting.needs_gramian)
+        asked = isinstance(weighting, GramianWeighting) and weighting.needs_gramian
+        return asked or self.measure_gramian or self.drop_nonfinite
 
     def _backward_losses(self, losses: Tensor, present: Tensor, scale: Tensor | None) -> None:
         """One plain backward of the weighted loss."""
@@ -312,24 +330,39 @@ class ClusteredMTL(nn.Module):
         with self._replicas.telling_before_gradients(self._engine.parameters):
             self._engine.collect(step, objective, store)
         gradients = self._replicas.reader(store)
-        gramian = gradients.gramian() * number**2
+        gramian = gradients.gramian() * number.double() ** 2
         if scale is not None:
-            gramian = gramian / scale.to(gramian.dtype) ** 2
+            gramian = gramian / scale.double() ** 2
+        dropped = None
+        if self.drop_nonfinite:
+            finite = (
+                losses.isfinite() if scale is not None else losses.isfinite() & gramian.diagonal().isfinite()
+            )
+            dropped, present = present & ~finite, present & finite
+            gradients.drop(dropped)
+            losses = torch.where(dropped, 0, losses)
+            gramian = torch.where(dropped.unsqueeze(0) | dropped.unsqueeze(1), 0, gramian)
+        dtype = self._engine.sum_dtype
         weights = self._replicas.weights(self._weigh(losses, gramian, present, scale))
-        square = gradients.update(weights.to(gramian.dtype), again)
-        norm = None if square is None else square.sqrt()
-        if isinstance(self.weighting, LossWeighting):  # the Gramian was only measured
+        shares = weights if dropped is None else weights * (number / present.sum().clamp(min=1))
+        square = gradients.update(shares.to(dtype), again)
+        norm = None if square is None else square.sqrt().to(dtype)
+        if (
+            isinstance(self.weighting, LossWeighting) and not self.drop_nonfinite
+        ):  # the Gramian was only measured
             self._engine.release()
-        self.last = StepRecord(losses.detach(), weights.detach(), present, gramian, norm)
+        self.last = StepRecord(losses.detach(), weights.detach(), present, gramian, norm, dropped)
 
     def _weigh(self, losses: Tensor, gramian: Tensor, present: Tensor, scale: Tensor | None) -> Tensor:
         """Ask the weighting for its weights [K]; in an overflowed step of a GradScaler, 1 without asking."""
+        dtype = self._engine.sum_dtype
         # Reading the flag costs no more than the scaler's own step, which reads its flag right after.
         if scale is not None and not bool(gramian.isfinite().all()):
-            return present.to(gramian.dtype)
+            return present.to(dtype)
         if isinstance(self.weighting, GramianWeighting):
             # Between Nash's refreshes the Gramian was only measured, and is not passed on.
-            weights: Tensor = self.weighting(gramian if self.weighting.needs_gramian else None, present)
+            given = _within(gramian, dtype) if self.weighting.needs_gramian else None
+            weights: Tensor = self.weighting(given, present)
             return weights.detach()
         objective, weights = self._weigh_losses(losses.detach().requires_grad_(), present)
         learned = [p for p in self.weighting.parameters() if p.requires_grad]
@@ -360,6 +393,14 @@ class ClusteredMTL(nn.Module):
         # Reading it costs no more than the scaler's own step, which reads such a flag right after.
         if not bool(norm.isfinite()):
             self.weighting.load_state_dict(before)
+
+    def _refuse_other_threads(self) -> None:
+        """Notice a forward while another thread's step waits for its backward: they would share one."""
+        if self._step is not None and self._step.thread != threading.get_ident():
+            raise RuntimeError(
+                "expected the steps of one thread at a time in a ClusteredMTL, found a forward while the step of "
+                "another thread waits for its backward; give every thread a wrapper and a model of its own"
+            )
 
     def _refuse_lost_gradients(self) -> None:
         """Notice that the last output was differentiated by something other than `backward`."""
@@ -422,6 +463,19 @@ def _warn_uncompiled() -> None:
         "ClusteredMTL is not compiled, nor is the model in it: compile the model instead, as in "
         "ClusteredMTL(torch.compile(model), ...)"
     )
+
+
+def _within(gramian: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a float64 Gramian in the dtype whose rounding its gradients have, to be trusted no further.
+
+    Where float32 has little room left, a power of four brings the largest entry to about 2⁶⁰: a common scale that
+    changes no weights of the methods here, and leaves room for norms that are 10²⁸ times smaller.
+    """
+    if dtype == torch.float64:
+        return gramian
+    exponent = torch.frexp(gramian.diagonal().amax()).exponent
+    far = exponent.abs() > _ROOM
+    return torch.ldexp(gramian, torch.where(far, _ROOM - 2 * (exponent // 2), 0)).to(dtype)
 
 
 def _scaled(objective: Tensor, scale: Tensor | None) -> Tensor:

@@ -272,6 +272,12 @@ class Engine:
         return max(*(torch.finfo(d).eps for d in dtypes), 2.0**-10 if device == "cuda" and tf32 else 0.0)
 
     @property
+    def sum_dtype(self) -> torch.dtype:
+        """The dtype that sums over the stored gradients are trusted in: float32, or float64 where one is."""
+        dtypes = {self.dtype} if self.dtype else {p.dtype for p in self.parameters}
+        return torch.float64 if torch.float64 in dtypes else torch.float32
+
+    @property
     def jacobian(self) -> Jacobian:
         """The Jacobian, whose memory is the same in all steps."""
         if self._jacobian is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -49,6 +50,7 @@ class Step:
         store: what takes per-cluster gradients now; None in any backward but `ClusteredMTL.backward`'s own, where
             the graph behaves like the plain model's.
         bypassed: whether such another backward has come by.
+        thread: the thread that it belongs to.
     """
 
     def __init__(self, by_cluster: bool) -> None:
@@ -57,6 +59,7 @@ class Step:
         self.passes: list[Pass] = []
         self.store: Store | None = None
         self.bypassed = False
+        self.thread = threading.get_ident()
 
     def begin_pass(self, clusters: Clusters) -> Pass:
         """Start a forward whose graph can tell the clusters apart."""

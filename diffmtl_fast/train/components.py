@@ -55,10 +55,8 @@ def import_object(key: str, path: str) -> Callable[..., Any]:
         UserError: there is none; the message begins with ``key``.
     """
     module, _, name = path.rpartition(".")
-    try:
+    with blame(f"{key}.path: cannot import {path!r}"):
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{key}.path: cannot import {path!r} ({error})") from error
     if not callable(found):
         raise UserError(f"{key}.path: expected a class or function, found {type(found).__name__} {path}")
     return found
@@ -75,25 +73,36 @@ def build(key: str, component: Component) -> Any:
         return target(**component.args)
 
 
-def build_model(config: Config, data: Data, device: torch.device) -> nn.Module:
-    """The denoiser with the weights that the seed gives it, checked by one call on a pair of images."""
+def build_model(config: Config, data: Data, device: torch.device, last_time: float = 0) -> nn.Module:
+    """The denoiser with the weights that the seed gives it.
+
+    It is checked by one call on two samples: of the first and the last class where samples are in memory, with the
+    least and the largest time (`last_time`) that it is told.
+    """
     torch.manual_seed(config.seed)
     model = build("model", config.model)
     if not isinstance(model, nn.Module):
         raise UserError(
             f"model: expected an nn.Module, found {type(model).__name__} from {config.model.path}"
         )
-    model = _prepared(model, config.compute).to(device)
+    with blame("model"):
+        model = _prepared(model, config.compute)
+    _refuse_parameters(model)
+    with blame("model"):
+        model = model.to(device)
     batch = _pair(data).to(device)
     images = batch.x
     arguments = build_conditioning(config, data, device).arguments(batch.conditioning)
-    with torch.no_grad(), blame("model", (TypeError, ValueError, RuntimeError)):
-        told = torch.zeros(len(images), dtype=torch.int64, device=device)
+    with blame("model"):
+        told = torch.tensor([0, last_time], device=device)
         output = prediction(denoise(model, images, told, arguments))
     if output.shape != images.shape:
         raise UserError(
             f"model: expected an output of the images' shape {list(images.shape)}, found {list(output.shape)}"
         )
+    if not output.is_floating_point() or not output.requires_grad:
+        found = f"{output.dtype}, {'with' if output.requires_grad else 'without'} a gradient"
+        raise UserError(f"model: expected a floating-point output with a gradient, found one of {found}")
     return model
 
 
@@ -113,12 +122,39 @@ def _prepared(model: nn.Module, options: Compute) -> nn.Module:
     return model.to(memory_format=torch.channels_last) if options.channels_last else model  # type: ignore[call-overload]
 
 
+def _refuse_parameters(model: nn.Module) -> None:
+    """Refuse a model that cannot be trained."""
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if parameter.is_meta or parameter.layout != torch.strided or not parameter.is_floating_point():
+            kind = "a meta tensor" if parameter.is_meta else f"{parameter.dtype}, {parameter.layout}"
+            raise UserError(
+                f"model: expected dense floating-point parameters with values, found {name}: {kind}"
+            )
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise UserError("model: expected a parameter that is trained (requires_grad), found none")
+
+
 def build_scheduler(config: Config) -> Any:
     """The scheduler that the noise process is read from, see `diffmtl_fast.diffusion.noise_process`."""
     scheduler = build("scheduler", config.scheduler)
     with blame("scheduler"):
+        if getattr(scheduler, "alphas_cumprod", None) is not None:
+            _check_schedule(scheduler)
         noise_process(scheduler)
     return scheduler
+
+
+def _check_schedule(scheduler: Any) -> None:
+    number = getattr(scheduler.config, "num_train_timesteps", None)
+    if not isinstance(number, int) or number < 1:
+        raise ValueError(f"config.num_train_timesteps: expected an integer >= 1, found {number!r}")
+    signal = torch.as_tensor(scheduler.alphas_cumprod)
+    if signal.shape != (number,) or not bool(((signal >= 0) & (signal <= 1)).all()):
+        raise ValueError(
+            f"alphas_cumprod: expected {number} numbers from 0 to 1 (num_train_timesteps), found shape "
+            f"{list(signal.shape)} of {signal.dtype}"
+        )
 
 
 def build_data(config: Config) -> Data:
@@ -215,7 +251,7 @@ def build_timesteps(
     if continuous and kind in ("logit_normal", "log_normal", "beta", "laplace"):
         # That is the distribution of the clusters' levels; what is left to say is how a batch takes from them.
         args, kind = {}, "stratified" if balanced else "uniform"
-    with blame("timesteps.args", (ValueError, TypeError, ImportError)):
+    with blame("timesteps.args"):
         if kind == "stratified":
             return StratifiedSampler(clusters, **args)
         if kind == "logit_normal":
@@ -305,7 +341,7 @@ def load_array(key: str, path: str | Path | None) -> np.ndarray:
     """
     try:
         return load_values(str(path))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, MemoryError, OverflowError, RecursionError) as error:
         raise UserError(f"{key}: cannot read {path} ({error})") from error
 
 
@@ -331,7 +367,10 @@ def resolve_device(name: str) -> torch.device:
 
 
 def _pair(data: Data) -> Batch:
-    """Two samples."""
+    """Two samples, of the first and the last class where they are in memory."""
+    if isinstance(data, ImageData) and data.train_labels is not None:
+        chosen = torch.stack([data.train_labels.argmin(), data.train_labels.argmax()])
+        return Batch(data.train[chosen], data.train_labels[chosen])
     with blame("data"):
         return next(batches(data.training, EpochOrder(len(data.training), 2, 0), augment=False))
 
@@ -357,7 +396,9 @@ def build_conditioning(config: Config, data: Data, device: torch.device) -> Cond
         return Text(options.encoder, device, mask=options.mask, max_length=options.max_length, **named)
 
 
-def denoise(model: nn.Module, x: Tensor, time: Tensor, arguments: dict[str, Any], **more: Any) -> Any:
+def denoise(
+    model: Callable[..., Any], x: Tensor, time: Tensor, arguments: dict[str, Any], **more: Any
+) -> Any:
     """Call a model, or its wrapper, with a noisy input, the time and conditions; returns what it returns."""
     name = times_keyword(getattr(model, "module", model))
     if name is None:
@@ -366,5 +407,14 @@ def denoise(model: nn.Module, x: Tensor, time: Tensor, arguments: dict[str, Any]
 
 
 def prediction(output: Any) -> Tensor:
-    """The tensor in what a model returned: itself, or the ``sample`` of a diffusers output."""
-    return output if isinstance(output, Tensor) else output.sample
+    """The tensor in what a model returned: itself, or the ``sample`` of a diffusers output.
+
+    Raises:
+        UserError: it returned neither.
+    """
+    found = output if isinstance(output, Tensor) else getattr(output, "sample", None)
+    if not isinstance(found, Tensor):
+        raise UserError(
+            f"model: expected it to return a tensor, or one as .sample, found {type(output).__name__}"
+        )
+    return found

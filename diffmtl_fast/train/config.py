@@ -7,12 +7,20 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from .._extras import require
-from .._number_types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UnitFloat
+from .._number_types import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    Size,
+    UnitFloat,
+)
 from ..weighting import METHODS
-from .errors import UserError, readable
+from .errors import UserError, blame, readable
 
 #: The method that balances nothing: the mean over all samples.
 PLAIN = "vanilla"
@@ -47,6 +55,7 @@ class Clusters:
         min_size: fewest timesteps of a cluster; null for no limit
         max_size: most timesteps of a cluster; null for no limit
         affinity: .npy or .json file with the T x T matrix of task affinities, for cost affinity
+        clip: bounds of the log-SNR, such as [-20, 20], for schedules that end in pure noise; null for none
     """
 
     cost: Literal["snr", "timestep", "affinity"] = "snr"
@@ -54,6 +63,7 @@ class Clusters:
     min_size: PositiveInt | None = None
     max_size: PositiveInt | None = None
     affinity: str | None = None
+    clip: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +119,8 @@ class Loss:
         weight: Min-SNR, P2 and others, for what the model predicts; docs/loss-weighting.md has the formulas
         args: its arguments: gamma, also as snr_gamma or min_snr_gamma (min_snr, soft_min_snr; default 5), gamma
             and k (p2), sigma_data (edm), logit_mean and logit_std (logit_normal), mode_scale (mode)
+        nonfinite: stop training where a loss is not finite, or drop its cluster from the step and count it in the
+            log, which methods that balance clusters can
     """
 
     weight: Literal[
@@ -125,6 +137,7 @@ class Loss:
         "sigma_sqrt",
     ] = "none"
     args: dict[str, Any] = field(default_factory=dict)
+    nonfinite: Literal["stop", "drop"] = "stop"
 
 
 @dataclass(frozen=True)
@@ -208,7 +221,7 @@ class Sampling:
 
     scheduler: Component = field(default_factory=lambda: Component("auto"))
     steps: PositiveInt = 50
-    batch_size: PositiveInt = 360
+    batch_size: Size = 360
     guidance: NonNegativeFloat = 1.0
 
 
@@ -302,12 +315,12 @@ class Config:
 
     method: str = "uw"
     iterations: PositiveInt = 1000
-    batch_size: PositiveInt = 128
+    batch_size: Size = 128
     accumulate: PositiveInt = 1
     ema_decay: UnitFloat = 0.9999
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: str = "auto"
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     clusters: Clusters = field(default_factory=Clusters)
     timesteps: Timesteps = field(default_factory=Timesteps)
     curriculum: Curriculum = field(default_factory=Curriculum)
@@ -362,11 +375,13 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     Raises:
         UserError: an unknown key, or a value out of range.
     """
-    _check_names(Config, values, "")
-    try:
-        typed = _types().parse_object(values).as_dict()
-    except require("jsonargparse", "train").ArgumentError as error:
-        raise UserError(readable(str(error))) from error
+    with blame("config", (Exception,)):
+        _refuse_cycles(values, ())
+        _check_names(Config, values, "")
+        try:
+            typed = _types().parse_object(values).as_dict()
+        except require("jsonargparse", "train").ArgumentError as error:
+            raise UserError(readable(str(error))) from error
     config = _build(Config, typed, values)
     _check(config)
     return config
@@ -401,7 +416,7 @@ def read_values(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: expected YAML ({error})") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of options, found {type(values).__name__}")
@@ -422,6 +437,15 @@ def differences(ours: Config, theirs: Config) -> dict[str, tuple[Any, Any]]:
     return {key: values for key, values in both.items() if values[0] != values[1]}
 
 
+def _refuse_cycles(value: Any, within: tuple[int, ...]) -> None:
+    """Refuse values that contain themselves, as aliases of YAML can."""
+    if id(value) in within:
+        raise UserError("config: expected values that end, found one that contains itself")
+    if isinstance(value, Mapping | list):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            _refuse_cycles(each, (*within, id(value)))
+
+
 def _check_names(cls: Any, values: Mapping[str, Any], prefix: str) -> None:
     types = get_type_hints(cls)
     for name, value in values.items():
@@ -437,6 +461,8 @@ def _build(cls: Any, typed: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
     """An object of a class; dictionaries as they were given, since jsonargparse reads strings in them as YAML."""
     types, arguments = get_type_hints(cls), {}
     for name, value in typed.items():
+        if value is None and type(None) not in get_args(types[name]):
+            raise UserError(f"{name}: expected a value, found null")
         if is_dataclass(types[name]):
             value = _build(types[name], value, given.get(name, {}))
         elif isinstance(value, int | float) and not isinstance(value, bool):
@@ -460,6 +486,10 @@ def _check(config: Config) -> None:
     """What types cannot say: how options fit each other."""
     if config.loss.args and config.loss.weight == "none":
         raise UserError(f"loss.args: expected none without a loss.weight, found {config.loss.args}")
+    if config.loss.nonfinite == "drop" and not config.balanced:
+        raise UserError(
+            f"loss.nonfinite: expected stop with method {config.method}, which knows no clusters, found drop"
+        )
     if config.evaluation.num_samples in range(1, NEIGHBOURS + 1):
         raise UserError(
             f"evaluation.num_samples: expected 0 or more than {NEIGHBOURS}, found {config.evaluation.num_samples}"
@@ -486,6 +516,9 @@ def _check(config: Config) -> None:
 
 
 def _check_clusters(key: str, clusters: Clusters) -> None:
+    clip = clusters.clip
+    if clip is not None and not (len(clip) == 2 and clip[0] < clip[1]):
+        raise UserError(f"{key}.clip: expected [low, high] with low < high, or null, found {clip!r}")
     if (clusters.cost == "affinity") != (clusters.affinity is not None):
         raise UserError(
             f"{key}.affinity: expected a .npy or .json file with cost affinity and none with another cost, "

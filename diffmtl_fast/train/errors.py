@@ -3,67 +3,49 @@
 from __future__ import annotations
 
 import re
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from .._number_types import IN_WORDS
 
-Errors: TypeAlias = "tuple[type[Exception], ...]"
+Errors: TypeAlias = "tuple[type[BaseException], ...]"
 
 
 class UserError(Exception):
     """The request cannot be carried out as given: a bad option, file, folder or device."""
 
 
-class Interrupted(KeyboardInterrupt):
-    """Training was stopped by a signal, and says how to go on."""
-
-
-class StopSignals:
-    """Notes SIGTERM and Ctrl-C instead of obeying them at once; a second one of the same kind is obeyed.
-
-    Attributes:
-        received: name of the signal that came; None before.
-    """
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():  # no other may handle signals
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: object) -> None:
-        self.received = signal.Signals(number).name
-        signal.signal(number, self._before[number])
-
-
 class TrainingDiverged(RuntimeError):
     """A loss or a weight stopped being a finite number."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """Training was asked to stop, and has saved a checkpoint."""
+
+
+# What says what it is without its name.
+_PLAIN_WORDS = (ValueError, TypeError, NotImplementedError, ImportError, OSError)
+
+
 @contextmanager
-def blame(key: str, errors: Errors = (ValueError, TypeError, NotImplementedError)) -> Iterator[None]:
-    """Turn the given errors, raised while a user's value is put to use, into a :class:`UserError`.
+def blame(key: str, errors: Errors = (Exception, SystemExit)) -> Iterator[None]:
+    """Turn what is raised while a user's value or code is put to use into a :class:`UserError`.
+
+    `SystemExit` too: a component that leaves the program must not look like its success.
 
     Args:
-        key: the option that the value came from, for example ``"model"``; it begins the message.
-        errors: the exception types that a bad value raises.
+        key: the option that it came from, for example ``"model"``; it begins the message.
+        errors: the exception types that are the user's to put right.
     """
     try:
         yield
+    except (UserError, TrainingDiverged):
+        raise
     except errors as error:
         message = str(error)
+        if not isinstance(error, _PLAIN_WORDS):
+            message = f"{type(error).__name__}: {message}" if message else type(error).__name__
         raise UserError(message if message.startswith(f"{key}:") else f"{key}: {message}") from error
 
 

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ from .components import (
 )
 from .config import Config
 from .ema import Ema
-from .errors import Interrupted, StopSignals, TrainingDiverged, UserError, blame
+from .errors import Interrupted, TrainingDiverged, UserError, blame
 from .history import History, describe
 from .noise import Noise
 
@@ -48,6 +49,7 @@ class Trainer:
     Attributes:
         iteration: optimizer steps done.
         seconds: time that they took.
+        stop: set it to what asks for it, and training stops after the present iteration, with a checkpoint.
 
     Raises:
         UserError: a part of the configuration cannot be used.
@@ -60,12 +62,14 @@ class Trainer:
         self.scheduler = build_scheduler(config)
         self.noise = Noise(config, self.scheduler, self.device)
         self.process = self.noise.process
-        number, log_snr = self.noise.num_timesteps, self.noise.log_snr
+        number, log_snr = self.noise.num_timesteps, self.noise.cluster_log_snr
         self.clusters = build_clusters(config.clusters, log_snr, number, distribution=self.noise.distribution)
         self.timesteps = build_timesteps(config, self.clusters, log_snr, number)
-        self.model = build_model(config, self.data, self.device)
+        self.model = build_model(config, self.data, self.device, self.noise.last_time)
         self.ema = Ema(self.model, config.ema_decay)
-        self._run = torch.compile(self.model) if config.compute.compile else self.model
+        self._run: torch.nn.Module = self.model
+        if config.compute.compile:
+            self._run = torch.compile(self.model)  # type: ignore[assignment]
         if processes.world() > 1 and not config.balanced:
             self._run = torch.nn.parallel.DistributedDataParallel(self._run)
         self.weighting = build_weighting(config, self.clusters.k, self.device)
@@ -80,6 +84,7 @@ class Trainer:
                     engine=options.engine,
                     memory=options.memory,
                     jacobian_dtype=None if dtype is None else getattr(torch, dtype),
+                    drop_nonfinite=config.loss.nonfinite == "drop",
                 )
         self.optimizer = torch.optim.AdamW(
             param_groups(self.model, self.weighting or torch.nn.Module()),
@@ -103,6 +108,7 @@ class Trainer:
         self._batches: Iterator[Batch] | None = None
         self.iteration = 0
         self.seconds = 0.0
+        self.stop: str | None = None
 
     def fit(self, folder: Path, history: History, progress: Progress) -> None:
         """Train up to the configured iteration.
@@ -114,22 +120,11 @@ class Trainer:
 
         Raises:
             TrainingDiverged: a loss or a weight is not finite; the checkpoints before it stay.
+            Interrupted: `stop` was set.
         """
         self.model.train()
         begun = time.perf_counter() - self.seconds
         total = self.config.iterations
-        with StopSignals() as signals:
-            self._fit(folder, history, progress, begun, total, signals)
-
-    def _fit(
-        self,
-        folder: Path,
-        history: History,
-        progress: Progress,
-        begun: float,
-        total: int,
-        signals: StopSignals,
-    ) -> None:
         while self.iteration < total:
             self.step(history)
             self.seconds = time.perf_counter() - begun
@@ -137,17 +132,10 @@ class Trainer:
             if self.iteration % self.config.logging.every == 0 or self.iteration == total:
                 line = history.flush(self.iteration, **self._phase(), seconds=round(self.seconds, 3))
             progress.update(self.iteration, None if line is None else describe(line))
-            if (
-                self.iteration % self.config.checkpoints.every == 0
-                or self.iteration == total
-                or signals.received
-            ):
+            if self.iteration % self.config.checkpoints.every == 0 or self.iteration == total or self.stop:
                 self.save(folder, history)
-            if signals.received and self.iteration < total:
-                raise Interrupted(
-                    f"stopped by {signals.received} after iteration {self.iteration}, which a checkpoint holds; "
-                    f"--run-dir {folder.parent} --resume goes on"
-                )
+            if self.stop and self.iteration < total:
+                raise Interrupted(f"{self.stop} at iteration {self.iteration}; --resume continues from there")
 
     def step(self, history: History) -> None:
         """One optimizer step."""
@@ -155,7 +143,8 @@ class Trainer:
         if self.mtl is not None:
             self.mtl.measure_gramian = every > 0 and self.iteration % every == 0
         self.optimizer.zero_grad(set_to_none=True)
-        drawn = [self._backward(history) for _ in range(self.config.accumulate)]
+        with blame("training"):
+            drawn = [self._backward(history) for _ in range(self.config.accumulate)]
         norm = self._finish_gradients()
         if norm is not None:
             history.add_gradient_norm(norm)
@@ -168,7 +157,12 @@ class Trainer:
             self.schedule.step()
         self.ema.update(self.model)
         losses, timesteps = (torch.cat(parts) for parts in zip(*drawn, strict=True))
-        self.timesteps.update(processes.gathered(losses), processes.gathered(timesteps))
+        losses, timesteps = processes.gathered(losses), processes.gathered(timesteps)
+        if self.config.loss.nonfinite == "drop":
+            counted = losses.isfinite()
+            losses, timesteps = losses[counted], timesteps[counted]
+        if len(losses):
+            self.timesteps.update(losses, timesteps)
         self.iteration += 1
 
     def save(self, folder: Path, history: History) -> Path:
@@ -189,6 +183,7 @@ class Trainer:
             {"model": self.model, "ema": self.ema.model},
             {
                 "iteration": self.iteration,
+                "data": self.data.fingerprint(),
                 "seconds": self.seconds,
                 "device": self.device.type,
                 "clusters": self.clusters.to_dict(),
@@ -220,11 +215,18 @@ class Trainer:
             raise UserError(
                 f"device: expected {state['device']}, on which {path} was written, found {self.device.type}"
             )
+        data = self.data.fingerprint()
+        if state.get("data", data) != data:
+            raise UserError(f"data: expected those of {path}, {state['data']}, found {data}")
         checkpoint.load_module(path, "model", self.model)
         checkpoint.load_module(path, "ema", self.ema.model)
         saved = type(self.clusters).from_dict(state["clusters"])
         if saved.probabilities.tolist() != self.clusters.probabilities.tolist():  # of another affinity, say
             raise UserError(f"clusters: expected those of {path}, {saved}, found {self.clusters}")
+        with blame(f"checkpoint {path}: {checkpoint.STATE} does not fit"):
+            self._load_state(state, history)
+
+    def _load_state(self, state: dict[str, Any], history: History) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         for part, name in ((self.schedule, "schedule"), (self.scaler, "scaler")):
             if part is not None:
@@ -263,7 +265,8 @@ class Trainer:
         half = torch.float16 if self.config.precision == "fp16" else torch.bfloat16
         with torch.autocast(self.device.type, half, enabled=self.config.precision != "fp32"):
             if self.mtl is None:
-                output = denoise(self._run, noisy, told, arguments)
+                with blame("model"):
+                    output = denoise(self._run, noisy, told, arguments)
             else:
                 with blame("model"):  # it may be one that cannot be split by cluster
                     output = denoise(self.mtl, noisy, told, arguments, cluster=cluster)
@@ -280,7 +283,7 @@ class Trainer:
             self.mtl.backward(loss * weight, scaler=self.scaler)
             last = self.mtl.last
             assert last is not None  # set by backward
-            history.add(last.losses, last.present, last.weights, last.gramian)
+            history.add(last.losses, last.present, last.weights, last.gramian, last.dropped)
         return loss.detach(), t
 
     def _scaled(self, loss: Tensor) -> Tensor:

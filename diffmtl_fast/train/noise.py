@@ -55,6 +55,8 @@ class Noise:
 
     def __init__(self, config: Config, scheduler: Any, device: torch.device | str = "cpu") -> None:
         self.scheduler = scheduler
+        bounds = config.clusters.clip
+        self._clip = None if bounds is None else (bounds[0], bounds[1])
         self.process = build_process(config.loss, scheduler, device)
         self.num_timesteps = self.process.num_timesteps
         self.distribution: NoiseDistribution | None = None
@@ -86,6 +88,15 @@ class Noise:
             return scheduler_log_snr(self.scheduler, clip=clip)
         values = self.process.log_snr(self.levels).cpu().numpy()
         return values if clip is None else np.clip(values, *clip)
+
+    def cluster_log_snr(self) -> NDArray[np.float64]:
+        """The log-SNR that clusters are formed by, within the bounds that are configured."""
+        return self.log_snr(self._clip)
+
+    @property
+    def last_time(self) -> float:
+        """What the model is told of the noisiest timestep."""
+        return self.process.model_time(self.levels[-1]).item()
 
     def model_times(self, timesteps: NDArray[np.int64]) -> NDArray[np.float64]:
         """What the model is told of boundaries 0 … T between timesteps, same shape."""

@@ -22,12 +22,14 @@ def samples(path: Path, pictures: Tensor, labels: Tensor | None, title: str) -> 
 
     Args:
         path: the picture file.
-        pictures: [N, C, H, W] in [-1, 1].
+        pictures: [N, C, H, W] in [-1, 1]; of channels other than 1 or 3 the first is drawn.
         labels: [N] classes; None for one square grid.
         title: above the grid.
     """
     rows = _rows(pictures, labels)
     columns = max(len(row) for _, row in rows)
+    if pictures.shape[1] not in (1, 3):  # no colours: latents, for example
+        pictures = pictures[:, :1]
     images = ((pictures.clamp(-1, 1) + 1) / 2).movedim(1, -1).numpy()
     height, width = images.shape[1:3]
     size = 0.55

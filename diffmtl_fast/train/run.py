@@ -6,7 +6,10 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,21 +17,28 @@ import torch
 
 from .._files import replacing
 from .._progress import NoProgress, open_progress
+from ..data import EpochOrder, ImageData, batches
+from ..data.items import Conditions
 from . import checkpoint, evaluation, history, plots, processes
 from .components import in_timesteps
-from .config import Config, differences
-from .errors import TrainingDiverged, UserError
+from .config import NEIGHBOURS, Config, differences
+from .errors import TrainingDiverged, UserError, blame
 from .folder import RunFolder
 from .history import History
 from .loop import Trainer
+from .sampling import draw
 from .titles import clusters_title, method_title
 from .trained_denoiser import TrainedDenoiser
 
 # What may differ when a run is resumed, because the iterations already done do not depend on it. A run may be
 # made longer unless its learning rates fall towards its end. Of the device the type alone counts, and Trainer.load
 # compares it.
-FREE_ON_RESUME = {"iterations", "device", "checkpoints.every", "checkpoints.keep", "logging.tensorboard"}
+FREE_ON_RESUME = ("iterations", "device", "checkpoints.", "logging.", "sampling.", "evaluation.")
+# What else drawn pictures and their metrics depend on.
+_DRAWING = ("sampling.", "evaluation.")
 
+# Images of the data that a rehearsal measures with.
+REHEARSED = 64
 # Schedules that reach pure noise or pure signal have no end on a plot.
 LOG_SNR_DRAWN = (-25.0, 25.0)
 
@@ -72,25 +82,99 @@ def _train(config: Config, run: RunFolder, resume: bool, chosen: Path | None, ou
     if begun:
         _check_same(config, run)
         last = run.checkpoint(chosen)
-        if last is not None and _complete(config, run, last, outputs):
+        if last is not None and not _draws_otherwise(config, run) and _complete(config, run, last, outputs):
             print(f"{run} is already complete")
             return
     trainer = Trainer(config)  # before the folder is made, so that a bad option leaves nothing behind
+    if outputs and processes.rank() == 0:
+        rehearse(trainer)
     if processes.rank() > 0:
         _follow(trainer, run.checkpoint(chosen) if begun else None, run.checkpoints)
         return
     run.create()
     with run.lock():
+        if begun and _draws_otherwise(config, run):
+            run.remove_outputs()
         run.write_config(config)
         print(_summary(trainer), flush=True)
         try:
-            _fit(trainer, run, chosen)
+            with _stopping(trainer):
+                _fit(trainer, run, chosen)
         except TrainingDiverged as error:
             good = run.checkpoint()
             raise TrainingDiverged(f"{error}; the last good checkpoint is {good or 'none'}") from error
         if outputs:
             _write_outputs(trainer, run)
     print(f"finished; see {run}")
+
+
+def rehearse(trainer: Trainer) -> None:
+    """Draw, put into a picture and measure a few pictures of the untrained model: what the run's end will do.
+
+    Random states and the model's mode are put back.
+
+    Raises:
+        UserError: the end of the run would fail.
+    """
+    config, data = trainer.config, trainer.data.images(REHEARSED)
+    some = torch.linspace(0, len(data.train) - 1, min(len(data.train), REHEARSED)).long()
+    few = torch.linspace(0, len(data.test) - 1, min(len(data.test), REHEARSED)).long()
+    labels = None if data.train_labels is None else data.train_labels[some[: NEIGHBOURS + 1]]
+    training = trainer.model.training
+    devices = [trainer.device] if trainer.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), tempfile.TemporaryDirectory() as folder:
+        conditions: Conditions = labels
+        if labels is None and config.conditioning.enabled:
+            items = trainer.data.training
+            conditions = next(
+                batches(items, EpochOrder(len(items), 2, config.seed), augment=False)
+            ).conditioning
+        shape = (2 if labels is None else len(labels), *data.shape)
+        given = trainer.conditioning
+        pictures = draw(
+            trainer.model, trainer.scheduler, config.sampling, shape, conditions, config.seed, given
+        )
+        save = getattr(trainer.model, "save_pretrained", None)
+        if callable(save) and not config.compute.lora:
+            with blame("model: save_pretrained"):
+                save(Path(folder) / "model")
+        with blame("samples.png"):
+            plots.samples(Path(folder) / "samples.png", pictures, labels, "rehearsal")
+        if config.evaluation.num_samples and labels is not None:
+            assert data.train_labels is not None
+            assert data.test_labels is not None
+            kinds, found = data.train_labels[some].unique(return_inverse=True)
+            part = ImageData(data.train[some], found, data.test[few], data.test_labels[few] % len(kinds))
+            with blame("evaluation"):
+                evaluation.evaluate(part, pictures, found[: len(labels)], config.seed)
+    trainer.model.train(training)
+
+
+@contextlib.contextmanager
+def _stopping(trainer: Trainer) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM stop training after the present iteration; a second one stops it at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        trainer.stop = "interrupted" if number == signal.SIGINT else "terminated"
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _draws_otherwise(config: Config, run: RunFolder) -> bool:
+    """Whether pictures and metrics that are there are of other options."""
+    return any(key.startswith(_DRAWING) for key in differences(config, run.read_config()))
 
 
 def _summary(trainer: Trainer) -> str:
@@ -104,7 +188,8 @@ def _summary(trainer: Trainer) -> str:
 
 def _check_same(config: Config, run: RunFolder) -> None:
     for key, (now, then) in differences(config, run.read_config()).items():
-        if key not in FREE_ON_RESUME or (key == "iterations" and config.optimizer.schedule != "constant"):
+        longer = key == "iterations" and config.optimizer.schedule != "constant"
+        if longer or not key.startswith(FREE_ON_RESUME):
             raise UserError(
                 f"{key}: expected {then!r}, as in the run that --resume continues, found {now!r} "
                 "(what is not given is as in that run)"

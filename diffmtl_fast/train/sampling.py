@@ -15,7 +15,7 @@ from ..data.items import Conditions
 from ..diffusion import noise_process
 from .components import denoise, import_object, prediction
 from .config import Sampling
-from .errors import blame
+from .errors import UserError, blame
 
 
 def build_sampler(config: Sampling, scheduler: Any) -> Any:
@@ -29,7 +29,7 @@ def build_sampler(config: Sampling, scheduler: Any) -> Any:
         sampler_class = import_object("sampling.scheduler", config.scheduler.path)
     elif not noise_process(scheduler).continuous:
         sampler_class = require("diffusers", "train").DDIMScheduler
-    with blame("sampling", (AttributeError, TypeError, ValueError)):
+    with blame("sampling"):
         sampler = sampler_class.from_config(scheduler.config, **config.scheduler.args)
         sampler.set_timesteps(config.steps)
     return sampler
@@ -61,6 +61,9 @@ def draw(
 
     Returns:
         float32 [N, C, H, W] on the CPU, clipped to [-1, 1].
+
+    Raises:
+        UserError: the sampler cannot draw with this model, or draws what is not finite.
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
@@ -69,17 +72,20 @@ def draw(
     parts = []
     for start in range(0, len(noise), config.batch_size):
         part = slice(start, start + config.batch_size)
-        parts.append(
-            _denoise(
-                model,
-                build_sampler(config, scheduler),
-                noise[part].to(device),
-                _arguments(conditioning or Classes(0), labels, part, device, config.guidance),
-                generator,
-                config.guidance,
-            )
+        sampler, arguments = (
+            build_sampler(config, scheduler),
+            _arguments(conditioning or Classes(0), labels, part, device, config.guidance),
         )
-    return torch.cat(parts).clamp(-1.0, 1.0)
+        with blame("sampling"):
+            drawn = _denoise(model, sampler, noise[part].to(device), arguments, generator, config.guidance)
+            parts.append(drawn)
+    pictures = torch.cat(parts)
+    if not pictures.isfinite().all():
+        raise UserError(
+            f"sampling: expected finite pictures, found NaN or infinity after {config.steps} steps of "
+            f"{config.scheduler.path} (of pure noise epsilon tells nothing: predict v, or sample)"
+        )
+    return pictures.clamp(-1.0, 1.0)
 
 
 def balanced_labels(count: int, num_classes: int) -> Tensor | None:

@@ -16,7 +16,7 @@ from ..data.items import Conditions
 from . import checkpoint, evaluation, plots, sampling
 from .components import Data, build_conditioning, build_data, build_model, build_scheduler, resolve_device
 from .config import IN_MEMORY, NEIGHBOURS, Config
-from .errors import UserError
+from .errors import UserError, blame
 from .folder import RunFolder
 from .titles import method_title
 
@@ -122,14 +122,15 @@ class TrainedDenoiser:
 
     def write_model(self, path: Path) -> None:
         """Write the weights as the model's own ``save_pretrained`` does, else as safetensors; of LoRA adapters."""
-        with replacing(path) as aside:
+        with blame(f"{path}: cannot be written", (OSError,)), replacing(path) as aside:
             save_pretrained = getattr(self.model, "save_pretrained", None)
             if self.config.compute.lora:
                 state = require("peft", "lora").get_peft_model_state_dict(self.model)
                 aside.mkdir()
                 require("safetensors.torch", "train").save_file(state, aside / "adapter_model.safetensors")
             elif callable(save_pretrained):
-                save_pretrained(aside)
+                with blame("model: save_pretrained"):
+                    save_pretrained(aside)
             else:
                 aside.mkdir()
                 checkpoint.save_module(aside / "model.safetensors", self.model)

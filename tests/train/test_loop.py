@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import signal
 import sys
 from dataclasses import replace
 from typing import get_args, get_type_hints
@@ -19,7 +18,7 @@ from diffmtl_fast.ops import _library
 from diffmtl_fast.train import checkpoint, history
 from diffmtl_fast.train.components import build_data, build_model, build_scheduler
 from diffmtl_fast.train.config import CONTINUOUS, PLAIN, Component, Loss
-from diffmtl_fast.train.errors import Interrupted, TrainingDiverged, UserError
+from diffmtl_fast.train.errors import TrainingDiverged, UserError
 from diffmtl_fast.train.history import History
 from diffmtl_fast.train.loop import Trainer
 from diffmtl_fast.train.noise import Noise
@@ -621,22 +620,3 @@ def test_adapters_alone_are_trained(tiny, tmp_path):
     assert trained
     assert all("lora_" in name for name in trained)
     assert any(state[name].abs().max() > 0 for name in trained if "lora_B" in name)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(tiny, tmp_path, monkeypatch, number):
-    step = Trainer.step
-
-    def interrupted(self, history):
-        step(self, history)
-        if self.iteration == 3:
-            signal.raise_signal(number)
-
-    monkeypatch.setattr(Trainer, "step", interrupted)
-    before = signal.getsignal(number)
-    with pytest.raises(
-        Interrupted, match=rf"stopped by {number.name} after iteration 3, .* --resume goes on"
-    ):
-        fit(tiny(), tmp_path / "run")
-    assert (tmp_path / "run" / "iter-00000003").exists()
-    assert signal.getsignal(number) is before

@@ -122,23 +122,26 @@ def test_a_run_can_be_made_longer(tiny, run, tmp_path):
         train(tiny(iterations=4), run, resume=True)
 
 
-def test_a_corrupt_checkpoint_is_refused_and_the_older_one_can_be_chosen(tiny, run, tmp_path):
+def test_training_goes_back_from_a_corrupt_checkpoint_and_says_so(tiny, run, tmp_path, capsys):
     config = tiny()
     train(config, run)
     expected, lines = weights(run), log(run)
-    older, newer = checkpoint.checkpoints(run.checkpoints)
+    newer = checkpoint.checkpoints(run.checkpoints)[-1]
     (newer / "model.safetensors").write_bytes(b"damaged")
-    for _ in range(2):  # never silently the older one
-        with pytest.raises(UserError, match=r"corrupt: model\.safetensors .*; --checkpoint .*iter-00000004"):
-            train(config, run, resume=True)
-    with pytest.raises(UserError, match="corrupt"):
-        load(run, config)
     with pytest.raises(UserError, match=r"--checkpoint: expected one of .* \(iter-00000004, iter-00000006\)"):
         train(config, run, resume=True, chosen=tmp_path / "iter-00000004")
-    train(config, run, resume=True, chosen=older)
+    with pytest.raises(UserError, match=r"corrupt: model\.safetensors .*; --checkpoint .*iter-00000004"):
+        train(config, run, resume=True, chosen=newer)  # the one that was asked for, or none
+    assert load(run, config).iteration == 4
+    train(config, run, resume=True)
+    assert "is corrupt: model.safetensors" in capsys.readouterr().err
     if config.device == "cpu":
         assert weights(run) == expected
         assert log(run) == lines
+    for path in checkpoint.checkpoints(run.checkpoints):
+        (path / "state.pt").unlink()
+    with pytest.raises(UserError, match="the older ones are corrupt too"):
+        train(config, run, resume=True)
 
 
 @pytest.mark.parametrize(
