@@ -12,6 +12,7 @@ from .distributions import (
     LogNormalSigma,
     ModeTime,
     NoiseDistribution,
+    ShiftedTime,
     UniformTime,
 )
 from .intervals import IntervalClustering
@@ -33,6 +34,7 @@ __all__ = [
     "ModeTime",
     "NoiseClustering",
     "NoiseDistribution",
+    "ShiftedTime",
     "SquaredDeviation",
     "UniformTime",
     "cluster_affinity",

@@ -266,8 +266,7 @@ def cluster_noise(
     least = 1 if isinstance(k, str) else k
     if resolution < least:
         raise ValueError(f"resolution: expected at least {least} cells, found {resolution}")
-    middle = (torch.arange(resolution, dtype=torch.float64) + 0.5) / resolution
-    values = distribution.log_snr(distribution.quantile(middle))
+    values = distribution.log_snr(middle_levels(distribution, resolution))
     found = cluster_intervals(
         costs[cost](values, "log_snr"),
         resolution,
@@ -276,6 +275,11 @@ def cluster_noise(
         max_size=max(1, math.ceil((max_probability - _TOLERANCE) * resolution)),
     )
     return NoiseClustering(distribution, found.boundaries / resolution, found.cost / resolution)
+
+
+def middle_levels(distribution: NoiseDistribution, cells: int) -> Tensor:
+    """The medians of cells of equal probability, float64 [cells], rising."""
+    return distribution.quantile((torch.arange(cells, dtype=torch.float64) + 0.5) / cells)
 
 
 def _check_share(k: int, least: float, most: float) -> None:

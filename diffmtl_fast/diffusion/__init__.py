@@ -1,4 +1,4 @@
-"""Noise schedules: log-SNR of diffusers schedulers, loss weights by noise level."""
+"""Noise processes and schedules: noisy inputs, targets, log-SNR, loss weights by noise level."""
 
 from __future__ import annotations
 
@@ -18,10 +18,15 @@ from .loss_weights import (
     soft_min_snr_weight,
     truncated_snr_weight,
 )
+from .processes import EDM, DiscreteVP, FlowMatching, NoiseProcess, noise_process
 from .snr import log_snr
 
 __all__ = [
+    "EDM",
     "LOSS_WEIGHTS",
+    "DiscreteVP",
+    "FlowMatching",
+    "NoiseProcess",
     "cosmap_weight",
     "debiased_weight",
     "edm_weight",
@@ -30,6 +35,7 @@ __all__ = [
     "loss_weight",
     "min_snr_weight",
     "mode_weight",
+    "noise_process",
     "p2_weight",
     "predicted_weight",
     "scheduler_weights",

@@ -5,21 +5,26 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .._extras import require
 from .._published_names import rename
 from ..clustering import (
     BetaTime,
     IntervalClustering,
     LaplaceSigma,
     LogitNormalTime,
+    LogNormalSigma,
     ModeTime,
+    NoiseClustering,
+    NoiseDistribution,
     cluster_affinity,
+    cluster_noise,
     cluster_snr,
     cluster_timesteps,
 )
@@ -36,13 +41,17 @@ from ..curriculum import (
     UniformSampler,
 )
 from ..curriculum.difficulty_curriculum import Sampling
-from ..diffusion import scheduler_weights
+from ..data import Batch, Classes, Conditioning, Embeddings, EpochOrder, FileData, ImageData, Text, batches
+from ..data.conditioning import times_keyword
+from ..diffusion import noise_process
 from ..weighting import METHODS, ContinuousUncertainty, GramianWeighting, LossWeighting
-from .config import CONTINUOUS, Clusters, Component, Config, Curriculum
-from .data import ImageData
+from .config import CONTINUOUS, Clusters, Component, Compute, Config, Curriculum
 from .errors import UserError, blame
+from .noise import LAWS
 
 Array = NDArray[np.float64]
+Data: TypeAlias = ImageData | FileData
+Clustering: TypeAlias = IntervalClustering | NoiseClustering
 
 
 def import_object(key: str, path: str) -> Callable[..., Any]:
@@ -70,10 +79,11 @@ def build(key: str, component: Component) -> Any:
         return target(**component.args)
 
 
-def build_model(config: Config, data: ImageData, device: torch.device, num_timesteps: int = 1) -> nn.Module:
+def build_model(config: Config, data: Data, device: torch.device, last_time: float = 0) -> nn.Module:
     """The denoiser with the weights that the seed gives it.
 
-    It is checked by one call on two images: of the first and the last class, at the first and the last timestep.
+    It is checked by one call on two samples: of the first and the last class where samples are in memory, with the
+    least and the largest time (`last_time`) that it is told.
     """
     torch.manual_seed(config.seed)
     model = build("model", config.model)
@@ -81,18 +91,17 @@ def build_model(config: Config, data: ImageData, device: torch.device, num_times
         raise UserError(
             f"model: expected an nn.Module, found {type(model).__name__} from {config.model.path}"
         )
+    with blame("model"):
+        model = _prepared(model, config.compute)
     _refuse_parameters(model)
     with blame("model"):
         model = model.to(device)
-    labels = data.train_labels
-    chosen = torch.arange(2) % len(data.train)
-    if labels is not None:
-        chosen = torch.stack([labels.argmin(), labels.argmax()])
-    images, classes = data.train[chosen].to(device), None if labels is None else labels[chosen].to(device)
+    batch = _pair(data).to(device)
+    images = batch.x
+    arguments = build_conditioning(config, data, device).arguments(batch.conditioning)
     with blame("model"):
-        output = prediction(
-            model(images, torch.tensor([0, num_timesteps - 1], device=device), **condition(classes))
-        )
+        told = torch.tensor([0, last_time], device=device)
+        output = prediction(denoise(model, images, told, arguments))
     if output.shape != images.shape:
         raise UserError(
             f"model: expected an output of the images' shape {list(images.shape)}, found {list(output.shape)}"
@@ -101,6 +110,22 @@ def build_model(config: Config, data: ImageData, device: torch.device, num_times
         found = f"{output.dtype}, {'with' if output.requires_grad else 'without'} a gradient"
         raise UserError(f"model: expected a floating-point output with a gradient, found one of {found}")
     return model
+
+
+def _prepared(model: nn.Module, options: Compute) -> nn.Module:
+    """The model with the weights to start from, adapters, checkpointing and memory layout as asked."""
+    if options.weights is not None:
+        with blame("compute.weights", (OSError, RuntimeError, ValueError)):
+            require("safetensors.torch", "train").load_model(model, options.weights)
+    if options.lora:
+        peft = require("peft", "lora")
+        adapters = peft.LoraConfig(r=options.lora, target_modules=options.lora_targets)
+        with blame("compute.lora_targets"):
+            peft.inject_adapter_in_model(adapters, model)
+    if options.checkpointing:
+        with blame("compute.checkpointing", (AttributeError, ValueError)):
+            model.enable_gradient_checkpointing()  # type: ignore[operator]
+    return model.to(memory_format=torch.channels_last) if options.channels_last else model  # type: ignore[call-overload]
 
 
 def _refuse_parameters(model: nn.Module) -> None:
@@ -117,15 +142,12 @@ def _refuse_parameters(model: nn.Module) -> None:
 
 
 def build_scheduler(config: Config) -> Any:
-    """The noise schedule, which `denoising.Denoising` reads."""
+    """The scheduler that the noise process is read from, see `diffmtl_fast.diffusion.noise_process`."""
     scheduler = build("scheduler", config.scheduler)
-    missing = [name for name in ("alphas_cumprod", "config") if not hasattr(scheduler, name)]
-    if missing:
-        raise UserError(
-            f"scheduler: {config.scheduler.path} has no {missing[0]}; expected a discrete-time one"
-        )
     with blame("scheduler"):
-        _check_schedule(scheduler)
+        if getattr(scheduler, "alphas_cumprod", None) is not None:
+            _check_schedule(scheduler)
+        noise_process(scheduler)
     return scheduler
 
 
@@ -141,12 +163,14 @@ def _check_schedule(scheduler: Any) -> None:
         )
 
 
-def build_data(config: Config) -> ImageData:
-    """The images."""
+def build_data(config: Config) -> Data:
+    """The samples."""
     data = build("data", config.data)
-    if not isinstance(data, ImageData):
-        raise UserError(f"data: expected {config.data.path} to return ImageData, found {type(data).__name__}")
-    if config.evaluation.num_samples and (data.train_labels is None or data.test_labels is None):
+    if not isinstance(data, ImageData | FileData):
+        raise UserError(
+            f"data: expected {config.data.path} to return ImageData or FileData, found {type(data).__name__}"
+        )
+    if config.evaluation.num_samples and not data.num_classes:
         raise UserError(
             "evaluation.num_samples: expected 0 for data without labels (its metrics need classes)"
         )
@@ -154,8 +178,12 @@ def build_data(config: Config) -> ImageData:
 
 
 def build_clusters(
-    config: Clusters, levels: Callable[[], Array], num_timesteps: int, key: str = "clusters"
-) -> IntervalClustering:
+    config: Clusters,
+    levels: Callable[[], Array],
+    num_timesteps: int,
+    key: str = "clusters",
+    distribution: NoiseDistribution | None = None,
+) -> Clustering:
     """The clusters of a noise schedule.
 
     Args:
@@ -164,12 +192,21 @@ def build_clusters(
             pure noise has none that is finite.
         num_timesteps: T.
         key: the option that the configuration came from.
+        distribution: of continuous levels, of which the timesteps are T cells of equal probability.
 
     Raises:
         UserError: the clusters cannot be formed as asked.
     """
     low, high = config.min_size, config.max_size
     with blame(key):
+        if config.cost != "affinity" and distribution is not None:
+            return cluster_noise(
+                distribution,
+                config.k,
+                cost="quantile" if config.cost == "timestep" else "absolute",
+                min_probability=(low or 0) / num_timesteps,
+                max_probability=1.0 if high is None else high / num_timesteps,
+            )
         if config.cost == "timestep":
             return cluster_timesteps(num_timesteps, config.k, min_size=low, max_size=high)
         if config.cost == "snr":
@@ -179,30 +216,47 @@ def build_clusters(
             raise ValueError(
                 f"affinity: expected [T, T] with T = {num_timesteps}, found {list(affinity.shape)}"
             )
-        return cluster_affinity(affinity, config.k, min_size=low, max_size=high)
+        found = cluster_affinity(affinity, config.k, min_size=low, max_size=high)
+        return found if distribution is None else NoiseClustering(distribution, found.probabilities)
+
+
+def in_timesteps(clusters: Clustering, num_timesteps: int) -> IntervalClustering:
+    """Clusters as intervals of timesteps; those of continuous levels rounded to cells of equal probability."""
+    if isinstance(clusters, IntervalClustering):
+        return clusters
+    return IntervalClustering(np.rint(clusters.probabilities * num_timesteps).astype(np.int64))
 
 
 def build_timesteps(
-    config: Config, clusters: IntervalClustering, levels: Callable[[], Array]
+    config: Config,
+    clusters: Clustering,
+    levels: Callable[[], Array],
+    num_timesteps: int | None = None,
 ) -> TimestepSampler:
-    """What draws the timesteps of a batch.
+    """What draws the noise levels of a batch.
 
     Args:
         config: the configuration.
         clusters: the tasks that the method balances.
         levels: gives the log-SNR [T]; asked for only where it is needed.
+        num_timesteps: T; the clusters' own by default.
 
     Raises:
         UserError: it cannot be made as asked.
     """
-    whole = IntervalClustering(np.array([0, clusters.num_timesteps]))
+    continuous = isinstance(clusters, NoiseClustering)
+    number = num_timesteps if isinstance(clusters, NoiseClustering) else clusters.num_timesteps
+    assert number is not None
     balanced = config.balanced
-    tasks = clusters if balanced else whole  # plain training averages over all timesteps
+    tasks = clusters if balanced else _with_bounds(clusters, [0, number], number)  # plain training has one
     if config.curriculum.order != "none":
-        return _build_curriculum(config.curriculum, tasks, levels, "tasks" if balanced else "union")
+        return _build_curriculum(config.curriculum, tasks, levels, number, "tasks" if balanced else "union")
     if config.timesteps.interval is not None:
-        return _build_expert(config.timesteps.interval, clusters.num_timesteps)
+        return _build_expert(config.timesteps.interval, clusters, number)
     args, kind = config.timesteps.args, config.timesteps.sampler or ("stratified" if balanced else "uniform")
+    if continuous and kind in LAWS:
+        # That is the distribution of the clusters' levels; what is left to say is how a batch takes from them.
+        args, kind = {}, "stratified" if balanced else "uniform"
     with blame("timesteps.args"):
         if kind == "stratified":
             return StratifiedSampler(clusters, **args)
@@ -213,8 +267,9 @@ def build_timesteps(
             return DistributionSampler(tasks, ModeTime(**args))
         if kind == "beta":
             return DistributionSampler(tasks, BetaTime(**args))
-        if kind == "laplace":
-            return DistributionSampler(tasks, LaplaceSigma(**args), log_snr=levels())
+        if kind in ("laplace", "log_normal"):
+            law = LaplaceSigma(**args) if kind == "laplace" else LogNormalSigma(**args)
+            return DistributionSampler(tasks, law, log_snr=levels())
         if kind == "second_moment":
             return LossSecondMomentSampler(tasks, **args)
         if kind == "loss":
@@ -222,22 +277,37 @@ def build_timesteps(
         if kind == "range":
             return RangeSampler(tasks, **args)
         if kind == "speed":
+            if isinstance(tasks, NoiseClustering):
+                raise ValueError("sampler: expected one of continuous noise levels, found speed")
             return SpeeDSampler(tasks, levels(), **args)
         return UniformSampler(tasks, **args)
 
 
-def _build_expert(interval: list[int], num_timesteps: int) -> UniformSampler:
+def _build_expert(interval: list[int], clusters: Clustering, num_timesteps: int) -> UniformSampler:
     first, end = interval
     if end > num_timesteps:
         raise UserError(f"timesteps.interval: expected an end of at most {num_timesteps}, found {end}")
     bounds = np.unique([0, first, end, num_timesteps])
-    return UniformSampler(IntervalClustering(bounds), only=int(np.searchsorted(bounds, first)))
+    tasks = _with_bounds(clusters, bounds, num_timesteps)
+    return UniformSampler(tasks, only=int(np.searchsorted(bounds, first)))
+
+
+def _with_bounds(clusters: Clustering, bounds: Any, num_timesteps: int) -> Clustering:
+    """A clustering of the same levels with other bounds, in timesteps."""
+    if isinstance(clusters, NoiseClustering):
+        return NoiseClustering(clusters.distribution, np.asarray(bounds) / num_timesteps)
+    return IntervalClustering(np.asarray(bounds))
 
 
 def _build_curriculum(
-    config: Curriculum, tasks: IntervalClustering, levels: Callable[[], Array], sampling: Sampling
+    config: Curriculum,
+    tasks: Clustering,
+    levels: Callable[[], Array],
+    num_timesteps: int,
+    sampling: Sampling,
 ) -> DifficultyCurriculum:
-    clusters = build_clusters(config.clusters, levels, tasks.num_timesteps, "curriculum.clusters")
+    distribution = tasks.distribution if isinstance(tasks, NoiseClustering) else None
+    clusters = build_clusters(config.clusters, levels, num_timesteps, "curriculum.clusters", distribution)
     assert config.order != "none"
     with blame("curriculum"):
         return DifficultyCurriculum(
@@ -252,17 +322,16 @@ def _build_curriculum(
         )
 
 
-def build_loss_weights(config: Config, scheduler: Any, device: torch.device) -> Tensor | None:
-    """The weight of the squared error at every timestep, float32 [T]; None for 1 everywhere.
-
-    Raises:
-        UserError: the weight does not take the arguments, or has no bound on this schedule.
-    """
-    name = config.loss.weight
-    if name == "none":
+def build_schedule(config: Config, optimizer: torch.optim.Optimizer) -> Any:
+    """What changes the learning rates from step to step; None where they stay."""
+    options = config.optimizer
+    if options.schedule == "constant" and not options.warmup:
         return None
-    with blame("loss.args"):
-        return scheduler_weights(scheduler, name, **config.loss.args).to(device)
+    name = "constant_with_warmup" if options.schedule == "constant" else options.schedule
+    get_scheduler = require("diffusers.optimization", "train").get_scheduler
+    return get_scheduler(
+        name, optimizer, num_warmup_steps=options.warmup, num_training_steps=config.iterations
+    )
 
 
 def build_weighting(
@@ -314,9 +383,44 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def condition(labels: Tensor | None) -> dict[str, Tensor]:
-    """Keyword arguments that pass the classes to a model."""
-    return {} if labels is None else {"class_labels": labels}
+def _pair(data: Data) -> Batch:
+    """Two samples, of the first and the last class where they are in memory."""
+    if isinstance(data, ImageData) and data.train_labels is not None:
+        chosen = torch.stack([data.train_labels.argmin(), data.train_labels.argmax()])
+        return Batch(data.train[chosen], data.train_labels[chosen])
+    with blame("data"):
+        return next(batches(data.training, EpochOrder(len(data.training), 2, 0), augment=False))
+
+
+def build_conditioning(config: Config, data: Data, device: torch.device) -> Conditioning:
+    """What passes the conditions of the data to the model.
+
+    Raises:
+        UserError: there is no text encoder for captions, or it cannot be loaded.
+    """
+    options = config.conditioning
+    conditions = _pair(data).conditioning if options.enabled else None
+    named = {} if options.argument is None else {"argument": options.argument}
+    if conditions is None:
+        return Conditioning()
+    if isinstance(conditions, Tensor):
+        return Classes(data.num_classes, **named) if conditions.dim() == 1 else Embeddings(**named)
+    if options.encoder is None:
+        raise UserError(
+            "conditioning.encoder: expected the folder of a text encoder for captions, found null"
+        )
+    with blame("conditioning.encoder", (OSError, ValueError, TypeError, AttributeError, ImportError)):
+        return Text(options.encoder, device, mask=options.mask, max_length=options.max_length, **named)
+
+
+def denoise(
+    model: Callable[..., Any], x: Tensor, time: Tensor, arguments: dict[str, Any], **more: Any
+) -> Any:
+    """Call a model, or its wrapper, with a noisy input, the time and conditions; returns what it returns."""
+    name = times_keyword(getattr(model, "module", model))
+    if name is None:
+        return model(x, time, **arguments, **more)
+    return model(x, **{name: time}, **arguments, **more)
 
 
 def prediction(output: Any) -> Tensor:

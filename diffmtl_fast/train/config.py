@@ -26,6 +26,8 @@ from .errors import UserError, blame, readable
 PLAIN = "vanilla"
 #: The method that weighs every sample by its noise level, without clusters.
 CONTINUOUS = "continuous_uw"
+#: Most samples of a kind that metrics and analyses take into memory.
+IN_MEMORY = 10_000
 # Of the k-nearest-neighbour precision and recall.
 NEIGHBOURS = 3
 
@@ -69,11 +71,13 @@ class Timesteps:
     """How timesteps are drawn where no curriculum does it.
 
     Attributes:
-        sampler: distribution; null for uniform with vanilla, stratified by cluster with the other methods
-        args: its arguments: mean, std, also as logit_mean, logit_std (logit_normal), mode_scale (mode), a, b
-            (beta), mean, scale of the log-SNR (laplace), suppression, least_change (speed), min_timestep,
-            max_timestep or ranges of [step, first, end] (range), cells, history, uniform_share (second_moment),
-            cells, decay, power, uniform_share (loss)
+        sampler: distribution; null for uniform with vanilla, stratified by cluster with the other methods. Of
+            continuous levels: log_normal or laplace for EDM (null: log_normal), logit_normal, mode, beta or
+            laplace for flow matching (null: uniform), from which batches are drawn uniformly or by cluster alike
+        args: its arguments: mean, std, also as logit_mean, logit_std (logit_normal; log_normal, EDM's P_mean and
+            P_std), mode_scale (mode), a, b (beta), mean, scale of the log-SNR (laplace), suppression, least_change
+            (speed), min_timestep, max_timestep or ranges of [step, first, end] (range), cells, history,
+            uniform_share (second_moment), cells, decay, power, uniform_share (loss)
         interval: first timestep and end of those to train on alone, an expert for them (vanilla); null for all
     """
 
@@ -82,6 +86,7 @@ class Timesteps:
             "uniform",
             "stratified",
             "logit_normal",
+            "log_normal",
             "mode",
             "beta",
             "laplace",
@@ -150,18 +155,71 @@ class Loss:
 
 
 @dataclass(frozen=True)
+class Conditioning:
+    """How the conditions of the data (classes, captions, embeddings) reach the model.
+
+    Attributes:
+        enabled: without it the model is called without them
+        dropout: share of the samples that lose their condition in training, for guidance; classes then need one
+            embedding more than there are classes
+        encoder: folder of a text encoder of transformers and its tokenizer, for captions
+        max_length: tokens of a caption
+        argument: of the model; null for class_labels or encoder_hidden_states
+        mask: argument of the model for the mask of a caption's tokens; null for none
+    """
+
+    enabled: bool = True
+    dropout: UnitFloat = 0.0
+    encoder: str | None = None
+    max_length: PositiveInt = 77
+    argument: str | None = None
+    mask: str | None = None
+
+
+@dataclass(frozen=True)
 class Optimizer:
     """AdamW; what a method learns has a group of its own (learning rate 0.025, no weight decay).
 
     Attributes:
         lr: learning rate of the model
+        warmup: iterations over which all learning rates rise from 0
+        schedule: of the learning rates after that, down to 0 at the last iteration unless constant
         weight_decay: decoupled weight decay
         clip: largest norm of the gradient, 0 for no clipping; null for the method's own, most have none
     """
 
     lr: PositiveFloat = 1e-4
+    warmup: NonNegativeInt = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
     weight_decay: NonNegativeFloat = 0.0
     clip: NonNegativeFloat | None = None
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How the model is run and the gradients of the clusters are formed.
+
+    Attributes:
+        engine: of ClusteredMTL; auto chooses, and the log says what
+        memory: full keeps the gradients of all clusters, lean does with less
+        jacobian_dtype: of the kept gradients; null for the parameters' own
+        compile: torch.compile of the model
+        checkpointing: recompute activations in the backward; of models that offer it
+        channels_last: memory layout of convolutions
+        weights: safetensors file of weights to start from; null for random ones
+        lora: rank of low-rank adapters (peft) that are trained in place of the weights; 0 for none
+        lora_targets: names of the modules that get adapters
+    """
+
+    engine: Literal["auto", "grouped", "sliced"] = "auto"
+    memory: Literal["full", "lean"] = "full"
+    jacobian_dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    compile: bool = False
+    checkpointing: bool = False
+    channels_last: bool = False
+    weights: str | None = None
+    lora: NonNegativeInt = 0
+    lora_targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
 
 
 @dataclass(frozen=True)
@@ -169,14 +227,16 @@ class Sampling:
     """How pictures are drawn from the EMA weights.
 
     Attributes:
-        scheduler: Sampler, on the noise schedule of training
+        scheduler: Sampler, on the noise schedule of training; auto: DDIM for timesteps, else the scheduler itself
         steps: denoising steps per picture
         batch_size: pictures denoised at a time
+        guidance: scale of classifier-free guidance; 1 for none
     """
 
-    scheduler: Component = field(default_factory=lambda: Component("diffusers.DDIMScheduler"))
+    scheduler: Component = field(default_factory=lambda: Component("auto"))
     steps: PositiveInt = 50
     batch_size: Size = 360
+    guidance: NonNegativeFloat = 1.0
 
 
 @dataclass(frozen=True)
@@ -246,17 +306,21 @@ class Config:
         batch_size: images per backward pass
         accumulate: backward passes per optimizer step
         ema_decay: decay per step of the averaged weights
-        precision: of the forward pass; bf16 is autocast, the weights stay fp32
+        precision: of the forward pass; bf16 and fp16 are autocast, the weights stay fp32; fp16 with a GradScaler
         device: auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
         seed: of the weights, the data order, the noise and the pictures
         clusters: Clusters of timesteps, the tasks
         timesteps: Timesteps of a batch
         curriculum: Curriculum, easy timesteps first
         loss: Loss of a sample
-        model: Model, called with (x, t, class_labels=y)
-        scheduler: Noise schedule, a diffusers scheduler with discrete timesteps
-        data: Data, a function that returns diffmtl_fast.train.data.ImageData
+        model: Model, called with (x, t) and the conditions
+        scheduler: Noise process, by a diffusers scheduler; with discrete timesteps, of EDM or of flow matching
+        data: Data, a function that returns ImageData or FileData of diffmtl_fast.data
+        workers: processes that read data ahead
+        unreadable: most files that may be left out because they cannot be read; each is named
+        conditioning: Conditions of the samples
         optimizer: Optimizer, AdamW
+        compute: Running the model
         sampling: Drawing pictures
         evaluation: Metrics at the end of training
         logging: Logs, log.jsonl and TensorBoard
@@ -268,7 +332,7 @@ class Config:
     batch_size: Size = 128
     accumulate: PositiveInt = 1
     ema_decay: UnitFloat = 0.9999
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: str = "auto"
     seed: Seed = 0
     clusters: Clusters = field(default_factory=Clusters)
@@ -278,7 +342,11 @@ class Config:
     model: Component = field(default_factory=Component)
     scheduler: Component = field(default_factory=Component)
     data: Component = field(default_factory=Component)
+    workers: NonNegativeInt = 0
+    unreadable: NonNegativeInt = 100
+    conditioning: Conditioning = field(default_factory=Conditioning)
     optimizer: Optimizer = field(default_factory=Optimizer)
+    compute: Compute = field(default_factory=Compute)
     sampling: Sampling = field(default_factory=Sampling)
     evaluation: Evaluation = field(default_factory=Evaluation)
     logging: Logging = field(default_factory=Logging)
@@ -455,7 +523,7 @@ def _check(config: Config) -> None:
         "sampling.scheduler": config.sampling.scheduler,
     }
     for key, component in components.items():
-        if "." not in component.path:
+        if "." not in component.path and (key, component.path) != ("sampling.scheduler", "auto"):
             raise UserError(
                 f"{key}.path: expected an import path such as package.Class, found {component.path!r}"
             )

@@ -53,6 +53,7 @@ def clusters(
     log_snr: NDArray[np.float64],
     title: str,
     costs: ClusterPath | None = None,
+    continuous: bool = False,
 ) -> None:
     """The log-SNR curve with the clusters' intervals shaded.
 
@@ -62,6 +63,7 @@ def clusters(
         log_snr: [T].
         title: above the curve.
         costs: the optima for every k, drawn in a second panel.
+        continuous: the timesteps are cells of equal probability of continuous levels.
     """
     figure = new_figure(6.4 if costs is None else 9.6, 3.2)
     if costs is None:
@@ -85,7 +87,7 @@ def clusters(
     low, high = float(log_snr.min()), float(log_snr.max())
     axis.set_ylim(low - 0.05 * (high - low), high + 0.25 * (high - low))  # room for the labels
     axis.set_xlim(0, clustering.num_timesteps)
-    axis.set_xlabel("timestep t")
+    axis.set_xlabel("quantile of the noise level" if continuous else "timestep t")
     axis.set_ylabel("log-SNR")
     axis.set_title(title, fontsize=10)
     save(figure, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import tempfile
@@ -17,12 +18,13 @@ import torch
 
 from .._figures import smooth
 from .._files import replacing
-from .._progress import open_progress
-from ..diffusion import log_snr
+from .._progress import NoProgress, open_progress
+from ..data import EpochOrder, ImageData, batches
+from ..data.items import Conditions
 from ..weighting import ContinuousUncertainty
-from . import checkpoint, evaluation, history, plots
+from . import checkpoint, evaluation, history, plots, processes
+from .components import in_timesteps
 from .config import NEIGHBOURS, Config, differences
-from .data import ImageData
 from .errors import TrainingDiverged, UserError, blame
 from .folder import RunFolder
 from .history import History
@@ -32,7 +34,8 @@ from .titles import clusters_title, method_title
 from .trained_denoiser import TrainedDenoiser
 
 # What may differ when a run is resumed, because the iterations already done do not depend on it. A run may be
-# made longer: no schedule looks at its length. Of the device the type alone counts, and Trainer.load compares it.
+# made longer unless its learning rates fall towards its end. Of the device the type alone counts, and Trainer.load
+# compares it.
 FREE_ON_RESUME = ("iterations", "device", "checkpoints.", "logging.", "sampling.", "evaluation.")
 # What else drawn pictures and their metrics depend on.
 _DRAWING = ("sampling.", "evaluation.")
@@ -67,7 +70,14 @@ def train(
         UserError: the run cannot be started or continued as asked.
         TrainingDiverged: a loss or a weight is not finite.
     """
+    with processes.joined(config) as config:
+        _train(config, run, resume, chosen, outputs)
+
+
+def _train(config: Config, run: RunFolder, resume: bool, chosen: Path | None, outputs: bool) -> None:
     begun = run.begun
+    if processes.world() > 1:
+        torch.distributed.barrier()  # all have looked before the first one makes the folder
     if begun and not resume:
         raise UserError(
             f"run folder {run}: holds a run already; --resume continues it, --run-dir names another"
@@ -81,8 +91,11 @@ def train(
             print(f"{run} is already complete")
             return
     trainer = Trainer(config)  # before the folder is made, so that a bad option leaves nothing behind
-    if outputs:
+    if outputs and processes.rank() == 0:
         rehearse(trainer)
+    if processes.rank() > 0:
+        _follow(trainer, run.checkpoint(chosen) if begun else None, run.checkpoints)
+        return
     run.create()
     with run.lock():
         if begun and _draws_otherwise(config, run):
@@ -108,9 +121,10 @@ def rehearse(trainer: Trainer) -> None:
     Raises:
         UserError: the end of the run would fail.
     """
-    config, data = trainer.config, trainer.data
+    config, data = trainer.config, trainer.data.images(REHEARSED)
     kind = trainer.scheduler.config.get("prediction_type", "epsilon")
-    if kind == "epsilon" and bool((torch.as_tensor(trainer.scheduler.alphas_cumprod) == 0).any()):
+    signal = torch.as_tensor([] if trainer.process.continuous else trainer.scheduler.alphas_cumprod)
+    if kind == "epsilon" and bool((signal == 0).any()):
         raise UserError(
             "sampling: expected prediction type v_prediction or sample for a schedule that ends in pure noise, of "
             "which epsilon tells nothing, found epsilon"
@@ -121,10 +135,19 @@ def rehearse(trainer: Trainer) -> None:
     training = trainer.model.training
     devices = [trainer.device] if trainer.device.type == "cuda" else []
     with torch.random.fork_rng(devices), tempfile.TemporaryDirectory() as folder:
+        conditions: Conditions = labels
+        if labels is None and config.conditioning.enabled:
+            items = trainer.data.training
+            conditions = next(
+                batches(items, EpochOrder(len(items), 2, config.seed), augment=False)
+            ).conditioning
         shape = (2 if labels is None else len(labels), *data.shape)
-        pictures = draw(trainer.model, trainer.scheduler, config.sampling, shape, labels, config.seed)
+        given = trainer.conditioning
+        pictures = draw(
+            trainer.model, trainer.scheduler, config.sampling, shape, conditions, config.seed, given
+        )
         save = getattr(trainer.model, "save_pretrained", None)
-        if callable(save):
+        if callable(save) and not config.compute.lora:
             with blame("model: save_pretrained"):
                 save(Path(folder) / "model")
         with blame("samples.png"):
@@ -170,14 +193,15 @@ def _summary(trainer: Trainer) -> str:
     config = trainer.config
     size = sum(parameter.numel() for parameter in trainer.model.parameters())
     return (
-        f"{method_title(config)}, {size:,} parameters, {len(trainer.data.train):,} images, {trainer.device}, "
+        f"{method_title(config)}, {size:,} parameters, {len(trainer.data.training):,} images, {trainer.device}, "
         f"{config.precision}"
     )
 
 
 def _check_same(config: Config, run: RunFolder) -> None:
     for key, (now, then) in differences(config, run.read_config()).items():
-        if not key.startswith(FREE_ON_RESUME):
+        longer = key == "iterations" and config.optimizer.schedule != "constant"
+        if longer or not key.startswith(FREE_ON_RESUME):
             raise UserError(
                 f"{key}: expected {then!r}, as in the run that --resume continues, found {now!r} "
                 "(what is not given is as in that run)"
@@ -206,6 +230,9 @@ def _fit(trainer: Trainer, run: RunFolder, chosen: Path | None) -> None:
     with contextlib.closing(log):
         if start is not None:
             trainer.load(start, log)
+        if processes.world() > 1:
+            torch.distributed.barrier()  # all have read before anything is removed or written
+        if start is not None:
             run.remove_newer(start)
             print(f"continuing {run} from iteration {trainer.iteration}")
         if trainer.iteration < trainer.config.iterations:
@@ -214,10 +241,25 @@ def _fit(trainer: Trainer, run: RunFolder, chosen: Path | None) -> None:
             trainer.fit(run.checkpoints, log, progress)
 
 
+def _follow(trainer: Trainer, start: Path | None, checkpoints: Path) -> None:
+    """Train with the first process, which alone writes."""
+    with contextlib.closing(History(Path(os.devnull))) as log:
+        if start is not None:
+            trainer.load(start, log)
+        if processes.world() > 1:
+            torch.distributed.barrier()
+        trainer.fit(checkpoints, log, NoProgress())
+
+
 def _write_outputs(trainer: Trainer, run: RunFolder) -> None:
     """Write what is not there yet; a run killed on the way has a part of it."""
     trained = TrainedDenoiser(
-        trainer.config, trainer.data, trainer.scheduler, trainer.ema.model, trainer.iteration
+        trainer.config,
+        trainer.data,
+        trainer.scheduler,
+        trainer.ema.model,
+        trainer.iteration,
+        trainer.conditioning,
     )
     writers: dict[Path, Callable[[Path], object]] = {
         run.model: trained.write_model,
@@ -237,22 +279,24 @@ def _write_outputs(trainer: Trainer, run: RunFolder) -> None:
 
 def write_clusters(trainer: Trainer, path: Path) -> None:
     """Draw the clusters of a run."""
-    levels = log_snr(trainer.scheduler, clip=LOG_SNR_DRAWN)
+    levels = trainer.noise.log_snr(LOG_SNR_DRAWN)
     with replacing(path) as aside:
         found = replace(trainer.config.clusters, k=trainer.clusters.k)  # the number where that was "auto"
-        plots.clusters(aside, trainer.clusters, levels, clusters_title(found))
+        shown = in_timesteps(trainer.clusters, trainer.noise.num_timesteps)
+        plots.clusters(aside, shown, levels, clusters_title(found), continuous=trainer.process.continuous)
 
 
 def write_uncertainty(trainer: Trainer, run: RunFolder, path: Path) -> None:
     """Draw the log-variance that continuous uncertainty weighting learned, beside the clusters' last losses."""
     assert isinstance(trainer.weighting, ContinuousUncertainty)
-    levels = log_snr(trainer.scheduler, clip=LOG_SNR_DRAWN)
+    levels = trainer.noise.log_snr(LOG_SNR_DRAWN)
     with torch.no_grad():
         log_var = trainer.weighting.log_var(torch.from_numpy(levels).float().to(trainer.device)).cpu().numpy()
     lines = history.read(run.log)
     losses = np.array([line["losses"] for line in lines], dtype=float)  # None becomes NaN
     means = smooth(losses, LINES_DRAWN)[-1]
-    centres = np.add.reduceat(levels, trainer.clusters.boundaries[:-1]) / trainer.clusters.sizes
+    clusters = in_timesteps(trainer.clusters, trainer.noise.num_timesteps)
+    centres = np.add.reduceat(levels, clusters.boundaries[:-1]) / clusters.sizes
     with replacing(path) as aside:
         plots.uncertainty(aside, levels, log_var, centres, np.log(means), method_title(trainer.config))
 
