@@ -19,8 +19,12 @@ if TYPE_CHECKING:
     from ..gradients.stores import Gradients, Jacobian, Store
 
 
-def find_group(given: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+def find_group(given: dist.ProcessGroup | None, at_least: int = 2) -> dist.ProcessGroup | None:
     """Return the process group of several processes to train with: the given one or the world; None where alone.
+
+    Args:
+        given: a process group.
+        at_least: how many processes are several.
 
     Raises:
         ValueError: this process does not belong to the given group.
@@ -31,7 +35,7 @@ def find_group(given: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     size = dist.get_world_size(group)
     if size < 0:
         raise ValueError("process_group: expected a group that this process belongs to, found another")
-    return group if size > 1 else None
+    return group if size >= at_least else None
 
 
 def refuse_outer_wrapper() -> None:

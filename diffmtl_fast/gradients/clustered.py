@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from .._host import upload
-from .._torch import sparse_values
+from .._torch import fully_sharded_modules, sparse_values
 from ..distributed import Alone, Ranks, Replicas, find_group, refuse_outer_wrapper, settle
 from ..weighting import GramianWeighting, LossWeighting
 from . import diagnostics
 from .batch import BatchLayout, check_cluster
 from .engine import Engine, EngineName, Memory
+from .fully_sharded import FullyShardedEngine
 from .parameters import refuse_hooks
 from .step import Step
 from .uncompiled import uncompiled
@@ -143,7 +144,12 @@ class ClusteredMTL(nn.Module):
         self.last: StepRecord | None = None
         self._process_group = process_group
         self._replicas = Alone()
-        self._engine = Engine(model, num_clusters, engine, memory, shared, jacobian_dtype)
+        self._engine: Engine | FullyShardedEngine = Engine(
+            model, num_clusters, engine, memory, shared, jacobian_dtype
+        )
+        if fully_sharded_modules(model):
+            _refuse_with_shards(engine, memory)
+            self._engine = FullyShardedEngine(model, num_clusters, shared, jacobian_dtype)
         self._step: Step | None = None  # that waits for its backward
 
     def forward(self, *args: Any, cluster: Tensor | None = None, **kwargs: Any) -> Any:
@@ -181,6 +187,7 @@ class ClusteredMTL(nn.Module):
         check_cluster(cluster, self.num_clusters)
         self._refuse_lost_gradients()
         step = self._continue_or_begin()
+        self._engine.meet(cluster, step.by_cluster, args, kwargs)
         self._step = None  # a forward that fails leaves no step to finish
         if step.by_cluster:
             refuse_hooks(self.module, self._engine.parameters)
@@ -209,7 +216,8 @@ class ClusteredMTL(nn.Module):
 
     def _meet_other_processes(self) -> None:
         """Find the processes that train together; at their first step they settle that they do the same."""
-        group = find_group(self._process_group)
+        fully_sharded = isinstance(self._engine, FullyShardedEngine)
+        group = find_group(self._process_group, 1 if fully_sharded else 2)
         if group is None:
             self._replicas = Alone()
             return
@@ -222,8 +230,8 @@ class ClusteredMTL(nn.Module):
             "jacobian_dtype": self._engine.dtype,
         }
         ranks = Ranks(group, next(self.module.parameters()).device)
-        settle(ranks, self.module, self.weighting, settings)
-        self._replicas = Replicas(ranks, self.num_clusters)
+        settle(ranks, self.module, self.weighting, settings, fully_sharded=fully_sharded)
+        self._replicas = self._engine.meet_others(ranks)
 
     def backward(
         self, loss: Tensor, cluster: Tensor | None = None, *, scaler: torch.amp.GradScaler | None = None
@@ -407,6 +415,19 @@ def _bare(
             "clusters' gradients and not the update"
         )
     return model, group
+
+
+def _refuse_with_shards(engine: EngineName, memory: Memory) -> None:
+    if engine == "grouped":
+        raise ValueError(
+            "engine='grouped': expected a model that is not sharded, found one in fully_shard, whose gradients are "
+            "formed cluster after cluster; use engine='auto'"
+        )
+    if memory == "lean":
+        raise ValueError(
+            "memory='lean': expected a model that is not sharded, found one in fully_shard, where every process "
+            "keeps its shard of the Jacobian alone; use memory='full', with jacobian_dtype=torch.bfloat16 to halve it"
+        )
 
 
 def _forward_with_a_warning(

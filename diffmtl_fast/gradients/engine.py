@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import compiled_modules, parametrize_cached
+from ..distributed import Ranks, Replicas
 from .batch import BatchLayout
 from .grouped import CannotGroup, GroupedEngine
 from .independence import is_measured
@@ -149,6 +150,15 @@ class Engine:
             self._tell("sliced", f"'{compiled}' is compiled")
             return None
         return GroupedEngine(self.model, self.slots, self.parameters, self.names)
+
+    def meet_others(self, ranks: Ranks) -> Replicas:
+        """Return what these ranks, which train together, exchange in a step."""
+        return Replicas(ranks, self.num_clusters)
+
+    def meet(
+        self, cluster: Tensor, by_cluster: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Exchange nothing with the other ranks before a forward."""
 
     def forward(self, step: Step, layout: BatchLayout, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the model; the order of the samples in arguments and outputs is the batch's own.
