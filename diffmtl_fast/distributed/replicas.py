@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import ops
-from .._torch import within_data_parallel
+from .._torch import fully_sharded_modules, within_data_parallel
 from .ranks import Ranks
 from .sharded_jacobian import ShardedJacobian
 
@@ -38,12 +38,20 @@ def find_group(given: dist.ProcessGroup | None, at_least: int = 2) -> dist.Proce
     return group if size >= at_least else None
 
 
-def refuse_outer_wrapper() -> None:
-    """Refuse a forward that `DistributedDataParallel` has called.
+def refuse_outer_wrapper(wrapper: nn.Module) -> None:
+    """Refuse a forward that `DistributedDataParallel` has called, and a wrapper that `fully_shard` was called on.
+
+    Args:
+        wrapper: the one that runs its forward.
 
     Raises:
-        TypeError: it has.
+        TypeError: it has, or it was.
     """
+    if wrapper in fully_sharded_modules(wrapper):
+        raise TypeError(
+            "expected ClusteredMTL around the sharded model, found fully_shard around ClusteredMTL; call "
+            "fully_shard on the model before ClusteredMTL(model, ...)"
+        )
     if within_data_parallel():
         raise TypeError(
             "expected ClusteredMTL around the bare model, found it within DistributedDataParallel; leave that "

@@ -221,7 +221,7 @@ class ClusteredMTL(nn.Module):
         if group is None:
             self._replicas = Alone()
             return
-        refuse_outer_wrapper()
+        refuse_outer_wrapper(self)
         if isinstance(self._replicas, Replicas) and self._replicas.ranks.group is group:
             return
         settings = {

@@ -150,17 +150,13 @@ class FullyShardedEngine:
         self._tell(rounds)
         self._parts = {each: parts for each, parts in self._parts.items() if each.step is step}
         step.begin_pass(layout.clusters)
-        if len(rounds) == 1:
-            output = step.watch(self.model(*args, **kwargs))
-            self._parts[step.passes[-1]] = _Parts(rounds)
-        else:
-            ordered = layout.sort(args, kwargs, self.shared)
-            if self._wish:
-                self._check(layout, (args, kwargs), ordered, rounds)
-                self._checked.add(self._kind(layout.batch_size, args, kwargs))
-            parts = _Parts(rounds)
-            output = self._join(step, parts, layout, self._run(parts, layout, ordered))
-            self._parts[step.passes[-1]] = parts
+        ordered = layout.sort(args, kwargs, self.shared)
+        if self._wish and len(rounds) > 1:
+            self._check(layout, (args, kwargs), ordered, rounds)
+            self._checked.add(self._kind(layout.batch_size, args, kwargs))
+        parts = _Parts(rounds)
+        output = self._join(step, parts, layout, self._run(parts, layout, ordered))
+        self._parts[step.passes[-1]] = parts
         step.passes[-1].outputs = [
             leaf for leaf in flatten(output)[0] if is_measured(leaf) and leaf.requires_grad
         ]
@@ -199,7 +195,10 @@ class FullyShardedEngine:
         return outputs
 
     def _join(self, step: Step, parts: _Parts, layout: BatchLayout, outputs: list[Any]) -> Any:
-        """Return the rounds' outputs as one, from which a backward comes to leaves and no further."""
+        """Return the rounds' outputs as one, from which a backward comes to leaves and no further.
+
+        FSDP2 gathers parameters as soon as anything is differentiated by an output of the model, on all ranks.
+        """
         sizes = [span[1] - span[0] for span in parts.spans if span is not None]
         trained = [leaf.requires_grad for leaf in parts.outputs[0]]
         output = layout.unsort(join([map_tensors(Tensor.detach, each) for each in outputs], sizes))
@@ -394,9 +393,6 @@ class FullyShardedEngine:
 
 def _backwards(parts: list[_Parts], objective: Tensor) -> Iterator[Callable[[], None]]:
     """Yield what differentiates each round of a step's forwards."""
-    if len(parts[0].rounds) == 1:
-        yield objective.backward
-        return
     objective.backward()
     slopes = []
     for each in parts:

@@ -53,10 +53,15 @@ def train(
     measure: bool = False,
     mtl_options: dict[str, Any] | None = None,
     seeds: Sequence[int] = (0, 0, 0, 0),
+    param_dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype | None = None,
     **options: Any,
 ) -> Outcome:
     """Take a step of so many backwards on this rank with a sharded model."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
     rank, ranks = dist.get_rank(), dist.get_world_size()
+    options["mp_policy"] = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
     model = shard(make_model(dtype, seeds[rank]), kind, **options)
     with logged() as messages:
         mtl = dm.ClusteredMTL(model, K, make_weighting(weighting, rank).to(dtype), **mtl_options or {})
@@ -64,3 +69,151 @@ def train(
         for number in range(backwards):
             step(mtl, batches(layout, ranks, dtype, seed=number)[rank])
     return whole_outcome(mtl, messages=messages)
+
+
+def train_for_some_time(weighting: str, steps: int) -> dict[str, Tensor]:
+    """Train by SGD on this rank; return the whole state in the end. See `programs.train_for_some_time`."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    model, chosen = shard(make_model(torch.float64)), make_weighting(weighting).double()
+    mtl = dm.ClusteredMTL(model, K, chosen)
+    optimizer = torch.optim.SGD([*model.parameters(), *chosen.parameters()], lr=0.05)
+    for number in range(steps):
+        layout = list(programs.LAYOUTS)[number % len(programs.LAYOUTS)]
+        optimizer.zero_grad()
+        step(mtl, batches(layout, ranks, torch.float64, seed=number)[rank])
+        optimizer.step()
+    state = {name: whole(value) for name, value in model.state_dict().items()}
+    return {**state, "weights": mtl.last.weights}
+
+
+def clipped(layout: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the norm of a step, what PyTorch finds, and what is left after clipping by the former to its half."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    model = shard(make_model(torch.float64))
+    mtl = dm.ClusteredMTL(model, K, make_weighting("pcgrad"))
+    step(mtl, batches(layout, ranks, torch.float64)[rank])
+    norm = mtl.last.grad_norm
+    theirs = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    nn.utils.clip_grads_with_norm_(model.parameters(), 0.5 * float(norm), norm)
+    after = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return norm, whole(theirs), whole(after)
+
+
+def train_alone_in_the_mesh() -> Outcome:
+    """Take a step with a model that is sharded over this process alone."""
+    from torch.distributed.fsdp import fully_shard
+
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    mesh = dist.init_device_mesh("cpu", (ranks, 1), mesh_dim_names=("others", "own"))["own"]
+    model = fully_shard(make_model(torch.float64), mesh=mesh)
+    mtl = dm.ClusteredMTL(model, K, make_weighting("pcgrad"), process_group=mesh.get_group())
+    step(mtl, batches([programs.LAYOUTS["sorted"][rank]], 1, torch.float64)[0])
+    found = whole_outcome(mtl)
+    dist.barrier()
+    return found
+
+
+class Counted(TorchDispatchMode):
+    """Counts what a rank sends, by the best algorithm of every collective (a ring), and by what it is for."""
+
+    _KINDS = {
+        "allgather": ("gather", 1, 0),
+        "reduce_scatter": ("reduce", 1, 1),
+        "alltoall": ("reduce", 1, 1),
+        "allreduce": ("rest", 2, 0),
+        "broadcast": ("rest", 1, 0),
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = {"gather": 0.0, "reduce": 0.0, "rest": 0.0}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        if name.startswith("c10d::"):
+            (kind, factor, position), *_ = [v for n, v in self._KINDS.items() if n in name.replace("_base", "")]
+            size = dist.get_world_size()
+            self.bytes[kind] += factor * (size - 1) / size * _size(args[position])
+        return func(*args, **(kwargs or {}))
+
+
+def _size(tensors: Any) -> int:
+    if isinstance(tensors, Tensor):
+        return tensors.numel() * tensors.element_size()
+    return sum(_size(each) for each in tensors)
+
+
+def bytes_of_steps(one_each: Sequence[Sequence[int]]) -> list[dict[str, float]]:
+    """Return what a plain step moves, one of all clusters on every rank, and one of a cluster a rank."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    model = shard(make_model(torch.float32, width=300))
+    mtl = dm.ClusteredMTL(model, K, make_weighting("pcgrad"))
+    everywhere = [[0, 1, 2, 3, 4]] * ranks
+    found = []
+    for layout, wrapped in ((everywhere, False), (everywhere, True), (one_each, True)):
+        batch = batches(layout, ranks, torch.float32)[rank]
+        if wrapped:
+            step(mtl, batch)  # with checks
+        with Counted() as counted:
+            if wrapped:
+                step(mtl, batch)
+            else:
+                dm.ops.sample_mse(model(batch.x, batch.t), batch.target).mean().backward()
+        found.append(counted.bytes)
+    return found
+
+
+def refused(kind: str) -> str:
+    """Set up what can't be done with sharded models; return the error."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    batch, options = batches("sorted", ranks, torch.float32)[rank], {}
+    model = make_model(torch.float32, width=24)
+    line = dist.init_device_mesh("cpu", (ranks,))
+    square = dist.init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("data", "tensor"))
+    if kind in ("grouped", "no sync", "lean"):
+        shard(model)
+        options = {"grouped": {"engine": "grouped"}, "lean": {"memory": "lean"}, "no sync": {}}[kind]
+    if kind == "no sync":
+        model.set_requires_gradient_sync(False)
+    if kind in ("tensor parallel", "both"):
+        parallelize_module(model, square["tensor"], {"hidden": ColwiseParallel()})
+    if kind in ("both", "group"):
+        fully_shard(model, mesh=square["data"])
+    if kind == "ignored":
+        fully_shard(model, mesh=line, ignored_params={model.gain})
+    with pytest.raises((TypeError, ValueError, RuntimeError)) as error:
+        mtl = dm.ClusteredMTL(model, K, make_weighting("pcgrad"), **options)
+        if kind == "afterwards":
+            fully_shard(model, mesh=line)
+        if kind == "around it":
+            fully_shard(mtl, mesh=line)
+        step(mtl, batch)
+    dist.barrier()
+    return f"{error.type.__name__}: {error.value}"
+
+
+class MixesOnRank0(programs.Denoiser):
+    """Subtracts the mean of the batch from the samples of rank 0."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(x - x.mean(0) if dist.get_rank() == 0 else x, t)
+
+
+def mixing() -> str:
+    """Take a step with a model that mixes the samples of rank 0; return the error."""
+    mtl = dm.ClusteredMTL(shard(MixesOnRank0()), K, make_weighting("pcgrad"))
+    with pytest.raises((ValueError, RuntimeError)) as error:
+        step(mtl, batches("sorted", dist.get_world_size(), torch.float32)[dist.get_rank()])
+    return f"{error.type.__name__}: {error.value}"
+
+
+def differentiate_otherwise() -> str:
+    """Differentiate the output of a sharded model without mtl.backward; return the error."""
+    mtl = dm.ClusteredMTL(shard(make_model(torch.float32)), K, make_weighting("pcgrad"))
+    batch = batches("sorted", dist.get_world_size(), torch.float32)[dist.get_rank()]
+    with pytest.raises(RuntimeError) as error:
+        mtl(batch.x, batch.t, cluster=batch.cluster).sum().backward()
+    return f"{error.type.__name__}: {error.value}"
