@@ -145,9 +145,13 @@ def sparse_values(tensor: Tensor) -> Tensor:
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
-def within_data_parallel() -> bool:
-    """Whether a `DistributedDataParallel` is running its module. No, where PyTorch can't say."""
-    return getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None) is not None
+def data_parallel_processes() -> int:
+    """Return how many processes a `DistributedDataParallel` that is running its module has; 0 without one.
+
+    Where PyTorch can't say, there is none.
+    """
+    running = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+    return 0 if running is None else int(running.process_group.size())
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
@@ -271,6 +275,7 @@ __all__ = [
     "OpOverloadPacket",
     "any_requires_grad",
     "compiled_modules",
+    "data_parallel_processes",
     "dynamo",
     "enable_single_level_autograd_function",
     "foreach_div_",
@@ -297,5 +302,4 @@ __all__ = [
     "unsafe_view",
     "unsharded_parameters",
     "version",
-    "within_data_parallel",
 ]

@@ -38,6 +38,7 @@ class LossSecondMomentSampler(TimestepSampler):
         history: losses remembered per cell.
         uniform_share: ε, above 0 and at most 1.
         generator: source of randomness; see `TimestepSampler`.
+        process_group: processes that train together; see `TimestepSampler`.
 
     Attributes:
         losses: buffer, float64 [C, history]; the last losses of each cell, in a ring.
@@ -59,8 +60,9 @@ class LossSecondMomentSampler(TimestepSampler):
         history: int = 10,
         uniform_share: float = 0.001,
         generator: torch.Generator | None = None,
+        process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(clusters, generator=generator)
+        super().__init__(clusters, generator=generator, process_group=process_group)
         most = getattr(clusters, "num_timesteps", None)
         number = cells if cells is not None else most or _CONTINUOUS_CELLS
         if number < 1 or (most is not None and number > most):
@@ -104,6 +106,7 @@ class LossSecondMomentSampler(TimestepSampler):
     def update(self, loss: Tensor, level: Tensor | None = None) -> None:
         """Remember the losses [B] of the levels [B], in their order; see `TimestepSampler.update`."""
         check_sample_losses(loss, level)
+        loss, level = self.gather(loss, level)
         assert level is not None
         value = loss.to(self.losses)
         finite = value.isfinite()

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import ops
-from .._torch import fully_sharded_modules, within_data_parallel
+from .._torch import data_parallel_processes, fully_sharded_modules
 from .ranks import Ranks
 from .sharded_jacobian import ShardedJacobian
 
@@ -52,7 +52,7 @@ def refuse_outer_wrapper(wrapper: nn.Module) -> None:
             "expected ClusteredMTL around the sharded model, found fully_shard around ClusteredMTL; call "
             "fully_shard on the model before ClusteredMTL(model, ...)"
         )
-    if within_data_parallel():
+    if data_parallel_processes() > 1:
         raise TypeError(
             "expected ClusteredMTL around the bare model, found it within DistributedDataParallel; leave that "
             "out: ClusteredMTL(model, ...) adds the gradients up itself (process_group=)"
@@ -80,6 +80,12 @@ class Alone:
     def weights(self, weights: Tensor) -> Tensor:
         """Return the weights."""
         return weights
+
+    def objective(
+        self, objective: Tensor, weights: Tensor, losses: Tensor, present: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the scalar that a weighting of losses made of them, and its weights."""
+        return objective, weights
 
     def adding_up(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
         """Do nothing."""
@@ -151,6 +157,16 @@ class Replicas(Alone):
     def weights(self, weights: Tensor) -> Tensor:
         """Return rank 0's weights: a weighting may draw random numbers."""
         return self.ranks.broadcast(weights.detach())
+
+    def objective(
+        self, objective: Tensor, weights: Tensor, losses: Tensor, present: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return a scalar whose slopes by the losses are those of rank 0, which may be random, and its weights.
+
+        Its slopes by the weighting's own parameters are those of `objective`.
+        """
+        common = self.weights(weights)
+        return objective + ((common - weights.detach()) / present.sum() * losses).sum(), common
 
     @contextmanager
     def adding_up(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:

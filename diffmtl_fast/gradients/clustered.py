@@ -216,12 +216,12 @@ class ClusteredMTL(nn.Module):
 
     def _meet_other_processes(self) -> None:
         """Find the processes that train together; at their first step they settle that they do the same."""
+        refuse_outer_wrapper(self)
         fully_sharded = isinstance(self._engine, FullyShardedEngine)
         group = find_group(self._process_group, 1 if fully_sharded else 2)
         if group is None:
             self._replicas = Alone()
             return
-        refuse_outer_wrapper(self)
         if isinstance(self._replicas, Replicas) and self._replicas.ranks.group is group:
             return
         settings = {
@@ -301,6 +301,7 @@ class ClusteredMTL(nn.Module):
             objective = (weights * losses).sum() / present.sum()
         else:
             objective, weights = self._weigh_losses(losses, present)
+            objective, weights = self._replicas.objective(objective, weights, losses, present)
         with self._replicas.adding_up([p for p in self.module.parameters() if p.requires_grad]):
             _scaled(objective, scale).backward()
         self.last = StepRecord(losses.detach(), weights.detach(), present, None)
