@@ -96,7 +96,8 @@ class TimestepSampler(nn.Module):
             raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
         if generator is not None and self._group is not None:
             raise ValueError(
-                "generator: expected none with process_group, whose processes draw from the sampler's own, found one"
+                "generator: expected none with process_group, whose processes draw from the sampler's own, found "
+                "one"
             )
         generator = self.generator if generator is None else generator
         target, source = places(device, generator)

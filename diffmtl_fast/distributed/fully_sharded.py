@@ -262,7 +262,7 @@ class ClusterReduceScatter:
                 hook.remove()
 
     def _hook(self, position: int) -> Callable[[Tensor], None]:
-        parameter = self._store.parameters[position]
+        parameter: Any = self._store.parameters[position]
         shape = local(parameter).shape
         (dimension,) = [p.dim for p in parameter.placements if p.is_shard()]
         length = max(1, parameter.shape[dimension])
@@ -280,10 +280,8 @@ class ClusterReduceScatter:
 
 def local(tensor: Tensor) -> Tensor:
     """Return this rank's part of a sharded tensor, which shares its memory; any other as it is."""
-    if hasattr(tensor, "to_local"):
-        part: Tensor = tensor.detach().to_local()
-        return part
-    return tensor.detach()
+    part: Any = tensor.detach()
+    return part.to_local() if hasattr(part, "to_local") else part
 
 
 @contextmanager
@@ -313,8 +311,8 @@ def noting_use(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator
 def _mesh(model: nn.Module, parameters: Sequence[nn.Parameter]) -> tuple[Any, int]:
     """Return the mesh of processes that hold the parameters, and the dimension of it that shards them."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    mesh: Any = None
-    dimension = 0
+    mesh, dimension = None, 0
+    parameter: Any
     for parameter in parameters:
         placements = getattr(parameter, "placements", None)
         if placements is None:
@@ -325,7 +323,12 @@ def _mesh(model: nn.Module, parameters: Sequence[nn.Parameter]) -> tuple[Any, in
         mesh = parameter.device_mesh if mesh is None else mesh
         sharded = [i for i, placement in enumerate(placements) if placement.is_shard()]
         replicated = [placement for placement in placements if placement.is_replicate()]
-        if len(sharded) != 1 or len(placements) > 2 or len(placements) != 1 + len(replicated) or parameter.device_mesh != mesh:
+        if (
+            len(sharded) != 1
+            or len(placements) > 2
+            or len(placements) != 1 + len(replicated)
+            or parameter.device_mesh != mesh
+        ):
             raise ValueError(
                 f"model: expected parameters that fully_shard alone has sharded, all on one mesh, found "
                 f"'{names[id(parameter)]}' with {placements} on {parameter.device_mesh}; tensor parallel is not "

@@ -47,9 +47,9 @@ def settle(
     _refuse_differences(ranks.gather_objects(own))
     if not fully_sharded and (sharded := _sharded(model)):
         raise ValueError(
-            f"model: expected a whole replica on every rank, found sharded parameters: {sharded}; call fully_shard "
-            "on the model before ClusteredMTL(model, ...); FullyShardedDataParallel and tensor parallel are not "
-            "supported"
+            f"model: expected a whole replica on every rank, found sharded parameters: {sharded}; call "
+            "fully_shard on the model before ClusteredMTL(model, ...); FullyShardedDataParallel and tensor "
+            "parallel are not supported"
         )
     replicated = [*weighting.parameters(), *weighting.buffers(), *model.buffers()]
     if not fully_sharded:

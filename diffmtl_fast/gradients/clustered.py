@@ -317,7 +317,7 @@ class ClusteredMTL(nn.Module):
 
         # Row k of J is the gradient of L_k / n: the form in which the losses enter the published methods.
         objective = _scaled(losses.sum() / number, scale)
-        store = self._engine.store(step)
+        store: Any = self._engine.store(step)  # each engine takes its own kind
         with self._replicas.telling_before_gradients(self._engine.parameters):
             self._engine.collect(step, objective, store)
         gradients = self._replicas.reader(store)
@@ -421,13 +421,14 @@ def _bare(
 def _refuse_with_shards(engine: EngineName, memory: Memory) -> None:
     if engine == "grouped":
         raise ValueError(
-            "engine='grouped': expected a model that is not sharded, found one in fully_shard, whose gradients are "
-            "formed cluster after cluster; use engine='auto'"
+            "engine='grouped': expected a model that is not sharded, found one in fully_shard, whose gradients "
+            "are formed cluster after cluster; use engine='auto'"
         )
     if memory == "lean":
         raise ValueError(
             "memory='lean': expected a model that is not sharded, found one in fully_shard, where every process "
-            "keeps its shard of the Jacobian alone; use memory='full', with jacobian_dtype=torch.bfloat16 to halve it"
+            "keeps its shard of the Jacobian alone; use memory='full', with jacobian_dtype=torch.bfloat16 to "
+            "halve it"
         )
 
 

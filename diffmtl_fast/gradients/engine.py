@@ -155,9 +155,7 @@ class Engine:
         """Return what these ranks, which train together, exchange in a step."""
         return Replicas(ranks, self.num_clusters)
 
-    def meet(
-        self, cluster: Tensor, by_cluster: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def meet(self, cluster: Tensor, by_cluster: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Exchange nothing with the other ranks before a forward."""
 
     def forward(self, step: Step, layout: BatchLayout, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""The engine of fully sharded models (FSDP2): a forward and a backward per cluster, or one if ranks have one each."""
+"""The engine of fully sharded models (FSDP2): a forward and a backward for each cluster of a rank."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from .loss_check import LossCheck
 from .model_state import ModelState, evaluating
 from .parameters import find_slots, grads_set_aside
 from .step import Pass, Step
-from .stores import Jacobian
+from .stores import Jacobian, Store
 from .trees import copied, cut, flags, flatten, join, map_tensors
 
 _logger = logging.getLogger("diffmtl_fast")
@@ -119,9 +119,7 @@ class FullyShardedEngine:
 
     # The forward.
 
-    def meet(
-        self, cluster: Tensor, by_cluster: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def meet(self, cluster: Tensor, by_cluster: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Exchange the counts of the clusters with the other ranks, before a forward of any kind."""
         assert self.ranks is not None
         if not by_cluster:
@@ -346,7 +344,7 @@ class FullyShardedEngine:
         uniform = all(len(set(clusters)) == 1 for clusters in rounds)
         scatter = None if uniform else ClusterReduceScatter(store, self.ranks.shards.size)
         with (
-            step.collecting(store),
+            step.collecting(cast("Store", store)),  # nothing asks it for more than whether it is there
             grads_set_aside(self.parameters),
             noting_use(self.model, self.parameters) as used,
             sharded_gradients_summed(self.model, scatter),
@@ -397,7 +395,9 @@ def _backwards(parts: list[_Parts], objective: Tensor) -> Iterator[Callable[[], 
     slopes = []
     for each in parts:
         assert each.layout is not None
-        slopes.append([None if leaf.grad is None else _sorted(leaf.grad, each.layout) for leaf in each.joined])
+        slopes.append(
+            [None if leaf.grad is None else _sorted(leaf.grad, each.layout) for leaf in each.joined]
+        )
     for number in range(len(parts[0].rounds)):
         roots: list[Tensor] = []
         given: list[Tensor] = []

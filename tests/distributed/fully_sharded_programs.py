@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import programs
@@ -131,7 +130,9 @@ class Counted(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name()
         if name.startswith("c10d::"):
-            (kind, factor, position), *_ = [v for n, v in self._KINDS.items() if n in name.replace("_base", "")]
+            (kind, factor, position), *_ = [
+                v for n, v in self._KINDS.items() if n in name.replace("_base", "")
+            ]
             size = dist.get_world_size()
             self.bytes[kind] += factor * (size - 1) / size * _size(args[position])
         return func(*args, **(kwargs or {}))
@@ -184,13 +185,17 @@ def refused(kind: str) -> str:
         fully_shard(model, mesh=square["data"])
     if kind == "ignored":
         fully_shard(model, mesh=line, ignored_params={model.gain})
-    with pytest.raises((TypeError, ValueError, RuntimeError)) as error:
+
+    def train() -> None:
         mtl = dm.ClusteredMTL(model, K, make_weighting("pcgrad"), **options)
         if kind == "afterwards":
             fully_shard(model, mesh=line)
         if kind == "around it":
             fully_shard(mtl, mesh=line)
         step(mtl, batch)
+
+    with pytest.raises((TypeError, ValueError, RuntimeError)) as error:
+        train()
     dist.barrier()
     return f"{error.type.__name__}: {error.value}"
 

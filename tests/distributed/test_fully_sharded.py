@@ -14,7 +14,7 @@ from fully_sharded_programs import (
     train_alone_in_the_mesh,
     train_for_some_time,
 )
-from programs import K, LAYOUTS, assert_exact, expected, relative
+from programs import LAYOUTS, K, assert_exact, expected, relative
 from programs import train_for_some_time as train_alone
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
@@ -122,15 +122,39 @@ def test_bytes(on_ranks, ranks):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("grouped", "ValueError: engine='grouped': expected a model that is not sharded, found one in fully_shard"),
+        (
+            "grouped",
+            "ValueError: engine='grouped': expected a model that is not sharded, found one in fully_shard",
+        ),
         ("lean", "ValueError: memory='lean': expected a model that is not sharded, found one in fully_shard"),
-        ("tensor parallel", "ValueError: model: expected a whole replica on every rank, found sharded parameters: "),
-        ("both", "ValueError: model: expected parameters that fully_shard alone has sharded, all on one mesh, found"),
-        ("ignored", "ValueError: model: expected every trainable parameter sharded by fully_shard, found 'gain'"),
-        ("afterwards", "ValueError: model: expected a whole replica on every rank, found sharded parameters: "),
-        ("around it", "TypeError: expected ClusteredMTL around the sharded model, found fully_shard around Clu"),
-        ("group", "ValueError: process_group: expected the processes of the sharded model's mesh, 2, found 4"),
-        ("no sync", "RuntimeError: model: expected FSDP2 to reduce gradients in every backward, found that it"),
+        (
+            "tensor parallel",
+            "ValueError: model: expected a whole replica on every rank, found sharded parameters: ",
+        ),
+        (
+            "both",
+            "ValueError: model: expected parameters that fully_shard alone has sharded, all on one mesh",
+        ),
+        (
+            "ignored",
+            "ValueError: model: expected every trainable parameter sharded by fully_shard, found 'gain'",
+        ),
+        (
+            "afterwards",
+            "ValueError: model: expected a whole replica on every rank, found sharded parameters: ",
+        ),
+        (
+            "around it",
+            "TypeError: expected ClusteredMTL around the sharded model, found fully_shard around Clu",
+        ),
+        (
+            "group",
+            "ValueError: process_group: expected the processes of the sharded model's mesh, 2, found 4",
+        ),
+        (
+            "no sync",
+            "RuntimeError: model: expected FSDP2 to reduce gradients in every backward, found that it",
+        ),
     ],
 )
 def test_what_is_refused(on_ranks, kind, message):
@@ -140,10 +164,16 @@ def test_what_is_refused(on_ranks, kind, message):
 
 def test_models_that_mix_samples_are_refused_on_all_ranks(on_ranks):
     (refusing, other) = on_ranks(2, mixing)
-    assert refusing.startswith("ValueError: model: expected each sample's output to depend on that sample's rows")
-    assert other.startswith("RuntimeError: expected a step of all ranks, found that some failed in it: rank 0: Val")
+    assert refusing.startswith(
+        "ValueError: model: expected each sample's output to depend on that sample's rows"
+    )
+    assert other.startswith(
+        "RuntimeError: expected a step of all ranks, found that some failed in it: rank 0: Val"
+    )
 
 
 def test_other_backwards_are_refused(on_ranks):
     for error in on_ranks(2, differentiate_otherwise):
-        assert error.startswith("RuntimeError: expected mtl.backward(loss) after a forward with cluster=... of a f")
+        assert error.startswith(
+            "RuntimeError: expected mtl.backward(loss) after a forward with cluster=... of a f"
+        )
