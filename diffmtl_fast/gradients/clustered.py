@@ -93,9 +93,10 @@ class ClusteredMTL(nn.Module):
             the Gramian is accumulated in float32 all the same. Default: each parameter's own.
         shared: names of keyword arguments, or positions of positional ones, that belong to the whole batch
             although their first dimension happens to equal its size.
-        process_group: the processes that train replicas of the model together, each on samples of its own; their
-            steps are the step of one process with all of the samples. Default: the world, where torch.distributed
-            is initialised; a model in `DistributedDataParallel` is taken out of it, and its group taken over.
+        process_group: the processes that train replicas of the model together, or one that `fully_shard` has
+            sharded over them, each on samples of its own; their steps are the step of one process with all of the
+            samples. Default: the world, where torch.distributed is initialised; a model in
+            `DistributedDataParallel` is taken out of it, and its group taken over.
 
     Attributes:
         module: the model.

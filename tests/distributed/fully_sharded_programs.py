@@ -70,19 +70,33 @@ def train(
     return whole_outcome(mtl, messages=messages)
 
 
-def train_for_some_time(weighting: str, steps: int) -> dict[str, Tensor]:
-    """Train by SGD on this rank; return the whole state in the end. See `programs.train_for_some_time`."""
+def train_for_some_time(weighting: str, steps: int, overflow: int | None = None) -> dict[str, Tensor]:
+    """Train by SGD on this rank; return the whole state in the end. See `programs.train_for_some_time`.
+
+    With `overflow`, a GradScaler goes with it, and in that step the gradients of rank 1's samples are infinite.
+    """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     model, chosen = shard(make_model(torch.float64)), make_weighting(weighting).double()
     mtl = dm.ClusteredMTL(model, K, chosen)
-    optimizer = torch.optim.SGD([*model.parameters(), *chosen.parameters()], lr=0.05)
+    groups = [{"params": list(part.parameters()), "lr": 0.05} for part in (model, chosen)]
+    groups = [group for group in groups if group["params"]]
+    # A GradScaler takes no sharded and whole gradients in one optimizer.
+    parts = [groups] if overflow is None else [[group] for group in groups]
+    optimizers = [torch.optim.SGD(part, foreach=True) for part in parts]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=overflow is not None)
     for number in range(steps):
         layout = list(programs.LAYOUTS)[number % len(programs.LAYOUTS)]
-        optimizer.zero_grad()
-        step(mtl, batches(layout, ranks, torch.float64, seed=number)[rank])
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        batch = batches(layout, ranks, torch.float64, seed=number)[rank]
+        if number == overflow and rank == 1:
+            batch.target[:] = 1e308  # whose gradients overflow, too
+        step(mtl, batch, **({} if overflow is None else {"scaler": scaler}))
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+        scaler.update()
     state = {name: whole(value) for name, value in model.state_dict().items()}
-    return {**state, "weights": mtl.last.weights}
+    return {**state, "weights": mtl.last.weights, "scale": torch.tensor(scaler.get_scale())}
 
 
 def clipped(layout: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,9 +147,16 @@ class Counted(TorchDispatchMode):
             (kind, factor, position), *_ = [
                 v for n, v in self._KINDS.items() if n in name.replace("_base", "")
             ]
-            size = dist.get_world_size()
+            size = _group_size(args)
             self.bytes[kind] += factor * (size - 1) / size * _size(args[position])
         return func(*args, **(kwargs or {}))
+
+
+def _group_size(args: Sequence[Any]) -> int:
+    for each in args:
+        if "ProcessGroup" in str(each):
+            return dist.ProcessGroup.unbox(each).size()
+    raise AssertionError(f"no process group in {args}")
 
 
 def _size(tensors: Any) -> int:
@@ -162,6 +183,33 @@ def bytes_of_steps(one_each: Sequence[Sequence[int]]) -> list[dict[str, float]]:
                 dm.ops.sample_mse(model(batch.x, batch.t), batch.target).mean().backward()
         found.append(counted.bytes)
     return found
+
+
+def bytes_by_mode(mode: str, layout: Sequence[Sequence[int]], kind: str) -> tuple[float, float, int, float]:
+    """Return what a step of a mode moves for gradients and for gathers, P, and the share that is not resharded."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    model = make_model(torch.float32, width=300)
+    model.frozen.requires_grad_(True)
+    model.unused.requires_grad_(False)
+    total = sum(p.numel() for p in model.parameters())
+    own = sum(p.numel() for part in (model.hidden, model.first) for p in part.parameters())
+    if "sharded" in mode:
+        shard(model, kind)
+    mtl = dm.ClusteredMTL(model, K, make_weighting("uw" if mode == "plain replicated" else "pcgrad"))
+    batch = batches(layout, ranks, torch.float32)[rank]
+
+    def train() -> None:
+        if mode == "plain sharded":
+            dm.ops.sample_mse(model(batch.x, batch.t), batch.target).mean().backward()
+        else:
+            step(mtl, batch)
+
+    train()
+    with Counted() as counted:
+        train()
+    found = counted.bytes
+    gathers = found["gather"] if "sharded" in mode else 0.0
+    return sum(found.values()) - gathers, gathers, total, 1 - own / total
 
 
 def refused(kind: str) -> str:
