@@ -35,6 +35,7 @@ class _Parts:
         outputs: of every round, the outputs in the same order.
         spans: of every round, the rows of the sorted batch that it ran; None for a rank that only kept step.
         rounds: of every round, the cluster that every rank ran.
+        inputs: arguments that are differentiated, with the leaves that stood for them in all rounds.
     """
 
     def __init__(self, rounds: list[list[int]]) -> None:
@@ -43,6 +44,25 @@ class _Parts:
         self.outputs: list[list[Tensor]] = []
         self.spans: list[tuple[int, int] | None] = []
         self.layout: BatchLayout | None = None
+        self.inputs: list[tuple[Tensor, Tensor]] = []
+
+    def cut_off(self, ordered: _Arguments) -> _Arguments:
+        """Put leaves into the place of arguments that are differentiated, whose graph all rounds would share."""
+
+        def leaf_of(tensor: Tensor) -> Tensor:
+            if not tensor.requires_grad:
+                return tensor
+            self.inputs.append((tensor, tensor.detach().requires_grad_()))
+            return self.inputs[-1][1]
+
+        found: _Arguments = map_tensors(leaf_of, ordered)
+        return found
+
+    def differentiate_inputs(self) -> None:
+        """Continue the backward of all rounds in the graph that the arguments come from."""
+        reached = [(given, leaf.grad) for given, leaf in self.inputs if leaf.grad is not None]
+        if reached:
+            torch.autograd.backward([given for given, _ in reached], [grad for _, grad in reached])
 
 
 class FullyShardedEngine:
@@ -153,7 +173,7 @@ class FullyShardedEngine:
             self._check(layout, (args, kwargs), ordered, rounds)
             self._checked.add(self._kind(layout.batch_size, args, kwargs))
         parts = _Parts(rounds)
-        output = self._join(step, parts, layout, self._run(parts, layout, ordered))
+        output = self._join(step, parts, layout, self._run(parts, layout, parts.cut_off(ordered)))
         self._parts[step.passes[-1]] = parts
         step.passes[-1].outputs = [
             leaf for leaf in flatten(output)[0] if is_measured(leaf) and leaf.requires_grad
@@ -356,6 +376,8 @@ class FullyShardedEngine:
                 backward()
                 if scatter is None:
                     store.take(clusters[0])
+            for each in parts:
+                each.differentiate_inputs()
         store.used = used
         if any(there and not taken for there, taken in zip(used, store.taken, strict=True)):
             raise RuntimeError(

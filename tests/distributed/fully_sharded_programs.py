@@ -99,6 +99,58 @@ def train_for_some_time(weighting: str, steps: int, overflow: int | None = None)
     return {**state, "weights": mtl.last.weights, "scale": torch.tensor(scaler.get_scale())}
 
 
+class TwoOutputs(nn.Module):
+    """Returns another output [B], too, which the loss does not use, and has a buffer."""
+
+    def __init__(self, counts: bool = False) -> None:
+        super().__init__()
+        self.inner, self.counts = make_model(torch.float64), counts
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor, t: Tensor) -> dict[str, Tensor]:
+        if self.counts:
+            self.calls += 1
+        hidden = self.inner(x, t)
+        return {"noise": hidden, "unused": hidden.sum(1)}
+
+
+def forwards_that_share_a_backward(sharded: bool, autocast: bool = False) -> dict[str, Tensor | None]:
+    """Take a step whose loss comes from two forwards; return the gradients."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    model = TwoOutputs()
+    if sharded:
+        shard(model.inner)
+        model = _root(model)
+    mtl = dm.ClusteredMTL(model, K, make_weighting("pcgrad"))
+    outside = nn.Linear(6, 6, dtype=torch.float64)
+    with torch.no_grad():
+        outside.weight.copy_(torch.eye(6))
+    batch = batches("absent on ranks", ranks, torch.float64)[rank]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        first, second = (
+            mtl(x, batch.t, cluster=batch.cluster)["noise"] for x in (batch.x, outside(batch.x).double())
+        )
+        mtl.backward(dm.ops.sample_mse(first + 0.5 * second.double(), batch.target))
+    # What is outside of the model gets the rank's own part of its gradient.
+    dist.all_reduce(outside.weight.grad)
+    return {**whole_outcome(mtl).grads, "outside": outside.weight.grad}
+
+
+def _root(model: nn.Module) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    return fully_shard(model, mesh=dist.init_device_mesh("cpu", (dist.get_world_size(),)))
+
+
+def refuse_a_buffer() -> str:
+    """Take a step with a model that counts its calls; return the error."""
+    mtl = dm.ClusteredMTL(_root(TwoOutputs(counts=True)), K, make_weighting("pcgrad"))
+    batch = batches("sorted", dist.get_world_size(), torch.float64)[dist.get_rank()]
+    with pytest.raises(ValueError, match="buffers") as error:
+        mtl(batch.x, batch.t, cluster=batch.cluster)
+    return str(error.value)
+
+
 def clipped(layout: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return the norm of a step, what PyTorch finds, and what is left after clipping by the former to its half."""
     rank, ranks = dist.get_rank(), dist.get_world_size()

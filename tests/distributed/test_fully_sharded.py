@@ -8,7 +8,9 @@ from fully_sharded_programs import (
     bytes_of_steps,
     clipped,
     differentiate_otherwise,
+    forwards_that_share_a_backward,
     mixing,
+    refuse_a_buffer,
     refused,
     train,
     train_alone_in_the_mesh,
@@ -106,6 +108,25 @@ def test_scalers_decide_alike(on_ranks, weighting):
         assert torch.equal(value, found[1][name]), name
         assert value.isfinite().all(), name
     assert found[0]["scale"] == 2.0**10 / 2
+
+
+@pytest.mark.parametrize(("autocast", "tolerance"), [(False, 1e-12), (True, 1e-2)])
+def test_forwards_may_share_a_backward(on_ranks, autocast, tolerance):
+    wanted = on_ranks(2, forwards_that_share_a_backward, False, autocast)[0]
+    found = on_ranks(2, forwards_that_share_a_backward, True, autocast)
+    for name, grad in wanted.items():
+        mine, theirs = (each[name] for each in found)
+        assert (mine is None) == (theirs is None) == (grad is None), name
+        if grad is not None:
+            assert torch.equal(mine, theirs), name
+            assert (mine - grad).abs().max() <= tolerance * grad.abs().max().clamp(min=1e-6), name
+
+
+def test_models_that_update_buffers_are_refused(on_ranks):
+    for error in on_ranks(2, refuse_a_buffer):
+        assert error.startswith(
+            "model: expected buffers that a forward leaves as they are, found 'calls' updated"
+        )
 
 
 def test_the_norm_clips(on_ranks):
