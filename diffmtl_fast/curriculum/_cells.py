@@ -20,6 +20,7 @@ class CellSampler(TimestepSampler):
         cells: number of cells of equal probability in ordinary training, at most T; None for one per timestep, and
             100 for continuous levels.
         generator: source of randomness; see `TimestepSampler`.
+        process_group: processes that train together; see `TimestepSampler`.
 
     Raises:
         TypeError: `clusters` is no clustering.
@@ -27,9 +28,14 @@ class CellSampler(TimestepSampler):
     """
 
     def __init__(
-        self, clusters: Clustering, *, cells: int | None = None, generator: torch.Generator | None = None
+        self,
+        clusters: Clustering,
+        *,
+        cells: int | None = None,
+        generator: torch.Generator | None = None,
+        process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(clusters, generator=generator)
+        super().__init__(clusters, generator=generator, process_group=process_group)
         most = getattr(clusters, "num_timesteps", None)
         number = cells if cells is not None else most or _CONTINUOUS_CELLS
         if number < 1 or (most is not None and number > most):

@@ -29,6 +29,7 @@ class LossSampler(CellSampler):
         power: of the loss; 0 is ordinary training, a negative power favours small losses.
         uniform_share: ε, above 0 and at most 1.
         generator: source of randomness; see `TimestepSampler`.
+        process_group: processes that train together; see `TimestepSampler`.
 
     Attributes:
         averages: buffer, float64 [C]; NaN for a cell that no loss was seen of.
@@ -49,8 +50,9 @@ class LossSampler(CellSampler):
         power: float = 1.0,
         uniform_share: float = 0.1,
         generator: torch.Generator | None = None,
+        process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(clusters, cells=cells, generator=generator)
+        super().__init__(clusters, cells=cells, generator=generator, process_group=process_group)
         if not 0 <= decay < 1:
             raise ValueError(f"decay: expected at least 0 and below 1, found {decay}")
         if not -10 <= power <= 10:
@@ -78,6 +80,7 @@ class LossSampler(CellSampler):
     def update(self, loss: Tensor, level: Tensor | None = None) -> None:
         """Take in the losses [B], at least 0, of the levels [B]; see `TimestepSampler.update`."""
         check_sample_losses(loss, level)
+        loss, level = self.gather(loss, level)
         assert level is not None
         value = loss.to(self.averages)
         finite = value.isfinite()

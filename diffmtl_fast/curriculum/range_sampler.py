@@ -28,6 +28,7 @@ class RangeSampler(TimestepSampler):
         min_timestep: first of a single range; in place of `ranges`.
         max_timestep: end of a single range, T by default; in place of `ranges`.
         generator: source of randomness; see `TimestepSampler`.
+        process_group: processes that train together; see `TimestepSampler`.
 
     Attributes:
         steps: calls of `update` so far.
@@ -45,8 +46,9 @@ class RangeSampler(TimestepSampler):
         min_timestep: float | None = None,
         max_timestep: float | None = None,
         generator: torch.Generator | None = None,
+        process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(clusters, generator=generator)
+        super().__init__(clusters, generator=generator, process_group=process_group)
         single = min_timestep is not None or max_timestep is not None
         if single == (ranges is not None):
             raise ValueError("expected either ranges, or min_timestep or max_timestep")

@@ -37,6 +37,7 @@ class LossSecondMomentSampler(CellSampler):
         history: losses remembered per cell.
         uniform_share: ε, above 0 and at most 1.
         generator: source of randomness; see `TimestepSampler`.
+        process_group: processes that train together; see `TimestepSampler`.
 
     Attributes:
         losses: buffer, float64 [C, history]; the last losses of each cell, in a ring.
@@ -58,8 +59,9 @@ class LossSecondMomentSampler(CellSampler):
         history: int = 10,
         uniform_share: float = 0.001,
         generator: torch.Generator | None = None,
+        process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(clusters, cells=cells, generator=generator)
+        super().__init__(clusters, cells=cells, generator=generator, process_group=process_group)
         if history < 1:
             raise ValueError(f"history: expected at least 1, found {history}")
         if not 0 < uniform_share <= 1:
@@ -91,6 +93,7 @@ class LossSecondMomentSampler(CellSampler):
     def update(self, loss: Tensor, level: Tensor | None = None) -> None:
         """Remember the losses [B] of the levels [B], in their order; see `TimestepSampler.update`."""
         check_sample_losses(loss, level)
+        loss, level = self.gather(loss, level)
         assert level is not None
         value = loss.to(self.losses)
         finite = value.isfinite()

@@ -30,6 +30,7 @@ class SpeeDSampler(CellSampler):
         suppression: k, by which factor less often, at least 1.
         least_change: of σ, per unit of t / T.
         generator: source of randomness; see `TimestepSampler`.
+        process_group: processes that train together; see `TimestepSampler`.
 
     Raises:
         TypeError: `clusters` is no clustering of timesteps.
@@ -44,10 +45,11 @@ class SpeeDSampler(CellSampler):
         suppression: float = 5.0,
         least_change: float = 0.1,
         generator: torch.Generator | None = None,
+        process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
         if not isinstance(clusters, IntervalClustering):
             raise TypeError(f"clusters: expected an IntervalClustering, found {type(clusters).__name__}")
-        super().__init__(clusters, generator=generator)
+        super().__init__(clusters, generator=generator, process_group=process_group)
         if not (1 <= suppression < math.inf and 0 < least_change < math.inf):
             raise ValueError(
                 "expected suppression of at least 1 and least_change above 0, found "

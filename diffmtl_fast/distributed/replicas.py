@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import ops
-from .._torch import within_data_parallel
+from .._torch import data_parallel_processes, fully_sharded_modules
 from .ranks import Ranks
 from .sharded_jacobian import ShardedJacobian
 
@@ -19,8 +19,12 @@ if TYPE_CHECKING:
     from ..gradients.stores import Gradients, Jacobian, Store
 
 
-def find_group(given: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+def find_group(given: dist.ProcessGroup | None, at_least: int = 2) -> dist.ProcessGroup | None:
     """Return the process group of several processes to train with: the given one or the world; None where alone.
+
+    Args:
+        given: a process group.
+        at_least: how many processes are several.
 
     Raises:
         ValueError: this process does not belong to the given group.
@@ -31,16 +35,24 @@ def find_group(given: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     size = dist.get_world_size(group)
     if size < 0:
         raise ValueError("process_group: expected a group that this process belongs to, found another")
-    return group if size > 1 else None
+    return group if size >= at_least else None
 
 
-def refuse_outer_wrapper() -> None:
-    """Refuse a forward that `DistributedDataParallel` has called.
+def refuse_outer_wrapper(wrapper: nn.Module) -> None:
+    """Refuse a forward that `DistributedDataParallel` has called, and a wrapper that `fully_shard` was called on.
+
+    Args:
+        wrapper: the one that runs its forward.
 
     Raises:
-        TypeError: it has.
+        TypeError: it has, or it was.
     """
-    if within_data_parallel():
+    if wrapper in fully_sharded_modules(wrapper):
+        raise TypeError(
+            "expected ClusteredMTL around the sharded model, found fully_shard around ClusteredMTL; call "
+            "fully_shard on the model before ClusteredMTL(model, ...)"
+        )
+    if data_parallel_processes() > 1:
         raise TypeError(
             "expected ClusteredMTL around the bare model, found it within DistributedDataParallel; leave that "
             "out: ClusteredMTL(model, ...) adds the gradients up itself (process_group=)"
@@ -68,6 +80,12 @@ class Alone:
     def weights(self, weights: Tensor) -> Tensor:
         """Return the weights."""
         return weights
+
+    def objective(
+        self, objective: Tensor, weights: Tensor, losses: Tensor, present: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the scalar that a weighting of losses made of them, and its weights."""
+        return objective, weights
 
     def adding_up(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
         """Do nothing."""
@@ -139,6 +157,16 @@ class Replicas(Alone):
     def weights(self, weights: Tensor) -> Tensor:
         """Return rank 0's weights: a weighting may draw random numbers."""
         return self.ranks.broadcast(weights.detach())
+
+    def objective(
+        self, objective: Tensor, weights: Tensor, losses: Tensor, present: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return a scalar whose slopes by the losses are those of rank 0, which may be random, and its weights.
+
+        Its slopes by the weighting's own parameters are those of `objective`.
+        """
+        common = self.weights(weights)
+        return objective + ((common - weights.detach()) / present.sum() * losses).sum(), common
 
     @contextmanager
     def adding_up(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from .._host import upload
-from .._torch import sparse_values
+from .._torch import fully_sharded_modules, sparse_values
 from ..distributed import Alone, Ranks, Replicas, find_group, refuse_outer_wrapper, settle
 from ..weighting import GramianWeighting, LossWeighting
 from . import diagnostics
 from .batch import BatchLayout, check_cluster
 from .engine import Engine, EngineName, Memory
+from .fully_sharded import FullyShardedEngine
 from .parameters import refuse_hooks
 from .step import Step
 from .uncompiled import uncompiled
@@ -101,9 +102,10 @@ class ClusteredMTL(nn.Module):
         drop_nonfinite: leave a cluster whose loss or gradient is not finite out of the step, as if it were absent
             from the batch; every step forms the cluster gradients for it. With a GradScaler, which wants to see
             overflowed gradients, the loss alone decides. By default such a cluster makes NaN of every ``.grad``.
-        process_group: the processes that train replicas of the model together, each on samples of its own; their
-            steps are the step of one process with all of the samples. Default: the world, where torch.distributed
-            is initialised; a model in `DistributedDataParallel` is taken out of it, and its group taken over.
+        process_group: the processes that train replicas of the model together, or one that `fully_shard` has
+            sharded over them, each on samples of its own; their steps are the step of one process with all of the
+            samples. Default: the world, where torch.distributed is initialised; a model in
+            `DistributedDataParallel` is taken out of it, and its group taken over.
 
     Attributes:
         module: the model.
@@ -158,7 +160,12 @@ class ClusteredMTL(nn.Module):
         self.last: StepRecord | None = None
         self._process_group = process_group
         self._replicas = Alone()
-        self._engine = Engine(model, num_clusters, engine, memory, shared, jacobian_dtype)
+        self._engine: Engine | FullyShardedEngine = Engine(
+            model, num_clusters, engine, memory, shared, jacobian_dtype
+        )
+        if fully_sharded_modules(model):
+            _refuse_with_shards(engine, memory)
+            self._engine = FullyShardedEngine(model, num_clusters, shared, jacobian_dtype)
         self._step: Step | None = None  # that waits for its backward
 
     def forward(self, *args: Any, cluster: Tensor | None = None, **kwargs: Any) -> Any:
@@ -197,6 +204,7 @@ class ClusteredMTL(nn.Module):
         self._refuse_other_threads()
         self._refuse_lost_gradients()
         step = self._continue_or_begin()
+        self._engine.meet(cluster, step.by_cluster, args, kwargs)
         self._step = None  # a forward that fails leaves no step to finish
         if step.by_cluster:
             refuse_hooks(self.module, self._engine.parameters)
@@ -225,11 +233,12 @@ class ClusteredMTL(nn.Module):
 
     def _meet_other_processes(self) -> None:
         """Find the processes that train together; at their first step they settle that they do the same."""
-        group = find_group(self._process_group)
+        refuse_outer_wrapper(self)
+        fully_sharded = isinstance(self._engine, FullyShardedEngine)
+        group = find_group(self._process_group, 1 if fully_sharded else 2)
         if group is None:
             self._replicas = Alone()
             return
-        refuse_outer_wrapper()
         if isinstance(self._replicas, Replicas) and self._replicas.ranks.group is group:
             return
         settings = {
@@ -239,8 +248,8 @@ class ClusteredMTL(nn.Module):
             "drop_nonfinite": self.drop_nonfinite,
         }
         ranks = Ranks(group, next(self.module.parameters()).device)
-        settle(ranks, self.module, self.weighting, settings)
-        self._replicas = Replicas(ranks, self.num_clusters)
+        settle(ranks, self.module, self.weighting, settings, fully_sharded=fully_sharded)
+        self._replicas = self._engine.meet_others(ranks)
 
     def backward(
         self, loss: Tensor, cluster: Tensor | None = None, *, scaler: torch.amp.GradScaler | None = None
@@ -311,6 +320,7 @@ class ClusteredMTL(nn.Module):
             objective = (weights * losses).sum() / present.sum()
         else:
             objective, weights = self._weigh_losses(losses, present)
+            objective, weights = self._replicas.objective(objective, weights, losses, present)
         with self._replicas.adding_up([p for p in self.module.parameters() if p.requires_grad]):
             _scaled(objective, scale).backward()
         self.last = StepRecord(losses.detach(), weights.detach(), present, None)
@@ -326,7 +336,7 @@ class ClusteredMTL(nn.Module):
 
         # Row k of J is the gradient of L_k / n: the form in which the losses enter the published methods.
         objective = _scaled(losses.sum() / number, scale)
-        store = self._engine.store(step)
+        store: Any = self._engine.store(step)  # each engine takes its own kind
         with self._replicas.telling_before_gradients(self._engine.parameters):
             self._engine.collect(step, objective, store)
         gradients = self._replicas.reader(store)
@@ -342,7 +352,7 @@ class ClusteredMTL(nn.Module):
             gradients.drop(dropped)
             losses = torch.where(dropped, 0, losses)
             gramian = torch.where(dropped.unsqueeze(0) | dropped.unsqueeze(1), 0, gramian)
-        dtype = self._engine.sum_dtype
+        dtype = _sum_dtype(self._engine)
         weights = self._replicas.weights(self._weigh(losses, gramian, present, scale))
         shares = weights if dropped is None else weights * (number / present.sum().clamp(min=1))
         square = gradients.update(shares.to(dtype), again)
@@ -355,7 +365,7 @@ class ClusteredMTL(nn.Module):
 
     def _weigh(self, losses: Tensor, gramian: Tensor, present: Tensor, scale: Tensor | None) -> Tensor:
         """Ask the weighting for its weights [K]; in an overflowed step of a GradScaler, 1 without asking."""
-        dtype = self._engine.sum_dtype
+        dtype = _sum_dtype(self._engine)
         # Reading the flag costs no more than the scaler's own step, which reads its flag right after.
         if scale is not None and not bool(gramian.isfinite().all()):
             return present.to(dtype)
@@ -450,6 +460,20 @@ def _bare(
     return model, group
 
 
+def _refuse_with_shards(engine: EngineName, memory: Memory) -> None:
+    if engine == "grouped":
+        raise ValueError(
+            "engine='grouped': expected a model that is not sharded, found one in fully_shard, whose gradients "
+            "are formed cluster after cluster; use engine='auto'"
+        )
+    if memory == "lean":
+        raise ValueError(
+            "memory='lean': expected a model that is not sharded, found one in fully_shard, where every process "
+            "keeps its shard of the Jacobian alone; use memory='full', with jacobian_dtype=torch.bfloat16 to "
+            "halve it"
+        )
+
+
 def _forward_with_a_warning(
     mtl: ClusteredMTL, cluster: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
@@ -463,6 +487,12 @@ def _warn_uncompiled() -> None:
         "ClusteredMTL is not compiled, nor is the model in it: compile the model instead, as in "
         "ClusteredMTL(torch.compile(model), ...)"
     )
+
+
+def _sum_dtype(engine: Engine | FullyShardedEngine) -> torch.dtype:
+    """Return the dtype that sums over the stored gradients are trusted in: float32, or float64 where one is."""
+    dtypes = {engine.dtype} if engine.dtype else {p.dtype for p in engine.parameters}
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def _within(gramian: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import compiled_modules, parametrize_cached
+from ..distributed import Ranks, Replicas
 from .batch import BatchLayout
 from .grouped import CannotGroup, GroupedEngine
 from .independence import is_measured
@@ -150,6 +151,13 @@ class Engine:
             return None
         return GroupedEngine(self.model, self.slots, self.parameters, self.names)
 
+    def meet_others(self, ranks: Ranks) -> Replicas:
+        """Return what these ranks, which train together, exchange in a step."""
+        return Replicas(ranks, self.num_clusters)
+
+    def meet(self, cluster: Tensor, by_cluster: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Exchange nothing with the other ranks before a forward."""
+
     def forward(self, step: Step, layout: BatchLayout, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the model; the order of the samples in arguments and outputs is the batch's own.
 
@@ -270,12 +278,6 @@ class Engine:
             dtypes.add(torch.get_autocast_dtype(device))
         tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
         return max(*(torch.finfo(d).eps for d in dtypes), 2.0**-10 if device == "cuda" and tf32 else 0.0)
-
-    @property
-    def sum_dtype(self) -> torch.dtype:
-        """The dtype that sums over the stored gradients are trusted in: float32, or float64 where one is."""
-        dtypes = {self.dtype} if self.dtype else {p.dtype for p in self.parameters}
-        return torch.float64 if torch.float64 in dtypes else torch.float32
 
     @property
     def jacobian(self) -> Jacobian:

@@ -361,6 +361,20 @@ def differ(kind: str) -> str:
     return f"{error.type.__name__}: {error.value}"
 
 
+class Holder(nn.Module):
+    """A module that has a `ClusteredMTL` in it."""
+
+    def __init__(self, mtl: dm.ClusteredMTL) -> None:
+        super().__init__()
+        self.mtl = mtl
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.mtl(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        self.mtl.backward(loss)
+
+
 def refused(kind: str) -> str:
     """Set something up that several processes can't do; return the error."""
     options, batch = {}, batches("sorted", dist.get_world_size(), torch.float32)[dist.get_rank()]
@@ -369,16 +383,21 @@ def refused(kind: str) -> str:
         options["memory"] = "lean"
     if kind == "sparse":
         model.time, weighting = nn.Embedding(50, 21, sparse=True), make_weighting("uw")
-    if kind == "fully_shard":
-        from torch.distributed.fsdp import fully_shard
-
-        fully_shard(model, mesh=dist.init_device_mesh("cpu", (dist.get_world_size(),)))
     if kind == "group":
         groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
         options["process_group"] = groups[(dist.get_rank() + 1) % len(groups)]
+    if kind in ("around one process", "around it, unused parameters"):
+        weighting = make_weighting("uw")
+    if kind == "around one process":
+        options["process_group"] = [dist.new_group([rank]) for rank in range(dist.get_world_size())][
+            dist.get_rank()
+        ]
     called = mtl = dm.ClusteredMTL(model, K, weighting, **options)
-    if kind == "DistributedDataParallel around it":
-        called = nn.parallel.DistributedDataParallel(mtl)
+    if kind.startswith("around"):
+        if kind == "around a module with it":
+            mtl = Holder(mtl)
+        unused = kind == "around it, unused parameters"
+        called = nn.parallel.DistributedDataParallel(mtl, find_unused_parameters=unused)
     with pytest.raises((TypeError, ValueError)) as error:
         mtl.backward(dm.ops.sample_mse(called(batch.x, batch.t, cluster=batch.cluster), batch.target))
     return f"{error.type.__name__}: {error.value}"

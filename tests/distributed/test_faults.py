@@ -33,14 +33,16 @@ def test_ranks_that_differ_are_told(on_ranks, kind, message):
     [
         ("lean", "ValueError: memory='lean': expected one process, found several"),
         ("sparse", "ValueError: model: expected dense gradients, found a sparse one"),
+        ("around it", "TypeError: expected ClusteredMTL around the bare model, found it within Distributed"),
         (
-            "fully_shard",
-            "ValueError: model: expected a whole replica on every rank, found sharded parameters: ",
+            "around it, unused parameters",
+            "TypeError: expected ClusteredMTL around the bare model, found it within",
         ),
         (
-            "DistributedDataParallel around it",
-            "TypeError: expected ClusteredMTL around the bare model, found it ",
+            "around a module with it",
+            "TypeError: expected ClusteredMTL around the bare model, found it within",
         ),
+        ("around one process", "TypeError: expected ClusteredMTL around the bare model, found it within"),
         ("group", "ValueError: process_group: expected a group that this process belongs to"),
     ],
 )

@@ -210,7 +210,7 @@ def test_nested_outputs_and_arguments(device):
     class Nested(Net):
         def forward(self, x, t, extra=None, table=None):
             out = super().forward(x, t, scale=extra["scale"][0])
-            return {"sample": out + table.mean(0), "pair": (t, None), "tag": "v"}
+            return {"sample": out + table.mean(0), "size": out.sum(1), "pair": (t, None), "tag": "v"}
 
     net, (x, t, _, cluster) = make_net(device, cls=Nested), make_batch(UNSORTED, device)
     extra = {"scale": [torch.rand(8, 1, dtype=torch.float64, device=device)]}
@@ -219,6 +219,7 @@ def test_nested_outputs_and_arguments(device):
     found = mtl(x, t, extra=extra, table=table, cluster=cluster)
     expected = net(x, t, extra=extra, table=table)
     torch.testing.assert_close(found["sample"], expected["sample"])
+    torch.testing.assert_close(found["size"], expected["size"])  # [B]
     assert torch.equal(found["pair"][0], t)
     assert found["pair"][1] is None
     assert found["tag"] == "v"
