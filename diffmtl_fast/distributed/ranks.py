@@ -44,7 +44,7 @@ class Ranks:
         return found
 
     def share(self, numbers: Tensor) -> Tensor:
-        """Return every rank's numbers [n] as float64 [ranks, n].
+        """Return every rank's numbers [n] as float64 [ranks, n], on the host, which waits for them.
 
         Raises:
             RuntimeError: a rank failed in `telling` instead.
@@ -68,6 +68,7 @@ class Ranks:
         own = torch.cat([numbers.to(self.device, torch.float64), failed])
         rows = torch.empty(self.size, len(own), dtype=torch.float64, device=self.device)
         self._together(lambda: dist.all_gather(list(rows), own, group=self.group))
+        rows = rows.cpu()
         if bool(rows[:, -1].any()):
             told = self.gather_objects(failure)
             errors = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(told) if text is not None)
@@ -108,21 +109,24 @@ class Ranks:
             for tensor, part in zip(members, flat.split([t.numel() for t in members]), strict=True):
                 tensor.copy_(part.view(tensor.shape))
 
-    def scatter_sum(self, parts: Tensor) -> Tensor:
-        """Return the sum over the ranks of the part that belongs to this one.
+    def exchange(self, parts: Tensor, rows: Sequence[int]) -> Sequence[Tensor]:
+        """Give every rank its part, and return what all ranks have for this one.
 
-        All-to-all and a sum in rank order, in float32 at least: it moves no more than a reduce-scatter (that of
-        gloo moves twice as much), and the order of summation is known.
+        An all-to-all, whose sum in rank order moves no more than a reduce-scatter (that of gloo moves twice as
+        much), and of which every rank may have a number of rows of its own.
 
         Args:
-            parts: [ranks, ...], contiguous: what this rank adds to each rank's part.
+            parts: [ranks, rows of this rank, n], contiguous.
+            rows: of every rank.
+
+        Returns:
+            Of every rank, [its rows, n].
         """
-        received = torch.empty_like(parts)
-        self._together(lambda: dist.all_to_all_single(received.view(-1), parts.view(-1), group=self.group))
-        total = received[0].to(torch.promote_types(parts.dtype, torch.float32))
-        for part in received[1:]:
-            total += part
-        return total
+        width = parts.shape[2]
+        received = torch.empty(sum(rows) * width, dtype=parts.dtype, device=parts.device)
+        sizes, own = [count * width for count in rows], [parts[0].numel()] * self.size
+        self._together(lambda: dist.all_to_all_single(received, parts.view(-1), sizes, own, group=self.group))
+        return [part.view(-1, width) for part in received.split(sizes)]
 
     def gather(self, part: Tensor) -> Tensor:
         """Return every rank's tensor, [ranks, ...]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, cast
@@ -11,12 +12,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import ops
+from .._host import upload
 from .._torch import within_data_parallel
 from .ranks import Ranks
 from .sharded_jacobian import ShardedJacobian
 
+_logger = logging.getLogger("diffmtl_fast")
+
 if TYPE_CHECKING:
-    from ..gradients.stores import Gradients, Jacobian, Store
+    from ..gradients.stores import Gradients, Jacobian, Rows, Store
 
 
 def find_group(given: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
@@ -73,9 +77,13 @@ class Alone:
         """Do nothing."""
         return nullcontext()
 
-    def reader(self, store: Store) -> Gradients:
+    def only_cluster(self, counts: Sequence[int]) -> int | None:
+        """Return None: one process finds all clusters in its batch."""
+        return None
+
+    def reader(self, store: Store | Rows) -> Gradients:
         """Return the store."""
-        return store
+        return cast("Store", store)
 
 
 class Replicas(Alone):
@@ -97,6 +105,8 @@ class Replicas(Alone):
     def __init__(self, ranks: Ranks, num_clusters: int) -> None:
         self.ranks = ranks
         self._count = 2 * num_clusters + len(self._SETTINGS)
+        self._held: list[list[int]] = []  # of every rank, the clusters that it has samples of in this step
+        self._most = num_clusters  # clusters of a rank, as the log was told
 
     def telling_before_losses(self) -> AbstractContextManager[None]:
         """Tell the other ranks of an error inside, where they come to `losses`."""
@@ -125,10 +135,24 @@ class Replicas(Alone):
             settings[1] = scale
         rows = self.ranks.share(torch.cat([counts.double(), sums, settings]))
         self._refuse_differences(rows[:, 2 * num_clusters :])
-        numbers, totals = rows[:, : 2 * num_clusters].sum(0).split(num_clusters)
+        self._held = [row.nonzero().flatten().tolist() for row in rows[:, :num_clusters]]
+        if by_cluster:
+            self._tell(num_clusters)
+        numbers, totals = upload(rows[:, : 2 * num_clusters].sum(0), loss.device).split(num_clusters)
         means = (totals / numbers.clamp(min=1)).to(local.dtype)
         part = local * (counts / numbers.clamp(min=1)).to(local.dtype)
         return means + (part - part.detach()), numbers > 0
+
+    def _tell(self, num_clusters: int) -> None:
+        most = max(map(len, self._held))
+        if most < num_clusters and most != self._most:
+            _logger.info(
+                "ClusteredMTL: cluster-parallel: no rank has samples of more than %d of the %d clusters; ranks "
+                "exchange the gradients of their own, and ranks with one run the plain model",
+                most,
+                num_clusters,
+            )
+        self._most = most
 
     def _refuse_differences(self, rows: Tensor) -> None:
         for name, column in zip(self._SETTINGS, rows.T.tolist(), strict=True):
@@ -161,9 +185,14 @@ class Replicas(Alone):
             new = grad if there else None
             parameter.grad = new if old is None else old if new is None else old.add_(new)
 
-    def reader(self, store: Store) -> Gradients:
-        """Return what reads the sum of all ranks' stores, which are Jacobians."""
-        return ShardedJacobian(cast("Jacobian", store), self.ranks)
+    def only_cluster(self, counts: Sequence[int]) -> int | None:
+        """Return the cluster that all samples of this rank belong to, if they do: see `ShardedJacobian`."""
+        present = [k for k, count in enumerate(counts) if count]
+        return present[0] if len(present) == 1 else None
+
+    def reader(self, store: Store | Rows) -> Gradients:
+        """Return what reads the sum of the rows that the ranks have."""
+        return ShardedJacobian(cast("Jacobian | Rows", store), self.ranks, self._held)
 
 
 def _refuse_sparse(parameters: Sequence[nn.Parameter]) -> None:

@@ -22,7 +22,9 @@ from . import diagnostics
 from .batch import BatchLayout, check_cluster
 from .engine import Engine, EngineName, Memory
 from .parameters import refuse_hooks
+from .plain_pass import collect_plain
 from .step import Step
+from .stores import Rows, Store
 from .uncompiled import uncompiled
 
 _logger = logging.getLogger("diffmtl_fast")
@@ -180,11 +182,12 @@ class ClusteredMTL(nn.Module):
     def _forward_by_cluster(self, cluster: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         check_cluster(cluster, self.num_clusters)
         self._refuse_lost_gradients()
-        step = self._continue_or_begin()
+        layout = BatchLayout(cluster, self.num_clusters) if self._needs_gradients_by_cluster() else None
+        step = self._continue_or_begin(layout)
         self._step = None  # a forward that fails leaves no step to finish
-        if step.by_cluster:
+        if step.by_cluster and layout is not None:
             refuse_hooks(self.module, self._engine.parameters)
-            output = self._engine.forward(step, BatchLayout(cluster, self.num_clusters), args, kwargs)
+            output = self._engine.forward(step, layout, args, kwargs)
         else:
             output = step.watch(self.module(*args, **kwargs))
         step.cluster = cluster
@@ -193,18 +196,22 @@ class ClusteredMTL(nn.Module):
         self._step = step
         return output
 
-    def _continue_or_begin(self) -> Step:
+    def _continue_or_begin(self, layout: BatchLayout | None) -> Step:
         """Return the step of this forward: that of the last one, if they can share a backward."""
-        by_cluster, changed = self._needs_gradients_by_cluster(), False
+        only = None
+        if layout is not None:
+            only = self._replicas.only_cluster(layout.clusters.sizes(layout.batch_size))
+        by_cluster, changed = layout is not None and only is None, False
         if by_cluster:
             if self.memory == "lean" and isinstance(self._replicas, Replicas):
                 raise ValueError(
-                    "memory='lean': expected one process, found several, which add up their Jacobians; use "
+                    "memory='lean': expected one process, or samples of one cluster in each, found several "
+                    "processes and clusters; draw samples with clusters.sample(..., rank=, world_size=), or use "
                     "memory='full', with jacobian_dtype=torch.bfloat16 to halve it"
                 )
             changed = self._engine.begin(self.module)
-        if self._step is None or changed or self._step.by_cluster != by_cluster:
-            return Step(by_cluster)
+        if self._step is None or changed or (self._step.by_cluster, self._step.only) != (by_cluster, only):
+            return Step(by_cluster, only)
         return self._step
 
     def _meet_other_processes(self) -> None:
@@ -250,9 +257,10 @@ class ClusteredMTL(nn.Module):
         with self._replicas.telling_before_losses():
             step, cluster = self._end_step(loss, cluster)
             scale = None if scaler is None else scaler.scale(torch.ones((), device=loss.device))
-        losses, present = self._replicas.losses(loss, cluster, self.num_clusters, step.by_cluster, scale)
+        needed = step.by_cluster or step.only is not None
+        losses, present = self._replicas.losses(loss, cluster, self.num_clusters, needed, scale)
         with nullcontext() if scale is None else self._undone_where_skipped():
-            if step.by_cluster:
+            if needed:
                 self._backward_by_cluster(step, losses, present, scale)
             else:
                 self._backward_losses(losses, present, scale)
@@ -269,6 +277,10 @@ class ClusteredMTL(nn.Module):
             check_cluster(cluster, self.num_clusters)
         check_loss(loss, cluster)
         self._refuse_device(loss)
+        if not own and step.only is not None and not bool((cluster == step.only).all()):
+            raise ValueError(
+                f"cluster: expected that of the forward, {step.only}, for all samples here, found others"
+            )
         self._step = None  # a failure from here on does not block the next step
         if step.by_cluster:
             step.keep_passes_of(loss)
@@ -308,9 +320,16 @@ class ClusteredMTL(nn.Module):
 
         # Row k of J is the gradient of L_k / n: the form in which the losses enter the published methods.
         objective = _scaled(losses.sum() / number, scale)
-        store = self._engine.store(step)
-        with self._replicas.telling_before_gradients(self._engine.parameters):
-            self._engine.collect(step, objective, store)
+        store: Store | Rows
+        if step.only is not None:
+            parameters = [p for p in self.module.parameters() if p.requires_grad]
+            store = Rows(parameters, self.num_clusters, self._engine.dtype)
+            with self._replicas.telling_before_gradients(parameters):
+                collect_plain(parameters, objective, store, step.only)
+        else:
+            store = self._engine.store(step)
+            with self._replicas.telling_before_gradients(self._engine.parameters):
+                self._engine.collect(step, objective, store)
         gradients = self._replicas.reader(store)
         gramian = gradients.gramian() * number**2
         if scale is not None:

@@ -33,6 +33,12 @@ LAYOUTS = {
     "absent on ranks": [[2, 0, 2, 0], [4, 1, 3, 1, 0, 4, 3], [2, 2, 1], [3]],
     "absent on all": [[0, 4, 1, 0], [1, 1, 4, 0, 0, 4], [0, 1], [4, 4, 4]],
 }
+#: the same in cluster-parallel training: one cluster a rank, of several ranks, a few a rank
+PARALLEL = {
+    "one": [[4, 4, 4], [1, 1], [0, 0, 0, 0], [2]],
+    "shared": [[3, 3], [3, 3, 3], [1], [3]],
+    "several": [[4, 0, 2, 0], [1, 3, 1], [0], [2, 2, 4]],
+}
 
 
 class Denoiser(nn.Module):
@@ -334,6 +340,16 @@ def stumble(kind: str, rank: int, weighting: str = "pcgrad", again: bool = False
         step(mtl, batch)
         after = {name: p.grad for name, p in model.inner.named_parameters()}
     return error, took, after
+
+
+def mixing_model() -> Tensor:
+    """Train a model with batch normalisation on the samples of one cluster; return the gradients."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.Linear(9, 6))
+    mtl = dm.ClusteredMTL(model, K, make_weighting("pcgrad"))
+    batch = batches(PARALLEL["one"][:2], 2, torch.float32)[dist.get_rank()]
+    mtl.backward(dm.ops.sample_mse(mtl(batch.x, cluster=batch.cluster), batch.target))
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
 def _raise(gradient: Tensor) -> None:

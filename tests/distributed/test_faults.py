@@ -31,7 +31,10 @@ def test_ranks_that_differ_are_told(on_ranks, kind, message):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("lean", "ValueError: memory='lean': expected one process, found several"),
+        (
+            "lean",
+            "ValueError: memory='lean': expected one process, or samples of one cluster in each, found several",
+        ),
         ("sparse", "ValueError: model: expected dense gradients, found a sparse one"),
         (
             "fully_shard",
