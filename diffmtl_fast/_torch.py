@@ -149,6 +149,11 @@ def within_data_parallel() -> bool:
     return getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None) is not None
 
 
+def default_store() -> Any:
+    """Return the key-value store that the processes met in. Replaced by a store of the package's own."""
+    return torch.distributed.distributed_c10d._get_default_store()
+
+
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """Return the dictionary that holds a module's own parameters. Replaced by `setattr` and `getattr`."""
     return module._parameters
@@ -204,6 +209,7 @@ __all__ = [
     "OpOverloadPacket",
     "any_requires_grad",
     "compiled_modules",
+    "default_store",
     "dynamo",
     "enable_single_level_autograd_function",
     "foreach_div_",

@@ -18,6 +18,7 @@ from .ranks import Ranks
 from .sharded_jacobian import ShardedJacobian
 
 _logger = logging.getLogger("diffmtl_fast")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of losses
 
 if TYPE_CHECKING:
     from ..gradients.stores import Gradients, Jacobian, Rows, Store
@@ -104,7 +105,7 @@ class Replicas(Alone):
 
     def __init__(self, ranks: Ranks, num_clusters: int) -> None:
         self.ranks = ranks
-        self._count = 2 * num_clusters + len(self._SETTINGS)
+        self._count = 2 * num_clusters + len(self._SETTINGS) + 1
         self._held: list[list[int]] = []  # of every rank, the clusters that it has samples of in this step
         self._most = num_clusters  # clusters of a rank, as the log was told
 
@@ -125,7 +126,7 @@ class Replicas(Alone):
 
         Raises:
             RuntimeError: a rank failed before it came here.
-            ValueError: ranks differ in what they are about to do.
+            ValueError: ranks differ in what they are about to do, or none has samples.
         """
         local = ops.cluster_mean(loss, cluster, num_clusters)
         counts = torch.bincount(cluster, minlength=num_clusters)
@@ -133,14 +134,18 @@ class Replicas(Alone):
         settings = counts.new_tensor([by_cluster, 1], dtype=torch.float64)
         if scale is not None:
             settings[1] = scale
-        rows = self.ranks.share(torch.cat([counts.double(), sums, settings]))
-        self._refuse_differences(rows[:, 2 * num_clusters :])
+        kind = counts.new_tensor([_DTYPES.index(loss.dtype) if len(loss) else -1], dtype=torch.float64)
+        rows = self.ranks.share(torch.cat([counts.double(), sums, settings, kind]))
+        self._refuse_differences(rows[:, 2 * num_clusters : -1])
+        if not bool((rows[:, :num_clusters] > 0).any()):
+            raise ValueError("loss: expected samples on some rank, found none on any")
+        dtype = _DTYPES[int(rows[:, -1].max())]  # a rank without samples knows of none
         self._held = [row.nonzero().flatten().tolist() for row in rows[:, :num_clusters]]
         if by_cluster:
             self._tell(num_clusters)
         numbers, totals = upload(rows[:, : 2 * num_clusters].sum(0), loss.device).split(num_clusters)
-        means = (totals / numbers.clamp(min=1)).to(local.dtype)
-        part = local * (counts / numbers.clamp(min=1)).to(local.dtype)
+        means = (totals / numbers.clamp(min=1)).to(dtype)
+        part = local.to(dtype) * (counts / numbers.clamp(min=1)).to(dtype)
         return means + (part - part.detach()), numbers > 0
 
     def _tell(self, num_clusters: int) -> None:

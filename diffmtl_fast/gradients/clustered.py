@@ -233,7 +233,11 @@ class ClusteredMTL(nn.Module):
         self._replicas = Replicas(ranks, self.num_clusters)
 
     def backward(
-        self, loss: Tensor, cluster: Tensor | None = None, *, scaler: torch.amp.GradScaler | None = None
+        self,
+        loss: Tensor | None,
+        cluster: Tensor | None = None,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         """Accumulate the multi-task update direction into the parameters' ``.grad``, as autograd would.
 
@@ -243,7 +247,8 @@ class ClusteredMTL(nn.Module):
         the cluster losses when the Jacobian is formed, and of the weighted loss when it is not.
 
         Args:
-            loss: per-sample losses [B], floating point, computed from this wrapper's output.
+            loss: per-sample losses [B], floating point, computed from this wrapper's output. None, without a
+                forward: this process takes part in the step of several without samples of its own.
             cluster: int64 [B], if the losses are not those of the last forward's samples in their order.
             scaler: the GradScaler of float16 training. Give it here and do not scale the loss: ``.grad`` comes
                 out scaled, for ``scaler.step(optimizer)``, while the weights are those of the unscaled gradients.
@@ -254,16 +259,33 @@ class ClusteredMTL(nn.Module):
             TypeError, ValueError: the loss is not as stated.
             RuntimeError: no forward with a cluster preceded.
         """
+        if loss is None:
+            self._meet_other_processes()
         with self._replicas.telling_before_losses():
-            step, cluster = self._end_step(loss, cluster)
+            needed = self._needs_gradients_by_cluster()
+            if loss is None:
+                step, loss, cluster = self._step_without_samples()
+            else:
+                step, cluster = self._end_step(loss, cluster)
+                needed = step.by_cluster or step.only is not None
             scale = None if scaler is None else scaler.scale(torch.ones((), device=loss.device))
-        needed = step.by_cluster or step.only is not None
         losses, present = self._replicas.losses(loss, cluster, self.num_clusters, needed, scale)
         with nullcontext() if scale is None else self._undone_where_skipped():
             if needed:
                 self._backward_by_cluster(step, losses, present, scale)
             else:
                 self._backward_losses(losses, present, scale)
+
+    def _step_without_samples(self) -> tuple[Step, Tensor, Tensor]:
+        """Return a step, losses [0] and clusters [0] for a process that has no samples."""
+        if not isinstance(self._replicas, Replicas):
+            raise ValueError(
+                "loss: expected per-sample losses, found None, which is for one of several processes"
+            )
+        self._step = None
+        parameter = next(self.module.parameters())
+        loss = torch.zeros(0, dtype=parameter.dtype, device=parameter.device, requires_grad=True)
+        return Step(False), loss, torch.zeros(0, dtype=torch.int64, device=parameter.device)
 
     def _end_step(self, loss: Tensor, cluster: Tensor | None) -> tuple[Step, Tensor]:
         """Return the step that the loss belongs to, and the clusters of its samples, after checking both."""
@@ -321,15 +343,16 @@ class ClusteredMTL(nn.Module):
         # Row k of J is the gradient of L_k / n: the form in which the losses enter the published methods.
         objective = _scaled(losses.sum() / number, scale)
         store: Store | Rows
-        if step.only is not None:
-            parameters = [p for p in self.module.parameters() if p.requires_grad]
-            store = Rows(parameters, self.num_clusters, self._engine.dtype)
-            with self._replicas.telling_before_gradients(parameters):
-                collect_plain(parameters, objective, store, step.only)
-        else:
+        if step.by_cluster:
             store = self._engine.store(step)
             with self._replicas.telling_before_gradients(self._engine.parameters):
                 self._engine.collect(step, objective, store)
+        else:
+            parameters = [p for p in self.module.parameters() if p.requires_grad]
+            store = Rows(parameters, self.num_clusters, self._engine.dtype)
+            with self._replicas.telling_before_gradients(parameters):
+                if step.only is not None:
+                    collect_plain(parameters, objective, store, step.only)
         gradients = self._replicas.reader(store)
         gramian = gradients.gramian() * number**2
         if scale is not None:

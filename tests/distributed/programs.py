@@ -84,7 +84,7 @@ def batches(
     generator = torch.Generator().manual_seed(seed)
     clusters = LAYOUTS[layout][:ranks] if isinstance(layout, str) else layout
     for members in clusters:
-        cluster = torch.tensor(members)
+        cluster = torch.tensor(members, dtype=torch.int64)
         noise = torch.randn(len(cluster), 6, generator=generator)
         x = noise + torch.randn(len(cluster), 6, generator=generator)
         target = noise * torch.where(cluster % 2 == 0, 1.0, -1.0).unsqueeze(1)
@@ -141,6 +141,9 @@ def outcome(mtl: dm.ClusteredMTL, **more: Any) -> Outcome:
 
 
 def step(mtl: dm.ClusteredMTL, batch: Batch, **kwargs: Any) -> None:
+    if not len(batch.cluster):
+        mtl.backward(None, **kwargs)
+        return
     mtl.backward(dm.ops.sample_mse(mtl(batch.x, batch.t, cluster=batch.cluster), batch.target), **kwargs)
 
 
@@ -340,6 +343,14 @@ def stumble(kind: str, rank: int, weighting: str = "pcgrad", again: bool = False
         step(mtl, batch)
         after = {name: p.grad for name, p in model.inner.named_parameters()}
     return error, took, after
+
+
+def no_samples() -> str:
+    """Take a step without samples on any rank; return the error."""
+    mtl = dm.ClusteredMTL(make_model(torch.float32), K, make_weighting("pcgrad"))
+    with pytest.raises(ValueError, match="loss") as error:
+        mtl.backward(None)
+    return str(error.value)
 
 
 def mixing_model() -> Tensor:
