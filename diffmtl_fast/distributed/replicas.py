@@ -15,6 +15,7 @@ from .. import ops
 from .._host import upload
 from .._torch import within_data_parallel
 from .ranks import Ranks
+from .scaled import Scaled
 from .sharded_jacobian import ShardedJacobian
 
 _logger = logging.getLogger("diffmtl_fast")
@@ -64,11 +65,27 @@ class Alone:
         return nullcontext()
 
     def losses(
-        self, loss: Tensor, cluster: Tensor, num_clusters: int, by_cluster: bool, scale: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the mean loss of every cluster [K], and the clusters that are present, bool [K]."""
+        self,
+        loss: Tensor,
+        cluster: Tensor,
+        num_clusters: int,
+        by_cluster: bool,
+        scale: Tensor | None,
+        earlier: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the mean loss of every cluster [K], the clusters that are present, bool [K], and totals.
+
+        With `earlier`, the totals of other batches (float64 [2, K]: numbers of samples, sums of losses), all of
+        this is of the batches together.
+        """
+        if earlier is not None:
+            counts = torch.bincount(cluster, minlength=num_clusters)
+            totals = earlier + torch.stack(
+                [counts, ops.cluster_mean(loss.detach(), cluster, num_clusters) * counts]
+            )
+            return (totals[1] / totals[0].clamp(min=1)).to(loss.dtype), totals[0] > 0, totals
         present = torch.zeros(num_clusters, dtype=torch.bool, device=loss.device)
-        return ops.cluster_mean(loss, cluster, num_clusters), present.index_fill(0, cluster, True)
+        return ops.cluster_mean(loss, cluster, num_clusters), present.index_fill(0, cluster, True), None
 
     def weights(self, weights: Tensor) -> Tensor:
         """Return the weights."""
@@ -82,9 +99,9 @@ class Alone:
         """Return None: one process finds all clusters in its batch."""
         return None
 
-    def reader(self, store: Store | Rows) -> Gradients:
-        """Return the store."""
-        return cast("Store", store)
+    def reader(self, store: Store | Rows, factors: Tensor | None = None) -> Gradients:
+        """Return what reads the store, its rows times factors [K]."""
+        return cast("Store", store) if factors is None else Scaled(cast("Store", store), factors)
 
 
 class Replicas(Alone):
@@ -118,8 +135,14 @@ class Replicas(Alone):
         return self.ranks.telling(len(parameters))
 
     def losses(
-        self, loss: Tensor, cluster: Tensor, num_clusters: int, by_cluster: bool, scale: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        loss: Tensor,
+        cluster: Tensor,
+        num_clusters: int,
+        by_cluster: bool,
+        scale: Tensor | None,
+        earlier: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the mean loss of every cluster over all ranks [K], and the clusters that are present on any.
 
         The gradient of the losses is that of this rank's part of them.
@@ -135,7 +158,10 @@ class Replicas(Alone):
         if scale is not None:
             settings[1] = scale
         kind = counts.new_tensor([_DTYPES.index(loss.dtype) if len(loss) else -1], dtype=torch.float64)
-        rows = self.ranks.share(torch.cat([counts.double(), sums, settings, kind]))
+        own = torch.cat([counts.double(), sums])
+        if earlier is not None:
+            own += earlier.flatten()
+        rows = self.ranks.share(torch.cat([own, settings, kind]))
         self._refuse_differences(rows[:, 2 * num_clusters : -1])
         if not bool((rows[:, :num_clusters] > 0).any()):
             raise ValueError("loss: expected samples on some rank, found none on any")
@@ -146,7 +172,7 @@ class Replicas(Alone):
         numbers, totals = upload(rows[:, : 2 * num_clusters].sum(0), loss.device).split(num_clusters)
         means = (totals / numbers.clamp(min=1)).to(dtype)
         part = local.to(dtype) * (counts / numbers.clamp(min=1)).to(dtype)
-        return means + (part - part.detach()), numbers > 0
+        return means + (part - part.detach()), numbers > 0, torch.stack([numbers, totals])
 
     def _tell(self, num_clusters: int) -> None:
         most = max(map(len, self._held))
@@ -195,9 +221,9 @@ class Replicas(Alone):
         present = [k for k, count in enumerate(counts) if count]
         return present[0] if len(present) == 1 else None
 
-    def reader(self, store: Store | Rows) -> Gradients:
-        """Return what reads the sum of the rows that the ranks have."""
-        return ShardedJacobian(cast("Jacobian | Rows", store), self.ranks, self._held)
+    def reader(self, store: Store | Rows, factors: Tensor | None = None) -> Gradients:
+        """Return what reads the sum of the rows that the ranks have, times each rank's own factors [K]."""
+        return ShardedJacobian(cast("Jacobian | Rows", store), self.ranks, self._held, factors)
 
 
 def _refuse_sparse(parameters: Sequence[nn.Parameter]) -> None:

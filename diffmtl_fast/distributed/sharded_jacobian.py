@@ -29,10 +29,18 @@ class ShardedJacobian:
         store: this rank's gradients, after its backward: row k is its part of a sum over the ranks.
         ranks: the ranks.
         held: of every rank, the clusters that it has samples of.
+        factors: [K], what this rank's rows are to be multiplied by; default 1.
     """
 
-    def __init__(self, store: Jacobian | Rows, ranks: Ranks, held: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self,
+        store: Jacobian | Rows,
+        ranks: Ranks,
+        held: Sequence[Sequence[int]],
+        factors: Tensor | None = None,
+    ) -> None:
         self._store, self._ranks, self._held = store, ranks, held
+        self._factors = factors
         self._buckets: list[list[int]] = []  # positions of the parameters that are exchanged together
         self._shards: list[Tensor] = []  # of every bucket, [K, columns of this rank]
 
@@ -86,6 +94,8 @@ class ShardedJacobian:
                 if gradient is not None:
                     row[begin:end] = gradient.reshape(-1)
                 begin = end
+            if self._factors is not None:
+                row *= self._factors[k].to(row.dtype)
             parts[:, at] = row.view(ranks.size, width)
         return parts
 

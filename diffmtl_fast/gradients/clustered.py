@@ -19,12 +19,13 @@ from .._torch import sparse_values
 from ..distributed import Alone, Ranks, Replicas, find_group, refuse_outer_wrapper, settle
 from ..weighting import GramianWeighting, LossWeighting
 from . import diagnostics
+from .accumulation import Accumulation, tally
 from .batch import BatchLayout, check_cluster
 from .engine import Engine, EngineName, Memory
 from .parameters import refuse_hooks
 from .plain_pass import collect_plain
 from .step import Step
-from .stores import Rows, Store
+from .stores import Jacobian, Rows, Store
 from .uncompiled import uncompiled
 
 _logger = logging.getLogger("diffmtl_fast")
@@ -146,6 +147,8 @@ class ClusteredMTL(nn.Module):
         self._process_group = process_group
         self._replicas = Alone()
         self._engine = Engine(model, num_clusters, engine, memory, shared, jacobian_dtype)
+        self._accumulation: Accumulation | None = None
+        self._syncing = True
         self._step: Step | None = None  # that waits for its backward
 
     def forward(self, *args: Any, cluster: Tensor | None = None, **kwargs: Any) -> Any:
@@ -176,7 +179,7 @@ class ClusteredMTL(nn.Module):
         if cluster is None or not torch.is_grad_enabled():
             return self.module(*args, **kwargs)
         self._meet_other_processes()
-        with self._replicas.telling_before_losses():
+        with self._replicas.telling_before_losses() if self._syncing else nullcontext():
             return self._forward_by_cluster(cluster, args, kwargs)
 
     def _forward_by_cluster(self, cluster: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -203,6 +206,8 @@ class ClusteredMTL(nn.Module):
             only = self._replicas.only_cluster(layout.clusters.sizes(layout.batch_size))
         by_cluster, changed = layout is not None and only is None, False
         if by_cluster:
+            if self.memory == "lean" and self._accumulates():
+                raise ValueError("memory='lean': expected no no_sync(), found it; use memory='full'")
             if self.memory == "lean" and isinstance(self._replicas, Replicas):
                 raise ValueError(
                     "memory='lean': expected one process, or samples of one cluster in each, found several "
@@ -261,6 +266,9 @@ class ClusteredMTL(nn.Module):
         """
         if loss is None:
             self._meet_other_processes()
+        if not self._syncing:
+            self._accumulate(loss, cluster, scaler)
+            return
         with self._replicas.telling_before_losses():
             needed = self._needs_gradients_by_cluster()
             if loss is None:
@@ -269,12 +277,103 @@ class ClusteredMTL(nn.Module):
                 step, cluster = self._end_step(loss, cluster)
                 needed = step.by_cluster or step.only is not None
             scale = None if scaler is None else scaler.scale(torch.ones((), device=loss.device))
-        losses, present = self._replicas.losses(loss, cluster, self.num_clusters, needed, scale)
+            accumulated = self._end_accumulation(scale is not None)
+        earlier = None if accumulated is None else accumulated.totals
+        losses, present, totals = self._replicas.losses(
+            loss, cluster, self.num_clusters, needed, scale, earlier
+        )
+        number = present.sum()
+        if accumulated is None or totals is None:
+            objective, factors = losses.sum() / number, None
+        else:
+            objective, factors = loss.sum() / accumulated.unit, accumulated.factors(totals)
         with nullcontext() if scale is None else self._undone_where_skipped():
             if needed:
-                self._backward_by_cluster(step, losses, present, scale)
+                self._backward_by_cluster(
+                    step, losses, present, scale, _scaled(objective, scale), accumulated, factors
+                )
             else:
                 self._backward_losses(losses, present, scale)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Let the backwards inside only add up their batches; the next one outside weighs all of them as one.
+
+        The losses of the clusters are then means over the samples of all these batches, and processes exchange
+        gradients once. Forwards belong inside, too. Whatever the weighting, gradients are formed by cluster, in
+        the Jacobian's memory. `last` and ``.grad`` of the model stay as they are until the backward outside.
+        """
+        before, self._syncing = self._syncing, False
+        try:
+            yield
+        finally:
+            self._syncing = before
+
+    def _accumulates(self) -> bool:
+        return not self._syncing or self._accumulation is not None
+
+    def _accumulate(
+        self, loss: Tensor | None, cluster: Tensor | None, scaler: torch.amp.GradScaler | None
+    ) -> None:
+        """Run a backward whose gradients by cluster wait for the next one's."""
+        if loss is None:
+            return
+        step, cluster = self._end_step(loss, cluster)
+        if not step.by_cluster and step.only is None:
+            raise RuntimeError("expected the forward within no_sync(), as its backward is, found it outside")
+        totals = tally(loss, cluster, self.num_clusters)
+        if self._accumulation is None:
+            self._accumulation = Accumulation(len(loss), scaler is not None, torch.zeros_like(totals))
+        accumulated = self._accumulation
+        _refuse_other_scale(accumulated, scaler is not None)
+        objective = loss.sum() / accumulated.unit
+        try:
+            accumulated.store = self._collect(
+                step, objective if scaler is None else scaler.scale(objective), accumulated
+            )
+        except Exception as error:
+            accumulated.failed = f"{type(error).__name__}: {error}"
+            raise
+        accumulated.totals += totals
+
+    def _end_accumulation(self, scaled: bool) -> Accumulation | None:
+        """Return what the backwards before have left, if there are any.
+
+        Raises:
+            RuntimeError: one of them failed.
+        """
+        accumulated, self._accumulation = self._accumulation, None
+        self._engine.jacobian_in_use = False
+        if accumulated is not None and accumulated.failed:
+            raise RuntimeError(
+                f"expected all backwards of a step to succeed, found an error: {accumulated.failed}"
+            )
+        if accumulated is not None:
+            _refuse_other_scale(accumulated, scaled)
+        return accumulated
+
+    def _collect(self, step: Step, objective: Tensor, accumulated: Accumulation | None) -> Store | Rows:
+        """Run a backward, and return what has taken its gradients, besides those accumulated before."""
+        store: Store | Rows
+        if step.by_cluster:
+            if accumulated is not None and isinstance(accumulated.store, Jacobian):
+                store = accumulated.store
+                accumulated.refuse_another(self._engine.jacobian)
+            else:
+                fresh = self._engine.store(step)
+                store = fresh if accumulated is None else accumulated.take(fresh)
+            self._engine.jacobian_in_use = not self._syncing
+            self._engine.collect(step, objective, store)
+            return store
+        store = Rows(self._trainable(), self.num_clusters, self._engine.dtype)
+        if accumulated is not None and accumulated.store is not None:
+            store = accumulated.store
+        if step.only is not None:
+            collect_plain(self._trainable(), objective, store, step.only)
+        return store
+
+    def _trainable(self) -> list[nn.Parameter]:
+        return [p for p in self.module.parameters() if p.requires_grad]
 
     def _step_without_samples(self) -> tuple[Step, Tensor, Tensor]:
         """Return a step, losses [0] and clusters [0] for a process that has no samples."""
@@ -318,7 +417,11 @@ class ClusteredMTL(nn.Module):
 
     def _needs_gradients_by_cluster(self) -> bool:
         weighting = self.weighting
-        return self.measure_gramian or (isinstance(weighting, GramianWeighting) and weighting.needs_gramian)
+        return (
+            self._accumulates()
+            or self.measure_gramian
+            or (isinstance(weighting, GramianWeighting) and weighting.needs_gramian)
+        )
 
     def _backward_losses(self, losses: Tensor, present: Tensor, scale: Tensor | None) -> None:
         """One plain backward of the weighted loss."""
@@ -331,7 +434,16 @@ class ClusteredMTL(nn.Module):
             _scaled(objective, scale).backward()
         self.last = StepRecord(losses.detach(), weights.detach(), present, None)
 
-    def _backward_by_cluster(self, step: Step, losses: Tensor, present: Tensor, scale: Tensor | None) -> None:
+    def _backward_by_cluster(
+        self,
+        step: Step,
+        losses: Tensor,
+        present: Tensor,
+        scale: Tensor | None,
+        objective: Tensor,
+        accumulated: Accumulation | None,
+        factors: Tensor | None,
+    ) -> None:
         """Form the cluster gradients by one backward, weigh them, and add their combination to ``.grad``."""
         number = present.sum()
 
@@ -341,19 +453,9 @@ class ClusteredMTL(nn.Module):
                 _scaled(weighted, scale).backward(inputs=self._engine.leaves)
 
         # Row k of J is the gradient of L_k / n: the form in which the losses enter the published methods.
-        objective = _scaled(losses.sum() / number, scale)
-        store: Store | Rows
-        if step.by_cluster:
-            store = self._engine.store(step)
-            with self._replicas.telling_before_gradients(self._engine.parameters):
-                self._engine.collect(step, objective, store)
-        else:
-            parameters = [p for p in self.module.parameters() if p.requires_grad]
-            store = Rows(parameters, self.num_clusters, self._engine.dtype)
-            with self._replicas.telling_before_gradients(parameters):
-                if step.only is not None:
-                    collect_plain(parameters, objective, store, step.only)
-        gradients = self._replicas.reader(store)
+        with self._replicas.telling_before_gradients(self._trainable()):
+            store = self._collect(step, objective, accumulated)
+        gradients = self._replicas.reader(store, factors)
         gramian = gradients.gramian() * number**2
         if scale is not None:
             gramian = gramian / scale.to(gramian.dtype) ** 2
@@ -414,7 +516,7 @@ class ClusteredMTL(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Start anew when copied or pickled: a graph that waits for its backward is not the copy's."""
-        return self.__dict__ | {"_step": None, "_replicas": Alone()}
+        return self.__dict__ | {"_step": None, "_accumulation": None, "_replicas": Alone()}
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the model's own state, under the model's own names.
@@ -464,6 +566,11 @@ def _warn_uncompiled() -> None:
         "ClusteredMTL is not compiled, nor is the model in it: compile the model instead, as in "
         "ClusteredMTL(torch.compile(model), ...)"
     )
+
+
+def _refuse_other_scale(accumulated: Accumulation, scaled: bool) -> None:
+    if accumulated.scaled != scaled:
+        raise ValueError("scaler: expected one in all backwards of a step or in none, found it in some")
 
 
 def _scaled(objective: Tensor, scale: Tensor | None) -> Tensor:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from .parameters import grads_set_aside
-from .stores import Rows
+from .stores import Rows, Store
 
 
-def collect_plain(parameters: Sequence[nn.Parameter], objective: Tensor, store: Rows, k: int) -> None:
+def collect_plain(parameters: Sequence[nn.Parameter], objective: Tensor, store: Store | Rows, k: int) -> None:
     """Run a plain backward; the parameters' gradients go to a store, as those of cluster k.
 
     Args:

@@ -6,8 +6,8 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -159,6 +159,8 @@ def train(
     width: int = 21,
     bucket: int | None = None,
     wrap: str = "",
+    accumulate: bool = False,
+    scaled: bool = False,
 ) -> Outcome:
     """Take a step of so many backwards on this rank; `options` of ClusteredMTL are of each rank, or of all."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -176,12 +178,20 @@ def train(
             model, K, make_weighting(weighting, rank).to(dtype), **options[rank % len(options)]
         )
         mtl.measure_gramian = measure
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
         for number in range(backwards):
             if number == 1:
                 counted["bytes"] = 0
             batch = batches(layout, ranks, dtype, seed=number)[rank]
-            with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
-                step(mtl, batch)
+            with ExitStack() as within:
+                if autocast:
+                    within.enter_context(torch.autocast("cpu", torch.bfloat16))
+                if accumulate and number < backwards - 1:
+                    within.enter_context(mtl.no_sync())
+                step(mtl, batch, **({"scaler": scaler} if scaled else {}))
+    if scaled:
+        scaler.unscale_(torch.optim.SGD(model.parameters()))
+        mtl.last = replace(mtl.last, grad_norm=mtl.last.grad_norm / scaler.get_scale())
     return outcome(mtl, bytes_sent=counted["bytes"], messages=messages)
 
 
@@ -230,14 +240,15 @@ def expected(
     dtype: torch.dtype = torch.float32,
     backwards: int = 1,
     width: int = 21,
+    accumulate: bool = False,
 ) -> Outcome:
     """Do the same in one process in float64, with one backward per cluster."""
     model = make_model(dtype, width=width).double()
     names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
     chosen = make_weighting(weighting).double()
     total = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64)
-    for number in range(backwards):
-        batch = joined(batches(layout, ranks, dtype, seed=number))
+    each = [joined(batches(layout, ranks, dtype, seed=number)) for number in range(backwards)]
+    for batch in [joined(each)] if accumulate else each:
         output = model(batch.x.double(), batch.t)
         losses = (output - batch.target.double()).square().mean(1)
         found = cluster_gradients(losses, batch.cluster, parameters, K)

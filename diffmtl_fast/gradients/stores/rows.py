@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -51,3 +51,8 @@ class Rows:
     def add_to_grads(self, blocks: Mapping[int, Tensor], weights: Tensor) -> Tensor:
         """Add the weighted sums of the rows of blocks to ``.grad``; see the function of this name."""
         return add_to_grads(self.parameters, blocks, weights)
+
+    def items(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield every row with its parameter and its cluster."""
+        for (position, k), row in self._rows.items():
+            yield position, k, row
