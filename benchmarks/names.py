@@ -19,6 +19,7 @@ class Group(StrEnum):
     GRADIENTS = "per-cluster gradients"
     STEP = "full training step"
     COMPILED = "compiled training step"
+    DISTRIBUTED = "training step of two processes"
     AFFINITY = "task affinity"
     TRAINING = "end-to-end training to a fixed loss"
 
@@ -31,6 +32,9 @@ class Group(StrEnum):
 TYPICAL_K = 5  # clusters, as in the published experiments
 
 OURS = "diffmtl_fast"
+DDP_STEP = "step of DistributedDataParallel"
+REPLICATED_PCGRAD = f"{OURS}, all clusters in every process, PCGrad"
+PARALLEL_PCGRAD = f"{OURS}, cluster-parallel, PCGrad"
 PUBLISHED = "published"
 
 # Clustering.

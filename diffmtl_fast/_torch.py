@@ -158,6 +158,11 @@ def data_parallel_processes() -> int:
     return 0 if running is None else int(running.process_group.size())
 
 
+def default_store() -> Any:
+    """Return the key-value store that the processes met in. Replaced by a store of the package's own."""
+    return torch.distributed.distributed_c10d._get_default_store()
+
+
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """Return the dictionary that holds a module's own parameters. Replaced by `setattr` and `getattr`."""
     return module._parameters
@@ -280,6 +285,7 @@ __all__ = [
     "any_requires_grad",
     "compiled_modules",
     "data_parallel_processes",
+    "default_store",
     "dynamo",
     "enable_single_level_autograd_function",
     "foreach_div_",

@@ -81,9 +81,13 @@ class FullySharded(Replicas):
         own[self._number], own[2 * self._number] = wish, by_cluster
         rows = self.ranks.share(own).cpu()
         self.counts = rows[:, : self._number].long()
-        self._refuse_differences(rows[:, 2 * self._number :])
+        self._refuse_differences(rows[:, 2 * self._number : -1])
         self._within_model = True
         return int(rows[:, self._number].max())
+
+    def only_cluster(self, counts: Sequence[int]) -> int | None:
+        """Return None: the engine runs such batches, too."""
+        return None
 
     @contextmanager
     def telling_before_losses(self) -> Iterator[None]:
@@ -121,8 +125,11 @@ class FullySharded(Replicas):
             new = parameter.grad if there else None
             parameter.grad = new if old is None else old if new is None else old.add_(new)
 
-    def reader(self, store: Any) -> Gradients:
-        """Return what reads the shards of all ranks, which are in a `ShardStore`."""
+    def _tell(self, num_clusters: int) -> None:
+        """Leave it to the engine, which logs its rounds."""
+
+    def reader(self, store: Any, factors: Tensor | None = None) -> Gradients:
+        """Return what reads the shards of all ranks, in a `ShardStore`; factors are of `no_sync` alone."""
         return ShardReader(store, self)
 
 

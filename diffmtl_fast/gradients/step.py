@@ -43,6 +43,7 @@ class Step:
 
     Args:
         by_cluster: whether the graph can tell the clusters apart; otherwise it is the plain model's.
+        only: the cluster of all samples, whose gradient a backward of the plain model forms.
 
     Attributes:
         cluster: int64 [B], of the last forward; None until one has succeeded.
@@ -53,8 +54,8 @@ class Step:
         thread: the thread that it belongs to.
     """
 
-    def __init__(self, by_cluster: bool) -> None:
-        self.by_cluster = by_cluster
+    def __init__(self, by_cluster: bool, only: int | None = None) -> None:
+        self.by_cluster, self.only = by_cluster, only
         self.cluster: Tensor | None = None
         self.passes: list[Pass] = []
         self.store: Store | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -274,9 +275,9 @@ def refused(kind: str) -> str:
     model = make_model(torch.float32, width=24)
     line = dist.init_device_mesh("cpu", (ranks,))
     square = dist.init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("data", "tensor"))
-    if kind in ("grouped", "no sync", "lean"):
+    if kind in ("grouped", "no sync", "lean", "accumulated", "without samples"):
         shard(model)
-        options = {"grouped": {"engine": "grouped"}, "lean": {"memory": "lean"}, "no sync": {}}[kind]
+        options = {"grouped": {"engine": "grouped"}, "lean": {"memory": "lean"}}.get(kind, {})
     if kind == "no sync":
         model.set_requires_gradient_sync(False)
     if kind in ("tensor parallel", "both"):
@@ -292,7 +293,10 @@ def refused(kind: str) -> str:
             fully_shard(model, mesh=line)
         if kind == "around it":
             fully_shard(mtl, mesh=line)
-        step(mtl, batch)
+        if kind == "without samples":
+            mtl.backward(None)
+        with mtl.no_sync() if kind == "accumulated" else contextlib.nullcontext():
+            step(mtl, batch)
 
     with pytest.raises((TypeError, ValueError, RuntimeError)) as error:
         train()

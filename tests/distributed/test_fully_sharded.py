@@ -188,6 +188,11 @@ def test_bytes(on_ranks, ranks):
             "no sync",
             "RuntimeError: model: expected FSDP2 to reduce gradients in every backward, found that it",
         ),
+        (
+            "accumulated",
+            "ValueError: no_sync(): expected a model that is not sharded, found one in fully_shard",
+        ),
+        ("without samples", "ValueError: loss: expected per-sample losses, found None, with a fully sharded"),
     ],
 )
 def test_what_is_refused(on_ranks, kind, message):

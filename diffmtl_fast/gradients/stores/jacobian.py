@@ -146,17 +146,16 @@ class Jacobian:
         return self.add_to_grads(touched, weights)
 
     def add_to_grads(self, blocks: Mapping[int, Tensor], weights: Tensor) -> Tensor:
-        """Add the weighted sums of the rows of blocks, by position, to the ``.grad`` of their parameters.
+        """Add the weighted sums of the rows of blocks to ``.grad``; see the function of this name."""
+        return add_to_grads(self.parameters, blocks, weights)
 
-        Returns:
-            The squared norm of what is in ``.grad`` of all parameters afterwards.
-        """
-        squared = accumulate([self.parameters[i] for i in blocks], list(blocks.values()), weights)
-        for position, parameter in enumerate(self.parameters):
-            if parameter.grad is not None and position not in blocks:  # left there by an earlier backward
-                norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float64)
-                squared = squared + norm.square()
-        return squared
+    def dtype(self, position: int) -> torch.dtype:
+        """Return the dtype of a parameter's stored gradients."""
+        return self.blocks[position].dtype
+
+    def row(self, position: int, k: int) -> Tensor | None:
+        """Return the gradient of a parameter for one cluster, if it got one."""
+        return self.blocks[position][k] if self._written[position][k] else None
 
     def filled(self, position: int) -> Tensor:
         """Return a parameter's block, after setting the rows that got no gradient to zero."""
@@ -181,6 +180,20 @@ def _allocate(
             blocks[i] = buffer.as_strided((num_clusters, *p.shape), (p.numel(), *dense_stride(p)), offset)
             offset += size
     return [blocks[i] for i in range(len(parameters))]
+
+
+def add_to_grads(parameters: Sequence[nn.Parameter], blocks: Mapping[int, Tensor], weights: Tensor) -> Tensor:
+    """Add the weighted sums of the rows of blocks, by position, to the ``.grad`` of their parameters.
+
+    Returns:
+        The squared norm of what is in ``.grad`` of all parameters afterwards.
+    """
+    squared = accumulate([parameters[i] for i in blocks], list(blocks.values()), weights)
+    for position, parameter in enumerate(parameters):
+        if parameter.grad is not None and position not in blocks:  # left there by an earlier backward
+            norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float64)
+            squared = squared + norm.square()
+    return squared
 
 
 def accumulate(parameters: Sequence[nn.Parameter], blocks: Sequence[Tensor], weights: Tensor) -> Tensor:
