@@ -55,6 +55,17 @@ functorch_transforms_active: Callable[[], bool] = getattr(
 unsafe_view = torch.ops.aten._unsafe_view
 
 
+def factors(node: Any) -> list[Tensor]:
+    """Return the tensors that a node multiplied or divided. Replaced by []: losses of a scaler are not recognised."""
+    found = [getattr(node, name, None) for name in ("_saved_self", "_saved_other")]
+    return [tensor for tensor in found if isinstance(tensor, Tensor)]
+
+
+def scale_of(scaler: torch.amp.GradScaler) -> Tensor | None:
+    """Return a GradScaler's tensor of its scale. Replaced by None, as above."""
+    return getattr(scaler, "_scale", None)
+
+
 def schema(op: OpOverload) -> Any:
     """Return an op's schema, with `arguments` and `returns`. Replaced by the string that the op was defined by."""
     return op._schema

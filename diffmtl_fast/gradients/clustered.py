@@ -21,6 +21,7 @@ from ..weighting import GramianWeighting, LossWeighting
 from . import diagnostics
 from .batch import BatchLayout, check_cluster
 from .engine import Engine, EngineName, Memory
+from .loss_check import refuse_scaled
 from .parameters import refuse_hooks
 from .step import Step
 from .uncompiled import uncompiled
@@ -269,6 +270,8 @@ class ClusteredMTL(nn.Module):
             check_cluster(cluster, self.num_clusters)
         check_loss(loss, cluster)
         self._refuse_device(loss)
+        if self.last is None:
+            refuse_scaled(loss)
         self._step = None  # a failure from here on does not block the next step
         if step.by_cluster:
             step.keep_passes_of(loss)
