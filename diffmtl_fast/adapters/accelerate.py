@@ -1,4 +1,4 @@
-"""Hugging Face Accelerate: prepare a `ClusteredMTL`, and call its backward, as `Accelerator` does for plain models."""
+"""Hugging Face Accelerate: prepare a `ClusteredMTL` and call its backward, as `Accelerator` does for models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def prepare(accelerator: Accelerator, mtl: ClusteredMTL) -> ClusteredMTL:
     """Give a wrapper to an accelerator, in the place of ``accelerator.prepare(model)``.
 
     It is moved to the accelerator's device and runs in its mixed precision, and ``accelerator.save_state`` and
-    ``load_state`` keep the weighting's state beside the model's. It is not put into `DistributedDataParallel`, as it
+    ``load_state`` keep the weighting's state beside the model's. It is not put into `DistributedDataParallel`: it
     adds up the gradients of all processes itself. Optimizers, loaders and schedulers are prepared as usual.
 
     Args:

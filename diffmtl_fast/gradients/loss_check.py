@@ -87,8 +87,8 @@ def refuse_scaled(losses: Tensor) -> None:
     scalers = [each for each in gc.get_objects() if issubclass(type(each), torch.amp.GradScaler)]
     if any(scale_of(scaler) is factor for scaler in scalers for factor in found):
         raise ValueError(
-            "loss: expected unscaled losses, whose gradients are weighed, found those of scaler.scale(loss); write "
-            "mtl.backward(loss, scaler=scaler)"
+            "loss: expected unscaled losses, whose gradients are weighed, found those of scaler.scale(loss); "
+            "write mtl.backward(loss, scaler=scaler)"
         )
 
 
