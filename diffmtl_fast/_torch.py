@@ -56,7 +56,7 @@ unsafe_view = torch.ops.aten._unsafe_view
 
 
 def factors(node: Any) -> list[Tensor]:
-    """Return the tensors that a node multiplied or divided. Replaced by []: a scaler's losses pass unrecognised."""
+    """Return the tensors that a node multiplied or divided. Replaced by []: a scaler's losses pass unseen."""
     found = [getattr(node, name, None) for name in ("_saved_self", "_saved_other")]
     return [tensor for tensor in found if isinstance(tensor, Tensor)]
 

@@ -13,6 +13,12 @@ from diffmtl_fast.adapters import accelerate as adapter
 
 accelerate = pytest.importorskip("accelerate")
 
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_other_tests():
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
 CLUSTER = torch.tensor([0, 0, 1, 1])
 
 
