@@ -60,6 +60,17 @@ unsafe_view = torch.ops.aten._unsafe_view
 dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 
 
+def factors(node: Any) -> list[Tensor]:
+    """Return the tensors that a node multiplied or divided. Replaced by []: a scaler's losses pass unseen."""
+    found = [getattr(node, name, None) for name in ("_saved_self", "_saved_other")]
+    return [tensor for tensor in found if isinstance(tensor, Tensor)]
+
+
+def scale_of(scaler: torch.amp.GradScaler) -> Tensor | None:
+    """Return a GradScaler's tensor of its scale. Replaced by None, as above."""
+    return getattr(scaler, "_scale", None)
+
+
 def schema(op: OpOverload) -> Any:
     """Return an op's schema, with `arguments` and `returns`. Replaced by the string that the op was defined by."""
     return op._schema

@@ -24,6 +24,7 @@ from .accumulation import Accumulation, tally
 from .batch import BatchLayout, check_cluster
 from .engine import Engine, EngineName, Memory
 from .fully_sharded import FullyShardedEngine
+from .loss_check import refuse_scaled
 from .parameters import refuse_hooks
 from .plain_pass import collect_plain
 from .step import Step
@@ -443,6 +444,8 @@ class ClusteredMTL(nn.Module):
             raise ValueError(
                 f"cluster: expected that of the forward, {step.only}, for all samples here, found others"
             )
+        if self.last is None:
+            refuse_scaled(loss)
         self._step = None  # a failure from here on does not block the next step
         if step.by_cluster:
             step.keep_passes_of(loss)
