@@ -25,8 +25,9 @@ def train(
     from ..train.folder import RunFolder
 
     for name, bundled in digits().items():  # arguments of the bundled run are none of another class's
-        if isinstance(bundled, dict) and "args" in bundled and options[name]["path"] != bundled["path"]:
-            options[name]["args"] = {} if options[name]["args"] == bundled["args"] else options[name]["args"]
+        given = options[name]
+        if isinstance(bundled, dict) and "args" in bundled and given and given["path"] != bundled["path"]:
+            given["args"] = {} if given["args"] == bundled["args"] else given["args"]
     config = from_dict({name: options[name] for name in Config.names()})
     from ..train.run import train  # slow to import: after the options are checked
 

@@ -58,6 +58,15 @@ class ImageData:
                 f"test: expected images of the shape of the training ones {list(self.train.shape[1:])}, found "
                 f"{list(self.test.shape[1:])}"
             )
+
+    def check(self) -> None:
+        """Refuse images that are not scaled to [-1, 1], and labels that leave out a class.
+
+        Latents and the first samples of a source may be such, so it is not part of the construction.
+
+        Raises:
+            ValueError: they are.
+        """
         low, high = (float(value) for value in self.train.aminmax())
         if low < -LARGEST or high > LARGEST:
             raise ValueError(

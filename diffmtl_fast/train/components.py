@@ -170,6 +170,9 @@ def build_data(config: Config) -> Data:
         raise UserError(
             f"data: expected {config.data.path} to return ImageData or FileData, found {type(data).__name__}"
         )
+    if isinstance(data, ImageData):
+        with blame("data"):
+            data.check()
     if config.evaluation.num_samples and not data.num_classes:
         raise UserError(
             "evaluation.num_samples: expected 0 for data without labels (its metrics need classes)"

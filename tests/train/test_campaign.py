@@ -26,7 +26,7 @@ from diffmtl_fast.train.config import to_dict
 from diffmtl_fast.train.data import ImageData, digits
 
 WHOLE = bool(os.environ.get("DIFFMTL_CAMPAIGN"))
-KILLS = int(os.environ.get("DIFFMTL_KILLS", 100 if WHOLE else 2))
+KILLS = int(os.environ.get("DIFFMTL_KILLS", 100 if WHOLE else 1))
 DAMAGED = 200 if WHOLE else 3
 OPTIONS = 1000 if WHOLE else 12
 CALLS = 5000 if WHOLE else 300
