@@ -11,17 +11,20 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
 BUILD_INPUTS := pyproject.toml $(CONSTRAINTS) CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*)
 
-.PHONY: help train test campaign bench bench-full figures check check-native clean
+.PHONY: help train test campaign bench bench-full figures check check-native docs wheel clean
 help:
 	@echo "make train   train on the embedded digits and write pictures and metrics to $(RUN)"
 	@echo "make test    run the test suite (DIFFMTL_TEST_DEVICE=cuda runs it on a GPU, TORCH=2.9.1 with that PyTorch)"
-	@echo "make campaign   hold the engines to the whole table of architectures, of which make test runs a part"
+	@echo "make campaign   the whole table of architectures, and kills, damaged files, malformed options and components,"
+	@echo "             of which make test runs a part"
 	@echo "make bench   time everything beside the reference, the peers and the limit, a quarter of an hour on 2 cores;"
 	@echo "             bench-full takes hours; both use a GPU where there is one and write benchmarks/results,"
 	@echo "             a part of them, as in make bench BENCH='--groups clustering', runs/bench"
 	@echo "make figures   put what they found into README and docs/figures"
 	@echo "make check   lint, type check, compile the GPU kernels ahead of time (needs no GPU)"
 	@echo "make check-native   fuzz the C++ code under the address and undefined behaviour sanitizers"
+	@echo "make docs    build the documentation site into build/site; warnings are errors"
+	@echo "make wheel   build this machine's wheel into dist, and test it in empty environments with PyTorch $(WHEEL_TORCH)"
 	@echo "make clean   remove the virtual environments and build outputs (runs/ is kept)"
 
 $(BIN)/python:
@@ -59,7 +62,7 @@ test: $(VENV)/dev.stamp
 
 campaign: $(VENV)/dev.stamp
 	DIFFMTL_CAMPAIGN=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q tests/gradients/test_architectures.py \
-	  tests/gradients/test_random_programs.py tests/weighting
+	  tests/gradients/test_random_programs.py tests/weighting tests/train/test_campaign.py
 
 # The tables come last, and are in the JSON file that it names. BENCH passes options on, such as
 # BENCH='--groups clustering' or BENCH='--reference-repo PATH'.
@@ -73,15 +76,31 @@ bench-full: bench
 figures: $(VENV)/bench.stamp
 	$(BIN)/python -m benchmarks report benchmarks/results/*.json --out docs/figures --readme README.md docs/benchmarks.md
 
+# tests/typing/usage.py is a user's program, which their type checkers, too, must accept.
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --strict --follow-imports=silent tests/typing/usage.py
+	$(BIN)/pyright --pythonpath $(BIN)/python tests/typing/usage.py
 	$(BIN)/python tests/kernels/aot.py
 
 # Not part of check: the sanitizers' build takes a minute, and the fuzzer as long as it is given.
 check-native: $(VENV)/dev.stamp
 	$(BIN)/python tests/native/check.py --seconds 60
+
+# Nothing is loaded from elsewhere, neither here nor by a reader's browser.
+docs: $(VENV)/dev.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
+# With the oldest PyTorch supported and the one developed with. The wheel carries no library: auditwheel finds none to
+# add, and names the oldest Linux that it runs on. The wheels of a release are made by cibuildwheel (pyproject.toml).
+WHEEL_TORCH ?= 2.9.1 $(patsubst torch==%,%,$(filter torch==%,$(file <constraints.txt)))
+wheel: $(VENV)/dev.stamp
+	rm -rf build/wheel dist
+	$(BIN)/python -m build --wheel --outdir build/wheel
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
+	$(BIN)/python tests/wheel/check.py dist --torch $(WHEEL_TORCH)
 
 clean:
 	rm -rf .venv .venv-torch-* $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -19,6 +19,7 @@ class Group(StrEnum):
     GRADIENTS = "per-cluster gradients"
     STEP = "full training step"
     COMPILED = "compiled training step"
+    DISTRIBUTED = "training step of two processes"
     AFFINITY = "task affinity"
     TRAINING = "end-to-end training to a fixed loss"
 
@@ -31,6 +32,9 @@ class Group(StrEnum):
 TYPICAL_K = 5  # clusters, as in the published experiments
 
 OURS = "diffmtl_fast"
+DDP_STEP = "step of DistributedDataParallel"
+REPLICATED_PCGRAD = f"{OURS}, all clusters in every process, PCGrad"
+PARALLEL_PCGRAD = f"{OURS}, cluster-parallel, PCGrad"
 PUBLISHED = "published"
 
 # Clustering.
@@ -40,7 +44,8 @@ KMEANS1D = "kmeans1d"
 # Weights, and the cases that they belong to.
 LOOP = "published loop over vectors"
 REBUILT, COMPILED_ONCE = "cvxpy + ECOS, as published", "cvxpy + ECOS, compiled once"
-PCGRAD_GIVEN_J, NASH_WEIGHTS = "PCGrad given J", "Nash weights"
+PCGRAD_GIVEN_J, NASH_WEIGHTS, GRAMIAN_WEIGHTS = "PCGrad given J", "Nash weights", "weights from the Gramian"
+TORCHJD = "TorchJD"
 
 # Ops.
 GRAM = "gram"

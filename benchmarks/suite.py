@@ -6,7 +6,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from benchmarks.benchmark import Benchmark, Options
-from benchmarks.groups import affinity, clustering, compiled, end_to_end, fused_ops, gradients, step, weights
+from benchmarks.groups import (
+    affinity,
+    clustering,
+    compiled,
+    distributed,
+    end_to_end,
+    fused_ops,
+    gradients,
+    step,
+    weights,
+)
 from benchmarks.names import Group
 
 GROUPS: dict[Group, Callable[[Options], Iterator[Benchmark]]] = {
@@ -16,6 +26,7 @@ GROUPS: dict[Group, Callable[[Options], Iterator[Benchmark]]] = {
     Group.GRADIENTS: gradients.benchmarks,
     Group.STEP: step.benchmarks,
     Group.COMPILED: compiled.benchmarks,
+    Group.DISTRIBUTED: distributed.benchmarks,
     Group.AFFINITY: affinity.benchmarks,
     Group.TRAINING: end_to_end.benchmarks,
 }

@@ -120,7 +120,10 @@ void bind_cpu(py::module_& module) {
   module.def("cpu_kernels", &kernel_names, "Instruction sets that this processor can run, the best one last.");
   module.def("cpu_select_kernels", &select_kernels, py::arg("name"), "Use this instruction set; None: the best one.");
   module.def("cpu_pcgrad_weights", &pcgrad_weights);
+  module.def("cpu_gradvac_weights", &gradvac_weights);
   module.def("cpu_nash_weights", &nash_weights);
+  module.attr("CPU_GRAMIAN_METHODS") = gramian_methods();
+  module.def("cpu_gramian_weights", &gramian_weights);
 
   const auto bind = [&](const char* name, auto function) {
     module.def(name, function, py::call_guard<py::gil_scoped_release>());

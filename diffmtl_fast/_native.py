@@ -7,7 +7,8 @@ try:
 except ImportError as error:
     raise ImportError(
         "expected the compiled extension diffmtl_fast._C, found none that loads "
-        f"({error}); build it with `pip install .` in the repository root (needs a C++17 compiler)"
+        f"({error}); install a wheel, or run `pip install .` in the repository root, which needs a C++17 "
+        "compiler"
     ) from error
 
 __all__ = ["_C"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, TypeAlias, TypeVar
 
@@ -53,6 +54,21 @@ functorch_transforms_active: Callable[[], bool] = getattr(
 
 # x.view(shape) that tells autograd the result does not share memory. Replaced by `reshape`.
 unsafe_view = torch.ops.aten._unsafe_view
+
+
+# How many dispatch modes are on. Where it is missing the answer is one: right, and slower.
+dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+
+
+def factors(node: Any) -> list[Tensor]:
+    """Return the tensors that a node multiplied or divided. Replaced by []: a scaler's losses pass unseen."""
+    found = [getattr(node, name, None) for name in ("_saved_self", "_saved_other")]
+    return [tensor for tensor in found if isinstance(tensor, Tensor)]
+
+
+def scale_of(scaler: torch.amp.GradScaler) -> Tensor | None:
+    """Return a GradScaler's tensor of its scale. Replaced by None, as above."""
+    return getattr(scaler, "_scale", None)
 
 
 def schema(op: OpOverload) -> Any:
@@ -144,9 +160,18 @@ def sparse_values(tensor: Tensor) -> Tensor:
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
-def within_data_parallel() -> bool:
-    """Whether a `DistributedDataParallel` is running its module. No, where PyTorch can't say."""
-    return getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None) is not None
+def data_parallel_processes() -> int:
+    """Return how many processes a `DistributedDataParallel` that is running its module has; 0 without one.
+
+    Where PyTorch can't say, there is none.
+    """
+    running = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+    return 0 if running is None else int(running.process_group.size())
+
+
+def default_store() -> Any:
+    """Return the key-value store that the processes met in. Replaced by a store of the package's own."""
+    return torch.distributed.distributed_c10d._get_default_store()
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
@@ -170,6 +195,72 @@ def refresh_flat_weights(module: nn.RNNBase) -> None:
 def parametrize_cached() -> bool:
     """Whether the caller is inside `torch.nn.utils.parametrize.cached()`. Replaced by a patch of that function."""
     return bool(parametrize._cache_enabled)
+
+
+# ----- Fully sharded models (FSDP2). What has no underscore here is undocumented all the same.
+
+
+def fully_sharded_modules(model: nn.Module) -> list[Any]:
+    """Return the modules that `torch.distributed.fsdp.fully_shard` was called on."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and nothing is sharded without it
+    return [] if fsdp is None else [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)]
+
+
+def sharded_groups(model: nn.Module) -> list[Any]:
+    """Return FSDP2's groups of parameters that are reduced together. Replaced by nothing."""
+    found: dict[int, Any] = {}
+    for module in fully_sharded_modules(model):
+        state = module._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None)
+        for group in [state._fsdp_param_group] if groups is None else groups:
+            if group is not None:
+                found[id(group)] = group
+    return list(found.values())
+
+
+def sharded_compute_dtypes(model: nn.Module) -> set[torch.dtype]:
+    """Return the dtypes that a `MixedPrecisionPolicy` lets FSDP2 compute in. Replaced by a look at a parameter."""
+    return {group.mp_policy.param_dtype for group in sharded_groups(model)} - {None}
+
+
+def unsharded_parameters(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+    """Yield every sharded parameter with the leaf that a forward used in its place, after a first forward.
+
+    Replaced by a look at the modules' attributes during a forward.
+    """
+    for group in sharded_groups(model):
+        for parameter in group.fsdp_params:
+            if hasattr(parameter, "_unsharded_param"):
+                yield parameter.sharded_param, parameter._unsharded_param
+
+
+@contextmanager
+def sharded_gradients_summed(model: nn.Module, reduce_scatter: Any = None) -> Iterator[None]:
+    """Let FSDP2 add gradients up instead of averaging them, those of unused parameters too, as zeros.
+
+    Its public setters, which have no getters, replace it; then a plain backward of the model adds up, too. In
+    releases without zeros for unused parameters all ranks have to use the same ones.
+
+    Args:
+        model: the model.
+        reduce_scatter: what takes the reduce-scatter's place, if anything; see `set_custom_reduce_scatter`.
+    """
+    settings = {
+        "gradient_divide_factor": 1.0,
+        "force_sum_reduction_for_comms": True,
+        "reduce_scatter_unused_params": True,
+    }
+    if reduce_scatter is not None:
+        settings["_reduce_scatter_comm"] = reduce_scatter
+    groups = sharded_groups(model)
+    before = [{name: getattr(group, name) for name in settings if hasattr(group, name)} for group in groups]
+    for group in groups:
+        vars(group).update(settings)
+    try:
+        yield
+    finally:
+        for group, values in zip(groups, before, strict=True):
+            vars(group).update(values)
 
 
 # ----- The compiler
@@ -204,11 +295,14 @@ __all__ = [
     "OpOverloadPacket",
     "any_requires_grad",
     "compiled_modules",
+    "data_parallel_processes",
+    "default_store",
     "dynamo",
     "enable_single_level_autograd_function",
     "foreach_div_",
     "foreach_lerp_",
     "forward_mode_active",
+    "fully_sharded_modules",
     "function_apply",
     "functorch_transforms_active",
     "has_hooks",
@@ -221,10 +315,12 @@ __all__ = [
     "refresh_flat_weights",
     "saved_tensors_are_packed",
     "schema",
+    "sharded_compute_dtypes",
+    "sharded_gradients_summed",
     "sparse_values",
     "tree_flatten",
     "tree_unflatten",
     "unsafe_view",
+    "unsharded_parameters",
     "version",
-    "within_data_parallel",
 ]

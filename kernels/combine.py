@@ -57,5 +57,5 @@ def _combine_kernel(
     b_out = b_sum.to(OUT_DTYPE)
     tl.store(p_out + o_column, b_out, mask=m_column)
     # An infinite weight makes NaN of the zeros beyond the end; they do not count.
-    b_written = tl.where(m_column, b_out.to(ACCUMULATE), 0.0)
+    b_written = tl.where(m_column, b_out.to(ACCUMULATE), 0.0).to(tl.float64)
     tl.store(p_square + program, tl.sum(b_written * b_written, axis=0))

@@ -58,14 +58,17 @@ def _gram_tile_kernel(
     K: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
     """partial[:, :, program] = Gramian of a run of column blocks, for many clusters, as products of tiles.
 
-    The sums are float32. So are the products of float32 rows (PRECISION "ieee"): TF32 keeps three digits, and the
-    weights need more. A bfloat16 or float16 fits into TF32 without loss, so their products are exact with "tf32".
+    Products of float32 rows are float32 (PRECISION "ieee"): TF32 keeps three digits, and the weights need more.
+    A bfloat16 or float16 fits into TF32 without loss, so their products are exact with "tf32". Sums over blocks in
+    float64 are of rows that a power of two, their own in every block, has brought to 1 to 2 before they are
+    multiplied: no product overflows, and none vanishes that counts beside the row's largest number.
     """
     program = tl.program_id(0).to(tl.int64)
     programs, p_out = tl.num_programs(0), p_partial + program
@@ -74,13 +77,22 @@ def _gram_tile_kernel(
     )
     o_row = tl.arange(0, TILE).to(tl.int64)
     m_row = o_row < K
-    b_gram = tl.zeros([TILE, TILE], dtype=tl.float32)
+    b_gram = tl.zeros([TILE, TILE], dtype=ACCUMULATE)
     begin = place * run * BLOCK
     for column in range(begin, tl.minimum(begin + run * BLOCK, size), BLOCK):
         o_column = column + tl.arange(0, BLOCK)
         m_tile = m_row[:, None] & (o_column < size)[None, :]
         b_rows = tl.load(p_rows + o_row[:, None] * stride + o_column[None, :], mask=m_tile, other=0.0)
         b_rows = b_rows.to(tl.float32)
-        b_gram += tl.dot(b_rows, tl.trans(b_rows), input_precision=PRECISION)
+        if tl.float64 == ACCUMULATE:
+            # The exponent alone of the largest number; at the ends of the range the power's inverse would be none.
+            b_exponent = tl.max(tl.abs(b_rows), axis=1).to(tl.int32, bitcast=True) >> 23
+            b_exponent = tl.minimum(tl.maximum(b_exponent, 1), 253)
+            b_power = (b_exponent << 23).to(tl.float32, bitcast=True).to(tl.float64)
+            b_rows *= ((254 - b_exponent) << 23).to(tl.float32, bitcast=True)[:, None]
+            b_block = tl.dot(b_rows, tl.trans(b_rows), input_precision=PRECISION).to(tl.float64)
+            b_gram += b_block * b_power[:, None] * b_power[None, :]
+        else:
+            b_gram += tl.dot(b_rows, tl.trans(b_rows), input_precision=PRECISION)
     p_out += (o_row[:, None] * K + o_row[None, :]) * programs
     tl.store(p_out, b_gram, mask=m_row[:, None] & m_row[None, :])

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
+import yaml
 
 import diffmtl_fast as dm
 from diffmtl_fast import _extras
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
@@ -36,12 +44,64 @@ def test_the_core_imports_without_the_extras():
     assert result.stdout.strip() == "[0, 5, 10] False False"
 
 
+def test_importing_the_core_takes_nothing_that_torch_does_not():
+    # Import time is modules: compilers (Triton, Numba, Inductor) and extras must wait until they are used.
+    code = (
+        "import sys, torch, numpy\n"
+        "before = set(sys.modules)\n"
+        "import diffmtl_fast\n"
+        "new = set(sys.modules) - before\n"
+        "roots = {name.partition('.')[0] for name in new} - set(sys.stdlib_module_names)\n"
+        "print(sorted(roots - {'numpy'}), sorted(name for name in new if name.startswith('torch')))"
+    )
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "['diffmtl_fast'] []"
+
+
 def test_a_missing_extension_names_the_command():
     result = run("import sys; sys.modules['diffmtl_fast._C'] = None; import diffmtl_fast")
     assert result.returncode != 0
     last = result.stderr.strip().splitlines()[-1]
     assert "expected the compiled extension diffmtl_fast._C" in last
     assert "`pip install .`" in last
+
+
+def test_the_citation_names_this_library_and_both_papers():
+    found = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert found["title"] == project["name"]
+    papers = [identifier["value"] for paper in found["references"] for identifier in paper["identifiers"]]
+    assert papers == ["arXiv:2306.00354", "arXiv:2403.10348"]
+
+
+def test_wheels_are_for_the_pythons_that_are_supported():
+    found = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    named = re.findall(r"Python :: (3\.\d+)", "\n".join(found["project"]["classifiers"]))
+    assert found["tool"]["cibuildwheel"]["build"] == [f"cp{name.replace('.', '')}-*" for name in named]
+    assert found["project"]["requires-python"] == f">={named[0]},<3.{int(named[-1].split('.')[1]) + 1}"
+
+
+def test_a_build_without_a_compiler_says_what_is_missing(tmp_path):
+    cmake = shutil.which(
+        "cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    )
+    if cmake is None:
+        pytest.skip("needs cmake")
+    command = [
+        cmake,
+        "-S",
+        str(ROOT),
+        "-B",
+        str(tmp_path),
+        "-G",
+        "Unix Makefiles",
+        "-DCMAKE_MAKE_PROGRAM=make",
+    ]
+    environment = {"PATH": str(tmp_path), "HOME": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "expected a C++17 compiler in CXX or PATH, found none" in " ".join(done.stderr.split())
 
 
 def test_a_missing_extra_names_the_command(monkeypatch):

@@ -1,9 +1,10 @@
-"""From the Jacobian or the Gramian to PCGrad's direction and Nash's weights."""
+"""From the Jacobian to PCGrad's direction, and from the Gramian to the weights of every method."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,15 +12,40 @@ from torch import Tensor
 from benchmarks.benchmark import Benchmark, Options
 from benchmarks.groups.fused_ops import LIMITS, Memory, moved
 from benchmarks.harness import Candidate, relative_error
-from benchmarks.names import COMPILED_ONCE, LOOP, NASH_WEIGHTS, OURS, PCGRAD_GIVEN_J, REBUILT, Group
+from benchmarks.names import (
+    COMPILED_ONCE,
+    GRAMIAN_WEIGHTS,
+    LOOP,
+    NASH_WEIGHTS,
+    OURS,
+    PCGRAD_GIVEN_J,
+    REBUILT,
+    TORCHJD,
+    Group,
+)
 from benchmarks.reference import nash_weights, pcgrad, random_orders
 from benchmarks.report.results import Role
 from diffmtl_fast import ops
 from diffmtl_fast._extras import require
+from diffmtl_fast.ops.gramian_weights import DEFINITIONS
+from diffmtl_fast.weighting import METHODS, Method
 
-MATMULS, TORCHJD = "J @ J.T and w @ J", "TorchJD"
+MATMULS, DEFINITION = "J @ J.T and w @ J", "its definition in PyTorch"
 SOLVE, PLAIN = "one K x K solve", "the same Newton method in PyTorch"
 SEED = 0
+# TorchJD's classes by the names of ours, how they are made, and how far their directions may be from the
+# definition: some iterate to a tolerance of their own. None where theirs is random.
+THEIRS: dict[str, tuple[str, dict[str, Any], float | None]] = {
+    "MGDA": ("MGDAWeighting", {}, 0.1),
+    "UPGrad": ("UPGradWeighting", {}, 1e-2),
+    "DualProj": ("DualProjWeighting", {}, 1e-2),
+    "CAGrad": ("CAGradWeighting", {"c": 0.5}, 1e-2),
+    "AlignedMTL": ("AlignedMTLWeighting", {}, 1e-3),
+    "IMTLG": ("IMTLGWeighting", {}, 1e-3),
+    "FairGrad": ("FairGradWeighting", {"alpha": 2.0}, 1e-2),
+    "GradVac": ("GradVacWeighting", {}, None),
+    "PCGrad": ("PCGradWeighting", {}, None),
+}
 
 
 def benchmarks(options: Options) -> Iterator[Benchmark]:
@@ -27,6 +53,9 @@ def benchmarks(options: Options) -> Iterator[Benchmark]:
     yield _pcgrad(options, k=5, parameters=options.pick(1003, 33_000_000))
     for k in options.pick((5,), (5, 20)):
         yield _nash(options, k)
+        for method in METHODS.values():
+            if method.forms_gramian and method.name != "nash":
+                yield _method(options, method, k)
 
 
 def jacobian(k: int, parameters: int, device: torch.device) -> Tensor:
@@ -186,6 +215,68 @@ def _nash(options: Options, k: int) -> Benchmark:
             "TorchJD": "calls the same solver; its weights are scaled otherwise",
             "LibMTL": "the published solver",
         },
+        least=0.0 if options.quick else 2e-3,
+        grace=10.0,
+    )
+
+
+def _method(options: Options, method: Method, k: int) -> Benchmark:
+    """The weights of a method, as the training step calls it."""
+    name = method.cls.__name__
+    ways: dict[str, Role] = {SOLVE: "limit", OURS: "ours"}
+    if name in DEFINITIONS:
+        ways[DEFINITION] = "baseline"
+    if name in THEIRS:
+        ways[TORCHJD] = "peer"
+
+    def build() -> list[Candidate]:
+        device = torch.device(options.device)
+        given = jacobian(k, 4096, device)
+        gramian, ones = given @ given.T, torch.ones(k, device=device)
+        weighting = method.build(k, device, SEED)
+
+        def direction(weights: Tensor) -> Tensor:
+            found = weights.double() @ given.double()
+            return found / found.norm()
+
+        def definition() -> Tensor:
+            settings: tuple[float, ...] = getattr(weighting, "settings", ())
+            return ops.PLAIN["gramian_weights"](gramian, None, name, settings)
+
+        def gated(way: str, run: Callable[[], Tensor], most: float | None, peer: bool = False) -> Candidate:
+            if most is None or name not in DEFINITIONS:  # random orders: their tests compare them with a loop
+                return Candidate(way, run, peer=peer)
+            error = lambda: relative_error(direction(run()), direction(definition()))  # noqa: E731
+            return Candidate(way, run, error, most, peer)
+
+        candidates = [
+            Candidate(SOLVE, lambda: torch.linalg.solve(gramian, ones)),
+            gated(OURS, lambda: weighting(gramian), 1e-4),
+        ]
+        if name in DEFINITIONS:
+            candidates.append(Candidate(DEFINITION, definition))
+        if name in THEIRS:
+            theirs, settings, most = THEIRS[name]
+
+            def torchjd() -> Tensor:
+                made: Callable[[Tensor], Tensor] = peer()
+                return made(gramian)
+
+            @cache
+            def peer() -> Any:
+                return getattr(require("torchjd.aggregation", "bench"), theirs)(**settings)
+
+            candidates.append(gated(TORCHJD, torchjd, most, peer=True))
+        return candidates
+
+    return Benchmark(
+        Group.WEIGHTS,
+        f"{name}, K = {k}",
+        ways,
+        build,
+        options.pick(2, 9),
+        {"op": GRAMIAN_WEIGHTS if name in THEIRS else name, "method": name, "k": k},
+        {} if name in THEIRS else {"TorchJD": "has no such method"},
         least=0.0 if options.quick else 2e-3,
         grace=10.0,
     )

@@ -13,16 +13,20 @@ from benchmarks.names import (
     CURRICULUM,
     DIGITS_DIT,
     GRAM,
+    GRAMIAN_WEIGHTS,
     KMEANS1D,
     LOOP,
     NASH_WEIGHTS,
     OURS,
+    PARALLEL_PCGRAD,
     PCGRAD_GIVEN_J,
     POINTS,
     REBUILT,
+    REPLICATED_PCGRAD,
     SCALED,
     SQUARED,
     STUDY_UNET,
+    TORCHJD,
     TYPICAL_K,
     UNCERTAINTY,
     Group,
@@ -193,6 +197,15 @@ def _goals() -> Iterator[Goal]:
             {"op": NASH_WEIGHTS},
             solver,
         )
+    yield Goal(
+        "weights from the Gramian / TorchJD",
+        weights,
+        (OURS,),
+        1 / 10,
+        1 / 20,
+        {"op": GRAMIAN_WEIGHTS},
+        TORCHJD,
+    )
     thousand = {"T": 1000, "k": 5, "cost": "log-SNR"}
     yield Goal(
         "cluster_snr, T = 1000, the whole call", clustering, (OURS,), 1e-3, 2e-4, thousand, measure="seconds"
@@ -202,6 +215,19 @@ def _goals() -> Iterator[Goal]:
         yield Goal(f"{kind} cost / kmeans1d", clustering, (way,), 1 / 4, 1 / 8, million, KMEANS1D)
         yield Goal(f"{kind} cost, T = 10⁷, k = 1000", clustering, (way,), 60, 15, most, measure="seconds")
         yield Goal(f"{kind} cost, T = 10⁷, k = 1000", clustering, (way,), 2, 2, most, measure="gib")
+    two = {"title": "DiT"}
+    yield Goal(
+        "cluster-parallel PCGrad / DDP step",
+        Group.DISTRIBUTED,
+        (PARALLEL_PCGRAD,),
+        1.15,
+        1.05,
+        two,
+        device="cpu",
+    )
+    yield Goal(
+        "replicated PCGrad / DDP step", Group.DISTRIBUTED, (REPLICATED_PCGRAD,), 1.6, 1.3, two, device="cpu"
+    )
     yield Goal(
         "cosines of all pairs of 1,000 given gradients / published loop, scaled",
         Group.AFFINITY,

@@ -169,6 +169,18 @@ inline double combine_copies(const T* data, Int stride, int count, const Compute
   return square;
 }
 
+// Between these a sum of squares in float32 has lost nothing that counts.
+constexpr double kLeastSquare = 0x1p-90, kMostSquare = 0x1p126;
+
+// The squares of n numbers, n <= kBlock, in double.
+template <class Compute, class Out>
+DIFFMTL_SHARED double square_of(const Out* out, Int n, Compute* copies) {
+  convert(out, n, copies);
+  double square = 0;
+  for (Int i = 0; i < n; ++i) square += static_cast<double>(copies[i]) * static_cast<double>(copies[i]);
+  return square;
+}
+
 template <class T, class Out>
 double combine(const Rows& rows, const double* weights, Write write, void* out_data) {
   using Compute = ComputeOf<T, Out>;
@@ -179,7 +191,9 @@ double combine(const Rows& rows, const double* weights, Write write, void* out_d
   double square = 0;
   Int begin = 0;
   const auto next = [&](auto block, Int n) {
-    square += block(data + begin, rows.stride, rows.count, w, write == kAdd, n, total, out + begin);
+    const double part = block(data + begin, rows.stride, rows.count, w, write == kAdd, n, total, out + begin);
+    // Squares of the computing type may have overflowed or vanished: not in a sum between these.
+    square += part > kLeastSquare && part < kMostSquare ? part : square_of(out + begin, n, total);
     begin += n;
   };
   if constexpr (kDirect<T, Out>) {

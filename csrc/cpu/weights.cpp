@@ -1,4 +1,4 @@
-// Weights from a Gramian, in float64: as in the plain definitions in diffmtl_fast/ops.
+// PCGrad's, GradVac's and Nash's weights from a Gramian, in float64: as in the plain definitions in diffmtl_fast/ops.
 #include "weights.hpp"
 
 #include <algorithm>
@@ -6,81 +6,21 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
-#include "numbers.hpp"
+#include "gramians.hpp"
 
 namespace diffmtl::cpu {
 namespace {
 
-using Vec = std::vector<double>;
-
-// A square matrix in rows.
-struct Matrix {
-  explicit Matrix(int n) : size(n), entries(static_cast<std::size_t>(n) * n) {}
-  double* operator[](int i) { return &entries[static_cast<std::size_t>(i) * size]; }
-  const double* operator[](int i) const { return &entries[static_cast<std::size_t>(i) * size]; }
-
-  int size;
-  Vec entries;
-};
-
-// A Gramian without the gradients' norms: right for any norms that its type can hold.
-struct UnitGramian {
-  explicit UnitGramian(int n) : cosines(n), norms(n, 1.0) {}
-
-  Matrix cosines;           // with a diagonal of ones; of a cluster that is not active the row of the identity
-  Vec norms;                // 1 for a cluster that is not active
-  std::vector<int> active;  // the present clusters whose gradient is not zero
-  bool finite = true;       // whether the Gramian of the present clusters is
-};
-
-// What stands in the rows of absent clusters is not looked at.
-UnitGramian read_unit_gramian(const Handle& gramian, int k, const bool* present) {
-  const Numbers numbers(gramian);
-  UnitGramian unit(k);
-  Vec inverse(k);  // 0 for a cluster that is not active
-  for (int i = 0; i < k; ++i) {
-    unit.cosines[i][i] = 1;
-    if (!present[i]) continue;
-    const double square = numbers.at(i * numbers.stride + i);
-    unit.finite = unit.finite && std::isfinite(square);
-    if (!(square > 0)) continue;
-    unit.active.push_back(i);
-    unit.norms[i] = std::sqrt(square);
-    inverse[i] = 1 / unit.norms[i];
-  }
-  for (int i = 0; i < k; ++i)
-    for (int j = 0; j < k; ++j) {
-      if (i == j || !present[i] || !present[j]) continue;
-      const double entry = numbers.at(i * numbers.stride + j);
-      unit.finite = unit.finite && std::isfinite(entry);
-      // One norm after the other: their product could overflow.
-      unit.cosines[i][j] = entry * inverse[i] * inverse[j];
-    }
-  return unit;
+int checked_index(Int j, int k) {
+  if (j < 0 || j >= k)
+    throw std::invalid_argument("order: expected indices in 0.." + std::to_string(k - 1) + ", found " + std::to_string(j));
+  return static_cast<int>(j);
 }
-
-double dot(const Vec& a, const Vec& b) {
-  double sum = 0;
-  for (std::size_t i = 0; i < a.size(); ++i) sum += a[i] * b[i];
-  return sum;
-}
-
-// y += factor * x: compilers turn this into vector registers, and a sum they do not.
-void add_scaled(double* y, double factor, const double* x, int n) {
-  for (int i = 0; i < n; ++i) y[i] += factor * x[i];
-}
-
-Vec product(const Matrix& symmetric, const Vec& x) {
-  Vec y(x.size());
-  for (int i = 0; i < symmetric.size; ++i) add_scaled(y.data(), x[i], symmetric[i], symmetric.size);
-  return y;
-}
-
-// ---- PCGrad --------------------------------------------------------------------------------------------------------
 
 }  // namespace
+
+// ---- PCGrad --------------------------------------------------------------------------------------------------------
 
 void pcgrad_weights(const Handle& gramian, int k, std::uintptr_t order_data, std::uintptr_t present_data, std::uintptr_t out) {
   const Int* order = reinterpret_cast<const Int*>(order_data);
@@ -92,18 +32,49 @@ void pcgrad_weights(const Handle& gramian, int k, std::uintptr_t order_data, std
     products.assign(unit.cosines[i], unit.cosines[i] + k);
     weights[i] += 1;
     for (int step = 0; step < k - 1; ++step) {
-      const Int j = order[step];
-      if (j < 0 || j >= k)
-        throw std::invalid_argument("order: expected indices in 0.." + std::to_string(k - 1) + ", found " + std::to_string(j));
+      const int j = checked_index(order[step], k);
       const double share = products[j];
       if (!(share < 0)) continue;
-      add_scaled(products.data(), -share, unit.cosines[static_cast<int>(j)], k);
+      add_scaled(products.data(), -share, unit.cosines[j], k);
       weights[j] -= share * unit.norms[i] / unit.norms[j];
     }
   }
   const DType dtype = static_cast<DType>(std::get<1>(gramian));
   const double nan = std::numeric_limits<double>::quiet_NaN();
   for (int i = 0; i < k; ++i) write_number(out, dtype, i, !unit.finite ? nan : present[i] ? weights[i] : 0.0);
+}
+
+// ---- GradVac -------------------------------------------------------------------------------------------------------
+
+void gradvac_weights(const Handle& gramian, int k, std::uintptr_t order_data, std::uintptr_t present_data,
+                     std::uintptr_t targets_data, double beta, double largest, std::uintptr_t out) {
+  const Int* order = reinterpret_cast<const Int*>(order_data);
+  double* targets = reinterpret_cast<double*>(targets_data);
+  const UnitGramian unit = read_unit_gramian(gramian, k, reinterpret_cast<const bool*>(present_data));
+  Vec weights(k, unit.finite ? 0.0 : std::numeric_limits<double>::quiet_NaN());
+  std::vector<char> counts(k);
+  for (const int i : unit.active) counts[i] = unit.finite;
+  for (int i = 0; i < k; ++i, order += k - 1) {
+    if (!counts[i]) continue;
+    // g_i' / |g_i| in the unit vectors, and its products with them.
+    Vec coefficients(k), products(unit.cosines[i], unit.cosines[i] + k);
+    coefficients[i] = 1;
+    for (int step = 0; step < k - 1; ++step) {
+      const int j = checked_index(order[step], k);
+      if (!counts[j]) continue;
+      const double length = std::sqrt(std::max(0.0, dot(products, coefficients)));
+      const double cosine = length > 0 ? std::clamp(products[j] / length, -1.0, 1.0) : 0.0;
+      double& target = targets[i * k + j];
+      if (cosine < target) {
+        const double pull = length * (target * std::sqrt(1 - cosine * cosine) / std::sqrt(1 - target * target) - cosine);
+        coefficients[j] += pull;
+        add_scaled(products.data(), pull, unit.cosines[j], k);
+      }
+      target = std::min(target + beta * (cosine - target), largest);
+    }
+    for (const int j : unit.active) weights[j] += unit.norms[i] * coefficients[j] / unit.norms[j];
+  }
+  for (int i = 0; i < k; ++i) write_number(out, static_cast<DType>(std::get<1>(gramian)), i, weights[i]);
 }
 
 // ---- Nash ----------------------------------------------------------------------------------------------------------
@@ -115,26 +86,6 @@ struct Limits {
   int newton_steps, line_search_steps;
   double converged;  // Newton decrement before the last step
 };
-
-// Puts x with A x = b into b, by symmetric elimination on the upper triangle. 0 where A is not positive definite.
-void solve_positive_definite(Matrix& a, Vec& b) {
-  const int n = a.size;
-  for (int j = 0; j < n; ++j) {
-    if (!(a[j][j] > 0)) {
-      b.assign(n, 0.0);
-      return;
-    }
-    for (int i = j + 1; i < n; ++i) {
-      const double factor = a[j][i] / a[j][j];
-      add_scaled(a[i] + i, -factor, a[j] + i, n - i);
-      b[i] -= factor * b[j];
-    }
-  }
-  for (int i = n - 1; i >= 0; --i) {
-    for (int j = i + 1; j < n; ++j) b[i] -= a[i][j] * b[j];
-    b[i] /= a[i][i];
-  }
-}
 
 // max(0, delta |beta|^2 / n - 1) along a step: where it is positive, the ridge is.
 struct Excess {
@@ -208,26 +159,13 @@ Vec minimise_barrier(const Matrix& matrix, double delta, const Limits& limits) {
 
 void nash_weights(const Handle& gramian, int k, double delta, std::uintptr_t present_data, int newton_steps,
                   int line_search_steps, double converged, std::uintptr_t out) {
-  const UnitGramian unit = read_unit_gramian(gramian, k, reinterpret_cast<const bool*>(present_data));
-  Vec weights(k, unit.finite ? 0.0 : std::numeric_limits<double>::quiet_NaN());
-  if (unit.finite && !unit.active.empty()) {
-    const int n = static_cast<int>(unit.active.size());
-    double largest = 0, squares = 0;
-    for (const int i : unit.active) largest = std::max(largest, unit.norms[i]);
-    Matrix cosines(n);
-    for (int i = 0; i < n; ++i)
-      for (int j = 0; j < n; ++j) {
-        const int a = unit.active[i], b = unit.active[j];
-        cosines[i][j] = unit.cosines[a][b];
-        const double entry = cosines[i][j] * (unit.norms[a] / largest) * (unit.norms[b] / largest);
-        squares += entry * entry;
-      }
-    const Vec beta = minimise_barrier(cosines, delta, {newton_steps, line_search_steps, converged});
+  write_active_weights(gramian, k, present_data, out, [&](const ActiveGramian& active) {
+    Vec weights = minimise_barrier(active.cosines, delta, {newton_steps, line_search_steps, converged});
     // The published method divides G by its Frobenius norm first; in the unknowns that is a factor of its root.
-    const double root = std::sqrt(std::sqrt(squares));
-    for (int i = 0; i < n; ++i) weights[unit.active[i]] = beta[i] * root * (largest / unit.norms[unit.active[i]]);
-  }
-  for (int i = 0; i < k; ++i) write_number(out, static_cast<DType>(std::get<1>(gramian)), i, weights[i]);
+    const double root = std::sqrt(frobenius_norm(active.gramian()));
+    for (std::size_t i = 0; i < weights.size(); ++i) weights[i] *= root / active.norms[i];
+    return weights;
+  });
 }
 
 }  // namespace diffmtl::cpu

@@ -8,7 +8,7 @@ forms.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,8 +45,8 @@ class Convergence:
 
 def convergence(
     intervals: IntervalClustering,
-    steps: NDArray,
-    losses: NDArray,
+    steps: NDArray[Any],
+    losses: NDArray[Any],
     *,
     fraction: float = 0.9,
     reach: int | None = None,
@@ -117,7 +117,7 @@ class GaussianFit:
     counts: Array
 
     @classmethod
-    def of(cls, data: Tensor | NDArray) -> GaussianFit:
+    def of(cls, data: Tensor | NDArray[Any]) -> GaussianFit:
         """Fit data [N, ...], N >= 2, through a singular value decomposition of N × d numbers.
 
         Raises:
@@ -141,7 +141,7 @@ class GaussianFit:
         )
 
 
-def gaussian_relative_entropy(log_snr: NDArray, fit: GaussianFit, process: Process = "vp") -> Array:
+def gaussian_relative_entropy(log_snr: NDArray[Any], fit: GaussianFit, process: Process = "vp") -> Array:
     """Relative entropy of the marginals of neighbouring noise levels, for data that are Gaussian.
 
     Of x = α x_0 + σ ε the marginal is N(α μ, α² Σ + σ²), so with λ_i the eigenvalues of Σ, m_i the mean's
@@ -181,7 +181,7 @@ def _minus_log(change: Array, log: Array) -> Array:
     return np.where(np.abs(change) < 1e-3, series, change - log)
 
 
-def conditional_relative_entropy(log_snr: NDArray, mean_square: float, process: Process = "vp") -> Array:
+def conditional_relative_entropy(log_snr: NDArray[Any], mean_square: float, process: Process = "vp") -> Array:
     """Relative entropy of the noisy versions of one data point at neighbouring noise levels.
 
     KL(q(x' | x_0) ‖ q(x | x_0)) / d, in the mean over the data: what `gaussian_relative_entropy` is for data of
@@ -204,7 +204,7 @@ def conditional_relative_entropy(log_snr: NDArray, mean_square: float, process: 
     return gaussian_relative_entropy(log_snr, point, process)
 
 
-def _checked(log_snr: NDArray) -> Array:
+def _checked(log_snr: NDArray[Any]) -> Array:
     values = np.asarray(log_snr, dtype=np.float64)
     steps = np.diff(values) if values.ndim == 1 else np.zeros(0)
     if not steps.size or not np.isfinite(values).all() or not ((steps > 0).all() or (steps < 0).all()):

@@ -32,11 +32,11 @@ class SwitchedModel(nn.Module):
     Args:
         outside: the denoiser of the other timesteps; its parameters come first.
         inside: the denoiser of the interval.
-        first: the interval's first timestep.
+        first: the interval's first timestep, or least time that the models are called with.
         end: one past its last one.
     """
 
-    def __init__(self, outside: nn.Module, inside: nn.Module, first: int, end: int) -> None:
+    def __init__(self, outside: nn.Module, inside: nn.Module, first: float, end: float) -> None:
         super().__init__()
         self.outside, self.inside, self.first, self.end = outside, inside, first, end
 
@@ -86,6 +86,7 @@ def negative_transfer(
     features: Features,
     real: Array,
     *,
+    times: Array | None = None,
     resamples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
@@ -110,6 +111,8 @@ def negative_transfer(
             differ by the denoiser alone.
         features: samples to features [N, D].
         real: float64 [M, D], the features of real data.
+        times: [K + 1], the intervals' bounds in what the denoisers are called with, where that is not the
+            timestep.
         resamples: bootstrap resamples.
         confidence: of the intervals, between 0 and 1.
         seed: of the bootstrap.
@@ -131,7 +134,8 @@ def negative_transfer(
         drawn = [np.asarray(features(sample(multitask)), dtype=np.float64)]
         for j in range(intervals.k):
             first, end = intervals.boundaries[j : j + 2].tolist()
-            switched = SwitchedModel(multitask, expert(j), first, end)
+            low, high = (intervals.boundaries if times is None else times)[j : j + 2].tolist()
+            switched = SwitchedModel(multitask, expert(j), low, high)
             drawn.append(np.asarray(features(sample(switched)), dtype=np.float64))
             report.update(j + 1, f"timesteps {first} to {end - 1}")
     shapes = {found.shape for found in drawn}

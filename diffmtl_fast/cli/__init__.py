@@ -1,31 +1,30 @@
-"""The command line: ``diffmtl-fast train | sample | evaluate | cluster | analyze | study``.
+"""The command line: ``diffmtl-fast train | sample | evaluate | cluster | samplers | analyze | study``.
 
 A command is a function of its options: jsonargparse makes its parser from the signature and the docstring, and
 that of `train` from the configuration's classes. Parsing needs jsonargparse alone; diffusers, scikit-learn and
 matplotlib load when a command needs them.
 
 What the user can put right is reported as one line on standard error, with exit status 2; training that diverges
-likewise, with exit status 1. Anything else is a defect and keeps its traceback.
+likewise, with exit status 1. ``--traceback`` shows the traceback too. Anything else is a defect and keeps it.
 """
 
 from __future__ import annotations
 
-import errno
+import re
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
 from .._extras import require
-from ..train.errors import TrainingDiverged, UserError, readable
+from ..train.errors import TrainingDiverged, UserError, blame, readable
 
 DIVERGED, USAGE, INTERRUPTED = 1, 2, 130
-# The machine's fault or the path's, not the program's.
-FILE_ERRORS = {
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR,
-    errno.ENAMETOOLONG,
-}  # fmt: skip
+TRACEBACK = "--traceback"
+LONGEST_WORD, LONGEST_MESSAGE = 200, 2000  # characters; what is longer is cut
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,35 +40,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
         jsonargparse = require("jsonargparse", "train")
     except ImportError as error:
         return _fail(str(error))
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    shown = TRACEBACK in given
     try:
-        command, options = _parse(_underscored(sys.argv[1:] if arguments is None else arguments))
+        with blame("options", (Exception,)), _read_by(jsonargparse):
+            command, options = _parse(_underscored([each for each in given if each != TRACEBACK]))
         command(**options)
-    except UnicodeDecodeError as error:
-        return _fail(f"config: expected text in UTF-8 ({error})")
-    except jsonargparse.ArgumentError as error:
-        return _fail(readable(str(error)))
     except UserError as error:
-        return _fail(str(error))
+        return _fail(str(error), shown=shown)
     except TrainingDiverged as error:
-        return _fail(str(error), DIVERGED)
+        return _fail(str(error), DIVERGED, shown)
     except OSError as error:
-        if error.errno not in FILE_ERRORS:
-            raise
-        return _fail(f"{error.filename or 'file'}: {error.strerror}")
-    except KeyboardInterrupt:
-        return _fail("interrupted", INTERRUPTED)
+        return _fail(f"{error.filename or 'file'}: {error.strerror or error}", shown=shown)
+    except MemoryError as error:
+        return _fail(f"memory: {error or 'there is not enough of it'}", shown=shown)
+    except KeyboardInterrupt as error:
+        return _fail(str(error) or "interrupted", INTERRUPTED, shown)
     return 0
+
+
+@contextmanager
+def _read_by(jsonargparse: Any) -> Iterator[None]:
+    """Put what is wrong with options as the other messages do."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UserError(f"config: expected text in UTF-8 ({error})") from error
+    except RecursionError as error:
+        raise UserError("options: expected values that end, found nesting that is too deep") from error
+    except jsonargparse.ArgumentError as error:
+        raise UserError(readable(str(error))) from error
 
 
 def commands() -> dict[str, tuple[Any, str]]:
     """The commands by name: a function, or the commands below it, and what it is for."""
-    from . import analyze, cluster, evaluate, sample, study, train
+    from . import analyze, cluster, evaluate, sample, samplers, study, train
 
     return {
         "train": (train.train, "train a model; write weights, pictures and metrics"),
         "sample": (sample.sample, "draw pictures from a run"),
         "evaluate": (evaluate.evaluate, "measure how close a run's pictures come to real ones"),
         "cluster": (cluster.cluster, "group the timesteps of a noise schedule"),
+        "samplers": (samplers.samplers, "show which timesteps the samplers of training draw"),
         "analyze": (analyze.ANALYSES, "measure how the denoising tasks of a run agree and differ"),
         "study": (study.study, "train every method and clustering, and report what they gain"),
     }
@@ -106,6 +118,14 @@ def _underscored(arguments: Sequence[str]) -> list[str]:
     return [spell(argument) for argument in arguments]
 
 
-def _fail(message: str, status: int = USAGE) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+def _fail(message: str, status: int = USAGE, shown: bool = False) -> int:
+    if shown:
+        traceback.print_exc()
+    words = re.sub(
+        rf"\S{{{LONGEST_WORD},}}", lambda found: f"{found[0][: LONGEST_WORD // 2]}…", message
+    ).split()
+    line = " ".join(words)
+    print(
+        "error: " + (line if len(line) <= LONGEST_MESSAGE else f"{line[:LONGEST_MESSAGE]}…"), file=sys.stderr
+    )
     return status

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from .._number_types import PositiveInt
+from .._number_types import Size
 from ..diffusion.named_schedules import SCHEDULES, named_log_snr
 from ..train.errors import UserError, blame
 from .runs import writing
@@ -23,13 +23,14 @@ K_MAX = 20
 
 def cluster(
     scheduler: str = SCHEDULES[0],
-    timesteps: PositiveInt = 1000,
+    timesteps: Size = 1000,
     k: int | Literal["auto"] = 5,
     k_max: int | None = None,
     cost: Literal["snr", "squared", "timestep", "affinity"] = "snr",
     affinity: str | None = None,
     min_size: int | None = None,
     max_size: int | None = None,
+    clip: list[float] | None = None,
     json: bool = False,
     plot: str | None = None,
 ) -> None:
@@ -44,13 +45,14 @@ def cluster(
         affinity: .npy or .json file with the T x T task affinities, for cost affinity
         min_size: fewest timesteps of a cluster
         max_size: most timesteps of a cluster
+        clip: bounds of the log-SNR, such as [-20, 20], for schedules that end in pure noise
         json: print JSON, not a table
         plot: picture file of the clusters, with --k auto of the cost curve too
     """
     from ..clustering import cluster_intervals, cluster_path
     from ..clustering.inputs import named_cost
 
-    levels = _log_snr(scheduler, timesteps)
+    levels = levels_of(scheduler, timesteps, clip)
     values = levels if affinity is None else _affinities(affinity, len(levels))
     if (cost == "affinity") != (affinity is not None):
         raise UserError(
@@ -73,7 +75,7 @@ def cluster(
         from ..train.titles import COST_TITLES
 
         title = f"{found.k} {COST_TITLES[cost]} clusters, {scheduler}"
-        with writing("plot", Path(plot)) as aside, blame("plot"):
+        with writing("plot", Path(plot)) as aside, blame("plot", (ValueError,)):
             plots.clusters(aside, found, levels, title, path)
     if json:
         curve = {} if path is None else {"path": {"k": path.ks.tolist(), "cost": path.costs.tolist()}}
@@ -97,7 +99,7 @@ def table(clusters: IntervalClustering, log_snr: NDArray[np.float64]) -> str:
     return "\n".join([*lines, f"cost {clusters.cost:.9g}"])
 
 
-def _log_snr(scheduler: str, timesteps: int) -> NDArray[np.float64]:
+def levels_of(scheduler: str, timesteps: int, clip: list[float] | None = None) -> NDArray[np.float64]:
     """The log-SNR of the schedule that was named, or that the file holds."""
     import numpy as np
 
@@ -112,10 +114,15 @@ def _log_snr(scheduler: str, timesteps: int) -> NDArray[np.float64]:
     levels = load_array("scheduler", scheduler)
     if levels.ndim != 1 or levels.size == 0:
         raise UserError(f"scheduler: expected numbers [T] in {scheduler}, found shape {list(levels.shape)}")
+    if clip is not None:
+        if len(clip) != 2 or not clip[0] < clip[1]:
+            raise UserError(f"clip: expected [low, high] with low < high, found {clip}")
+        levels = np.clip(levels, clip[0], clip[1])
     bad = np.flatnonzero(~np.isfinite(levels))
     if bad.size:
         raise UserError(
-            f"scheduler: expected finite numbers in {scheduler}, found {levels[bad[0]]} at index {bad[0]}"
+            f"scheduler: expected finite numbers in {scheduler}, found {levels[bad[0]]} at index {bad[0]}; "
+            "--clip [-20,20] bounds them"
         )
     return levels
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .._number_types import PositiveInt
+from .._number_types import PositiveInt, Size
 from .runs import load_run, path_of, writing
 
 
@@ -13,7 +13,7 @@ def evaluate(
     run_dir: str,
     checkpoint: str | None = None,
     device: str = "auto",
-    num: PositiveInt | None = None,
+    num: Size | None = None,
     steps: PositiveInt | None = None,
     out: str | None = None,
 ) -> None:

@@ -32,6 +32,7 @@ def parser(commands: Commands, version: str, training: dict[str, Any] | None = N
         allow_abbrev=False,
     )
     top.add_argument("--version", action="version", version=f"diffmtl-fast {version}")
+    top.add_argument("--traceback", action="store_true", help="show where an error came from, too")
     _add_commands(top, commands, "command", "", training)
     return top
 

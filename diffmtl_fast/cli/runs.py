@@ -42,5 +42,6 @@ def writing(option: str, path: Path) -> Iterator[Path]:
     try:
         with replacing(path) as aside:
             yield aside
-    except OSError as error:
-        raise UserError(f"{option}: cannot write {path} ({error.strerror})") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{option}: cannot write {path} ({reason})") from error

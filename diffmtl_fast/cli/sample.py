@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .._number_types import PositiveInt
+from .._number_types import PositiveInt, Seed, Size
 from ..train.errors import UserError
 from .runs import load_run, writing
 
@@ -13,9 +13,9 @@ def sample(
     run_dir: str,
     checkpoint: str | None = None,
     device: str = "auto",
-    num: PositiveInt = 64,
+    num: Size = 64,
     label: int | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     steps: PositiveInt | None = None,
     out: str = "samples.png",
 ) -> None:

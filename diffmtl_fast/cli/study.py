@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from ..train.errors import UserError
 from .runs import path_of
 
 
@@ -19,6 +20,8 @@ def study(
     jobs: int = 2,
     threads: int = 1,
     only: str = "*",
+    methods: str = "papers",
+    finalists: int | None = None,
     quick: bool = False,
     report_only: bool = False,
     out: str | None = None,
@@ -39,7 +42,10 @@ def study(
         evaluations: of every run, evenly spaced; 7 if not given
         jobs: runs at a time
         threads: CPU threads of each
-        only: do the work of matching names alone, such as vanilla-* or *-seed-0
+        only: do the work of matching names alone, such as vanilla-* or *-seed-0,calibration
+        methods: papers, the methods of the papers; all, the others too, on log-SNR clusters; or names with commas
+        finalists: after the first seed of all methods, go on with plain training and so many of the others, those
+            that took the fewest steps to plain training's quality in it
         quick: a tiny study of a minute or two, to see that it works
         report_only: write the report of what is there, no more
         out: folder of the report; STUDY_DIR/report if not given
@@ -47,15 +53,24 @@ def study(
     command = _command(locals())
     from ..study import runner
     from ..study.folder import StudyFolder
-    from ..study.plan import Plan, make_plan
+    from ..study.plan import VANILLA, Plan, make_plan
     from ..study.report import write_report
+    from ..study.results import load_results
     from ..train.config import read_values
 
     folder, report = StudyFolder(Path(study_dir)), path_of(out)
     if report_only:
         print(f"wrote {write_report(folder, folder.report if report is None else report)}")
         return
-    if folder.plan.exists() and (config, iterations, seeds, evaluations, quick) == (None,) * 4 + (False,):
+    if (
+        folder.plan.exists()
+        and (config, iterations, seeds, evaluations) == (None,) * 4
+        and (
+            quick,
+            methods,
+        )
+        == (False, "papers")
+    ):
         plan = Plan.read(folder.plan)
     else:
         plan = make_plan(
@@ -64,8 +79,26 @@ def study(
             iterations=iterations,
             seeds=seeds,
             evaluations=evaluations,
+            methods=methods,
         )
-    runner.study(plan, folder, jobs=jobs, threads=threads, only=only, report=report, command=command)
+    how: dict[str, Any] = {"jobs": jobs, "threads": threads, "report": report, "command": command}
+    if finalists is None:
+        runner.study(plan, folder, only=only, **how)
+        return
+    if finalists < 1 or only != "*":
+        raise UserError(f"finalists: expected at least 1 and no --only, found {finalists} with --only {only}")
+    first = [
+        f"{variant.name}-seed-0" for variant in plan.variants if variant.family in ("baseline", "others")
+    ]
+    try:
+        runner.study(plan, folder, only=",".join(["calibration", *first]), **how)
+    except UserError as error:  # a method that diverges is out
+        print(error)
+    chosen = load_results(folder).promising(finalists)
+    print(f"finalists: {', '.join(variant.name for variant in chosen)}")
+    runner.study(
+        plan, folder, only=",".join(f"{variant.name}-seed-*" for variant in (VANILLA, *chosen)), **how
+    )
 
 
 def _command(options: dict[str, Any]) -> str:

@@ -21,9 +21,13 @@ def train(
         checkpoint: name of the checkpoint to continue from, not the newest; newer ones are deleted
         **options: see the configuration.
     """
-    from ..train.config import Config, from_dict
+    from ..train.config import Config, digits, from_dict
     from ..train.folder import RunFolder
 
+    for name, bundled in digits().items():  # arguments of the bundled run are none of another class's
+        given = options[name]
+        if isinstance(bundled, dict) and "args" in bundled and given and given["path"] != bundled["path"]:
+            given["args"] = {} if given["args"] == bundled["args"] else given["args"]
     config = from_dict({name: options[name] for name in Config.names()})
     from ..train.run import train  # slow to import: after the options are checked
 

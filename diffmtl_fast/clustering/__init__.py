@@ -10,7 +10,9 @@ from .distributions import (
     LaplaceTime,
     LogitNormalTime,
     LogNormalSigma,
+    ModeTime,
     NoiseDistribution,
+    ShiftedTime,
     UniformTime,
 )
 from .intervals import IntervalClustering
@@ -29,8 +31,10 @@ __all__ = [
     "LogNormalSigma",
     "LogitNormalTime",
     "MatrixCost",
+    "ModeTime",
     "NoiseClustering",
     "NoiseDistribution",
+    "ShiftedTime",
     "SquaredDeviation",
     "UniformTime",
     "cluster_affinity",

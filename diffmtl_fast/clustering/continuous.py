@@ -98,6 +98,9 @@ class NoiseClustering:
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
         dtype: torch.dtype = torch.float32,
+        rank: int | None = None,
+        world_size: int | None = None,
+        step: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """Draw a stratified batch; within each cluster levels follow the training distribution.
 
@@ -108,15 +111,18 @@ class NoiseClustering:
                 drawn on the CPU spares an accelerator's training step a host synchronisation: see
                 `ClusteredMTL.forward`.
             dtype: of the levels; drawn in float64, then rounded within their cluster.
+            rank: of this process, to draw from its own clusters alone; see :meth:`IntervalClustering.sample`.
+            world_size: number of processes, given with `rank`.
+            step: number of the step, the same on all ranks.
 
         Returns:
             Levels and their clusters [batch_size], sorted by cluster; see :meth:`IntervalClustering.sample`.
 
         Raises:
-            ValueError: ``batch_size < 1``, or a generator on another device.
+            ValueError: ``batch_size < 1``, a generator on another device, or no such rank.
         """
         target, source = places(device, generator)
-        cluster = stratified_clusters(self.k, batch_size, source, generator)
+        cluster = stratified_clusters(self.k, batch_size, source, generator, rank, world_size, step)
         level = self.draw(cluster, cluster + 1, generator=generator, dtype=dtype)
         return hand_over(level, cluster, target)
 
@@ -266,8 +272,7 @@ def cluster_noise(
     least = 1 if isinstance(k, str) else k
     if resolution < least:
         raise ValueError(f"resolution: expected at least {least} cells, found {resolution}")
-    middle = (torch.arange(resolution, dtype=torch.float64) + 0.5) / resolution
-    values = distribution.log_snr(distribution.quantile(middle))
+    values = distribution.log_snr(middle_levels(distribution, resolution))
     found = cluster_intervals(
         costs[cost](values, "log_snr"),
         resolution,
@@ -276,6 +281,11 @@ def cluster_noise(
         max_size=max(1, math.ceil((max_probability - _TOLERANCE) * resolution)),
     )
     return NoiseClustering(distribution, found.boundaries / resolution, found.cost / resolution)
+
+
+def middle_levels(distribution: NoiseDistribution, cells: int) -> Tensor:
+    """The medians of cells of equal probability, float64 [cells], rising."""
+    return distribution.quantile((torch.arange(cells, dtype=torch.float64) + 0.5) / cells)
 
 
 def _check_share(k: int, least: float, most: float) -> None:

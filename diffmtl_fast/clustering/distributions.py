@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .._extras import require
+from .._mode_time import check_mode_scale, mode_density, mode_share, mode_time
 
 _LOG_SQRT_TWO_PI = 0.5 * math.log(2.0 * math.pi)
 # Quantiles of the beta distribution are interpolated between knots in logits of the probability. Both tails
@@ -101,6 +102,36 @@ class UniformTime(_Time):
 
 
 @dataclass(frozen=True)
+class ShiftedTime(_Time):
+    """Flow matching with t = s u / (1 + (s − 1) u), u ~ U(0, 1): more noise for larger images, by the shift s.
+
+    Source: Esser et al., ICML 2024, arXiv 2403.03206, section 5.3.2 (s = 3 for 1024 × 1024 pixels).
+
+    Raises:
+        ValueError: ``shift`` is not positive.
+    """
+
+    name: ClassVar[str] = "shifted_time"
+    shift: float = 3.0
+
+    def __post_init__(self) -> None:
+        _check_spread(0.0, "shift", self.shift)
+
+    def quantile(self, probability: Tensor) -> Tensor:
+        """t below which this share of the training times lies."""
+        return self.shift * probability / (1.0 + (self.shift - 1.0) * probability)
+
+    def cdf(self, level: Tensor) -> Tensor:
+        """Share of the training times below t."""
+        inside = level.clamp(0.0, 1.0)
+        return inside / (self.shift - (self.shift - 1.0) * inside)
+
+    def density(self, level: Tensor) -> Tensor:
+        """Probability per unit of t."""
+        return self.shift / (self.shift - (self.shift - 1.0) * level) ** 2
+
+
+@dataclass(frozen=True)
 class LogitNormalTime(_Time):
     """Flow matching with logit(t) ~ N(mean, std²) (Esser et al., ICML 2024, arXiv 2403.03206).
 
@@ -126,6 +157,39 @@ class LogitNormalTime(_Time):
     def density(self, level: Tensor) -> Tensor:
         """Probability per unit of t."""
         return _normal_density(torch.logit(level), self.mean, self.std) / (level * (1.0 - level))
+
+
+@dataclass(frozen=True)
+class ModeTime(_Time):
+    """SD3's times with heavy tails around a mode: t = 1 − u − mode_scale (cos²(π u / 2) − 1 + u), u ~ U(0, 1).
+
+    Source: Esser et al., ICML 2024, arXiv 2403.03206. `diffusion.mode_weight` is the weight at uniform times with
+    the same expectation.
+
+    Args:
+        mode_scale: above −1 and below 2 / (π − 2) ≈ 1.75; middle times are favoured where it is positive.
+
+    Raises:
+        ValueError: ``mode_scale`` is out of range.
+    """
+
+    name: ClassVar[str] = "mode_time"
+    mode_scale: float = 1.29
+
+    def __post_init__(self) -> None:
+        check_mode_scale(self.mode_scale)
+
+    def quantile(self, probability: Tensor) -> Tensor:
+        """t below which this share of the training times lies."""
+        return mode_time(probability, self.mode_scale)
+
+    def cdf(self, level: Tensor) -> Tensor:
+        """Share of the training times below t."""
+        return mode_share(level.clamp(0.0, 1.0), self.mode_scale).to(level.dtype)
+
+    def density(self, level: Tensor) -> Tensor:
+        """Probability per unit of t."""
+        return mode_density(level, self.mode_scale).to(level.dtype)
 
 
 class _Laplace:
@@ -259,13 +323,17 @@ class BetaTime(_Time):
 
 
 NoiseDistribution: TypeAlias = (
-    "LogNormalSigma | UniformTime | LogitNormalTime | LaplaceSigma | LaplaceTime | BetaTime"
+    "LogNormalSigma | UniformTime | ShiftedTime | LogitNormalTime | ModeTime | LaplaceSigma | LaplaceTime "
+    "| BetaTime"
 )
+"""A distribution of noise levels: one of the classes of this module."""
 
 DISTRIBUTIONS: dict[str, type[NoiseDistribution]] = {
     kind.name: kind
-    for kind in (LogNormalSigma, UniformTime, LogitNormalTime, LaplaceSigma, LaplaceTime, BetaTime)
-}
+    for kind in (
+        LogNormalSigma, UniformTime, ShiftedTime, LogitNormalTime, ModeTime, LaplaceSigma, LaplaceTime, BetaTime
+    )
+}  # fmt: skip
 
 
 @lru_cache(maxsize=64)

@@ -6,6 +6,8 @@ device could tell only to a host that waits for it.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -40,3 +42,19 @@ def random_integers(
     """Draw from 0 … end-1 where the generator is, and return it on the device, int64 [*size]."""
     source = device if generator is None else generator.device
     return upload(torch.randint(end, size, device=source, generator=generator), device)
+
+
+def clusters_of_rank(k: int, rank: int, world_size: int, step: int) -> list[int]:
+    """Return the clusters that a rank draws from in a step: ``ceil(k / world_size)`` of them, in rising order.
+
+    All ranks together draw from every cluster, from some of them twice where the numbers do not divide. From one
+    step to the next every rank moves on by one cluster.
+
+    Raises:
+        ValueError: there is no such rank or step.
+    """
+    if world_size < 1 or not 0 <= rank < world_size:
+        raise ValueError(f"rank: expected 0 <= rank < world_size, found {rank} of {world_size}")
+    if step < 0:
+        raise ValueError(f"step: expected at least 0, found {step}")
+    return sorted((step + rank + turn * world_size) % k for turn in range(math.ceil(k / world_size)))

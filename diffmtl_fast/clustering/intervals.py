@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .drawing import hand_over, places, random_integers
+from .drawing import clusters_of_rank, hand_over, places, random_integers
 
 # Uniform integers are drawn below this and reduced modulo an interval's size: the bias is below 2^-34.
 _DRAW_RANGE = 2**62
@@ -100,6 +100,9 @@ class IntervalClustering:
         *,
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        step: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """Draw a stratified batch: the same number of timesteps in every cluster.
 
@@ -113,15 +116,20 @@ class IntervalClustering:
             generator: source of randomness, on the CPU or on the device; by default the CPU's global one. What is
                 drawn on the CPU spares an accelerator's training step a host synchronisation: see
                 `ClusteredMTL.forward`.
+            rank: of this process, to draw from its own clusters alone: ``ceil(K / world_size)`` of them, one where
+                there are as many processes as clusters, and all of them in the processes together. `ClusteredMTL`
+                then moves no more between processes than plain training does; see docs/distributed.md.
+            world_size: number of processes, given with `rank`.
+            step: number of the step, the same on all ranks: a rank's clusters change from one to the next.
 
         Returns:
             Timesteps and their clusters, both int64 [batch_size], sorted by cluster.
 
         Raises:
-            ValueError: ``batch_size < 1``, or a generator on another device.
+            ValueError: ``batch_size < 1``, a generator on another device, or no such rank.
         """
         target, source = places(device, generator)
-        cluster = stratified_clusters(self.k, batch_size, source, generator)
+        cluster = stratified_clusters(self.k, batch_size, source, generator, rank, world_size, step)
         return hand_over(self.draw(cluster, cluster + 1, generator=generator), cluster, target)
 
     def draw(self, first: Tensor, last: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
@@ -186,16 +194,31 @@ class IntervalClustering:
 
 
 def stratified_clusters(
-    k: int, batch_size: int, device: torch.device, generator: torch.Generator | None
+    k: int,
+    batch_size: int,
+    device: torch.device,
+    generator: torch.Generator | None,
+    rank: int | None = None,
+    world_size: int | None = None,
+    step: int = 0,
 ) -> Tensor:
     """The clusters of a stratified batch: ``batch_size // k`` of each, the rest on distinct random ones.
+
+    With a rank they are of its own clusters alone.
 
     Returns:
         int64 [batch_size], sorted.
 
     Raises:
-        ValueError: ``batch_size < 1``.
+        ValueError: ``batch_size < 1``, or no such rank.
     """
+    if rank is not None or world_size is not None:
+        if rank is None or world_size is None:
+            raise ValueError(
+                f"rank, world_size: expected both or none, found rank={rank}, world_size={world_size}"
+            )
+        members = torch.tensor(clusters_of_rank(k, rank, world_size, step)).to(device)
+        return members[stratified_clusters(len(members), batch_size, device, generator)]
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
     each, extra = divmod(batch_size, k)

@@ -54,17 +54,26 @@ def ordinary_density(clusters: Clustering, level: Tensor) -> Tensor:
 def merge(clusters: Clustering, tasks: Clustering) -> Clustering:
     """The coarsest clustering that both can be made of."""
     both = np.unique(np.concatenate([clusters.probabilities, tasks.probabilities]))
-    return _with_probabilities(clusters, both[np.diff(both, prepend=-1.0) > _SAME])
+    return cut(clusters, both[np.diff(both, prepend=-1.0) > _SAME])
 
 
 def equal_cells(clusters: Clustering, count: int) -> Clustering:
     """``count`` intervals that ordinary training visits equally often, as far as timesteps can be divided."""
-    return _with_probabilities(clusters, np.arange(count + 1) / count)
+    return cut(clusters, np.arange(count + 1) / count)
 
 
-def boundary_indices(grid: Clustering, clusters: Clustering) -> list[int]:
-    """Where the clustering's boundaries are among those of a finer one."""
-    return [int(np.abs(grid.probabilities - p).argmin()) for p in clusters.probabilities]
+def boundary_indices(grid: Clustering, probabilities: np.ndarray) -> list[int]:
+    """Where boundaries are among those of a clustering that has them all."""
+    return [int(np.abs(grid.probabilities - p).argmin()) for p in probabilities]
+
+
+def probability_below(clusters: Clustering, level: float) -> float:
+    """Share of ordinary training below a level; of a timestep beyond the schedule below 0 or above 1."""
+    if isinstance(clusters, NoiseClustering):
+        return float(clusters.distribution.cdf(torch.tensor(float(level), dtype=torch.float64)))
+    if level != int(level):
+        raise ValueError(f"expected whole timesteps, found {level}")
+    return int(level) / clusters.num_timesteps
 
 
 def overlaps(clusters: Clustering, cells: Clustering) -> np.ndarray:
@@ -74,7 +83,8 @@ def overlaps(clusters: Clustering, cells: Clustering) -> np.ndarray:
     return np.maximum(high - low, 0.0)
 
 
-def _with_probabilities(clusters: Clustering, probabilities: np.ndarray) -> Clustering:
+def cut(clusters: Clustering, probabilities: np.ndarray) -> Clustering:
+    """The clustering of the same levels with these boundaries, 0 … 1."""
     if isinstance(clusters, NoiseClustering):
         return NoiseClustering(clusters.distribution, np.append(probabilities[:-1], 1.0))
     return IntervalClustering(np.rint(probabilities * clusters.num_timesteps).astype(np.int64))

@@ -67,6 +67,7 @@ class DifficultyCurriculum(TimestepSampler):
         noisiest: which of the clusters is the noisiest. ``"first"`` for timesteps in the order of decreasing
             noise.
         generator: source of randomness; see `TimestepSampler`.
+        process_group: processes that train together; see `TimestepSampler`.
 
     Attributes:
         clusters: C_1 … C_N.
@@ -103,11 +104,12 @@ class DifficultyCurriculum(TimestepSampler):
         tasks: Clustering | None = None,
         noisiest: Noisiest = "last",
         generator: torch.Generator | None = None,
+        process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
         tasks = clusters if tasks is None else tasks
         check_clustering("clusters", clusters)
         check_clustering("tasks", tasks)
-        super().__init__(tasks, generator=generator)
+        super().__init__(tasks, generator=generator, process_group=process_group)
         check_same_levels(clusters, tasks)
         _check_pacing(clusters.k, patience, max_length, smoothing, min_delta)
         for name, value, choices in (
@@ -157,8 +159,8 @@ class DifficultyCurriculum(TimestepSampler):
         Args:
             loss: of the iteration: a scalar, or the losses of the samples, which are averaged. One that is
                 not finite counts as no improvement and stays out of the moving average. Call it once per
-                optimizer step; processes that train together must pass the same loss, for example its mean
-                over all of them, to be in the same phase.
+                optimizer step. Processes that train together pass their own if they have a process group, whose
+                losses are averaged as those of one batch, and else the same one, to be in the same phase.
             level: not needed.
 
         Raises:
@@ -166,7 +168,8 @@ class DifficultyCurriculum(TimestepSampler):
         """
         if isinstance(loss, Tensor) and not loss.is_floating_point():
             raise TypeError(f"loss: expected a floating-point tensor, found {loss.dtype}")
-        value = torch.as_tensor(loss, dtype=torch.float64, device=self.best.device).mean()
+        value = torch.as_tensor(loss, dtype=torch.float64, device=self.best.device)
+        value = self.gather(value.flatten())[0].mean()
         finite = value.isfinite()
         if self.smoothing > 0:
             average = torch.where(
@@ -254,12 +257,12 @@ def _strata(
     Returns:
         int64 [N + 1, S, 2]; where both boundaries are equal the phase has one interval less.
     """
-    edges, n = np.array(boundary_indices(grid, clusters)), clusters.k
+    edges, n = np.array(boundary_indices(grid, clusters.probabilities)), clusters.k
     phases = [(edges[n - i], edges[n]) if last_first else (edges[0], edges[i]) for i in range(1, n + 1)]
     whole = np.array([[edges[0], edges[n]]])
     if sampling == "union":
         return np.array([*([phase] for phase in phases), whole])
-    parts = edges if sampling == "clusters" else np.array(boundary_indices(grid, tasks))
+    parts = edges if sampling == "clusters" else np.array(boundary_indices(grid, tasks.probabilities))
     intervals = np.stack([parts[:-1], parts[1:]], axis=1)
     rows = [np.clip(intervals, *phase) for phase in phases]
     if sampling == "tasks":

@@ -25,6 +25,7 @@ class UniformSampler(TimestepSampler):
         clusters: the tasks; see `TimestepSampler`.
         only: index of a cluster, to draw from that alone: what trains an expert of an interval.
         generator: source of randomness; see `TimestepSampler`.
+        process_group: processes that train together; see `TimestepSampler`.
 
     Raises:
         TypeError: `clusters` is no clustering.
@@ -32,9 +33,14 @@ class UniformSampler(TimestepSampler):
     """
 
     def __init__(
-        self, clusters: Clustering, *, only: int | None = None, generator: torch.Generator | None = None
+        self,
+        clusters: Clustering,
+        *,
+        only: int | None = None,
+        generator: torch.Generator | None = None,
+        process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(clusters, generator=generator)
+        super().__init__(clusters, generator=generator, process_group=process_group)
         if only is not None and not 0 <= only < clusters.k:
             raise ValueError(f"only: expected 0 <= only < k = {clusters.k}, found {only}")
         self.only = only
@@ -67,8 +73,14 @@ class StratifiedSampler(TimestepSampler):
     Source: Go et al., "Addressing Negative Transfer in Diffusion Models", NeurIPS 2023, arXiv 2306.00354.
     """
 
-    def __init__(self, clusters: Clustering, *, generator: torch.Generator | None = None) -> None:
-        super().__init__(clusters, generator=generator)
+    def __init__(
+        self,
+        clusters: Clustering,
+        *,
+        generator: torch.Generator | None = None,
+        process_group: torch.distributed.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(clusters, generator=generator, process_group=process_group)
         shares = torch.from_numpy(np.diff(clusters.probabilities))
         self.register_buffer("_factors", 1.0 / (clusters.k * shares), persistent=False)
         self._factors: Tensor
@@ -106,6 +118,7 @@ class DistributionSampler(TimestepSampler):
         log_snr: [T], finite and strictly monotone: timesteps are matched to the distribution by their
             log-SNR.
         generator: source of randomness; see `TimestepSampler`.
+        process_group: processes that train together; see `TimestepSampler`.
 
     Attributes:
         distribution: the distribution.
@@ -126,8 +139,9 @@ class DistributionSampler(TimestepSampler):
         *,
         log_snr: np.ndarray | Tensor | None = None,
         generator: torch.Generator | None = None,
+        process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(clusters, generator=generator)
+        super().__init__(clusters, generator=generator, process_group=process_group)
         if not isinstance(distribution, tuple(DISTRIBUTIONS.values())):
             raise TypeError(
                 f"distribution: expected one of {', '.join(kind.__name__ for kind in DISTRIBUTIONS.values())}, "

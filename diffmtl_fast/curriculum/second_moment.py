@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._levels import Clustering, draw, equal_cells, ordinary_density, overlaps
-from .timestep_sampler import TimestepSampler, check_sample_losses, cumulative, draw_categories
+from ._cells import CellSampler
+from ._levels import Clustering, overlaps
+from .timestep_sampler import check_sample_losses
 
-_CONTINUOUS_CELLS = 100
 
-
-class LossSecondMomentSampler(TimestepSampler):
+class LossSecondMomentSampler(CellSampler):
     """Draws a level as often as the root of its mean squared loss is large, and weighs its loss down by as
     much.
 
@@ -38,6 +37,7 @@ class LossSecondMomentSampler(TimestepSampler):
         history: losses remembered per cell.
         uniform_share: ε, above 0 and at most 1.
         generator: source of randomness; see `TimestepSampler`.
+        process_group: processes that train together; see `TimestepSampler`.
 
     Attributes:
         losses: buffer, float64 [C, history]; the last losses of each cell, in a ring.
@@ -59,25 +59,20 @@ class LossSecondMomentSampler(TimestepSampler):
         history: int = 10,
         uniform_share: float = 0.001,
         generator: torch.Generator | None = None,
+        process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(clusters, generator=generator)
-        most = getattr(clusters, "num_timesteps", None)
-        number = cells if cells is not None else most or _CONTINUOUS_CELLS
-        if number < 1 or (most is not None and number > most):
-            raise ValueError(f"cells: expected 1 … {most or 'any number'}, found {cells}")
+        super().__init__(clusters, cells=cells, generator=generator, process_group=process_group)
         if history < 1:
             raise ValueError(f"history: expected at least 1, found {history}")
         if not 0 < uniform_share <= 1:
             raise ValueError(f"uniform_share: expected above 0 and at most 1, found {uniform_share}")
         self.history = history
         self.uniform_share = uniform_share
-        self._cells = equal_cells(clusters, number)
+        number = len(self._ordinary)
         together = torch.from_numpy(overlaps(clusters, self._cells))  # [K, C]
         self.register_buffer("losses", torch.zeros(number, history, dtype=torch.float64))
         self.register_buffer("counts", torch.zeros(number, dtype=torch.int64))
-        self.register_buffer("_ordinary", together.sum(0), persistent=False)  # p(c), [C]
         self.register_buffer("_cells_of_task", together / together.sum(1, keepdim=True), persistent=False)
-        self._ordinary: Tensor
         self._cells_of_task: Tensor
 
     @property
@@ -87,12 +82,6 @@ class LossSecondMomentSampler(TimestepSampler):
         learned = (1.0 - self.uniform_share) * roots / roots.sum() + self.uniform_share / len(roots)
         usable = (self.counts >= self.history).all() & (roots.sum() > 0)
         return torch.where(usable, learned, self._ordinary)
-
-    def density(self, level: Tensor) -> Tensor:
-        """p(level) P(c) / p(c); see `TimestepSampler.density`."""
-        density = ordinary_density(self.tasks, level)
-        ratio = (self.probabilities / self._ordinary).to(level.device)
-        return density * ratio[self._cells.assign(level)].to(density.dtype)
 
     def weight(self, level: Tensor) -> Tensor:
         """(q(task) / p(task)) p(level) / q(level), before the next `update`; see the class."""
@@ -104,6 +93,7 @@ class LossSecondMomentSampler(TimestepSampler):
     def update(self, loss: Tensor, level: Tensor | None = None) -> None:
         """Remember the losses [B] of the levels [B], in their order; see `TimestepSampler.update`."""
         check_sample_losses(loss, level)
+        loss, level = self.gather(loss, level)
         assert level is not None
         value = loss.to(self.losses)
         finite = value.isfinite()
@@ -123,9 +113,3 @@ class LossSecondMomentSampler(TimestepSampler):
         ring[torch.where(kept, slot, spare)] = value[order]
         self.losses.copy_(ring[:spare].view_as(self.losses))
         self.counts.add_(seen[:number])
-
-    def _draw(
-        self, batch_size: int, device: torch.device, generator: torch.Generator | None, dtype: torch.dtype
-    ) -> Tensor:
-        cell = draw_categories(cumulative(self.probabilities), batch_size, device, generator)
-        return draw(self._cells, cell, cell + 1, generator, dtype)

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-# Bisections until the time of SD3's mode sampling is known to the last bit of a float64.
-_BISECTIONS = 60
+from .._mode_time import check_mode_scale, mode_density
+from .._published_names import rename
+from .snr import log_snr
+
+# log-SNR that stands for pure signal, and negative for pure noise: its exponential is finite in float32.
+_REACH = 80.0
+# No schedule that keeps some signal and some noise comes near.
+_UNBOUNDED = 1e12
 
 
 def min_snr_weight(log_snr: Tensor, gamma: float = 5.0) -> Tensor:
@@ -155,16 +162,8 @@ def mode_weight(log_snr: Tensor, mode_scale: float = 1.29) -> Tensor:
     Raises:
         ValueError: ``mode_scale`` is out of range.
     """
-    if not -1.0 < mode_scale < 2.0 / (math.pi - 2.0):
-        raise ValueError(f"mode_scale: expected above -1 and below 2 / (pi - 2), found {mode_scale}")
-    t = torch.sigmoid(-0.5 * log_snr.double())
-    low, high = torch.zeros_like(t), torch.ones_like(t)
-    for _ in range(_BISECTIONS):
-        u = 0.5 * (low + high)
-        later = 1.0 - u - mode_scale * (torch.cos(0.5 * math.pi * u) ** 2 - 1.0 + u) > t  # t falls as u grows
-        low, high = torch.where(later, u, low), torch.where(later, high, u)
-    u = 0.5 * (low + high)
-    density = 1.0 / (1.0 + mode_scale - 0.5 * math.pi * mode_scale * torch.sin(math.pi * u))
+    check_mode_scale(mode_scale)
+    density = mode_density(torch.sigmoid(-0.5 * log_snr.double()), mode_scale)
     return (density / torch.sigmoid(0.5 * log_snr.double()) ** 2).to(log_snr.dtype)
 
 
@@ -199,7 +198,6 @@ def sigma_sqrt_weight(log_snr: Tensor) -> Tensor:
     return torch.sigmoid(0.5 * log_snr) ** -2
 
 
-#: The weights by the names that are typed.
 LOSS_WEIGHTS: dict[str, Callable[..., Tensor]] = {
     "min_snr": min_snr_weight,
     "soft_min_snr": soft_min_snr_weight,
@@ -212,6 +210,34 @@ LOSS_WEIGHTS: dict[str, Callable[..., Tensor]] = {
     "cosmap": cosmap_weight,
     "sigma_sqrt": sigma_sqrt_weight,
 }
+"""The functions of loss weights by the names that the command line takes."""
+# Names that training scripts give the arguments.
+_PUBLISHED_NAMES = {
+    "min_snr": {"snr_gamma": "gamma", "min_snr_gamma": "gamma"},
+    "soft_min_snr": {"snr_gamma": "gamma", "min_snr_gamma": "gamma"},
+}
+
+
+def loss_weight(name: str, log_snr: Tensor, prediction_type: str = "epsilon", **arguments: float) -> Tensor:
+    """A weight by the names that are typed, for what the model predicts.
+
+    Args:
+        name: one of `LOSS_WEIGHTS`.
+        log_snr: any shape.
+        prediction_type: see `predicted_weight`.
+        **arguments: those of the weight's function; gamma of Min-SNR also as ``snr_gamma`` or ``min_snr_gamma``.
+
+    Returns:
+        Weights of the squared error of the prediction, same shape, dtype and device.
+
+    Raises:
+        TypeError: the weight does not take an argument.
+        ValueError: there is no such weight or prediction type, an argument is given twice or is out of range.
+    """
+    if name not in LOSS_WEIGHTS:
+        raise ValueError(f"name: expected one of {', '.join(LOSS_WEIGHTS)}, found {name!r}")
+    renamed = rename(arguments, _PUBLISHED_NAMES.get(name, {}))
+    return predicted_weight(LOSS_WEIGHTS[name](log_snr, **renamed), log_snr, prediction_type)
 
 
 def predicted_weight(weight: Tensor, log_snr: Tensor, prediction_type: str) -> Tensor:
@@ -245,3 +271,36 @@ def predicted_weight(weight: Tensor, log_snr: Tensor, prediction_type: str) -> T
         "prediction_type: expected 'epsilon', 'v_prediction', 'sample' or 'flow_prediction', found "
         f"{prediction_type!r}"
     )
+
+
+def scheduler_weights(
+    scheduler: Any, name: str, prediction_type: str | None = None, **arguments: float
+) -> Tensor:
+    """The weight of the squared error at every training noise level of a scheduler.
+
+    Args:
+        scheduler: as `diffusion.log_snr` takes it.
+        name: one of `LOSS_WEIGHTS`.
+        prediction_type: whose error it is; by default what the scheduler's config says, or else "epsilon", and the
+            velocity for flow matching.
+        **arguments: see `loss_weight`.
+
+    Returns:
+        float32 [T], in the order of `diffusion.log_snr`.
+
+    Raises:
+        TypeError: the weight does not take an argument.
+        ValueError: there is no such weight, or it has no bound on this schedule.
+    """
+    usual = "flow_prediction" if hasattr(scheduler, "scale_noise") else "epsilon"
+    kind = prediction_type or scheduler.config.get("prediction_type") or usual
+    # At pure noise and pure signal the limit is wanted, where there is one: not infinity times zero.
+    weights = loss_weight(
+        name, torch.from_numpy(log_snr(scheduler, clip=(-_REACH, _REACH))), kind, **arguments
+    )
+    if not weights.max() < _UNBOUNDED:
+        raise ValueError(
+            f"weight: expected one that is bounded for prediction type {kind} on this schedule, found "
+            f"{name}, which is {weights.max():.3g} at timestep {int(weights.argmax())}"
+        )
+    return weights.float()

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._torch import default_store
 from .buckets import in_buckets
 
 _logger = logging.getLogger("diffmtl_fast")
+
+#: Seconds that ranks wait for each other after a failed exchange, to name the one that is missing.
+GRACE = 2.0
+#: Seconds after which a rank that waits looks whether others have failed.
+LOOK = 0.5
 
 
 class Ranks:
@@ -34,6 +42,8 @@ class Ranks:
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self.group, self.device = group, device
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        # Of every rank, where it says in the processes' store that an exchange has failed.
+        self._failed = [f"diffmtl_fast/{group.group_name}/failed/{rank}" for rank in range(self.size)]
 
     # Small things, and errors.
 
@@ -44,7 +54,7 @@ class Ranks:
         return found
 
     def share(self, numbers: Tensor) -> Tensor:
-        """Return every rank's numbers [n] as float64 [ranks, n].
+        """Return every rank's numbers [n] as float64 [ranks, n], on the host, which waits for them.
 
         Raises:
             RuntimeError: a rank failed in `telling` instead.
@@ -67,7 +77,8 @@ class Ranks:
         failed = torch.tensor([float(failure is not None)], dtype=torch.float64, device=self.device)
         own = torch.cat([numbers.to(self.device, torch.float64), failed])
         rows = torch.empty(self.size, len(own), dtype=torch.float64, device=self.device)
-        self._together(lambda: dist.all_gather(list(rows), own, group=self.group))
+        self._together(lambda: dist.all_gather(list(rows), own, group=self.group, async_op=True))
+        rows = rows.cpu()
         if bool(rows[:, -1].any()):
             told = self.gather_objects(failure)
             errors = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(told) if text is not None)
@@ -76,29 +87,59 @@ class Ranks:
 
     def _together(self, collective: Callable[[], Any]) -> None:
         try:
-            collective()
+            work = collective()
+            if work is not None:
+                self._wait(work)
         except RuntimeError as error:
             raise RuntimeError(
                 f"rank {self.rank} of {self.size}: expected every rank to take part in the exchange of this step, "
-                f"found that one has died, has not come within the process group's timeout, or exchanges "
-                f"something else: {error}"
+                f"found that {self._missing()} has died, has not come within the process group's timeout, or "
+                f"exchanges something else: {error}"
             ) from error
+
+    def _wait(self, work: dist.Work) -> None:
+        """Wait for a collective; on the host, no longer than until another rank's has failed."""
+        if self.device.type != "cpu":
+            work.wait()
+            return
+        while True:
+            try:
+                work.wait(timedelta(seconds=LOOK))
+                return
+            except RuntimeError:
+                if work.is_completed() or any(default_store().check([key]) for key in self._failed):
+                    raise
+
+    def _missing(self) -> str:
+        """Name the ranks that do not say within `GRACE` seconds that an exchange has failed for them, too."""
+        try:
+            store = default_store()
+            store.set(self._failed[self.rank], "")
+            end = time.monotonic() + GRACE
+            while not all(there := [store.check([key]) for key in self._failed]) and time.monotonic() < end:
+                time.sleep(0.05)
+        except RuntimeError:  # the process that serves it, rank 0 unless there is a launcher, is gone
+            return "one (perhaps that which serves the store, rank 0)"
+        missing = [str(rank) for rank, found in enumerate(there) if not found]
+        return f"rank {', '.join(missing)}" if missing else "one"
 
     # Tensors.
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Return rank 0's tensor; all have its shape and dtype."""
         tensor = tensor.contiguous().clone()
-        self._together(lambda: dist.broadcast(tensor, group=self.group, group_src=0))
+        self._together(lambda: dist.broadcast(tensor, group=self.group, group_src=0, async_op=True))
         return tensor
 
     def broadcast_(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite tensors by rank 0's."""
-        self._in_buckets(tensors, lambda flat: dist.broadcast(flat, group=self.group, group_src=0))
+        self._in_buckets(
+            tensors, lambda flat: dist.broadcast(flat, group=self.group, group_src=0, async_op=True)
+        )
 
     def add_(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite tensors by their sums over the ranks."""
-        self._in_buckets(tensors, lambda flat: dist.all_reduce(flat, group=self.group))
+        self._in_buckets(tensors, lambda flat: dist.all_reduce(flat, group=self.group, async_op=True))
 
     def _in_buckets(self, tensors: Sequence[Tensor], collective: Callable[[Tensor], Any]) -> None:
         for bucket in in_buckets((t.dtype, t.numel() * t.element_size()) for t in tensors):
@@ -108,24 +149,33 @@ class Ranks:
             for tensor, part in zip(members, flat.split([t.numel() for t in members]), strict=True):
                 tensor.copy_(part.view(tensor.shape))
 
-    def scatter_sum(self, parts: Tensor) -> Tensor:
-        """Return the sum over the ranks of the part that belongs to this one.
+    def exchange(self, parts: Tensor, rows: Sequence[int]) -> Sequence[Tensor]:
+        """Give every rank its part, and return what all ranks have for this one.
 
-        All-to-all and a sum in rank order, in float32 at least: it moves no more than a reduce-scatter (that of
-        gloo moves twice as much), and the order of summation is known.
+        An all-to-all, whose sum in rank order moves no more than a reduce-scatter (that of gloo moves twice as
+        much), and of which every rank may have a number of rows of its own.
 
         Args:
-            parts: [ranks, ...], contiguous: what this rank adds to each rank's part.
+            parts: [ranks, rows of this rank, n], contiguous.
+            rows: of every rank.
+
+        Returns:
+            Of every rank, [its rows, n].
         """
-        received = torch.empty_like(parts)
-        self._together(lambda: dist.all_to_all_single(received.view(-1), parts.view(-1), group=self.group))
-        total = received[0].to(torch.promote_types(parts.dtype, torch.float32))
-        for part in received[1:]:
-            total += part
-        return total
+        width = parts.shape[2]
+        received = torch.empty(sum(rows) * width, dtype=parts.dtype, device=parts.device)
+        sizes, own = [count * width for count in rows], [parts[0].numel()] * self.size
+        self._together(
+            lambda: dist.all_to_all_single(
+                received, parts.view(-1), sizes, own, group=self.group, async_op=True
+            )
+        )
+        return [part.view(-1, width) for part in received.split(sizes)]
 
     def gather(self, part: Tensor) -> Tensor:
         """Return every rank's tensor, [ranks, ...]."""
         parts = torch.empty(self.size, *part.shape, dtype=part.dtype, device=part.device)
-        self._together(lambda: dist.all_gather(list(parts), part.contiguous(), group=self.group))
+        self._together(
+            lambda: dist.all_gather(list(parts), part.contiguous(), group=self.group, async_op=True)
+        )
         return parts

@@ -13,7 +13,14 @@ from torch import nn
 from .ranks import Ranks
 
 
-def settle(ranks: Ranks, model: nn.Module, weighting: nn.Module, settings: Mapping[str, Any]) -> None:
+def settle(
+    ranks: Ranks,
+    model: nn.Module,
+    weighting: nn.Module,
+    settings: Mapping[str, Any],
+    *,
+    fully_sharded: bool = False,
+) -> None:
     """Refuse ranks that differ, and give all of them rank 0's parameters and buffers.
 
     Args:
@@ -21,6 +28,7 @@ def settle(ranks: Ranks, model: nn.Module, weighting: nn.Module, settings: Mappi
         model: the model.
         weighting: the weighting.
         settings: what else has to be the same, by its name in messages.
+        fully_sharded: whether `fully_shard` has sharded the model, whose parameters then stay as they are.
 
     Raises:
         ValueError: ranks differ, or the parameters are no replicas.
@@ -37,16 +45,16 @@ def settle(ranks: Ranks, model: nn.Module, weighting: nn.Module, settings: Mappi
         "sharded parameters": str(_sharded(model)),
     }
     _refuse_differences(ranks.gather_objects(own))
-    if sharded := _sharded(model):
+    if not fully_sharded and (sharded := _sharded(model)):
         raise ValueError(
-            f"model: expected a whole replica on every rank, found sharded parameters: {sharded} (fully_shard, "
-            "tensor parallel); these are not supported"
+            f"model: expected a whole replica on every rank, found sharded parameters: {sharded}; call "
+            "fully_shard on the model before ClusteredMTL(model, ...); FullyShardedDataParallel and tensor "
+            "parallel are not supported"
         )
-    state = [
-        tensor.detach()
-        for module in (model, weighting)
-        for tensor in (*module.parameters(), *module.buffers())
-    ]
+    replicated = [*weighting.parameters(), *weighting.buffers(), *model.buffers()]
+    if not fully_sharded:
+        replicated.extend(model.parameters())
+    state = [tensor.detach() for tensor in replicated]
     with torch.no_grad():
         ranks.broadcast_(state)
 

@@ -25,9 +25,9 @@ class Clusters:
     """
 
     def __init__(self, bounds: Sequence[int]) -> None:
-        self.bounds = tuple(bounds)
+        self.bounds: tuple[int, ...] = tuple(bounds)
         self._scaled: dict[int, tuple[list[int], Tensor]] = {}
-        self.num = len(bounds) - 1
+        self.num: int = len(bounds) - 1
 
     @property
     def batch_size(self) -> int:

@@ -6,6 +6,7 @@ import copy
 import functools
 import logging
 import math
+import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,17 +16,24 @@ import torch
 from torch import Tensor, nn
 
 from .._host import upload
-from .._torch import sparse_values
+from .._torch import fully_sharded_modules, sparse_values
 from ..distributed import Alone, Ranks, Replicas, find_group, refuse_outer_wrapper, settle
 from ..weighting import GramianWeighting, LossWeighting
 from . import diagnostics
+from .accumulation import Accumulation, tally
 from .batch import BatchLayout, check_cluster
 from .engine import Engine, EngineName, Memory
+from .fully_sharded import FullyShardedEngine
+from .loss_check import refuse_scaled
 from .parameters import refuse_hooks
+from .plain_pass import collect_plain
 from .step import Step
+from .stores import Jacobian, Rows, Store
 from .uncompiled import uncompiled
 
 _logger = logging.getLogger("diffmtl_fast")
+# Binary orders of magnitude from 1 in which a Gramian is left as it is; float32 has 126.
+_ROOM = 60
 _DATA_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -36,13 +44,15 @@ class StepRecord:
     Attributes:
         losses: [K], the mean loss of each cluster; 0 for an absent one.
         weights: w, [K], in the convention d = (1/n) Σ_k w_k g_k over the n present clusters; 0 for an absent one.
-        present: bool [K], the clusters with samples in the batch.
-        gramian: G = J Jᵀ, [K, K], float32 at least; None where the step formed no per-cluster gradients.
+        present: bool [K], the clusters with samples in the batch that were not dropped.
+        gramian: G = J Jᵀ, float64 [K, K], right for losses from 1e-30 to 1e30; None where the step formed no
+            per-cluster gradients.
         grad_norm: the norm of all ``.grad`` of the model's trainable parameters, those included that earlier
             backwards left there, measured while it was written: the norm that `torch.nn.utils.clip_grad_norm_`
             would find. Pass it to `torch.nn.utils.clip_grads_with_norm_` to clip without another pass. Scaled as
             ``.grad`` is where there is a GradScaler. None where the step formed no per-cluster gradients, and with
             memory="lean".
+        dropped: bool [K], the clusters that ``drop_nonfinite`` left out of the step; None without it.
     """
 
     losses: Tensor
@@ -50,6 +60,7 @@ class StepRecord:
     present: Tensor
     gramian: Tensor | None
     grad_norm: Tensor | None = None
+    dropped: Tensor | None = None
 
     @property
     def cosines(self) -> Tensor | None:
@@ -92,9 +103,13 @@ class ClusteredMTL(nn.Module):
             the Gramian is accumulated in float32 all the same. Default: each parameter's own.
         shared: names of keyword arguments, or positions of positional ones, that belong to the whole batch
             although their first dimension happens to equal its size.
-        process_group: the processes that train replicas of the model together, each on samples of its own; their
-            steps are the step of one process with all of the samples. Default: the world, where torch.distributed
-            is initialised; a model in `DistributedDataParallel` is taken out of it, and its group taken over.
+        drop_nonfinite: leave a cluster whose loss or gradient is not finite out of the step, as if it were absent
+            from the batch; every step forms the cluster gradients for it. With a GradScaler, which wants to see
+            overflowed gradients, the loss alone decides. By default such a cluster makes NaN of every ``.grad``.
+        process_group: the processes that train replicas of the model together, or one that `fully_shard` has
+            sharded over them, each on samples of its own; their steps are the step of one process with all of the
+            samples. Default: the world, where torch.distributed is initialised; a model in
+            `DistributedDataParallel` is taken out of it, and its group taken over.
         compile: compile the model in place, by `torch.nn.Module.compile` with these arguments (``mode``,
             ``dynamic``, ``backend``, ...), or with none. The same as to compile it before it is wrapped.
 
@@ -121,6 +136,7 @@ class ClusteredMTL(nn.Module):
         memory: Memory = "full",
         jacobian_dtype: torch.dtype | None = None,
         shared: Collection[str | int] = (),
+        drop_nonfinite: bool = False,
         process_group: torch.distributed.ProcessGroup | None = None,
         compile: bool | Mapping[str, Any] = False,
     ) -> None:
@@ -136,6 +152,10 @@ class ClusteredMTL(nn.Module):
             raise ValueError(f"memory: expected 'full' or 'lean', found {memory!r}")
         if memory == "lean" and engine == "sliced":
             raise ValueError("memory='lean': expected engine 'auto' or 'grouped', found 'sliced'")
+        if memory == "lean" and drop_nonfinite:
+            raise ValueError(
+                "drop_nonfinite: expected memory='full', whose Jacobian holds the clusters apart, found 'lean'"
+            )
         if jacobian_dtype is not None and not jacobian_dtype.is_floating_point:
             raise ValueError(f"jacobian_dtype: expected a floating-point dtype, found {jacobian_dtype}")
         if compile:
@@ -144,11 +164,19 @@ class ClusteredMTL(nn.Module):
         self.weighting = weighting
         self.num_clusters = num_clusters
         self.memory = memory
+        self.drop_nonfinite = drop_nonfinite
         self.measure_gramian = False
         self.last: StepRecord | None = None
         self._process_group = process_group
         self._replicas = Alone()
-        self._engine = Engine(model, num_clusters, engine, memory, shared, jacobian_dtype)
+        self._engine: Engine | FullyShardedEngine = Engine(
+            model, num_clusters, engine, memory, shared, jacobian_dtype
+        )
+        if fully_sharded_modules(model):
+            _refuse_with_shards(engine, memory)
+            self._engine = FullyShardedEngine(model, num_clusters, shared, jacobian_dtype)
+        self._accumulation: Accumulation | None = None
+        self._syncing = True
         self._step: Step | None = None  # that waits for its backward
 
     def forward(self, *args: Any, cluster: Tensor | None = None, **kwargs: Any) -> Any:
@@ -179,17 +207,20 @@ class ClusteredMTL(nn.Module):
         if cluster is None or not torch.is_grad_enabled():
             return self.module(*args, **kwargs)
         self._meet_other_processes()
-        with self._replicas.telling_before_losses():
+        with self._replicas.telling_before_losses() if self._syncing else nullcontext():
             return self._forward_by_cluster(cluster, args, kwargs)
 
     def _forward_by_cluster(self, cluster: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         check_cluster(cluster, self.num_clusters)
+        self._refuse_other_threads()
         self._refuse_lost_gradients()
-        step = self._continue_or_begin()
+        layout = BatchLayout(cluster, self.num_clusters) if self._needs_gradients_by_cluster() else None
+        step = self._continue_or_begin(layout)
+        self._engine.meet(cluster, step.by_cluster, args, kwargs)
         self._step = None  # a forward that fails leaves no step to finish
-        if step.by_cluster:
+        if step.by_cluster and layout is not None:
             refuse_hooks(self.module, self._engine.parameters)
-            output = self._engine.forward(step, BatchLayout(cluster, self.num_clusters), args, kwargs)
+            output = self._engine.forward(step, layout, args, kwargs)
         else:
             output = step.watch(self.module(*args, **kwargs))
         step.cluster = cluster
@@ -198,40 +229,57 @@ class ClusteredMTL(nn.Module):
         self._step = step
         return output
 
-    def _continue_or_begin(self) -> Step:
+    def _continue_or_begin(self, layout: BatchLayout | None) -> Step:
         """Return the step of this forward: that of the last one, if they can share a backward."""
-        by_cluster, changed = self._needs_gradients_by_cluster(), False
+        only = None
+        if layout is not None:
+            only = self._replicas.only_cluster(layout.clusters.sizes(layout.batch_size))
+        by_cluster, changed = layout is not None and only is None, False
         if by_cluster:
+            if isinstance(self._engine, FullyShardedEngine) and self._accumulates():
+                raise ValueError(
+                    "no_sync(): expected a model that is not sharded, found one in fully_shard, whose processes "
+                    "meet in every backward; leave it out, and every backward weighs its own batch"
+                )
+            if self.memory == "lean" and self._accumulates():
+                raise ValueError("memory='lean': expected no no_sync(), found it; use memory='full'")
             if self.memory == "lean" and isinstance(self._replicas, Replicas):
                 raise ValueError(
-                    "memory='lean': expected one process, found several, which add up their Jacobians; use "
+                    "memory='lean': expected one process, or samples of one cluster in each, found several "
+                    "processes and clusters; draw samples with clusters.sample(..., rank=, world_size=), or use "
                     "memory='full', with jacobian_dtype=torch.bfloat16 to halve it"
                 )
             changed = self._engine.begin(self.module)
-        if self._step is None or changed or self._step.by_cluster != by_cluster:
-            return Step(by_cluster)
+        if self._step is None or changed or (self._step.by_cluster, self._step.only) != (by_cluster, only):
+            return Step(by_cluster, only)
         return self._step
 
     def _meet_other_processes(self) -> None:
         """Find the processes that train together; at their first step they settle that they do the same."""
-        group = find_group(self._process_group)
+        refuse_outer_wrapper(self)
+        fully_sharded = isinstance(self._engine, FullyShardedEngine)
+        group = find_group(self._process_group, 1 if fully_sharded else 2)
         if group is None:
             self._replicas = Alone()
             return
-        refuse_outer_wrapper()
         if isinstance(self._replicas, Replicas) and self._replicas.ranks.group is group:
             return
         settings = {
             "num_clusters": self.num_clusters,
             "memory": self.memory,
             "jacobian_dtype": self._engine.dtype,
+            "drop_nonfinite": self.drop_nonfinite,
         }
         ranks = Ranks(group, next(self.module.parameters()).device)
-        settle(ranks, self.module, self.weighting, settings)
-        self._replicas = Replicas(ranks, self.num_clusters)
+        settle(ranks, self.module, self.weighting, settings, fully_sharded=fully_sharded)
+        self._replicas = self._engine.meet_others(ranks)
 
     def backward(
-        self, loss: Tensor, cluster: Tensor | None = None, *, scaler: torch.amp.GradScaler | None = None
+        self,
+        loss: Tensor | None,
+        cluster: Tensor | None = None,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         """Accumulate the multi-task update direction into the parameters' ``.grad``, as autograd would.
 
@@ -241,7 +289,8 @@ class ClusteredMTL(nn.Module):
         the cluster losses when the Jacobian is formed, and of the weighted loss when it is not.
 
         Args:
-            loss: per-sample losses [B], floating point, computed from this wrapper's output.
+            loss: per-sample losses [B], floating point, computed from this wrapper's output. None, without a
+                forward: this process takes part in the step of several without samples of its own.
             cluster: int64 [B], if the losses are not those of the last forward's samples in their order.
             scaler: the GradScaler of float16 training. Give it here and do not scale the loss: ``.grad`` comes
                 out scaled, for ``scaler.step(optimizer)``, while the weights are those of the unscaled gradients.
@@ -252,15 +301,137 @@ class ClusteredMTL(nn.Module):
             TypeError, ValueError: the loss is not as stated.
             RuntimeError: no forward with a cluster preceded.
         """
+        if loss is None:
+            self._meet_other_processes()
+        if not self._syncing:
+            self._accumulate(loss, cluster, scaler)
+            return
         with self._replicas.telling_before_losses():
-            step, cluster = self._end_step(loss, cluster)
+            needed = self._needs_gradients_by_cluster()
+            if loss is None:
+                step, loss, cluster = self._step_without_samples()
+            else:
+                step, cluster = self._end_step(loss, cluster)
+                needed = step.by_cluster or step.only is not None
             scale = None if scaler is None else scaler.scale(torch.ones((), device=loss.device))
-        losses, present = self._replicas.losses(loss, cluster, self.num_clusters, step.by_cluster, scale)
+            accumulated = self._end_accumulation(scale is not None)
+        earlier = None if accumulated is None else accumulated.totals
+        losses, present, totals = self._replicas.losses(
+            loss, cluster, self.num_clusters, needed, scale, earlier
+        )
+        number = present.sum()
+        if accumulated is None or totals is None:
+            objective, factors = losses.sum() / number, None
+        else:
+            objective, factors = loss.sum() / accumulated.unit, accumulated.factors(totals)
         with nullcontext() if scale is None else self._undone_where_skipped():
-            if step.by_cluster:
-                self._backward_by_cluster(step, losses, present, scale)
+            if needed:
+                self._backward_by_cluster(
+                    step, losses, present, scale, _scaled(objective, scale), accumulated, factors
+                )
             else:
                 self._backward_losses(losses, present, scale)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Let the backwards inside only add up their batches; the next one outside weighs all of them as one.
+
+        The losses of the clusters are then means over the samples of all these batches, and processes exchange
+        gradients once. Forwards belong inside, too. Whatever the weighting, gradients are formed by cluster, in
+        the Jacobian's memory. `last` and ``.grad`` of the model stay as they are until the backward outside.
+        """
+        before, self._syncing = self._syncing, False
+        try:
+            yield
+        finally:
+            self._syncing = before
+
+    def _accumulates(self) -> bool:
+        return not self._syncing or self._accumulation is not None
+
+    def _accumulate(
+        self, loss: Tensor | None, cluster: Tensor | None, scaler: torch.amp.GradScaler | None
+    ) -> None:
+        """Run a backward whose gradients by cluster wait for the next one's."""
+        if loss is None:
+            return
+        step, cluster = self._end_step(loss, cluster)
+        if not step.by_cluster and step.only is None:
+            raise RuntimeError("expected the forward within no_sync(), as its backward is, found it outside")
+        totals = tally(loss, cluster, self.num_clusters)
+        if self._accumulation is None:
+            self._accumulation = Accumulation(len(loss), scaler is not None, torch.zeros_like(totals))
+        accumulated = self._accumulation
+        _refuse_other_scale(accumulated, scaler is not None)
+        objective = loss.sum() / accumulated.unit
+        try:
+            accumulated.store = self._collect(
+                step, objective if scaler is None else scaler.scale(objective), accumulated
+            )
+        except Exception as error:
+            accumulated.failed = f"{type(error).__name__}: {error}"
+            raise
+        accumulated.totals += totals
+
+    def _end_accumulation(self, scaled: bool) -> Accumulation | None:
+        """Return what the backwards before have left, if there are any.
+
+        Raises:
+            RuntimeError: one of them failed.
+        """
+        accumulated, self._accumulation = self._accumulation, None
+        if isinstance(self._engine, Engine):
+            self._engine.jacobian_in_use = False
+        if accumulated is not None and accumulated.failed:
+            raise RuntimeError(
+                f"expected all backwards of a step to succeed, found an error: {accumulated.failed}"
+            )
+        if accumulated is not None:
+            _refuse_other_scale(accumulated, scaled)
+        return accumulated
+
+    def _collect(self, step: Step, objective: Tensor, accumulated: Accumulation | None) -> Any:
+        """Run a backward, and return what has taken its gradients, besides those accumulated before."""
+        if isinstance(self._engine, FullyShardedEngine):
+            shards = self._engine.store(step)
+            self._engine.collect(step, objective, shards)
+            return shards
+        store: Store | Rows
+        if step.by_cluster:
+            if accumulated is not None and isinstance(accumulated.store, Jacobian):
+                store = accumulated.store
+                accumulated.refuse_another(self._engine.jacobian)
+            else:
+                fresh = self._engine.store(step)
+                store = fresh if accumulated is None else accumulated.take(fresh)
+            self._engine.jacobian_in_use = not self._syncing
+            self._engine.collect(step, objective, store)
+            return store
+        store = Rows(self._trainable(), self.num_clusters, self._engine.dtype)
+        if accumulated is not None and accumulated.store is not None:
+            store = accumulated.store
+        if step.only is not None:
+            collect_plain(self._trainable(), objective, store, step.only)
+        return store
+
+    def _trainable(self) -> list[nn.Parameter]:
+        return [p for p in self.module.parameters() if p.requires_grad]
+
+    def _step_without_samples(self) -> tuple[Step, Tensor, Tensor]:
+        """Return a step, losses [0] and clusters [0] for a process that has no samples."""
+        if isinstance(self._engine, FullyShardedEngine):
+            raise ValueError(
+                "loss: expected per-sample losses, found None, with a fully sharded model, whose every forward is "
+                "all processes'"
+            )
+        if not isinstance(self._replicas, Replicas):
+            raise ValueError(
+                "loss: expected per-sample losses, found None, which is for one of several processes"
+            )
+        self._step = None
+        parameter = next(self.module.parameters())
+        loss = torch.zeros(0, dtype=parameter.dtype, device=parameter.device, requires_grad=True)
+        return Step(False), loss, torch.zeros(0, dtype=torch.int64, device=parameter.device)
 
     def _end_step(self, loss: Tensor, cluster: Tensor | None) -> tuple[Step, Tensor]:
         """Return the step that the loss belongs to, and the clusters of its samples, after checking both."""
@@ -274,6 +445,12 @@ class ClusteredMTL(nn.Module):
             check_cluster(cluster, self.num_clusters)
         check_loss(loss, cluster)
         self._refuse_device(loss)
+        if not own and step.only is not None and not bool((cluster == step.only).all()):
+            raise ValueError(
+                f"cluster: expected that of the forward, {step.only}, for all samples here, found others"
+            )
+        if self.last is None:
+            refuse_scaled(loss)
         self._step = None  # a failure from here on does not block the next step
         if step.by_cluster:
             step.keep_passes_of(loss)
@@ -289,7 +466,8 @@ class ClusteredMTL(nn.Module):
 
     def _needs_gradients_by_cluster(self) -> bool:
         weighting = self.weighting
-        return self.measure_gramian or (isinstance(weighting, GramianWeighting) and weighting.needs_gramian)
+        asked = isinstance(weighting, GramianWeighting) and weighting.needs_gramian
+        return asked or self.measure_gramian or self.drop_nonfinite or self._accumulates()
 
     def _backward_losses(self, losses: Tensor, present: Tensor, scale: Tensor | None) -> None:
         """One plain backward of the weighted loss."""
@@ -298,11 +476,21 @@ class ClusteredMTL(nn.Module):
             objective = (weights * losses).sum() / present.sum()
         else:
             objective, weights = self._weigh_losses(losses, present)
-        with self._replicas.adding_up([p for p in self.module.parameters() if p.requires_grad]):
+            objective, weights = self._replicas.objective(objective, weights, losses, present)
+        with self._replicas.adding_up(self._trainable()):
             _scaled(objective, scale).backward()
         self.last = StepRecord(losses.detach(), weights.detach(), present, None)
 
-    def _backward_by_cluster(self, step: Step, losses: Tensor, present: Tensor, scale: Tensor | None) -> None:
+    def _backward_by_cluster(
+        self,
+        step: Step,
+        losses: Tensor,
+        present: Tensor,
+        scale: Tensor | None,
+        objective: Tensor,
+        accumulated: Accumulation | None,
+        factors: Tensor | None,
+    ) -> None:
         """Form the cluster gradients by one backward, weigh them, and add their combination to ``.grad``."""
         number = present.sum()
 
@@ -312,35 +500,54 @@ class ClusteredMTL(nn.Module):
                 _scaled(weighted, scale).backward(inputs=self._engine.leaves)
 
         # Row k of J is the gradient of L_k / n: the form in which the losses enter the published methods.
-        objective = _scaled(losses.sum() / number, scale)
-        store = self._engine.store(step)
-        with self._replicas.telling_before_gradients(self._engine.parameters):
-            self._engine.collect(step, objective, store)
-        gradients = self._replicas.reader(store)
+        with self._replicas.telling_before_gradients(self._trainable()):
+            store = self._collect(step, objective, accumulated)
+        gradients = self._replicas.reader(store, factors)
         gramian = gradients.gramian() * number**2
         if scale is not None:
-            gramian = gramian / scale.to(gramian.dtype) ** 2
+            gramian = gramian / scale.double() ** 2
+        dropped = None
+        if self.drop_nonfinite:
+            finite = (
+                losses.isfinite() if scale is not None else losses.isfinite() & gramian.diagonal().isfinite()
+            )
+            dropped, present = present & ~finite, present & finite
+            gradients.drop(dropped)
+            losses = torch.where(dropped, 0, losses)
+            gramian = torch.where(dropped.unsqueeze(0) | dropped.unsqueeze(1), 0, gramian)
+        dtype = self._sum_dtype()
         weights = self._replicas.weights(self._weigh(losses, gramian, present, scale))
-        square = gradients.update(weights.to(gramian.dtype), again)
-        norm = None if square is None else square.sqrt()
-        if isinstance(self.weighting, LossWeighting):  # the Gramian was only measured
+        shares = weights if dropped is None else weights * (number / present.sum().clamp(min=1))
+        square = gradients.update(shares.to(dtype), again)
+        norm = None if square is None else square.sqrt().to(dtype)
+        if (
+            isinstance(self.weighting, LossWeighting) and not self.drop_nonfinite
+        ):  # the Gramian was only measured
             self._engine.release()
-        self.last = StepRecord(losses.detach(), weights.detach(), present, gramian, norm)
+        self.last = StepRecord(losses.detach(), weights.detach(), present, gramian, norm, dropped)
 
     def _weigh(self, losses: Tensor, gramian: Tensor, present: Tensor, scale: Tensor | None) -> Tensor:
         """Ask the weighting for its weights [K]; in an overflowed step of a GradScaler, 1 without asking."""
+        dtype = self._sum_dtype()
         # Reading the flag costs no more than the scaler's own step, which reads its flag right after.
         if scale is not None and not bool(gramian.isfinite().all()):
-            return present.to(gramian.dtype)
+            return present.to(dtype)
         if isinstance(self.weighting, GramianWeighting):
             # Between Nash's refreshes the Gramian was only measured, and is not passed on.
-            weights: Tensor = self.weighting(gramian if self.weighting.needs_gramian else None, present)
+            given = _within(gramian, dtype) if self.weighting.needs_gramian else None
+            weights: Tensor = self.weighting(given, present)
             return weights.detach()
         objective, weights = self._weigh_losses(losses.detach().requires_grad_(), present)
         learned = [p for p in self.weighting.parameters() if p.requires_grad]
         if learned:
             _scaled(objective, scale).backward(inputs=learned)
         return weights.detach()
+
+    def _sum_dtype(self) -> torch.dtype:
+        """Return the dtype that sums over stored gradients are trusted in: float32, or float64 where one is."""
+        stored = self._engine.dtype
+        dtypes = {stored} if stored else {p.dtype for p in self._trainable()}
+        return torch.float64 if torch.float64 in dtypes else torch.float32
 
     def _weigh_losses(self, losses: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weighting's scalar and the weights w_k = n ∂scalar/∂L_k that it implies."""
@@ -366,6 +573,14 @@ class ClusteredMTL(nn.Module):
         if not bool(norm.isfinite()):
             self.weighting.load_state_dict(before)
 
+    def _refuse_other_threads(self) -> None:
+        """Notice a forward while another thread's step waits for its backward: they would share one."""
+        if self._step is not None and self._step.thread != threading.get_ident():
+            raise RuntimeError(
+                "expected the steps of one thread at a time in a ClusteredMTL, found a forward while the step of "
+                "another thread waits for its backward; give every thread a wrapper and a model of its own"
+            )
+
     def _refuse_lost_gradients(self) -> None:
         """Notice that the last output was differentiated by something other than `backward`."""
         if self._step is not None and self._step.bypassed:
@@ -377,7 +592,7 @@ class ClusteredMTL(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Start anew when copied or pickled: a graph that waits for its backward is not the copy's."""
-        return self.__dict__ | {"_step": None, "_replicas": Alone()}
+        return self.__dict__ | {"_step": None, "_accumulation": None, "_replicas": Alone()}
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the model's own state, under the model's own names.
@@ -414,6 +629,20 @@ def _bare(
     return model, group
 
 
+def _refuse_with_shards(engine: EngineName, memory: Memory) -> None:
+    if engine == "grouped":
+        raise ValueError(
+            "engine='grouped': expected a model that is not sharded, found one in fully_shard, whose gradients "
+            "are formed cluster after cluster; use engine='auto'"
+        )
+    if memory == "lean":
+        raise ValueError(
+            "memory='lean': expected a model that is not sharded, found one in fully_shard, where every process "
+            "keeps its shard of the Jacobian alone; use memory='full', with jacobian_dtype=torch.bfloat16 to "
+            "halve it"
+        )
+
+
 def _forward_with_a_warning(
     mtl: ClusteredMTL, cluster: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
@@ -427,6 +656,24 @@ def _warn_uncompiled() -> None:
         "ClusteredMTL is not compiled, nor is the model in it: compile the model instead, as in "
         "ClusteredMTL(torch.compile(model), ...)"
     )
+
+
+def _within(gramian: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a float64 Gramian in the dtype whose rounding its gradients have, to be trusted no further.
+
+    Where float32 has little room left, a power of four brings the largest entry to about 2⁶⁰: a common scale that
+    changes no weights of the methods here, and leaves room for norms that are 10²⁸ times smaller.
+    """
+    if dtype == torch.float64:
+        return gramian
+    exponent = torch.frexp(gramian.diagonal().amax()).exponent
+    far = exponent.abs() > _ROOM
+    return torch.ldexp(gramian, torch.where(far, _ROOM - 2 * (exponent // 2), 0)).to(dtype)
+
+
+def _refuse_other_scale(accumulated: Accumulation, scaled: bool) -> None:
+    if accumulated.scaled != scaled:
+        raise ValueError("scaler: expected one in all backwards of a step or in none, found it in some")
 
 
 def _scaled(objective: Tensor, scale: Tensor | None) -> Tensor:

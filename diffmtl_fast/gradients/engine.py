@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import compiled_modules, parametrize_cached
+from ..distributed import Ranks, Replicas
 from .batch import BatchLayout
 from .compiled import CompiledEngine
 from .grouped import CannotGroup, GroupedEngine
@@ -90,6 +91,7 @@ class Engine:
         self._jacobian: Jacobian | None = None
         self.jacobian_in_use = False
         self._spare: Jacobian | None = None  # in checks of a compiled model
+        self._second: Jacobian | None = None  # of a compiled model, while the first is in use
         self._model_check = ModelCheck(self)
         self._loss_check = LossCheck()
         self._told: str | None = None
@@ -123,7 +125,7 @@ class Engine:
         key = fingerprint(self.slots, self.parameters)
         changed = key != self._key
         if changed:
-            self._key, self._jacobian = key, None
+            self._key, self._jacobian, self._second = key, None, None
             self._model_check, self._loss_check = ModelCheck(self), LossCheck()
             self.names = parameter_names(self.model, self.parameters)
             self._aliases = self._make_aliases()
@@ -153,6 +155,13 @@ class Engine:
         """The name of a compiled module, if there is one."""
         names = compiled_modules(self.model)
         return next((name or type(self.model).__name__ for name in names), None)
+
+    def meet_others(self, ranks: Ranks) -> Replicas:
+        """Return what these ranks, which train together, exchange in a step."""
+        return Replicas(ranks, self.num_clusters)
+
+    def meet(self, cluster: Tensor, by_cluster: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Exchange nothing with the other ranks before a forward."""
 
     def forward(self, step: Step, layout: BatchLayout, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the model; the order of the samples in arguments and outputs is the batch's own.
@@ -301,7 +310,13 @@ class Engine:
     @property
     def _target(self) -> Jacobian:
         """Whose blocks the backward of a compiled model writes to."""
-        return self.jacobian if self._spare is None else self._spare
+        if self._spare is not None:
+            return self._spare
+        if not self.jacobian_in_use:
+            return self.jacobian
+        if self._second is None:  # what is formed there is added to the first
+            self._second = Jacobian(self.parameters, self.num_clusters, self.dtype)
+        return self._second
 
     def store(self, step: Step) -> Store:
         """Return an empty store for a step's gradients.
@@ -343,7 +358,7 @@ class Engine:
 
     def release(self) -> None:
         """Give the Jacobian's memory back."""
-        self._jacobian = None
+        self._jacobian = self._second = None
 
     def _tell(self, engine: str, why: str) -> None:
         """Log what was chosen and why, once until it changes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch import factors, scale_of
 from .independence import halves
 
 _logger = logging.getLogger("diffmtl_fast")
@@ -66,6 +68,28 @@ class LossCheck:
                         "that others' outputs change it (a mean over the batch? outputs with another dimension 0?)"
                     )
         self._known.add(kind)
+
+
+def refuse_scaled(losses: Tensor) -> None:
+    """Refuse losses that a GradScaler has scaled, and that were perhaps divided for accumulation since.
+
+    Looks through all objects of the process where the losses are multiplied by a scalar tensor: for first steps.
+
+    Raises:
+        ValueError: they are such.
+    """
+    found, node = [], losses.grad_fn
+    while node is not None and node.name() in ("MulBackward0", "DivBackward0"):
+        found += [factor for factor in factors(node) if factor.dim() == 0]
+        node = next((following for following, _ in node.next_functions if following is not None), None)
+    if not found:
+        return
+    scalers = [each for each in gc.get_objects() if issubclass(type(each), torch.amp.GradScaler)]
+    if any(scale_of(scaler) is factor for scaler in scalers for factor in found):
+        raise ValueError(
+            "loss: expected unscaled losses, whose gradients are weighed, found those of scaler.scale(loss); "
+            "write mtl.backward(loss, scaler=scaler)"
+        )
 
 
 def _graph(losses: Tensor, outputs: list[Tensor]) -> Iterator[Any]:

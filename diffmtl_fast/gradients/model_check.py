@@ -433,7 +433,7 @@ def _made_up_loss(output: Any, layout: BatchLayout, weights: Tensor | None) -> T
             continue
         if leaf.dim() == 0 or leaf.shape[0] != layout.batch_size:
             continue
-        rows = (torch.view_as_real(leaf) if leaf.is_complex() else leaf).flatten(1)
+        rows = (torch.view_as_real(leaf) if leaf.is_complex() else leaf).reshape(layout.batch_size, -1)
         rows = rows.float() if rows.dtype.itemsize < 4 else rows
         slopes = torch.cos(torch.arange(rows.numel(), device=rows.device) * 1.7 + 0.3).view(rows.shape)
         losses = (rows * slopes.to(rows.dtype)).mean(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -42,6 +43,7 @@ class Step:
 
     Args:
         by_cluster: whether the graph can tell the clusters apart; otherwise it is the plain model's.
+        only: the cluster of all samples, whose gradient a backward of the plain model forms.
 
     Attributes:
         cluster: int64 [B], of the last forward; None until one has succeeded.
@@ -49,14 +51,16 @@ class Step:
         store: what takes per-cluster gradients now; None in any backward but `ClusteredMTL.backward`'s own, where
             the graph behaves like the plain model's.
         bypassed: whether such another backward has come by.
+        thread: the thread that it belongs to.
     """
 
-    def __init__(self, by_cluster: bool) -> None:
-        self.by_cluster = by_cluster
+    def __init__(self, by_cluster: bool, only: int | None = None) -> None:
+        self.by_cluster, self.only = by_cluster, only
         self.cluster: Tensor | None = None
         self.passes: list[Pass] = []
         self.store: Store | None = None
         self.bypassed = False
+        self.thread = threading.get_ident()
 
     def begin_pass(self, clusters: Clusters) -> Pass:
         """Start a forward whose graph can tell the clusters apart."""

@@ -17,7 +17,9 @@ from .cluster_sum import cluster_sum
 from .cluster_wgrad import cluster_wgrad
 from .combine import combine, combine_
 from .denoising_loss import denoising_loss, sample_huber
+from .gradvac import gradvac_weights
 from .gram import gram
+from .gramian_weights import gramian_weights
 from .group_norm_backward import group_norm_backward
 from .nash import nash_weights
 from .pcgrad import pcgrad_weights
@@ -48,7 +50,9 @@ __all__ = [
     "combine",
     "combine_",
     "denoising_loss",
+    "gradvac_weights",
     "gram",
+    "gramian_weights",
     "group_norm_backward",
     "nash_weights",
     "pcgrad_weights",

@@ -182,6 +182,11 @@ def check_order(order: Tensor, k: int) -> None:
     _check_exact("order", order, torch.int64, (k, k - 1), "int64")
 
 
+def check_targets(targets: Tensor, k: int) -> None:
+    """Refuse anything but float64 [K, K]."""
+    _check_exact("targets", targets, torch.float64, (k, k), "float64")
+
+
 def _check_exact(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], what: str) -> None:
     check_dense(name, tensor)
     if tensor.dtype != dtype or tensor.shape != shape:

@@ -34,3 +34,20 @@ def unit_gramian(gramian: Tensor, present: Tensor) -> UnitGramian:
     identity = torch.eye(len(norms), dtype=gram.dtype, device=gram.device)
     cosines = torch.where(active.unsqueeze(0) & active.unsqueeze(1) & (identity == 0), cosines, identity)
     return UnitGramian(cosines, norms, active, gram.isfinite().all())
+
+
+def relative_norms(unit: UnitGramian) -> Tensor:
+    """Return the norms over the largest, [K]; 1 for clusters that are not active."""
+    largest = torch.where(unit.active, unit.norms, 0).amax()
+    return torch.where(unit.active, unit.norms / largest, 1)
+
+
+def finite_unit_gramian(gramian: Tensor, present: Tensor) -> UnitGramian:
+    """`unit_gramian` of G, or of 0 where G is not finite: a factorisation may refuse NaN."""
+    finite = (gramian.isfinite() | ~(present.unsqueeze(0) & present.unsqueeze(1))).all()
+    return unit_gramian(torch.where(finite, gramian, 0), present)._replace(finite=finite)
+
+
+def as_weights(found: Tensor, unit: UnitGramian, dtype: torch.dtype) -> Tensor:
+    """Return the weights of the active clusters, 0 for the others; all NaN where the Gramian is not finite."""
+    return torch.where(unit.finite, torch.where(unit.active, found, 0), torch.nan).to(dtype)

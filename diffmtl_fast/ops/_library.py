@@ -33,8 +33,11 @@ _AUTOCAST_DEVICES = ("CPU", "CUDA", "XPU", "MPS")
 # A plain definition or a kernel: all of an op's have one signature.
 Kernel: TypeAlias = Callable[..., Any]
 
-# The plain definition of every op by its name.
 PLAIN: dict[str, Kernel] = {}
+"""The plain definition of every op by its name: functions of PyTorch alone, what the kernels are held against."""
+
+# The kernels of the CPU by the ops' names.
+_CPU: dict[str, Kernel] = {}
 
 # The ops whose kernel on a device is made of the kernel of another one there: that one, and how.
 _MADE_OF: dict[str, tuple[str, Callable[[Kernel], Kernel]]] = {}
@@ -153,8 +156,31 @@ def kernels_in(*modules: ModuleType) -> dict[str, Kernel]:
 
 def register_kernels(dispatch_key: str, kernels: dict[str, Kernel]) -> None:
     """Use kernels instead of the plain definitions on one device (`"CPU"` or `"CUDA"`)."""
+    if dispatch_key == "CPU":
+        _CPU.update(kernels)
     for name, kernel in kernels.items():
         _LIBRARY.impl(name, kernel, dispatch_key)
+
+
+def call(op: Callable[..., Any], name: str, tensor: Tensor, *args: Any) -> Any:
+    """Call an op whose first argument is `tensor`, and whose other tensors lie beside it and are constants.
+
+    Where all that the dispatcher would do is to hand it to the kernel of the CPU, the kernel is called at once:
+    for K x K numbers the dispatcher takes more time than the work.
+    """
+    if (
+        type(tensor) is Tensor
+        and tensor.device.type == "cpu"
+        and not tensor.requires_grad
+        and not torch.compiler.is_compiling()
+        and not _torch.dispatch_modes()
+        and not _torch.functorch_transforms_active()
+        and not _torch.forward_mode_active()
+        and not torch.jit.is_tracing()
+        and name in _CPU
+    ):
+        return _CPU[name](tensor, *args)
+    return op(tensor, *args)
 
 
 def register_autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:

@@ -40,7 +40,7 @@ def _fake(jacobian: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
 def _fake_in_place(
     out: Sequence[Tensor], jacobian: Sequence[Tensor], weights: Tensor, accumulate: Sequence[bool]
 ) -> Tensor:
-    return weights.new_empty([], dtype=accumulation_dtype(*out, *jacobian))
+    return weights.new_empty([], dtype=torch.float64)
 
 
 _combine = define_op(
@@ -122,8 +122,8 @@ def combine_(
         accumulate: add to what `out` holds instead of replacing it; one answer, or one for every parameter.
 
     Returns:
-        Σ_l ‖out[l]‖² of what `out` now holds, 0-dim; in float32, or in float64 where a part of `out` or J is. Its
-        root is the norm to clip by.
+        Σ_l ‖out[l]‖² of what `out` now holds, float64, 0-dim, right at any scale that the dtypes of `out`
+        hold. Its root is the norm to clip by.
 
     Raises:
         TypeError: an input is not floating point.

@@ -13,7 +13,10 @@ from ._library import define_op, refuse_autograd, register_autograd
 from .add_noise import check_noise
 from .philox import is_seed, philox_normal_plain
 
-Prediction: TypeAlias = Literal["epsilon", "x0", "v", "velocity"]
+Prediction: TypeAlias = Literal["epsilon", "x0", "v", "velocity", "sample", "v_prediction"]
+DataAt: TypeAlias = Literal[0, 1]
+
+_DIFFUSERS = {"sample": "x0", "v_prediction": "v"}  # diffusers' names
 
 
 def _error(pred: Tensor, first: Tensor, second: Tensor | None, mix: Tensor | None) -> Tensor:
@@ -123,6 +126,7 @@ def denoising_loss(
     sigma: Tensor | None = None,
     weight: Tensor | None = None,
     huber_delta: float | None = None,
+    data_at: DataAt = 0,
 ) -> Tensor:
     """Loss of every sample against the target of a prediction type, formed element by element on the way.
 
@@ -134,11 +138,14 @@ def denoising_loss(
         x0: of the same shape and device, without gradient.
         noise: likewise, of the dtype of `x0`; or the seed that `add_noise` was given, an int64 scalar tensor: the
             noise is then generated once more, bit for bit, instead of having been stored.
-        prediction: ``"epsilon"``, ``"x0"``, ``"v"`` or ``"velocity"``.
-        alpha: α of each sample, floating point [B]; for ``"v"`` alone.
-        sigma: σ of each sample, floating point [B]; for ``"v"`` alone.
+        prediction: ``"epsilon"``, ``"x0"``, ``"v"`` or ``"velocity"``; diffusers' ``"sample"`` is x0, its
+            ``"v_prediction"`` v.
+        alpha: α of each sample, floating point [B] or [B, 1, …, 1]; for v alone.
+        sigma: σ of each sample, likewise.
         weight: [B], floating point, without gradient: loss weights such as Min-SNR's. Default: 1.
         huber_delta: the Huber loss with this δ > 0 instead of the squared error.
+        data_at: the time of the data in flow matching. 1, as in SiT, where x_t = t x0 + (1 − t) noise, turns the
+            velocity round: x0 − noise.
 
     Returns:
         [B], in the promoted dtype of `pred` and of what it is compared with (generated noise is float32), float32
@@ -157,19 +164,26 @@ def denoising_loss(
         raise TypeError(f"noise: expected the dtype of x0, {x0.dtype}, found {noise.dtype}")
     if huber_delta is not None:
         _check_delta(huber_delta)
+    if data_at not in (0, 1):
+        raise ValueError(f"data_at: expected 0 or 1, found {data_at!r}")
+    prediction = _DIFFUSERS.get(prediction, prediction)  # type: ignore[assignment]
+    if data_at == 1 and prediction != "velocity":
+        raise ValueError(f"data_at: expected 0 for prediction {prediction!r}, which has no times, found 1")
     if prediction == "epsilon":
         return _sample_loss(pred, noise, None, None, weight, huber_delta)
     if prediction == "x0":
         return _sample_loss(pred, x0, None, None, weight, huber_delta)
-    mix = _velocity_mix(pred, prediction, alpha, sigma)
+    mix = _velocity_mix(pred, prediction, alpha, sigma, data_at)
     return _sample_loss(pred, x0, noise, mix, weight, huber_delta)
 
 
-def _velocity_mix(pred: Tensor, prediction: str, alpha: Tensor | None, sigma: Tensor | None) -> Tensor:
+def _velocity_mix(
+    pred: Tensor, prediction: str, alpha: Tensor | None, sigma: Tensor | None, data_at: DataAt
+) -> Tensor:
     """Return the shares of x0 and of the noise in the target, float [2, B]."""
     if prediction == "velocity":
         ones = torch.ones(pred.shape[0], dtype=torch.float32, device=pred.device)
-        return torch.stack([-ones, ones])
+        return torch.stack([-ones, ones] if data_at == 0 else [ones, -ones])
     if prediction != "v":
         raise ValueError(f"prediction: expected 'epsilon', 'x0', 'v' or 'velocity', found {prediction!r}")
     if alpha is None or sigma is None:
@@ -177,10 +191,13 @@ def _velocity_mix(pred: Tensor, prediction: str, alpha: Tensor | None, sigma: Te
     check_floating(alpha=alpha, sigma=sigma)
     check_same_device(pred=pred, alpha=alpha, sigma=sigma)
     for name, value in (("alpha", alpha), ("sigma", sigma)):
-        if value.shape != pred.shape[:1]:
-            raise ValueError(f"{name}: expected shape {list(pred.shape[:1])}, found {list(value.shape)}")
+        if value.shape[:1] != pred.shape[:1] or any(size != 1 for size in value.shape[1:]):
+            raise ValueError(
+                f"{name}: expected shape {list(pred.shape[:1])}, or 1 in all other dimensions, found "
+                f"{list(value.shape)}"
+            )
     _check_constant(alpha=alpha, sigma=sigma)
-    return torch.stack([-sigma, alpha])
+    return torch.stack([-sigma.flatten(), alpha.flatten()])
 
 
 def _check_constant(**tensors: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,7 +51,9 @@ def gram(jacobian: Tensor | Sequence[Tensor], *, dtype: torch.dtype | None = Non
         jacobian: J, [K, P], floating point; row k is the gradient of cluster k. Or J in parts, one tensor [K, ...]
             for every parameter, of any sizes and dtypes: one pass covers all of them.
         dtype: `torch.float64` forms every product and sum in float64, whatever the dtypes of J: of float32 and
-            shorter numbers the products are exact then, and none can overflow or vanish. Default: as below.
+            shorter numbers the products are exact then, and none can overflow or vanish. (More than 8 rows of
+            float32 on a GPU are multiplied in float32 after a power of two has scaled each: none overflows or
+            vanishes there either.) Default: as below.
 
     Returns:
         G, [K, K], exactly symmetric; in `dtype`. By default in float32, or in float64 where a part of J is, every
@@ -63,3 +66,32 @@ def gram(jacobian: Tensor | Sequence[Tensor], *, dtype: torch.dtype | None = Non
     if dtype not in (None, torch.float64):
         raise ValueError(f"dtype: expected None or torch.float64, found {dtype}")
     return _gram(check_jacobian(jacobian), dtype)
+
+
+# Between these the squared norm of a row, formed in float32, has lost nothing that counts.
+_LEAST_SQUARE, _MOST_SQUARE = 2.0**-90, 2.0**126
+
+
+def gram_at_any_scale(jacobian: Sequence[Tensor]) -> Tensor:
+    """Gramian of the rows of J in float64, in which no scale of J can overflow or vanish.
+
+    On the CPU float32 products do where they are in range, which costs a look at K numbers. An accelerator cannot
+    look without being waited for, and forms `gram` in float64.
+
+    Args:
+        jacobian: J in parts; see `gram`.
+
+    Returns:
+        G, float64 [K, K], exactly symmetric, with the rounding of J's own dtypes, float32 at least.
+    """
+    if jacobian[0].device.type == "cpu":
+        found = gram(jacobian).double()
+        squares = found.diagonal()
+        for k in (~((squares > _LEAST_SQUARE) & (squares < _MOST_SQUARE))).nonzero().flatten().tolist():
+            if squares[k] != 0 or any(
+                bool(torch.linalg.vector_norm(row[k], math.inf) != 0) for row in jacobian
+            ):
+                break
+        else:
+            return found
+    return gram(jacobian, dtype=torch.float64)

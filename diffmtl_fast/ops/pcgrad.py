@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ._checks import check_order, check_present, check_same_device, check_square
 from ._gramians import unit_gramian
-from ._library import define_op, refuse_autograd
+from ._library import call, define_op, refuse_autograd
 
 
 def pcgrad_weights_plain(gramian: Tensor, order: Tensor, present: Tensor) -> Tensor:
@@ -63,4 +63,4 @@ def pcgrad_weights(gramian: Tensor, order: Tensor, present: Tensor | None = None
     present = torch.ones(k, dtype=torch.bool, device=gramian.device) if present is None else present
     check_present(present, k)
     check_same_device(gramian=gramian, order=order, present=present)
-    return _pcgrad_weights(gramian, order, present)
+    return call(_pcgrad_weights, "pcgrad_weights", gramian, order, present)

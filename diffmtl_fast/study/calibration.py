@@ -21,7 +21,7 @@ from .._extras import require
 from ..train.components import resolve_device
 from ..train.history import History
 from ..train.loop import Trainer
-from .plan import VANILLA, VARIANTS, Plan, Variant
+from .plan import VANILLA, Plan, Variant
 
 #: A second trainer of plain training, whose ratio would be 1 if nothing varied.
 CONTROL = f"{VANILLA.kind} again"
@@ -55,7 +55,7 @@ def calibrate(plan: Plan, rounds: int) -> dict[str, Any]:
     Returns:
         ``seconds`` [rounds] by kind, for `costs`, and the ``machine`` that they were measured on; JSON.
     """
-    kinds = {variant.kind: variant for variant in VARIANTS if variant.cost in (None, "snr")}
+    kinds = {variant.kind: variant for variant in plan.variants if variant.cost in (None, "snr")}
     with tempfile.TemporaryDirectory() as folder, _steppers(plan, kinds, Path(folder)) as steppers:
         seconds: dict[str, list[float]] = {name: [] for name in steppers}
         order, shuffle = list(steppers), random.Random(0)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..train.folder import RunFolder
 from ..train.run_analysis import affinity_file, negative_transfer_file
-from .plan import VANILLA, VARIANTS, Plan, Variant
+from .plan import VANILLA, Plan, Variant
 
 
 class StudyFolder:
@@ -54,4 +54,4 @@ def run_name(variant: Variant, seed: int) -> str:
 
 def all_runs(plan: Plan) -> list[tuple[Variant, int]]:
     """The runs of a study, seed by seed, so that an interrupted one has whole seeds."""
-    return [(variant, seed) for seed in range(plan.seeds) for variant in VARIANTS]
+    return [(variant, seed) for seed in range(plan.seeds) for variant in plan.variants]

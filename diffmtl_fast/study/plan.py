@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .._files import write_json
-from ..train.config import PLAIN, Checkpoints, Config, differences, from_dict, to_dict
+from ..train.config import CONTINUOUS, PLAIN, Checkpoints, Config, differences, from_dict, to_dict
 from ..train.errors import UserError
 from ..train.titles import METHOD_TITLES
 from ..weighting import METHODS, Method
@@ -43,11 +43,13 @@ class Variant:
         return self.method if self.order == "none" else self.order
 
     @property
-    def family(self) -> Literal["baseline", "clusters", "curriculum"]:
-        """Which of the papers' claims it is evidence for."""
+    def family(self) -> Literal["baseline", "clusters", "curriculum", "others"]:
+        """Which of the papers' claims it is evidence for; methods that are not the papers' are for none."""
         if self.order != "none":
             return "curriculum"
-        return "baseline" if self.method == PLAIN else "clusters"
+        if self.method == PLAIN:
+            return "baseline"
+        return "clusters" if self.method in {method.name for method in STUDIED} else "others"
 
 
 def listed(methods: Sequence[Method], last: str = "and") -> str:
@@ -75,6 +77,15 @@ VARIANTS = (
     CURRICULUM,
     ANTI_CURRICULUM,
 )
+# All others, on the clusters that a run has by default.
+OTHERS = (
+    Variant(CONTINUOUS, METHOD_TITLES[CONTINUOUS], CONTINUOUS),
+    *(
+        Variant(f"{method.name}-snr", f"{method.short}, log-SNR clusters", method.name, "snr")
+        for method in METHODS.values()
+        if not method.studied and method.name not in ("equal", "constant")
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -88,6 +99,8 @@ class Plan:
         intervals: of equal length, whose experts show negative transfer.
         tasks: groups of timesteps whose affinities are measured.
         samples: images per task for that.
+        methods: "papers", those of the papers; "all", the others too; or names with commas between them, which
+            are compared with plain training alone.
     """
 
     base: Config
@@ -96,6 +109,7 @@ class Plan:
     intervals: int
     tasks: int
     samples: int
+    methods: str = "papers"
 
     def __post_init__(self) -> None:
         for name in ("seeds", "evaluations", "intervals", "tasks", "samples"):
@@ -108,6 +122,19 @@ class Plan:
             )
         if self.base.evaluation.num_samples == 0:
             raise UserError("evaluation.num_samples: expected pictures to evaluate, found 0")
+        unknown = set(self.methods.split(",")) - {variant.method for variant in self.variants}
+        if self.methods not in ("papers", "all") and unknown:
+            raise UserError(
+                f"methods: expected papers, all, or names of methods with commas, found {', '.join(unknown)}"
+            )
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """What is trained, plain training first."""
+        if self.methods in ("papers", "all"):
+            return VARIANTS + (OTHERS if self.methods == "all" else ())
+        names = self.methods.split(",")
+        return VANILLA, *(variant for variant in (*VARIANTS[1:], *OTHERS) if variant.method in names)
 
     @property
     def iterations(self) -> int:
@@ -190,7 +217,7 @@ class Plan:
         Raises:
             UserError: with the first option that differs.
         """
-        for key in ("seeds", "evaluations", "intervals", "tasks", "samples"):
+        for key in ("seeds", "evaluations", "intervals", "tasks", "samples", "methods"):
             if getattr(self, key) != getattr(stored, key):
                 raise UserError(
                     f"{key}: expected {getattr(stored, key)}, as in the study that is there, "
@@ -215,6 +242,7 @@ def make_plan(
     iterations: int | None = None,
     seeds: int | None = None,
     evaluations: int | None = None,
+    methods: str = "papers",
 ) -> Plan:
     """A plan from the bundled one.
 
@@ -224,6 +252,7 @@ def make_plan(
         iterations: of every run.
         seeds: number of seeds.
         evaluations: of every run.
+        methods: see `Plan`.
 
     Raises:
         UserError: an option is unknown or out of range.
@@ -237,5 +266,6 @@ def make_plan(
         seeds=values["seeds"] if seeds is None else seeds,
         evaluations=values["evaluations"] if evaluations is None else evaluations,
         intervals=values["intervals"],
+        methods=methods,
         **values["affinity"],
     )

@@ -16,10 +16,6 @@ from .plan import STUDIED, VANILLA, Variant
 from .results import Axis, Results
 from .statistics import Differences
 
-#: The panels of the curves, each beside plain training.
-PANELS = {method.title: (method.name,) for method in STUDIED} | {
-    "curricula": ("easy_to_hard", "hard_to_easy")
-}
 _LABELS = {"steps": "iteration", "calibrated": "training time (plain steps)"}
 _STYLES = ("-", "--", ":")
 _BELOW, _ABOVE, _UNDECIDED = "tab:green", "tab:red", "dimgray"
@@ -32,10 +28,11 @@ def curves(path: Path, results: Results) -> None:
         path: the picture file.
         results: what to draw.
     """
-    figure = new_figure(8.4, 2.3 * len(PANELS) + 0.4)
-    axes = figure.subplots(len(PANELS), 2, sharex="col", sharey=True)
+    panels = _panels(results)
+    figure = new_figure(8.4, 2.3 * len(panels) + 0.4)
+    axes = figure.subplots(len(panels), 2, sharex="col", sharey=True, squeeze=False)
     axis_names: tuple[Axis, ...] = ("steps", "calibrated")
-    for row, (title, kinds) in zip(axes, PANELS.items(), strict=True):
+    for row, (title, kinds) in zip(axes, panels.items(), strict=True):
         for axis, place in zip(row, axis_names, strict=True):
             _curve(axis, results, VANILLA, place, "black", "-")
             chosen = [v for v in results.cases() if v.kind in kinds and v != VANILLA]
@@ -51,6 +48,18 @@ def curves(path: Path, results: Results) -> None:
     for axis, place in zip(axes[-1], axis_names, strict=True):
         axis.set_xlabel(_LABELS[place])
     save(figure, path)
+
+
+def _panels(results: Results) -> dict[str, tuple[str, ...]]:
+    """The panels of the curves, each beside plain training: their titles, and kinds of variants."""
+    panels: dict[str, tuple[str, ...]] = {method.title: (method.name,) for method in STUDIED}
+    panels["curricula"] = ("easy_to_hard", "hard_to_easy")
+    others = [variant for variant in results.cases() if variant.family == "others"]
+    for start in range(0, len(others), len(_STYLES)):
+        row = others[start : start + len(_STYLES)]
+        panels[", ".join(variant.method for variant in row)] = tuple(variant.kind for variant in row)
+    cases = {variant.kind for variant in results.cases()}
+    return {title: kinds for title, kinds in panels.items() if cases & {*kinds}} or {"": ()}
 
 
 def _some_labels() -> Any:

@@ -10,10 +10,11 @@ import numpy as np
 
 from .._files import replacing, write_json
 from ..clustering import IntervalClustering
-from ..diffusion import log_snr
 from ..train import history
-from ..train.components import build_clusters, build_scheduler
+from ..train.components import build_clusters, build_scheduler, in_timesteps
+from ..train.config import Clusters
 from ..train.errors import UserError, blame
+from ..train.noise import Noise
 from ..train.plots import training as plot_training
 from ..train.titles import COST_TITLES
 from . import plots, report_setup
@@ -44,12 +45,13 @@ def write_report(study: StudyFolder, out: Path) -> Path:
         raise UserError(
             f"{study.path}: expected a complete run of plain training to compare with, found none yet"
         )
-    scheduler = build_scheduler(results.plan.base)
+    base = results.plan.base
+    noise = Noise(base, build_scheduler(base))
     with blame("scheduler"):
-        levels = log_snr(scheduler)
+        levels = noise.log_snr()
     out.mkdir(parents=True, exist_ok=True)
     others = [variant for variant in results.cases() if variant != VANILLA]
-    clusters = _boundaries(results.plan, study, levels)
+    clusters = _boundaries(results.plan, study, noise)
     drawn = draw_samples(results, study)
     text = "\n\n".join(
         [
@@ -93,7 +95,7 @@ _READING = """## How to read it
 
 def _introduction(results: Results, study: StudyFolder) -> str:
     plan, base = results.plan, results.plan.base
-    done, planned = len(results.curves), plan.seeds * len(VARIANTS)
+    done, planned = len(results.curves), plan.seeds * len(plan.variants)
     missing = "" if done == planned else f" **{planned - done} of {planned} runs are missing.**"
     return (
         "# Study: multi-task diffusion training on "
@@ -286,15 +288,18 @@ def _attenuation(results: Results) -> str:
     )
 
 
-def _boundaries(plan: Plan, study: StudyFolder, levels: np.ndarray) -> dict[str, IntervalClustering]:
-    number = len(levels)
+def _boundaries(plan: Plan, study: StudyFolder, noise: Noise) -> dict[str, IntervalClustering]:
+    def boundaries(clusters: Clusters) -> IntervalClustering:
+        number, law = noise.num_timesteps, noise.distribution
+        return in_timesteps(build_clusters(clusters, noise.log_snr, number, distribution=law), number)
+
     found = {}
     of_cost = {variant.cost: variant for variant in VARIANTS if variant.family == "clusters"}
     for variant in of_cost.values():
         if variant.cost != "affinity" or study.affinity.exists():
             config = plan.config(variant, 0, study.affinity)
-            found[COST_TITLES[config.clusters.cost]] = build_clusters(config.clusters, lambda: levels, number)
-    found["curriculum"] = build_clusters(plan.base.curriculum.clusters, lambda: levels, number)
+            found[COST_TITLES[config.clusters.cost]] = boundaries(config.clusters)
+    found["curriculum"] = boundaries(plan.base.curriculum.clusters)
     return found
 
 

@@ -36,11 +36,15 @@ def origin(results: Results, study: StudyFolder) -> str:
 
 def command_of(plan: Plan) -> str:
     """A command that makes the same plan."""
-    words, sizes = ["diffmtl-fast study --config BASE.yaml"], ["seeds", "evaluations"]
+    words, sizes = ["diffmtl-fast study --config BASE.yaml"], ["seeds", "evaluations", "methods"]
     bundled = make_plan()
     for quick in (False, True):
         same = make_plan(
-            quick=quick, seeds=plan.seeds, evaluations=plan.evaluations, iterations=plan.iterations
+            quick=quick,
+            seeds=plan.seeds,
+            evaluations=plan.evaluations,
+            iterations=plan.iterations,
+            methods=plan.methods,
         )
         if same == plan:
             words = ["diffmtl-fast study", *["--quick"] * quick]

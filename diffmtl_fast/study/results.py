@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..train import history
 from .calibration import Cost, costs
 from .folder import StudyFolder
-from .plan import ANTI_CURRICULUM, CURRICULUM, VANILLA, VARIANTS, Plan, Variant
+from .plan import ANTI_CURRICULUM, CURRICULUM, VANILLA, Plan, Variant
 from .statistics import Differences, blocked_differences, relative_differences
 
 Array: TypeAlias = "NDArray[np.float64]"
@@ -107,7 +107,7 @@ class Results:
 
     def cases(self) -> list[Variant]:
         """The variants with at least one complete run, plain training first."""
-        return [variant for variant in VARIANTS if self.seeds(variant)]
+        return [variant for variant in self.plan.variants if self.seeds(variant)]
 
     def seeds(self, variant: Variant) -> list[int]:
         """The seeds with which a variant is complete."""
@@ -159,6 +159,22 @@ class Results:
                 row[seed] = self._log_time_ratio(axis, variant, seed)
         return relative_differences(values)
 
+    def promising(self, count: int) -> list[Variant]:
+        """The methods that are not the papers' with the fewest steps to equal quality, in the first seed alone.
+
+        Ties, such as of methods that never reach it, are decided by the Fréchet distance at the end. A method that
+        diverged has no figures and is left out.
+        """
+        others = [
+            variant for variant in self.cases() if variant.family == "others" and 0 in self.seeds(variant)
+        ]
+
+        def order(variant: Variant) -> tuple[float, float]:
+            last = float(self.curves[variant.name, 0].figures["frechet_distance"][-1])
+            return self._log_time_ratio("steps", variant, 0), last
+
+        return sorted(others, key=order)[:count]
+
     def _log_time_ratio(self, axis: Axis, variant: Variant, seed: int) -> float:
         one, plain = self.curves[variant.name, seed], self.curves[VANILLA.name, seed]
         level = max(float(curve.figures["frechet_distance"][-1]) for curve in (one, plain))
@@ -207,7 +223,7 @@ def load_results(study: StudyFolder) -> Results:
     found = costs(calibration)
     curves = {
         (variant.name, seed): _curve(study, variant, seed, found)
-        for variant in VARIANTS
+        for variant in plan.variants
         for seed in range(plan.seeds)
         if study.evaluations(variant, seed).exists()
     }

@@ -57,7 +57,8 @@ def study(
         folder: where.
         jobs: runs at a time.
         threads: of each.
-        only: do the work whose name matches this pattern alone, for example ``vanilla-*``.
+        only: do the work whose name matches this pattern alone, or one of several with commas between them, for
+            example ``vanilla-*``.
         report: folder of the report; by default the study's own.
         command: that this was asked for by, to be named in the report.
 
@@ -146,7 +147,8 @@ def _stages(folder: StudyFolder, plan: Plan) -> list[list[Job]]:
 
 
 def _selected(job: Job, only: str) -> bool:
-    return fnmatch.fnmatchcase(job.name, only) and not job.done.exists()
+    wanted = any(fnmatch.fnmatchcase(job.name, pattern) for pattern in only.split(","))
+    return wanted and not job.done.exists()
 
 
 def _run(pool: Executor, todo: list[Job], folder: StudyFolder, progress: _Progress) -> dict[str, str]:

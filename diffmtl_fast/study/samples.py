@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..train import checkpoint
+from ..train.config import IN_MEMORY
 from ..train.sampling import balanced_labels
 from ..train.trained_denoiser import TrainedDenoiser, load
 from .folder import StudyFolder
@@ -62,7 +63,7 @@ def draw_samples(results: Results, study: StudyFolder) -> Samples | None:
 
 def _real(trained: TrainedDenoiser, labels: Tensor | None) -> Tensor:
     """The first real picture of every class."""
-    data = trained.data
+    data = trained.data.images(IN_MEMORY)
     if labels is None or data.train_labels is None:
         return data.train[:MAX_CLASSES]
     of_class = [int((data.train_labels == label).nonzero()[0, 0]) for label in labels.tolist()]

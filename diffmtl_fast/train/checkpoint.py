@@ -19,7 +19,7 @@ from torch import nn
 
 from .._extras import require
 from .._files import remove, replacing
-from .errors import UserError
+from .errors import UserError, blame
 
 MANIFEST = "manifest.json"
 STATE = "state.pt"
@@ -75,14 +75,19 @@ def verify(path: Path) -> None:
     Raises:
         UserError: a file is missing or altered. The message names it, and the newest intact checkpoint before.
     """
-    defect = _defect(path)
-    if defect is not None:
-        raise UserError(_corrupt(path, defect))
+    found = defect(path)
+    if found is not None:
+        raise UserError(_corrupt(path, found))
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """The state of a verified checkpoint, its tensors on the CPU."""
-    return torch.load(path / STATE, map_location="cpu", weights_only=True)
+    """The state of a verified checkpoint, its tensors on the CPU.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    with blame(f"checkpoint {path}: {STATE} cannot be read"):
+        return dict(torch.load(path / STATE, map_location="cpu", weights_only=True))
 
 
 def save_module(path: Path, module: nn.Module) -> None:
@@ -91,8 +96,13 @@ def save_module(path: Path, module: nn.Module) -> None:
 
 
 def load_module(path: Path, name: str, module: nn.Module) -> None:
-    """Copy the weights saved under a name into a module."""
-    require("safetensors.torch", "train").load_model(module, str(path / f"{name}.safetensors"))
+    """Copy the weights saved under a name into a module.
+
+    Raises:
+        UserError: they cannot be read, or are another module's.
+    """
+    with blame(f"checkpoint {path}: {name}.safetensors does not fit"):
+        require("safetensors.torch", "train").load_model(module, str(path / f"{name}.safetensors"))
 
 
 @contextmanager
@@ -108,14 +118,18 @@ def _writing(target: Path) -> Iterator[None]:
         ) from error
 
 
-def _defect(path: Path) -> str | None:
+def defect(path: Path) -> str | None:
     """What is wrong with a checkpoint; None if it is as its manifest says."""
     try:
-        digests = dict(json.loads((path / MANIFEST).read_text())["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
+        manifest = json.loads((path / MANIFEST).read_text())
+        digests, done = dict(manifest["sha256"]), manifest["iteration"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return f"{MANIFEST} is missing or unreadable"
-    if STATE not in digests:
-        return f"{MANIFEST} does not list {STATE}"
+    if done != iteration(path):
+        return f"{MANIFEST} is of iteration {done}"
+    for name in {STATE, *(file.name for file in path.iterdir())} - {MANIFEST}:
+        if name not in digests:
+            return f"{MANIFEST} does not list {name}"
     for name, digest in digests.items():
         if not (path / name).is_file():
             return f"{name} is missing"
@@ -124,9 +138,15 @@ def _defect(path: Path) -> str | None:
     return None
 
 
-def _corrupt(path: Path, reason: str) -> str:
+def intact_before(path: Path) -> Path | None:
+    """The newest intact checkpoint before one, if there is any."""
     older = [other for other in reversed(checkpoints(path.parent)) if other.name < path.name]
-    intact = next((other for other in older if _defect(other) is None), None)
+    return next((other for other in older if defect(other) is None), None)
+
+
+def _corrupt(path: Path, reason: str) -> str:
+    older = [other for other in checkpoints(path.parent) if other.name < path.name]
+    intact = intact_before(path)
     if intact is not None:
         way_out = f"--checkpoint {intact} continues from an older one"
     else:

@@ -5,19 +5,26 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .._extras import require
+from .._published_names import rename
 from ..clustering import (
     BetaTime,
     IntervalClustering,
     LaplaceSigma,
     LogitNormalTime,
+    LogNormalSigma,
+    ModeTime,
+    NoiseClustering,
+    NoiseDistribution,
     cluster_affinity,
+    cluster_noise,
     cluster_snr,
     cluster_timesteps,
 )
@@ -25,24 +32,26 @@ from ..clustering.inputs import load_values
 from ..curriculum import (
     DifficultyCurriculum,
     DistributionSampler,
+    LossSampler,
     LossSecondMomentSampler,
+    RangeSampler,
+    SpeeDSampler,
     StratifiedSampler,
     TimestepSampler,
     UniformSampler,
 )
 from ..curriculum.difficulty_curriculum import Sampling
-from ..diffusion import LOSS_WEIGHTS, log_snr, predicted_weight
+from ..data import Batch, Classes, Conditioning, Embeddings, EpochOrder, FileData, ImageData, Text, batches
+from ..data.conditioning import times_keyword
+from ..diffusion import noise_process
 from ..weighting import METHODS, ContinuousUncertainty, GramianWeighting, LossWeighting
-from .config import CONTINUOUS, Clusters, Component, Config, Curriculum
-from .data import ImageData
+from .config import CONTINUOUS, Clusters, Component, Compute, Config, Curriculum
 from .errors import UserError, blame
+from .noise import LAWS
 
 Array = NDArray[np.float64]
-
-# log-SNR that stands for pure signal, and negative for pure noise: its exponential is finite in float32.
-_REACH = 80.0
-# No schedule that keeps some signal and some noise comes near.
-_UNBOUNDED = 1e12
+Data: TypeAlias = ImageData | FileData
+Clustering: TypeAlias = IntervalClustering | NoiseClustering
 
 
 def import_object(key: str, path: str) -> Callable[..., Any]:
@@ -52,10 +61,8 @@ def import_object(key: str, path: str) -> Callable[..., Any]:
         UserError: there is none; the message begins with ``key``.
     """
     module, _, name = path.rpartition(".")
-    try:
+    with blame(f"{key}.path: cannot import {path!r}"):
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{key}.path: cannot import {path!r} ({error})") from error
     if not callable(found):
         raise UserError(f"{key}.path: expected a class or function, found {type(found).__name__} {path}")
     return found
@@ -72,45 +79,101 @@ def build(key: str, component: Component) -> Any:
         return target(**component.args)
 
 
-def build_model(config: Config, data: ImageData, device: torch.device) -> nn.Module:
-    """The denoiser with the weights that the seed gives it, checked by one call on a pair of images."""
+def build_model(config: Config, data: Data, device: torch.device, last_time: float = 0) -> nn.Module:
+    """The denoiser with the weights that the seed gives it.
+
+    It is checked by one call on two samples: of the first and the last class where samples are in memory, with the
+    least and the largest time (`last_time`) that it is told.
+    """
     torch.manual_seed(config.seed)
     model = build("model", config.model)
     if not isinstance(model, nn.Module):
         raise UserError(
             f"model: expected an nn.Module, found {type(model).__name__} from {config.model.path}"
         )
-    model = model.to(device)
-    images = data.train[:2].to(device)
-    labels = None if data.train_labels is None else data.train_labels[:2].to(device)
-    with torch.no_grad(), blame("model", (TypeError, ValueError, RuntimeError)):
-        output = prediction(
-            model(images, torch.zeros(len(images), dtype=torch.int64, device=device), **condition(labels))
-        )
+    with blame("model"):
+        model = _prepared(model, config.compute)
+    _refuse_parameters(model)
+    with blame("model"):
+        model = model.to(device)
+    batch = _pair(data).to(device)
+    images = batch.x
+    arguments = build_conditioning(config, data, device).arguments(batch.conditioning)
+    with blame("model"):
+        told = torch.tensor([0, last_time], device=device)
+        output = prediction(denoise(model, images, told, arguments))
     if output.shape != images.shape:
         raise UserError(
             f"model: expected an output of the images' shape {list(images.shape)}, found {list(output.shape)}"
         )
+    if not output.is_floating_point() or not output.requires_grad:
+        found = f"{output.dtype}, {'with' if output.requires_grad else 'without'} a gradient"
+        raise UserError(f"model: expected a floating-point output with a gradient, found one of {found}")
     return model
 
 
+def _prepared(model: nn.Module, options: Compute) -> nn.Module:
+    """The model with the weights to start from, adapters, checkpointing and memory layout as asked."""
+    if options.weights is not None:
+        with blame("compute.weights", (OSError, RuntimeError, ValueError)):
+            require("safetensors.torch", "train").load_model(model, options.weights)
+    if options.lora:
+        peft = require("peft", "lora")
+        adapters = peft.LoraConfig(r=options.lora, target_modules=options.lora_targets)
+        with blame("compute.lora_targets"):
+            peft.inject_adapter_in_model(adapters, model)
+    if options.checkpointing:
+        with blame("compute.checkpointing", (AttributeError, ValueError)):
+            model.enable_gradient_checkpointing()  # type: ignore[operator]
+    return model.to(memory_format=torch.channels_last) if options.channels_last else model  # type: ignore[call-overload]
+
+
+def _refuse_parameters(model: nn.Module) -> None:
+    """Refuse a model that cannot be trained."""
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if parameter.is_meta or parameter.layout != torch.strided or not parameter.is_floating_point():
+            kind = "a meta tensor" if parameter.is_meta else f"{parameter.dtype}, {parameter.layout}"
+            raise UserError(
+                f"model: expected dense floating-point parameters with values, found {name}: {kind}"
+            )
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise UserError("model: expected a parameter that is trained (requires_grad), found none")
+
+
 def build_scheduler(config: Config) -> Any:
-    """The noise schedule, which `denoising.Denoising` reads."""
+    """The scheduler that the noise process is read from, see `diffmtl_fast.diffusion.noise_process`."""
     scheduler = build("scheduler", config.scheduler)
-    missing = [name for name in ("alphas_cumprod", "config") if not hasattr(scheduler, name)]
-    if missing:
-        raise UserError(
-            f"scheduler: {config.scheduler.path} has no {missing[0]}; expected a discrete-time one"
-        )
+    with blame("scheduler"):
+        if getattr(scheduler, "alphas_cumprod", None) is not None:
+            _check_schedule(scheduler)
+        noise_process(scheduler)
     return scheduler
 
 
-def build_data(config: Config) -> ImageData:
-    """The images."""
+def _check_schedule(scheduler: Any) -> None:
+    number = getattr(scheduler.config, "num_train_timesteps", None)
+    if not isinstance(number, int) or number < 1:
+        raise ValueError(f"config.num_train_timesteps: expected an integer >= 1, found {number!r}")
+    signal = torch.as_tensor(scheduler.alphas_cumprod)
+    if signal.shape != (number,) or not bool(((signal >= 0) & (signal <= 1)).all()):
+        raise ValueError(
+            f"alphas_cumprod: expected {number} numbers from 0 to 1 (num_train_timesteps), found shape "
+            f"{list(signal.shape)} of {signal.dtype}"
+        )
+
+
+def build_data(config: Config) -> Data:
+    """The samples."""
     data = build("data", config.data)
-    if not isinstance(data, ImageData):
-        raise UserError(f"data: expected {config.data.path} to return ImageData, found {type(data).__name__}")
-    if config.evaluation.num_samples and (data.train_labels is None or data.test_labels is None):
+    if not isinstance(data, ImageData | FileData):
+        raise UserError(
+            f"data: expected {config.data.path} to return ImageData or FileData, found {type(data).__name__}"
+        )
+    if isinstance(data, ImageData):
+        with blame("data"):
+            data.check()
+    if config.evaluation.num_samples and not data.num_classes:
         raise UserError(
             "evaluation.num_samples: expected 0 for data without labels (its metrics need classes)"
         )
@@ -118,8 +181,12 @@ def build_data(config: Config) -> ImageData:
 
 
 def build_clusters(
-    config: Clusters, levels: Callable[[], Array], num_timesteps: int, key: str = "clusters"
-) -> IntervalClustering:
+    config: Clusters,
+    levels: Callable[[], Array],
+    num_timesteps: int,
+    key: str = "clusters",
+    distribution: NoiseDistribution | None = None,
+) -> Clustering:
     """The clusters of a noise schedule.
 
     Args:
@@ -128,12 +195,21 @@ def build_clusters(
             pure noise has none that is finite.
         num_timesteps: T.
         key: the option that the configuration came from.
+        distribution: of continuous levels, of which the timesteps are T cells of equal probability.
 
     Raises:
         UserError: the clusters cannot be formed as asked.
     """
     low, high = config.min_size, config.max_size
     with blame(key):
+        if config.cost != "affinity" and distribution is not None:
+            return cluster_noise(
+                distribution,
+                config.k,
+                cost="quantile" if config.cost == "timestep" else "absolute",
+                min_probability=(low or 0) / num_timesteps,
+                max_probability=1.0 if high is None else high / num_timesteps,
+            )
         if config.cost == "timestep":
             return cluster_timesteps(num_timesteps, config.k, min_size=low, max_size=high)
         if config.cost == "snr":
@@ -143,56 +219,98 @@ def build_clusters(
             raise ValueError(
                 f"affinity: expected [T, T] with T = {num_timesteps}, found {list(affinity.shape)}"
             )
-        return cluster_affinity(affinity, config.k, min_size=low, max_size=high)
+        found = cluster_affinity(affinity, config.k, min_size=low, max_size=high)
+        return found if distribution is None else NoiseClustering(distribution, found.probabilities)
+
+
+def in_timesteps(clusters: Clustering, num_timesteps: int) -> IntervalClustering:
+    """Clusters as intervals of timesteps; those of continuous levels rounded to cells of equal probability."""
+    if isinstance(clusters, IntervalClustering):
+        return clusters
+    return IntervalClustering(np.rint(clusters.probabilities * num_timesteps).astype(np.int64))
 
 
 def build_timesteps(
-    config: Config, clusters: IntervalClustering, levels: Callable[[], Array]
+    config: Config,
+    clusters: Clustering,
+    levels: Callable[[], Array],
+    num_timesteps: int | None = None,
 ) -> TimestepSampler:
-    """What draws the timesteps of a batch.
+    """What draws the noise levels of a batch.
 
     Args:
         config: the configuration.
         clusters: the tasks that the method balances.
         levels: gives the log-SNR [T]; asked for only where it is needed.
+        num_timesteps: T; the clusters' own by default.
 
     Raises:
         UserError: it cannot be made as asked.
     """
-    whole = IntervalClustering(np.array([0, clusters.num_timesteps]))
+    continuous = isinstance(clusters, NoiseClustering)
+    number = num_timesteps if isinstance(clusters, NoiseClustering) else clusters.num_timesteps
+    assert number is not None
     balanced = config.balanced
-    tasks = clusters if balanced else whole  # plain training averages over all timesteps
+    tasks = clusters if balanced else _with_bounds(clusters, [0, number], number)  # plain training has one
     if config.curriculum.order != "none":
-        return _build_curriculum(config.curriculum, tasks, levels, "tasks" if balanced else "union")
+        return _build_curriculum(config.curriculum, tasks, levels, number, "tasks" if balanced else "union")
     if config.timesteps.interval is not None:
-        return _build_expert(config.timesteps.interval, clusters.num_timesteps)
+        return _build_expert(config.timesteps.interval, clusters, number)
     args, kind = config.timesteps.args, config.timesteps.sampler or ("stratified" if balanced else "uniform")
-    with blame("timesteps.args", (ValueError, TypeError, ImportError)):
+    if continuous and kind in LAWS:
+        # That is the distribution of the clusters' levels; what is left to say is how a batch takes from them.
+        args, kind = {}, "stratified" if balanced else "uniform"
+    with blame("timesteps.args"):
         if kind == "stratified":
             return StratifiedSampler(clusters, **args)
         if kind == "logit_normal":
-            return DistributionSampler(tasks, LogitNormalTime(**args))
+            named = rename(args, {"logit_mean": "mean", "logit_std": "std"})
+            return DistributionSampler(tasks, LogitNormalTime(**named))
+        if kind == "mode":
+            return DistributionSampler(tasks, ModeTime(**args))
         if kind == "beta":
             return DistributionSampler(tasks, BetaTime(**args))
-        if kind == "laplace":
-            return DistributionSampler(tasks, LaplaceSigma(**args), log_snr=levels())
+        if kind in ("laplace", "log_normal"):
+            law = LaplaceSigma(**args) if kind == "laplace" else LogNormalSigma(**args)
+            return DistributionSampler(tasks, law, log_snr=levels())
         if kind == "second_moment":
             return LossSecondMomentSampler(tasks, **args)
+        if kind == "loss":
+            return LossSampler(tasks, **args)
+        if kind == "range":
+            return RangeSampler(tasks, **args)
+        if kind == "speed":
+            if isinstance(tasks, NoiseClustering):
+                raise ValueError("sampler: expected one of continuous noise levels, found speed")
+            return SpeeDSampler(tasks, levels(), **args)
         return UniformSampler(tasks, **args)
 
 
-def _build_expert(interval: list[int], num_timesteps: int) -> UniformSampler:
+def _build_expert(interval: list[int], clusters: Clustering, num_timesteps: int) -> UniformSampler:
     first, end = interval
     if end > num_timesteps:
         raise UserError(f"timesteps.interval: expected an end of at most {num_timesteps}, found {end}")
     bounds = np.unique([0, first, end, num_timesteps])
-    return UniformSampler(IntervalClustering(bounds), only=int(np.searchsorted(bounds, first)))
+    tasks = _with_bounds(clusters, bounds, num_timesteps)
+    return UniformSampler(tasks, only=int(np.searchsorted(bounds, first)))
+
+
+def _with_bounds(clusters: Clustering, bounds: Any, num_timesteps: int) -> Clustering:
+    """A clustering of the same levels with other bounds, in timesteps."""
+    if isinstance(clusters, NoiseClustering):
+        return NoiseClustering(clusters.distribution, np.asarray(bounds) / num_timesteps)
+    return IntervalClustering(np.asarray(bounds))
 
 
 def _build_curriculum(
-    config: Curriculum, tasks: IntervalClustering, levels: Callable[[], Array], sampling: Sampling
+    config: Curriculum,
+    tasks: Clustering,
+    levels: Callable[[], Array],
+    num_timesteps: int,
+    sampling: Sampling,
 ) -> DifficultyCurriculum:
-    clusters = build_clusters(config.clusters, levels, tasks.num_timesteps, "curriculum.clusters")
+    distribution = tasks.distribution if isinstance(tasks, NoiseClustering) else None
+    clusters = build_clusters(config.clusters, levels, num_timesteps, "curriculum.clusters", distribution)
     assert config.order != "none"
     with blame("curriculum"):
         return DifficultyCurriculum(
@@ -207,37 +325,16 @@ def _build_curriculum(
         )
 
 
-def build_loss_weights(config: Config, scheduler: Any, device: torch.device) -> Tensor | None:
-    """The weight of the squared error at every timestep, float32 [T]; None for 1 everywhere.
-
-    Raises:
-        UserError: the weight does not take the arguments, or has no bound on this schedule.
-    """
-    name = config.loss.weight
-    if name == "none":
+def build_schedule(config: Config, optimizer: torch.optim.Optimizer) -> Any:
+    """What changes the learning rates from step to step; None where they stay."""
+    options = config.optimizer
+    if options.schedule == "constant" and not options.warmup:
         return None
-    # At pure noise and pure signal the limit is wanted, where there is one: not infinity times zero.
-    levels = torch.from_numpy(log_snr(scheduler, clip=(-_REACH, _REACH)))
-    kind = scheduler.config.get("prediction_type", "epsilon")
-    with blame("loss.args", (ValueError, TypeError)):
-        weights = LOSS_WEIGHTS[name](levels, **_named_as_published(name, config.loss.args))
-    with blame("scheduler.args"):
-        weights = predicted_weight(weights, levels, kind)
-    if not weights.max() < _UNBOUNDED:
-        raise UserError(
-            f"loss.weight: expected one that is bounded for prediction type {kind} on this schedule, found "
-            f"{name}, which is {weights.max():.3g} at timestep {int(weights.argmax())}"
-        )
-    return weights.float().to(device)
-
-
-def _named_as_published(weight: str, args: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a loss weight, γ of Min-SNR under any of the names that training scripts give it."""
-    names = {"snr_gamma": "gamma", "min_snr_gamma": "gamma"} if weight.endswith("min_snr") else {}
-    renamed = {names.get(name, name): value for name, value in args.items()}
-    if len(renamed) < len(args):
-        raise ValueError(f"expected gamma once, found {', '.join(args)}")
-    return renamed
+    name = "constant_with_warmup" if options.schedule == "constant" else options.schedule
+    get_scheduler = require("diffusers.optimization", "train").get_scheduler
+    return get_scheduler(
+        name, optimizer, num_warmup_steps=options.warmup, num_training_steps=config.iterations
+    )
 
 
 def build_weighting(
@@ -264,7 +361,7 @@ def load_array(key: str, path: str | Path | None) -> np.ndarray:
     """
     try:
         return load_values(str(path))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, MemoryError, OverflowError, RecursionError) as error:
         raise UserError(f"{key}: cannot read {path} ({error})") from error
 
 
@@ -289,11 +386,55 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def condition(labels: Tensor | None) -> dict[str, Tensor]:
-    """Keyword arguments that pass the classes to a model."""
-    return {} if labels is None else {"class_labels": labels}
+def _pair(data: Data) -> Batch:
+    """Two samples, of the first and the last class where they are in memory."""
+    if isinstance(data, ImageData) and data.train_labels is not None:
+        chosen = torch.stack([data.train_labels.argmin(), data.train_labels.argmax()])
+        return Batch(data.train[chosen], data.train_labels[chosen])
+    with blame("data"):
+        return next(batches(data.training, EpochOrder(len(data.training), 2, 0), augment=False))
+
+
+def build_conditioning(config: Config, data: Data, device: torch.device) -> Conditioning:
+    """What passes the conditions of the data to the model.
+
+    Raises:
+        UserError: there is no text encoder for captions, or it cannot be loaded.
+    """
+    options = config.conditioning
+    conditions = _pair(data).conditioning if options.enabled else None
+    named = {} if options.argument is None else {"argument": options.argument}
+    if conditions is None:
+        return Conditioning()
+    if isinstance(conditions, Tensor):
+        return Classes(data.num_classes, **named) if conditions.dim() == 1 else Embeddings(**named)
+    if options.encoder is None:
+        raise UserError(
+            "conditioning.encoder: expected the folder of a text encoder for captions, found null"
+        )
+    with blame("conditioning.encoder", (OSError, ValueError, TypeError, AttributeError, ImportError)):
+        return Text(options.encoder, device, mask=options.mask, max_length=options.max_length, **named)
+
+
+def denoise(
+    model: Callable[..., Any], x: Tensor, time: Tensor, arguments: dict[str, Any], **more: Any
+) -> Any:
+    """Call a model, or its wrapper, with a noisy input, the time and conditions; returns what it returns."""
+    name = times_keyword(getattr(model, "module", model))
+    if name is None:
+        return model(x, time, **arguments, **more)
+    return model(x, **{name: time}, **arguments, **more)
 
 
 def prediction(output: Any) -> Tensor:
-    """The tensor in what a model returned: itself, or the ``sample`` of a diffusers output."""
-    return output if isinstance(output, Tensor) else output.sample
+    """The tensor in what a model returned: itself, or the ``sample`` of a diffusers output.
+
+    Raises:
+        UserError: it returned neither.
+    """
+    found = output if isinstance(output, Tensor) else getattr(output, "sample", None)
+    if not isinstance(found, Tensor):
+        raise UserError(
+            f"model: expected it to return a tensor, or one as .sample, found {type(output).__name__}"
+        )
+    return found

@@ -7,17 +7,27 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from .._extras import require
-from .._number_types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UnitFloat
+from .._number_types import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    Size,
+    UnitFloat,
+)
 from ..weighting import METHODS
-from .errors import UserError, readable
+from .errors import UserError, blame, readable
 
 #: The method that balances nothing: the mean over all samples.
 PLAIN = "vanilla"
 #: The method that weighs every sample by its noise level, without clusters.
 CONTINUOUS = "continuous_uw"
+#: Most samples of a kind that metrics and analyses take into memory.
+IN_MEMORY = 10_000
 # Of the k-nearest-neighbour precision and recall.
 NEIGHBOURS = 3
 
@@ -45,6 +55,7 @@ class Clusters:
         min_size: fewest timesteps of a cluster; null for no limit
         max_size: most timesteps of a cluster; null for no limit
         affinity: .npy or .json file with the T x T matrix of task affinities, for cost affinity
+        clip: bounds of the log-SNR, such as [-20, 20], for schedules that end in pure noise; null for none
     """
 
     cost: Literal["snr", "timestep", "affinity"] = "snr"
@@ -52,6 +63,7 @@ class Clusters:
     min_size: PositiveInt | None = None
     max_size: PositiveInt | None = None
     affinity: str | None = None
+    clip: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,15 +71,32 @@ class Timesteps:
     """How timesteps are drawn where no curriculum does it.
 
     Attributes:
-        sampler: distribution; null for uniform with vanilla, stratified by cluster with the other methods
-        args: its arguments: mean, std (logit_normal), a, b (beta), mean, scale of the log-SNR (laplace), cells,
-            history, uniform_share (second_moment)
+        sampler: distribution; null for uniform with vanilla, stratified by cluster with the other methods. Of
+            continuous levels: log_normal or laplace for EDM (null: log_normal), logit_normal, mode, beta or
+            laplace for flow matching (null: uniform), from which batches are drawn uniformly or by cluster alike
+        args: its arguments: mean, std, also as logit_mean, logit_std (logit_normal; log_normal, EDM's P_mean and
+            P_std), mode_scale (mode), a, b (beta), mean, scale of the log-SNR (laplace), suppression, least_change
+            (speed), min_timestep, max_timestep or ranges of [step, first, end] (range), cells, history,
+            uniform_share (second_moment), cells, decay, power, uniform_share (loss)
         interval: first timestep and end of those to train on alone, an expert for them (vanilla); null for all
     """
 
-    sampler: Literal["uniform", "stratified", "logit_normal", "beta", "laplace", "second_moment"] | None = (
-        None
-    )
+    sampler: (
+        Literal[
+            "uniform",
+            "stratified",
+            "logit_normal",
+            "log_normal",
+            "mode",
+            "beta",
+            "laplace",
+            "speed",
+            "range",
+            "second_moment",
+            "loss",
+        ]
+        | None
+    ) = None
     args: dict[str, Any] = field(default_factory=dict)
     interval: list[int] | None = None
 
@@ -104,6 +133,8 @@ class Loss:
         weight: Min-SNR, P2 and others, for what the model predicts; docs/loss-weighting.md has the formulas
         args: its arguments: gamma, also as snr_gamma or min_snr_gamma (min_snr, soft_min_snr; default 5), gamma
             and k (p2), sigma_data (edm), logit_mean and logit_std (logit_normal), mode_scale (mode)
+        nonfinite: stop training where a loss is not finite, or drop its cluster from the step and count it in the
+            log, which methods that balance clusters can
     """
 
     weight: Literal[
@@ -120,6 +151,29 @@ class Loss:
         "sigma_sqrt",
     ] = "none"
     args: dict[str, Any] = field(default_factory=dict)
+    nonfinite: Literal["stop", "drop"] = "stop"
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """How the conditions of the data (classes, captions, embeddings) reach the model.
+
+    Attributes:
+        enabled: without it the model is called without them
+        dropout: share of the samples that lose their condition in training, for guidance; classes then need one
+            embedding more than there are classes
+        encoder: folder of a text encoder of transformers and its tokenizer, for captions
+        max_length: tokens of a caption
+        argument: of the model; null for class_labels or encoder_hidden_states
+        mask: argument of the model for the mask of a caption's tokens; null for none
+    """
+
+    enabled: bool = True
+    dropout: UnitFloat = 0.0
+    encoder: str | None = None
+    max_length: PositiveInt = 77
+    argument: str | None = None
+    mask: str | None = None
 
 
 @dataclass(frozen=True)
@@ -128,13 +182,44 @@ class Optimizer:
 
     Attributes:
         lr: learning rate of the model
+        warmup: iterations over which all learning rates rise from 0
+        schedule: of the learning rates after that, down to 0 at the last iteration unless constant
         weight_decay: decoupled weight decay
         clip: largest norm of the gradient, 0 for no clipping; null for the method's own, most have none
     """
 
     lr: PositiveFloat = 1e-4
+    warmup: NonNegativeInt = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
     weight_decay: NonNegativeFloat = 0.0
     clip: NonNegativeFloat | None = None
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How the model is run and the gradients of the clusters are formed.
+
+    Attributes:
+        engine: of ClusteredMTL; auto chooses, and the log says what
+        memory: full keeps the gradients of all clusters, lean does with less
+        jacobian_dtype: of the kept gradients; null for the parameters' own
+        compile: torch.compile of the model
+        checkpointing: recompute activations in the backward; of models that offer it
+        channels_last: memory layout of convolutions
+        weights: safetensors file of weights to start from; null for random ones
+        lora: rank of low-rank adapters (peft) that are trained in place of the weights; 0 for none
+        lora_targets: names of the modules that get adapters
+    """
+
+    engine: Literal["auto", "grouped", "sliced"] = "auto"
+    memory: Literal["full", "lean"] = "full"
+    jacobian_dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    compile: bool = False
+    checkpointing: bool = False
+    channels_last: bool = False
+    weights: str | None = None
+    lora: NonNegativeInt = 0
+    lora_targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
 
 
 @dataclass(frozen=True)
@@ -142,14 +227,16 @@ class Sampling:
     """How pictures are drawn from the EMA weights.
 
     Attributes:
-        scheduler: Sampler, on the noise schedule of training
+        scheduler: Sampler, on the noise schedule of training; auto: DDIM for timesteps, else the scheduler itself
         steps: denoising steps per picture
         batch_size: pictures denoised at a time
+        guidance: scale of classifier-free guidance; 1 for none
     """
 
-    scheduler: Component = field(default_factory=lambda: Component("diffusers.DDIMScheduler"))
+    scheduler: Component = field(default_factory=lambda: Component("auto"))
     steps: PositiveInt = 50
-    batch_size: PositiveInt = 360
+    batch_size: Size = 360
+    guidance: NonNegativeFloat = 1.0
 
 
 @dataclass(frozen=True)
@@ -219,17 +306,21 @@ class Config:
         batch_size: images per backward pass
         accumulate: backward passes per optimizer step
         ema_decay: decay per step of the averaged weights
-        precision: of the forward pass; bf16 is autocast, the weights stay fp32
+        precision: of the forward pass; bf16 and fp16 are autocast, the weights stay fp32; fp16 with a GradScaler
         device: auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
         seed: of the weights, the data order, the noise and the pictures
         clusters: Clusters of timesteps, the tasks
         timesteps: Timesteps of a batch
         curriculum: Curriculum, easy timesteps first
         loss: Loss of a sample
-        model: Model, called with (x, t, class_labels=y)
-        scheduler: Noise schedule, a diffusers scheduler with discrete timesteps
-        data: Data, a function that returns diffmtl_fast.train.data.ImageData
+        model: Model, called with (x, t) and the conditions
+        scheduler: Noise process, by a diffusers scheduler; with discrete timesteps, of EDM or of flow matching
+        data: Data, a function that returns ImageData or FileData of diffmtl_fast.data
+        workers: processes that read data ahead
+        unreadable: most files that may be left out because they cannot be read; each is named
+        conditioning: Conditions of the samples
         optimizer: Optimizer, AdamW
+        compute: Running the model
         sampling: Drawing pictures
         evaluation: Metrics at the end of training
         logging: Logs, log.jsonl and TensorBoard
@@ -238,12 +329,12 @@ class Config:
 
     method: str = "uw"
     iterations: PositiveInt = 1000
-    batch_size: PositiveInt = 128
+    batch_size: Size = 128
     accumulate: PositiveInt = 1
     ema_decay: UnitFloat = 0.9999
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: str = "auto"
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     clusters: Clusters = field(default_factory=Clusters)
     timesteps: Timesteps = field(default_factory=Timesteps)
     curriculum: Curriculum = field(default_factory=Curriculum)
@@ -251,7 +342,11 @@ class Config:
     model: Component = field(default_factory=Component)
     scheduler: Component = field(default_factory=Component)
     data: Component = field(default_factory=Component)
+    workers: NonNegativeInt = 0
+    unreadable: NonNegativeInt = 100
+    conditioning: Conditioning = field(default_factory=Conditioning)
     optimizer: Optimizer = field(default_factory=Optimizer)
+    compute: Compute = field(default_factory=Compute)
     sampling: Sampling = field(default_factory=Sampling)
     evaluation: Evaluation = field(default_factory=Evaluation)
     logging: Logging = field(default_factory=Logging)
@@ -294,11 +389,13 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     Raises:
         UserError: an unknown key, or a value out of range.
     """
-    _check_names(Config, values, "")
-    try:
-        typed = _types().parse_object(values).as_dict()
-    except require("jsonargparse", "train").ArgumentError as error:
-        raise UserError(readable(str(error))) from error
+    with blame("config", (Exception,)):
+        _refuse_cycles(values, ())
+        _check_names(Config, values, "")
+        try:
+            typed = _types().parse_object(values).as_dict()
+        except require("jsonargparse", "train").ArgumentError as error:
+            raise UserError(readable(str(error))) from error
     config = _build(Config, typed, values)
     _check(config)
     return config
@@ -333,7 +430,7 @@ def read_values(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: expected YAML ({error})") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of options, found {type(values).__name__}")
@@ -354,6 +451,15 @@ def differences(ours: Config, theirs: Config) -> dict[str, tuple[Any, Any]]:
     return {key: values for key, values in both.items() if values[0] != values[1]}
 
 
+def _refuse_cycles(value: Any, within: tuple[int, ...]) -> None:
+    """Refuse values that contain themselves, as aliases of YAML can."""
+    if id(value) in within:
+        raise UserError("config: expected values that end, found one that contains itself")
+    if isinstance(value, Mapping | list):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            _refuse_cycles(each, (*within, id(value)))
+
+
 def _check_names(cls: Any, values: Mapping[str, Any], prefix: str) -> None:
     types = get_type_hints(cls)
     for name, value in values.items():
@@ -369,6 +475,8 @@ def _build(cls: Any, typed: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
     """An object of a class; dictionaries as they were given, since jsonargparse reads strings in them as YAML."""
     types, arguments = get_type_hints(cls), {}
     for name, value in typed.items():
+        if value is None and type(None) not in get_args(types[name]):
+            raise UserError(f"{name}: expected a value, found null")
         if is_dataclass(types[name]):
             value = _build(types[name], value, given.get(name, {}))
         elif isinstance(value, int | float) and not isinstance(value, bool):
@@ -392,6 +500,10 @@ def _check(config: Config) -> None:
     """What types cannot say: how options fit each other."""
     if config.loss.args and config.loss.weight == "none":
         raise UserError(f"loss.args: expected none without a loss.weight, found {config.loss.args}")
+    if config.loss.nonfinite == "drop" and not config.balanced:
+        raise UserError(
+            f"loss.nonfinite: expected stop with method {config.method}, which knows no clusters, found drop"
+        )
     if config.evaluation.num_samples in range(1, NEIGHBOURS + 1):
         raise UserError(
             f"evaluation.num_samples: expected 0 or more than {NEIGHBOURS}, found {config.evaluation.num_samples}"
@@ -411,13 +523,16 @@ def _check(config: Config) -> None:
         "sampling.scheduler": config.sampling.scheduler,
     }
     for key, component in components.items():
-        if "." not in component.path:
+        if "." not in component.path and (key, component.path) != ("sampling.scheduler", "auto"):
             raise UserError(
                 f"{key}.path: expected an import path such as package.Class, found {component.path!r}"
             )
 
 
 def _check_clusters(key: str, clusters: Clusters) -> None:
+    clip = clusters.clip
+    if clip is not None and not (len(clip) == 2 and clip[0] < clip[1]):
+        raise UserError(f"{key}.clip: expected [low, high] with low < high, or null, found {clip!r}")
     if (clusters.cost == "affinity") != (clusters.affinity is not None):
         raise UserError(
             f"{key}.affinity: expected a .npy or .json file with cost affinity and none with another cost, "

@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from .._number_types import IN_WORDS
 
-Errors: TypeAlias = "tuple[type[Exception], ...]"
+Errors: TypeAlias = "tuple[type[BaseException], ...]"
 
 
 class UserError(Exception):
@@ -20,18 +20,32 @@ class TrainingDiverged(RuntimeError):
     """A loss or a weight stopped being a finite number."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """Training was asked to stop, and has saved a checkpoint."""
+
+
+# What says what it is without its name.
+_PLAIN_WORDS = (ValueError, TypeError, NotImplementedError, ImportError, OSError)
+
+
 @contextmanager
-def blame(key: str, errors: Errors = (ValueError, TypeError, NotImplementedError)) -> Iterator[None]:
-    """Turn the given errors, raised while a user's value is put to use, into a :class:`UserError`.
+def blame(key: str, errors: Errors = (Exception, SystemExit)) -> Iterator[None]:
+    """Turn what is raised while a user's value or code is put to use into a :class:`UserError`.
+
+    `SystemExit` too: a component that leaves the program must not look like its success.
 
     Args:
-        key: the option that the value came from, for example ``"model"``; it begins the message.
-        errors: the exception types that a bad value raises.
+        key: the option that it came from, for example ``"model"``; it begins the message.
+        errors: the exception types that are the user's to put right.
     """
     try:
         yield
+    except (UserError, TrainingDiverged):
+        raise
     except errors as error:
         message = str(error)
+        if not isinstance(error, _PLAIN_WORDS):
+            message = f"{type(error).__name__}: {message}" if message else type(error).__name__
         raise UserError(message if message.startswith(f"{key}:") else f"{key}: {message}") from error
 
 

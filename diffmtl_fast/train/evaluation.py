@@ -12,58 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._extras import require
+from ..analysis.features import Classifier, precision_recall
 from ..analysis.frechet import FrechetDistance
-from .config import NEIGHBOURS
-from .data import ImageData
+from ..data import ImageData
 
 Array = NDArray[np.float64]
-
-HIDDEN_LAYERS = (128, 64)
-
-
-class Classifier:
-    """A multi-layer perceptron on pixels, trained on real images; its last hidden layer gives the features.
-
-    Args:
-        images: float32 [N, C, H, W].
-        labels: int64 [N].
-        seed: of its initial weights and data order.
-    """
-
-    def __init__(self, images: Tensor, labels: Tensor, seed: int = 0) -> None:
-        networks = require("sklearn.neural_network", "train")
-        self._net = networks.MLPClassifier(HIDDEN_LAYERS, max_iter=300, random_state=seed)
-        # Its matrices are small: threads would only wait, and their number would change the last bits.
-        with require("threadpoolctl", "train").threadpool_limits(1):
-            self._net.fit(_flat(images), labels.numpy())
-
-    def features(self, images: Tensor) -> Array:
-        """Activations of the last hidden layer, [N, 64]."""
-        x = _flat(images)
-        for weight, bias in list(zip(self._net.coefs_, self._net.intercepts_, strict=True))[:-1]:
-            x = np.maximum(x @ weight + bias, 0.0)
-        return x
-
-    def agreement(self, images: Tensor, labels: Tensor) -> float:
-        """Fraction of images that it takes for their class."""
-        return float((self._net.predict(_flat(images)) == labels.numpy()).mean())
-
-
-def precision_recall(real: Array, drawn: Array, k: int = NEIGHBOURS) -> tuple[float, float]:
-    """Fraction of drawn pictures among the real ones, and of real ones among the drawn.
-
-    A point lies among a set if it is no farther from one of its points than that point's k-th neighbour.
-
-    Source: Kynkäänniemi et al., "Improved Precision and Recall Metric for Assessing Generative Models",
-    NeurIPS 2019.
-
-    Args:
-        real: [N, D] with N > k.
-        drawn: [M, D] with M > k.
-        k: neighbours that a point's sphere reaches.
-    """
-    return _covered(real, drawn, k), _covered(drawn, real, k)
 
 
 class Judge:
@@ -150,17 +103,3 @@ def table(metrics: Mapping[str, Any]) -> str:
         values = "".join(f"{metrics[kind][name]:10.4f}" for kind in kinds)
         lines.append(f"{name.replace('_', ' '):18}{values}")
     return "\n".join(lines)
-
-
-def _covered(support: Array, points: Array, k: int) -> float:
-    distances = _distances(support, support)
-    radii = np.sort(distances, axis=1)[:, k]  # column 0 is the point itself
-    return float((_distances(points, support) <= radii).any(axis=1).mean())
-
-
-def _distances(a: Array, b: Array) -> Array:
-    return require("scipy.spatial.distance", "train").cdist(a, b)
-
-
-def _flat(images: Tensor) -> Array:
-    return images.flatten(1).double().numpy()

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import platform
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from .._files import TEMPORARY_PREFIX, remove, remove_leftovers, replacing
 from . import checkpoint
-from .config import Config, read, to_dict
-from .errors import UserError
+from .config import CONTINUOUS, Config, read, to_dict
+from .errors import UserError, blame
+
+# What a file system without locks answers.
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 class RunFolder:
@@ -31,6 +36,7 @@ class RunFolder:
         self.samples = path / "samples.png"
         self.clusters = path / "clusters.png"
         self.training = path / "training.png"
+        self.uncertainty = path / "uncertainty.png"
         self.metrics = path / "metrics.json"
         self.analysis = path / "analysis"
 
@@ -86,7 +92,7 @@ class RunFolder:
         Raises:
             UserError: another process trains in the folder.
         """
-        with (self.path / ".lock").open("w") as file:
+        with (self.path / ".lock").open("w") as file, contextlib.ExitStack() as held:
             if sys.platform != "win32":
                 import fcntl
 
@@ -94,9 +100,33 @@ class RunFolder:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError as error:
                     raise UserError(f"run folder {self}: another process is training in it") from error
+                except OSError as error:
+                    if error.errno not in NO_LOCKS:
+                        raise
+                    held.enter_context(self._lock_file(error))
             for folder in (self.path, self.checkpoints):
                 remove_leftovers(folder)
             yield
+
+    @contextlib.contextmanager
+    def _lock_file(self, reason: OSError) -> Iterator[None]:
+        """Keep a second process out by a file, where the file system has no locks."""
+        path = self.path / ".lock-file"
+        print(
+            f"run folder {self}: no locks here ({reason.strerror}); {path} stands in for one", file=sys.stderr
+        )
+        try:
+            with path.open("x") as file:
+                file.write(f"{os.getpid()} on {platform.node()}")
+        except FileExistsError as error:
+            raise UserError(
+                f"run folder {self}: process {path.read_text()} is training in it, or was killed; in that case "
+                f"delete {path}"
+            ) from error
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
     def read_config(self) -> Config:
         """The configuration that the run was started with.
@@ -112,14 +142,14 @@ class RunFolder:
         """Save the configuration."""
         import yaml
 
-        with replacing(self.config) as aside:
+        with blame(f"{self.config}: cannot be written", (OSError,)), replacing(self.config) as aside:
             aside.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
 
     def checkpoint(self, chosen: Path | None = None) -> Path | None:
-        """The newest checkpoint, or the chosen one, verified; None if there is none yet.
+        """The newest intact checkpoint, or the chosen one, verified; None if there is none yet.
 
         Raises:
-            UserError: it is corrupt, or the chosen one is not there.
+            UserError: all are corrupt, or the chosen one is, or is not there.
         """
         found = checkpoint.checkpoints(self.checkpoints)
         if chosen is None:
@@ -129,9 +159,21 @@ class RunFolder:
             if path not in found or (chosen.parent != Path() and chosen.resolve() != path.resolve()):
                 names = ", ".join(each.name for each in found) or "none"
                 raise UserError(f"--checkpoint: expected one of {self.checkpoints} ({names}), found {chosen}")
-        if path is not None:
+        if chosen is None and path is not None:
+            path = self._newest_intact(path)
+        elif path is not None:
             checkpoint.verify(path)
         return path
+
+    def _newest_intact(self, path: Path) -> Path:
+        """The newest checkpoint, or where it is corrupt the newest intact one before, which is told."""
+        defect = checkpoint.defect(path)
+        older = None if defect is None else checkpoint.intact_before(path)
+        if older is None:
+            checkpoint.verify(path)
+            return path
+        print(f"checkpoint {path} is corrupt: {defect}; going back to {older.name}", file=sys.stderr)
+        return older
 
     def remove_newer(self, path: Path) -> None:
         """Delete the checkpoints after one."""
@@ -141,11 +183,19 @@ class RunFolder:
 
     def remove_outputs(self) -> None:
         """Delete the model, the pictures and the metrics."""
-        for path in (self.model, self.samples, self.clusters, self.training, self.metrics):
+        for path in (
+            self.model,
+            self.samples,
+            self.clusters,
+            self.training,
+            self.uncertainty,
+            self.metrics,
+        ):
             if path.exists():
                 remove(path)
 
     def outputs(self, config: Config) -> list[Path]:
         """What a finished run leaves beside its logs and checkpoints."""
         outputs = [self.model, self.samples, self.clusters, self.training]
+        outputs += [self.uncertainty] if config.method == CONTINUOUS else []
         return [*outputs, self.metrics] if config.evaluation.num_samples else outputs

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._extras import require
 from ..gradients.diagnostics import conflicts, cosines
-from .errors import TrainingDiverged, UserError
+from .errors import TrainingDiverged, UserError, blame
 
 
 class History:
@@ -32,12 +32,14 @@ class History:
         self._writer: Any = None
         if tensorboard is not None:
             summary = require("torch.utils.tensorboard", "train").SummaryWriter
-            self._writer = summary(str(tensorboard), purge_step=start + 1 if start else None)
+            with blame(f"logging.tensorboard: cannot write {tensorboard}"):
+                self._writer = summary(str(tensorboard), purge_step=start + 1 if start else None)
         self._losses: list[Tensor] = []
         self._present: list[Tensor] = []
         self._weights: list[Tensor] = []
         self._cosines: list[Tensor] = []
         self._norms: list[Tensor] = []
+        self._dropped: list[Tensor] = []
 
     def add(
         self,
@@ -45,6 +47,7 @@ class History:
         present: Tensor,
         weights: Tensor | None = None,
         gramian: Tensor | None = None,
+        dropped: Tensor | None = None,
     ) -> None:
         """Take in one backward pass.
 
@@ -53,13 +56,16 @@ class History:
             present: bool [K], the clusters that have samples.
             weights: [K] weights of the clusters.
             gramian: [K, K] Gramian of their gradients.
+            dropped: bool [K], the clusters that were left out of the step.
         """
         self._losses.append(losses.detach())
         self._present.append(present)
         if weights is not None:
             self._weights.append(weights.detach())
         if gramian is not None:
-            self._cosines.append(cosines(gramian.detach().float()))
+            self._cosines.append(cosines(gramian.detach()).float())
+        if dropped is not None:
+            self._dropped.append(dropped)
 
     def add_gradient_norm(self, norm: Tensor) -> None:
         """Take in the gradient norm of an optimizer step, before clipping."""
@@ -90,13 +96,14 @@ class History:
         Returns:
             The line: ``losses`` [K] with None for a cluster never seen, their mean ``loss``, and what else
             was measured of ``weights`` [K], ``cosines`` [K][K], ``conflicts`` (the share of pairs of clusters with
-            a negative cosine), ``gradient_norm``.
+            a negative cosine), ``gradient_norm``, ``dropped`` [K], the passes that a cluster was left out of.
+            What is not finite is None, for JSON has no such numbers.
         """
         self.check(iteration)
         losses = _masked_mean(self._losses, self._present)
         line: dict[str, Any] = {
             "iteration": iteration,
-            "loss": float(losses.nanmean()),
+            "loss": _plain(losses.nanmean()),
             "losses": _plain(losses),
         }
         if self._weights:
@@ -106,19 +113,24 @@ class History:
             line["cosines"] = _plain(measured.nanmean(0))
             line["conflicts"] = _plain(conflicts(measured).nanmean())
         if self._norms:
-            line["gradient_norm"] = float(torch.stack(self._norms).mean())
+            line["gradient_norm"] = _plain(torch.stack(self._norms).mean())
+        if self._dropped:
+            line["dropped"] = torch.stack(self._dropped).sum(0).tolist()
         line |= scalars
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
-        self._to_tensorboard(line)
-        for part in (self._losses, self._present, self._weights, self._cosines, self._norms):
+        with blame(f"{self._file.name}: cannot be written", (OSError,)):
+            self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+            self._file.flush()
+        with blame("logging.tensorboard"):
+            self._to_tensorboard(line)
+        for part in (self._losses, self._present, self._weights, self._cosines, self._norms, self._dropped):
             part.clear()
         return line
 
     def state_dict(self) -> dict[str, Any]:
         """What is collected but not yet written, and the length of the file."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with blame(f"{self._file.name}: cannot be written", (OSError,)):
+            self._file.flush()
+            os.fsync(self._file.fileno())
         return {
             "bytes": self._file.tell(),
             "losses": self._losses,
@@ -126,13 +138,14 @@ class History:
             "weights": self._weights,
             "cosines": self._cosines,
             "norms": self._norms,
+            "dropped": self._dropped,
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Cut the file back to where :meth:`state_dict` was taken, so that no line appears twice.
 
         Raises:
-            UserError: the file has been shortened since.
+            UserError: the file has been shortened or damaged since.
         """
         found = self._file.seek(0, os.SEEK_END)
         if found < state["bytes"]:
@@ -141,12 +154,14 @@ class History:
             )
         self._file.truncate(state["bytes"])
         self._file.seek(0, os.SEEK_END)
+        read(Path(self._file.name))
         for part, saved in (
             (self._losses, state["losses"]),
             (self._present, state["present"]),
             (self._weights, state["weights"]),
             (self._cosines, state["cosines"]),
             (self._norms, state["norms"]),
+            (self._dropped, state.get("dropped", [])),
         ):
             part[:] = [tensor.to(device) for tensor in saved]
 
@@ -174,16 +189,25 @@ class History:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log.jsonl file."""
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    """The lines of a log.jsonl file.
+
+    Raises:
+        UserError: a line is damaged.
+    """
+    lines = []
+    with path.open("rb") as file:
+        for number, text in enumerate(file, 1):
+            with blame(f"{path}: expected JSON in line {number}"):
+                lines.append(dict(json.loads(text)))
+    return lines
 
 
 def describe(line: dict[str, Any]) -> str:
     """The losses of a line of the history, and the phase of a curriculum, in words."""
     losses = " ".join("-" if loss is None else f"{loss:.3f}" for loss in line["losses"])
     phase = f"  phase {line['phase']}" if "phase" in line else ""
-    return f"loss {line['loss']:.4f}  clusters {losses}{phase}"
+    loss = "-" if line["loss"] is None else f"{line['loss']:.4f}"
+    return f"loss {loss}  clusters {losses}{phase}"
 
 
 def _masked_mean(values: list[Tensor], present: list[Tensor]) -> Tensor:
@@ -198,6 +222,6 @@ def _plain(values: Tensor) -> Any:
     def convert(value: Any) -> Any:
         if isinstance(value, list):
             return [convert(item) for item in value]
-        return None if math.isnan(value) else value
+        return value if math.isfinite(value) else None
 
     return convert(values.tolist())

@@ -2,42 +2,41 @@
 
 from __future__ import annotations
 
-import math
+import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import ops
 from .._progress import Progress
 from .._torch import foreach_div_
-from ..clustering import IntervalClustering
 from ..curriculum import DifficultyCurriculum
-from ..diffusion import log_snr
+from ..data import Batch, EpochOrder, batches
 from ..gradients import ClusteredMTL
 from ..weighting import ContinuousUncertainty, GramianWeighting, LossWeighting, param_groups
-from . import checkpoint
+from . import checkpoint, processes
 from .components import (
     build_clusters,
+    build_conditioning,
     build_data,
-    build_loss_weights,
     build_model,
+    build_schedule,
     build_scheduler,
     build_timesteps,
     build_weighting,
-    condition,
+    denoise,
     prediction,
     resolve_device,
 )
 from .config import Config
-from .data import EpochSampler
-from .denoising import Denoising
 from .ema import Ema
-from .errors import TrainingDiverged, UserError, blame
+from .errors import Interrupted, TrainingDiverged, UserError, blame
 from .history import History, describe
+from .noise import Noise
 
 
 class Trainer:
@@ -50,6 +49,7 @@ class Trainer:
     Attributes:
         iteration: optimizer steps done.
         seconds: time that they took.
+        stop: set it to what asks for it, and training stops after the present iteration, with a checkpoint.
 
     Raises:
         UserError: a part of the configuration cannot be used.
@@ -60,37 +60,55 @@ class Trainer:
         self.device = resolve_device(config.device)
         self.data = build_data(config)
         self.scheduler = build_scheduler(config)
-        self.clusters = build_clusters(
-            config.clusters, self._log_snr, self.scheduler.config.num_train_timesteps
-        )
-        self.timesteps = build_timesteps(config, self.clusters, self._log_snr)
-        weights = build_loss_weights(config, self.scheduler, self.device)
-        self._levels = (
-            torch.from_numpy(log_snr(self.scheduler, clip=(-math.inf, math.inf))).float().to(self.device)
-        )
-        self.denoising = Denoising(self.scheduler, self.device, weights)
-        self.model = build_model(config, self.data, self.device)
+        self.noise = Noise(config, self.scheduler, self.device)
+        self.process = self.noise.process
+        number, log_snr = self.noise.num_timesteps, self.noise.cluster_log_snr
+        self.clusters = build_clusters(config.clusters, log_snr, number, distribution=self.noise.distribution)
+        self.timesteps = build_timesteps(config, self.clusters, log_snr, number)
+        self.model = build_model(config, self.data, self.device, self.noise.last_time)
         self.ema = Ema(self.model, config.ema_decay)
+        self._run: torch.nn.Module = self.model
+        if config.compute.compile:
+            self._run = torch.compile(self.model)  # type: ignore[assignment]
+        if processes.world() > 1 and not config.balanced:
+            self._run = torch.nn.parallel.DistributedDataParallel(self._run)
         self.weighting = build_weighting(config, self.clusters.k, self.device)
         self.mtl = None
         if isinstance(self.weighting, LossWeighting | GramianWeighting):
-            self.mtl = ClusteredMTL(self.model, num_clusters=self.clusters.k, weighting=self.weighting)
+            options, dtype = config.compute, config.compute.jacobian_dtype
+            with blame("compute"):
+                self.mtl = ClusteredMTL(
+                    self._run,
+                    num_clusters=self.clusters.k,
+                    weighting=self.weighting,
+                    engine=options.engine,
+                    memory=options.memory,
+                    jacobian_dtype=None if dtype is None else getattr(torch, dtype),
+                    drop_nonfinite=config.loss.nonfinite == "drop",
+                )
         self.optimizer = torch.optim.AdamW(
             param_groups(self.model, self.weighting or torch.nn.Module()),
             lr=config.optimizer.lr,
             weight_decay=config.optimizer.weight_decay,
+            fused=self.device.type == "cuda",
         )
+        self.schedule = build_schedule(config, self.optimizer)
+        self.scaler = torch.amp.GradScaler(self.device.type) if config.precision == "fp16" else None
         # Fresh dropout masks and the like come from torch's own generators: build_model seeded them.
-        self.generator = torch.Generator(self.device).manual_seed(config.seed)
+        own_seed = (
+            config.seed + 1_000_003 * processes.rank()
+        )  # every process draws noise and levels of its own
+        self.generator = torch.Generator(self.device).manual_seed(own_seed)
         # Timesteps are drawn on the host, so that a step does not wait for a GPU to know its clusters.
         self._one_generator = self.device.type == "cpu"
-        own = self.generator if self._one_generator else torch.Generator().manual_seed(config.seed)
+        own = self.generator if self._one_generator else torch.Generator().manual_seed(own_seed)
         self.host_generator = own
-        self.sampler = EpochSampler(len(self.data.train), self.generator)
-        self._images = self.data.train.to(self.device)
-        self._labels = None if self.data.train_labels is None else self.data.train_labels.to(self.device)
+        self.conditioning = build_conditioning(config, self.data, self.device)
+        self.unreadable: set[str] = set()
+        self._batches: Iterator[Batch] | None = None
         self.iteration = 0
         self.seconds = 0.0
+        self.stop: str | None = None
 
     def fit(self, folder: Path, history: History, progress: Progress) -> None:
         """Train up to the configured iteration.
@@ -102,6 +120,7 @@ class Trainer:
 
         Raises:
             TrainingDiverged: a loss or a weight is not finite; the checkpoints before it stay.
+            Interrupted: `stop` was set.
         """
         self.model.train()
         begun = time.perf_counter() - self.seconds
@@ -113,8 +132,10 @@ class Trainer:
             if self.iteration % self.config.logging.every == 0 or self.iteration == total:
                 line = history.flush(self.iteration, **self._phase(), seconds=round(self.seconds, 3))
             progress.update(self.iteration, None if line is None else describe(line))
-            if self.iteration % self.config.checkpoints.every == 0 or self.iteration == total:
+            if self.iteration % self.config.checkpoints.every == 0 or self.iteration == total or self.stop:
                 self.save(folder, history)
+            if self.stop and self.iteration < total:
+                raise Interrupted(f"{self.stop} at iteration {self.iteration}; --resume continues from there")
 
     def step(self, history: History) -> None:
         """One optimizer step."""
@@ -122,14 +143,26 @@ class Trainer:
         if self.mtl is not None:
             self.mtl.measure_gramian = every > 0 and self.iteration % every == 0
         self.optimizer.zero_grad(set_to_none=True)
-        drawn = [self._backward(history) for _ in range(self.config.accumulate)]
+        with blame("training"):
+            drawn = [self._backward(history) for _ in range(self.config.accumulate)]
         norm = self._finish_gradients()
         if norm is not None:
             history.add_gradient_norm(norm)
-        self.optimizer.step()
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        if self.schedule is not None:
+            self.schedule.step()
         self.ema.update(self.model)
         losses, timesteps = (torch.cat(parts) for parts in zip(*drawn, strict=True))
-        self.timesteps.update(losses, timesteps)
+        losses, timesteps = processes.gathered(losses), processes.gathered(timesteps)
+        if self.config.loss.nonfinite == "drop":
+            counted = losses.isfinite()
+            losses, timesteps = losses[counted], timesteps[counted]
+        if len(losses):
+            self.timesteps.update(losses, timesteps)
         self.iteration += 1
 
     def save(self, folder: Path, history: History) -> Path:
@@ -139,6 +172,8 @@ class Trainer:
             TrainingDiverged: a loss or a weight is not finite.
         """
         history.check(self.iteration)
+        if processes.rank() > 0:
+            return folder
         for name, parameter in self.model.named_parameters():
             if not parameter.isfinite().all():
                 raise TrainingDiverged(f"the weights {name} are not finite at iteration {self.iteration}")
@@ -148,13 +183,16 @@ class Trainer:
             {"model": self.model, "ema": self.ema.model},
             {
                 "iteration": self.iteration,
+                "data": self.data.fingerprint(),
                 "seconds": self.seconds,
                 "device": self.device.type,
                 "clusters": self.clusters.to_dict(),
                 "optimizer": self.optimizer.state_dict(),
+                "schedule": None if self.schedule is None else self.schedule.state_dict(),
+                "scaler": None if self.scaler is None else self.scaler.state_dict(),
                 "weighting": None if self.weighting is None else self.weighting.state_dict(),
                 "ema_updates": self.ema.updates,
-                "sampler": self.sampler.state_dict(),
+                "unreadable": sorted(self.unreadable),
                 "timesteps": self.timesteps.state_dict(),
                 "history": history.state_dict(),
                 "generator": self.generator.get_state(),
@@ -177,22 +215,37 @@ class Trainer:
             raise UserError(
                 f"device: expected {state['device']}, on which {path} was written, found {self.device.type}"
             )
+        data = self.data.fingerprint()
+        if state.get("data", data) != data:
+            raise UserError(f"data: expected those of {path}, {state['data']}, found {data}")
         checkpoint.load_module(path, "model", self.model)
         checkpoint.load_module(path, "ema", self.ema.model)
-        saved = IntervalClustering.from_dict(state["clusters"])
-        if saved.boundaries.tolist() != self.clusters.boundaries.tolist():  # of another affinity, for example
+        saved = type(self.clusters).from_dict(state["clusters"])
+        if saved.probabilities.tolist() != self.clusters.probabilities.tolist():  # of another affinity, say
             raise UserError(f"clusters: expected those of {path}, {saved}, found {self.clusters}")
+        with blame(f"checkpoint {path}: {checkpoint.STATE} does not fit"):
+            self._load_state(state, history)
+
+    def _load_state(self, state: dict[str, Any], history: History) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
+        for part, name in ((self.schedule, "schedule"), (self.scaler, "scaler")):
+            if part is not None:
+                part.load_state_dict(state[name])
         if self.weighting is not None:
             self.weighting.load_state_dict(state["weighting"])
         self.ema.updates = state["ema_updates"]
-        self.generator.set_state(state["generator"])
-        if not self._one_generator:
+        if processes.rank() > 0:  # the saved ones are the first process's
+            for generator in (self.generator, self.host_generator):
+                generator.manual_seed(generator.initial_seed() + state["iteration"])
+        else:
+            self.generator.set_state(state["generator"])
+        if processes.rank() == 0 and not self._one_generator:
             self.host_generator.set_state(state["host_generator"])
-        self.sampler.load_state_dict(state["sampler"])
+        self.unreadable, self._batches = set(state["unreadable"]), None
         with blame("curriculum"):
             self.timesteps.load_state_dict(state["timesteps"])
-        history.load_state_dict(state["history"], self.device)
+        if processes.rank() == 0:
+            history.load_state_dict(state["history"], self.device)
         torch.set_rng_state(state["torch_rng"])
         if state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
@@ -204,33 +257,71 @@ class Trainer:
         Returns:
             Losses and timesteps [B] of the samples.
         """
-        index = self.sampler.next(self.config.batch_size)
-        images = self._images[index]
-        labels = None if self._labels is None else self._labels[index]
+        batch = self._next_batch()
+        images, arguments = batch.x, self.conditioning.arguments(batch.conditioning, self._dropped())
         t, cluster = self.timesteps.sample(len(images), device=self.device, generator=self.host_generator)
         noise = torch.randn(images.shape, generator=self.generator, device=self.device)
-        noisy = self.denoising.add_noise(images, noise, t)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+        noisy, told = self.process.inputs(self.process.noisy(images, noise, t), t)
+        half = torch.float16 if self.config.precision == "fp16" else torch.bfloat16
+        with torch.autocast(self.device.type, half, enabled=self.config.precision != "fp32"):
             if self.mtl is None:
-                output = self.model(noisy, t, **condition(labels))
+                with blame("model"):
+                    output = denoise(self._run, noisy, told, arguments)
             else:
                 with blame("model"):  # it may be one that cannot be split by cluster
-                    output = self.mtl(noisy, t, **condition(labels), cluster=cluster)
-        loss = self.denoising.loss(prediction(output), images, noise, t)
+                    output = denoise(self.mtl, noisy, told, arguments, cluster=cluster)
+        loss = self.process.loss(prediction(output), images, noise, t)
         weight = self.timesteps.weight(t)
         if isinstance(self.weighting, ContinuousUncertainty):
-            levels = self._levels[t]
-            (self.weighting.per_sample(loss, levels) * weight).mean().backward()
+            levels = self.process.log_snr(t)
+            self._scaled((self.weighting.per_sample(loss, levels) * weight).mean()).backward()
             self._record_plain(history, loss.detach(), weight, t, self.weighting.log_var(levels).detach())
         elif self.mtl is None:
-            (loss * weight).mean().backward()
+            self._scaled((loss * weight).mean()).backward()
             self._record_plain(history, loss.detach(), weight, t)
         else:
-            self.mtl.backward(loss * weight)
+            self.mtl.backward(loss * weight, scaler=self.scaler)
             last = self.mtl.last
             assert last is not None  # set by backward
-            history.add(last.losses, last.present, last.weights, last.gramian)
+            history.add(last.losses, last.present, last.weights, last.gramian, last.dropped)
         return loss.detach(), t
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return loss if self.scaler is None else self.scaler.scale(loss)
+
+    def _next_batch(self) -> Batch:
+        """The next batch of the order that the seed gives, on the device.
+
+        Raises:
+            UserError: more samples than allowed cannot be read.
+        """
+        config = self.config
+        if self._batches is None:
+            items, seen = self.data.training, self.iteration * config.accumulate
+            place = processes.rank(), processes.world()
+            order = EpochOrder(len(items), config.batch_size, config.seed, seen, *place)
+            self._batches = batches(items, order, workers=config.workers, pin=self.device.type == "cuda")
+        with blame("data", (ValueError, RuntimeError)):
+            batch = next(self._batches)
+        for name, reason in batch.unreadable.items():
+            if name not in self.unreadable:
+                logging.getLogger("diffmtl_fast").warning(
+                    "left out %s, which cannot be read: %s", name, reason
+                )
+            self.unreadable.add(name)
+            if len(self.unreadable) > config.unreadable:
+                raise UserError(
+                    f"unreadable: expected at most {config.unreadable} files that cannot be read, found one more: "
+                    f"{name} ({reason})"
+                )
+        return batch.to(self.device)
+
+    def _dropped(self) -> Tensor | None:
+        """Which samples lose their condition, bool [B]; None for none."""
+        share, count = self.config.conditioning.dropout, self.config.batch_size
+        if share == 0:
+            return None
+        return torch.rand(count, generator=self.generator, device=self.device) < share
 
     def _record_plain(
         self, history: History, loss: Tensor, weight: Tensor, t: Tensor, log_var: Tensor | None = None
@@ -248,9 +339,6 @@ class Trainer:
         present = torch.zeros(k, dtype=torch.bool, device=self.device).index_fill(0, cluster, True)
         history.add(losses, present, weights)
 
-    def _log_snr(self) -> NDArray[np.float64]:
-        return log_snr(self.scheduler)
-
     def _phase(self) -> dict[str, int]:
         """The phase of the next iteration, for the log; empty without a curriculum."""
         return {"phase": self.timesteps.phase} if isinstance(self.timesteps, DifficultyCurriculum) else {}
@@ -263,4 +351,11 @@ class Trainer:
                 foreach_div_(grads, self.config.accumulate)
         if self.config.clip == 0:
             return None
+        last = None if self.mtl is None else self.mtl.last
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        elif last is not None and last.grad_norm is not None:  # the step has measured it
+            norm = last.grad_norm / self.config.accumulate
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip, norm)
+            return norm
         return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)

@@ -22,12 +22,14 @@ def samples(path: Path, pictures: Tensor, labels: Tensor | None, title: str) -> 
 
     Args:
         path: the picture file.
-        pictures: [N, C, H, W] in [-1, 1].
+        pictures: [N, C, H, W] in [-1, 1]; of channels other than 1 or 3 the first is drawn.
         labels: [N] classes; None for one square grid.
         title: above the grid.
     """
     rows = _rows(pictures, labels)
     columns = max(len(row) for _, row in rows)
+    if pictures.shape[1] not in (1, 3):  # no colours: latents, for example
+        pictures = pictures[:, :1]
     images = ((pictures.clamp(-1, 1) + 1) / 2).movedim(1, -1).numpy()
     height, width = images.shape[1:3]
     size = 0.55
@@ -51,6 +53,7 @@ def clusters(
     log_snr: NDArray[np.float64],
     title: str,
     costs: ClusterPath | None = None,
+    continuous: bool = False,
 ) -> None:
     """The log-SNR curve with the clusters' intervals shaded.
 
@@ -60,6 +63,7 @@ def clusters(
         log_snr: [T].
         title: above the curve.
         costs: the optima for every k, drawn in a second panel.
+        continuous: the timesteps are cells of equal probability of continuous levels.
     """
     figure = new_figure(6.4 if costs is None else 9.6, 3.2)
     if costs is None:
@@ -83,9 +87,50 @@ def clusters(
     low, high = float(log_snr.min()), float(log_snr.max())
     axis.set_ylim(low - 0.05 * (high - low), high + 0.25 * (high - low))  # room for the labels
     axis.set_xlim(0, clustering.num_timesteps)
-    axis.set_xlabel("timestep t")
+    axis.set_xlabel("quantile of the noise level" if continuous else "timestep t")
     axis.set_ylabel("log-SNR")
     axis.set_title(title, fontsize=10)
+    save(figure, path)
+
+
+def samplers(
+    path: Path,
+    probabilities: dict[str, dict[str, NDArray[np.float64]]],
+    clustering: IntervalClustering,
+    title: str,
+) -> None:
+    """What every sampler draws, a panel each, with the clusters' intervals shaded.
+
+    Args:
+        path: the picture file.
+        probabilities: [T] of the timesteps, by the sampler and what it depends on.
+        clustering: the clusters.
+        title: above the panels.
+    """
+    columns = 4
+    rows = -(-len(probabilities) // columns)
+    figure = new_figure(2.9 * columns, 2.2 * rows + 0.4)
+    panels = figure.subplots(rows, columns, sharex=True, squeeze=False).ravel()
+    for axis in panels[len(probabilities) :]:
+        axis.set_axis_off()
+    number = clustering.num_timesteps
+    for axis, (name, cases) in zip(panels, probabilities.items(), strict=False):
+        for cluster, (left, right) in enumerate(itertools.pairwise(clustering.boundaries)):
+            axis.axvspan(left, right, color="black", alpha=0.07 * (cluster % 2), linewidth=0)
+        axis.axhline(1.0, color="dimgray", linewidth=0.8, linestyle=":")
+        for colour, (case, values) in zip(colours(len(cases)), cases.items(), strict=True):
+            axis.stairs(
+                number * values, np.arange(number + 1), color=colour, baseline=None, linewidth=1.4, label=case
+            )
+        axis.set_title(name, fontsize=10)
+        axis.set_xlim(0, number)
+        axis.set_ylim(bottom=0)
+        axis.tick_params(labelsize=8, labelbottom=True)
+        if len(cases) > 1:
+            axis.legend(fontsize=6, frameon=False)
+    figure.supxlabel("timestep t (log-SNR clusters shaded)", fontsize=9)
+    figure.supylabel("times as often as in ordinary training", fontsize=9)
+    figure.suptitle(title, fontsize=10)
     save(figure, path)
 
 
@@ -99,6 +144,39 @@ def _plot_costs(path: ClusterPath, axis: Any) -> None:
     axis.set_xlabel("number of clusters k")
     axis.set_ylabel("optimal cost")
     axis.legend(frameon=False)
+
+
+def uncertainty(
+    path: Path,
+    log_snr: NDArray[np.float64],
+    log_var: NDArray[np.float64],
+    centres: NDArray[np.float64],
+    log_losses: NDArray[np.float64],
+    title: str,
+) -> None:
+    """The log-variance u learned at every noise level, and the weight e^−u of the loss there.
+
+    Args:
+        path: the picture file.
+        log_snr: [T].
+        log_var: u, [T].
+        centres: mean log-SNR of every cluster, [K].
+        log_losses: logarithm of every cluster's last losses, [K], which u is best at; NaN for none.
+        title: above the panels.
+    """
+    figure = new_figure(8.4, 3.2)
+    left, right = figure.subplots(1, 2)
+    left.plot(log_snr, log_var, color="black", linewidth=1.8, label="u")
+    left.plot(centres, log_losses, "o", color="tab:red", markersize=5, label="log loss of each cluster")
+    left.set_ylabel("log-variance u")
+    left.legend(frameon=False, fontsize=8)
+    right.semilogy(log_snr, np.exp(-log_var), color="black", linewidth=1.8)
+    right.set_ylabel("weight of the loss, exp(−u)")
+    for axis in (left, right):
+        axis.set_xlabel("log-SNR (noisier to the left)")
+        axis.grid(alpha=0.25)
+    figure.suptitle(title, fontsize=10)
+    save(figure, path)
 
 
 def training(path: Path, lines: Sequence[dict[str, Any]], title: str) -> None:

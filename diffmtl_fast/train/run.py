@@ -4,29 +4,48 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
-from collections.abc import Callable
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import torch
+
+from .._figures import smooth
 from .._files import replacing
-from .._progress import open_progress
-from ..diffusion import log_snr
-from . import checkpoint, evaluation, history, plots
-from .config import Config, differences
-from .errors import TrainingDiverged, UserError
+from .._progress import NoProgress, open_progress
+from ..data import EpochOrder, ImageData, batches
+from ..data.items import Conditions
+from ..weighting import ContinuousUncertainty
+from . import checkpoint, evaluation, history, plots, processes
+from .components import in_timesteps
+from .config import NEIGHBOURS, Config, differences
+from .errors import TrainingDiverged, UserError, blame
 from .folder import RunFolder
 from .history import History
 from .loop import Trainer
+from .sampling import draw
 from .titles import clusters_title, method_title
 from .trained_denoiser import TrainedDenoiser
 
 # What may differ when a run is resumed, because the iterations already done do not depend on it. A run may be
-# made longer: no schedule looks at its length. Of the device the type alone counts, and Trainer.load compares it.
-FREE_ON_RESUME = {"iterations", "device", "checkpoints.every", "checkpoints.keep", "logging.tensorboard"}
+# made longer unless its learning rates fall towards its end. Of the device the type alone counts, and Trainer.load
+# compares it.
+FREE_ON_RESUME = ("iterations", "device", "checkpoints.", "logging.", "sampling.", "evaluation.")
+# What else drawn pictures and their metrics depend on.
+_DRAWING = ("sampling.", "evaluation.")
 
+# Images of the data that a rehearsal measures with.
+REHEARSED = 64
 # Schedules that reach pure noise or pure signal have no end on a plot.
 LOG_SNR_DRAWN = (-25.0, 25.0)
+# Of the log, whose losses are averaged for the picture of the uncertainty.
+LINES_DRAWN = 20
 
 
 def train(
@@ -51,7 +70,14 @@ def train(
         UserError: the run cannot be started or continued as asked.
         TrainingDiverged: a loss or a weight is not finite.
     """
+    with processes.joined(config) as config:
+        _train(config, run, resume, chosen, outputs)
+
+
+def _train(config: Config, run: RunFolder, resume: bool, chosen: Path | None, outputs: bool) -> None:
     begun = run.begun
+    if processes.world() > 1:
+        torch.distributed.barrier()  # all have looked before the first one makes the folder
     if begun and not resume:
         raise UserError(
             f"run folder {run}: holds a run already; --resume continues it, --run-dir names another"
@@ -61,16 +87,24 @@ def train(
     if begun:
         _check_same(config, run)
         last = run.checkpoint(chosen)
-        if last is not None and _complete(config, run, last, outputs):
+        if last is not None and not _draws_otherwise(config, run) and _complete(config, run, last, outputs):
             print(f"{run} is already complete")
             return
     trainer = Trainer(config)  # before the folder is made, so that a bad option leaves nothing behind
+    if outputs and processes.rank() == 0:
+        rehearse(trainer)
+    if processes.rank() > 0:
+        _follow(trainer, run.checkpoint(chosen) if begun else None, run.checkpoints)
+        return
     run.create()
     with run.lock():
+        if begun and _draws_otherwise(config, run):
+            run.remove_outputs()
         run.write_config(config)
         print(_summary(trainer), flush=True)
         try:
-            _fit(trainer, run, chosen)
+            with _stopping(trainer):
+                _fit(trainer, run, chosen)
         except TrainingDiverged as error:
             good = run.checkpoint()
             raise TrainingDiverged(f"{error}; the last good checkpoint is {good or 'none'}") from error
@@ -79,18 +113,95 @@ def train(
     print(f"finished; see {run}")
 
 
+def rehearse(trainer: Trainer) -> None:
+    """Draw, put into a picture and measure a few pictures of the untrained model: what the run's end will do.
+
+    Random states and the model's mode are put back.
+
+    Raises:
+        UserError: the end of the run would fail.
+    """
+    config, data = trainer.config, trainer.data.images(REHEARSED)
+    kind = trainer.scheduler.config.get("prediction_type", "epsilon")
+    signal = torch.as_tensor([] if trainer.process.continuous else trainer.scheduler.alphas_cumprod)
+    if kind == "epsilon" and bool((signal == 0).any()):
+        raise UserError(
+            "sampling: expected prediction type v_prediction or sample for a schedule that ends in pure noise, of "
+            "which epsilon tells nothing, found epsilon"
+        )
+    some = torch.linspace(0, len(data.train) - 1, min(len(data.train), REHEARSED)).long()
+    few = torch.linspace(0, len(data.test) - 1, min(len(data.test), REHEARSED)).long()
+    labels = None if data.train_labels is None else data.train_labels[some[: NEIGHBOURS + 1]]
+    training = trainer.model.training
+    devices = [trainer.device] if trainer.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), tempfile.TemporaryDirectory() as folder:
+        conditions: Conditions = labels
+        if labels is None and config.conditioning.enabled:
+            items = trainer.data.training
+            conditions = next(
+                batches(items, EpochOrder(len(items), 2, config.seed), augment=False)
+            ).conditioning
+        shape = (2 if labels is None else len(labels), *data.shape)
+        given = trainer.conditioning
+        pictures = draw(
+            trainer.model, trainer.scheduler, config.sampling, shape, conditions, config.seed, given
+        )
+        save = getattr(trainer.model, "save_pretrained", None)
+        if callable(save) and not config.compute.lora:
+            with blame("model: save_pretrained"):
+                save(Path(folder) / "model")
+        with blame("samples.png"):
+            plots.samples(Path(folder) / "samples.png", pictures, labels, "rehearsal")
+        if config.evaluation.num_samples and labels is not None:
+            assert data.train_labels is not None
+            assert data.test_labels is not None
+            kinds, found = data.train_labels[some].unique(return_inverse=True)
+            part = ImageData(data.train[some], found, data.test[few], data.test_labels[few] % len(kinds))
+            with blame("evaluation"):
+                evaluation.evaluate(part, pictures, found[: len(labels)], config.seed)
+    trainer.model.train(training)
+
+
+@contextlib.contextmanager
+def _stopping(trainer: Trainer) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM stop training after the present iteration; a second one stops it at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        trainer.stop = "interrupted" if number == signal.SIGINT else "terminated"
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _draws_otherwise(config: Config, run: RunFolder) -> bool:
+    """Whether pictures and metrics that are there are of other options."""
+    return any(key.startswith(_DRAWING) for key in differences(config, run.read_config()))
+
+
 def _summary(trainer: Trainer) -> str:
     config = trainer.config
     size = sum(parameter.numel() for parameter in trainer.model.parameters())
     return (
-        f"{method_title(config)}, {size:,} parameters, {len(trainer.data.train):,} images, {trainer.device}, "
+        f"{method_title(config)}, {size:,} parameters, {len(trainer.data.training):,} images, {trainer.device}, "
         f"{config.precision}"
     )
 
 
 def _check_same(config: Config, run: RunFolder) -> None:
     for key, (now, then) in differences(config, run.read_config()).items():
-        if key not in FREE_ON_RESUME:
+        longer = key == "iterations" and config.optimizer.schedule != "constant"
+        if longer or not key.startswith(FREE_ON_RESUME):
             raise UserError(
                 f"{key}: expected {then!r}, as in the run that --resume continues, found {now!r} "
                 "(what is not given is as in that run)"
@@ -119,6 +230,9 @@ def _fit(trainer: Trainer, run: RunFolder, chosen: Path | None) -> None:
     with contextlib.closing(log):
         if start is not None:
             trainer.load(start, log)
+        if processes.world() > 1:
+            torch.distributed.barrier()  # all have read before anything is removed or written
+        if start is not None:
             run.remove_newer(start)
             print(f"continuing {run} from iteration {trainer.iteration}")
         if trainer.iteration < trainer.config.iterations:
@@ -127,15 +241,31 @@ def _fit(trainer: Trainer, run: RunFolder, chosen: Path | None) -> None:
             trainer.fit(run.checkpoints, log, progress)
 
 
+def _follow(trainer: Trainer, start: Path | None, checkpoints: Path) -> None:
+    """Train with the first process, which alone writes."""
+    with contextlib.closing(History(Path(os.devnull))) as log:
+        if start is not None:
+            trainer.load(start, log)
+        if processes.world() > 1:
+            torch.distributed.barrier()
+        trainer.fit(checkpoints, log, NoProgress())
+
+
 def _write_outputs(trainer: Trainer, run: RunFolder) -> None:
     """Write what is not there yet; a run killed on the way has a part of it."""
     trained = TrainedDenoiser(
-        trainer.config, trainer.data, trainer.scheduler, trainer.ema.model, trainer.iteration
+        trainer.config,
+        trainer.data,
+        trainer.scheduler,
+        trainer.ema.model,
+        trainer.iteration,
+        trainer.conditioning,
     )
     writers: dict[Path, Callable[[Path], object]] = {
         run.model: trained.write_model,
         run.clusters: lambda path: write_clusters(trainer, path),
         run.training: lambda path: write_training(run, trained.title, path),
+        run.uncertainty: lambda path: write_uncertainty(trainer, run, path),
         run.samples: trained.write_samples,
         run.metrics: trained.write_metrics,
     }
@@ -149,10 +279,26 @@ def _write_outputs(trainer: Trainer, run: RunFolder) -> None:
 
 def write_clusters(trainer: Trainer, path: Path) -> None:
     """Draw the clusters of a run."""
-    levels = log_snr(trainer.scheduler, clip=LOG_SNR_DRAWN)
+    levels = trainer.noise.log_snr(LOG_SNR_DRAWN)
     with replacing(path) as aside:
         found = replace(trainer.config.clusters, k=trainer.clusters.k)  # the number where that was "auto"
-        plots.clusters(aside, trainer.clusters, levels, clusters_title(found))
+        shown = in_timesteps(trainer.clusters, trainer.noise.num_timesteps)
+        plots.clusters(aside, shown, levels, clusters_title(found), continuous=trainer.process.continuous)
+
+
+def write_uncertainty(trainer: Trainer, run: RunFolder, path: Path) -> None:
+    """Draw the log-variance that continuous uncertainty weighting learned, beside the clusters' last losses."""
+    assert isinstance(trainer.weighting, ContinuousUncertainty)
+    levels = trainer.noise.log_snr(LOG_SNR_DRAWN)
+    with torch.no_grad():
+        log_var = trainer.weighting.log_var(torch.from_numpy(levels).float().to(trainer.device)).cpu().numpy()
+    lines = history.read(run.log)
+    losses = np.array([line["losses"] for line in lines], dtype=float)  # None becomes NaN
+    means = smooth(losses, LINES_DRAWN)[-1]
+    clusters = in_timesteps(trainer.clusters, trainer.noise.num_timesteps)
+    centres = np.add.reduceat(levels, clusters.boundaries[:-1]) / clusters.sizes
+    with replacing(path) as aside:
+        plots.uncertainty(aside, levels, log_var, centres, np.log(means), method_title(trainer.config))
 
 
 def write_training(run: RunFolder, title: str, path: Path) -> None:

@@ -31,24 +31,26 @@ from ..analysis import (
 )
 from ..analysis import negative_transfer as measure_negative_transfer
 from ..clustering import IntervalClustering, cluster_timesteps
-from ..diffusion import log_snr
+from ..data.items import Visits
 from . import checkpoint, history
 from .components import (
+    Data,
     build_clusters,
+    build_conditioning,
     build_data,
     build_model,
     build_scheduler,
-    condition,
+    denoise,
+    in_timesteps,
     prediction,
     resolve_device,
 )
-from .config import Clusters, Config
-from .data import ImageData
-from .denoising import Denoising
+from .config import IN_MEMORY, Clusters, Config, Loss
 from .errors import UserError, blame
 from .evaluation import Judge
 from .experts import expert_checkpoint, load_expert, train_expert
 from .folder import RunFolder
+from .noise import Noise
 from .run import LOG_SNR_DRAWN
 from .sampling import draw
 from .titles import method_title
@@ -91,9 +93,10 @@ def affinity(
         UserError: the run has no intact checkpoint, or an argument is out of range.
     """
     config = replace(run.read_config(), device=device)
-    where, data, scheduler = resolve_device(config.device), build_data(config), build_scheduler(config)
+    where, data = resolve_device(config.device), build_data(config)
+    noise = Noise(replace(config, loss=Loss()), build_scheduler(config), where)
     model = build_model(config, data, where).train()
-    number = scheduler.config.num_train_timesteps
+    number = noise.num_timesteps
     with blame("tasks"):
         groups = cluster_timesteps(number, number if tasks is None else tasks)
     options: dict[str, Any] = {
@@ -112,7 +115,7 @@ def affinity(
     with blame("affinity", (ValueError,)):
         measured = task_affinity(
             model,
-            denoising_loss(data, scheduler, where),
+            denoising_loss(config, data, noise, where),
             groups,
             checkpoints={path.name: partial(_load_weights, path) for path in paths},
             folder=unfinished,
@@ -125,7 +128,7 @@ def affinity(
     if measured.reliability is not None:
         about["reliability"] = measured.reliability.tolist()
         measured, title = measured.disattenuated, f"{title}, corrected for their noise"
-    levels = log_snr(scheduler, clip=LOG_SNR_DRAWN)
+    levels = noise.log_snr(LOG_SNR_DRAWN)
     written = _write(affinity_file(run, disattenuated=disattenuate), measured, about, levels, title)
     remove(unfinished)
     return written
@@ -183,17 +186,18 @@ def negative_transfer(
     with blame("resamples"):
         if resamples < 1:
             raise ValueError(f"expected at least 1, found {resamples}")
-    found = _intervals(intervals, trained.scheduler)
+    noise = Noise(config, trained.scheduler)
+    found = _intervals(intervals, noise)
     folders = _train_experts(run, config, found, iterations)
     chosen_experts = [
         None if expert_iteration is None else expert_checkpoint(folder, expert_iteration)
         for folder in folders
     ]
-    judge = Judge(trained.data)
+    judge = Judge(trained.data.images(IN_MEMORY))
 
     def sample(model: nn.Module) -> Tensor:
         shape = (len(labels), *trained.data.shape)
-        return draw(model, trained.scheduler, config.sampling, shape, labels, seed)
+        return draw(model, trained.scheduler, config.sampling, shape, labels, seed, trained.conditioning)
 
     measured = measure_negative_transfer(
         trained.model,
@@ -202,6 +206,7 @@ def negative_transfer(
         sample,
         judge.features,
         judge.real,
+        times=noise.model_times(found.boundaries),
         resamples=resamples,
         seed=seed,
         progress=True,
@@ -252,19 +257,20 @@ def difficulty(
         TrainingDiverged: an expert's loss or weight is not finite.
     """
     config = replace(run.read_config(), device=device)
-    data, scheduler = build_data(config), build_scheduler(config)
+    data = build_data(config).images(IN_MEMORY)
+    noise = Noise(config, build_scheduler(config))
     with blame("fraction"):
         if not 0.0 < fraction < 1.0:
             raise ValueError(f"expected a number between 0 and 1, found {fraction}")
     with blame("scheduler"):
-        levels = log_snr(scheduler)
+        levels = noise.log_snr()
         curves = {
             "of one image (conditional)": conditional_relative_entropy(
                 levels, float(data.train.double().square().mean())
             ),
             "of a Gaussian fit of the images": gaussian_relative_entropy(levels, GaussianFit.of(data.train)),
         }
-    found = _intervals(intervals, scheduler)
+    found = _intervals(intervals, noise)
     folders = _train_experts(run, config, found, iterations)
     logs = [history.read(folder.log) for folder in folders]
     with blame("iterations"):
@@ -295,19 +301,19 @@ def difficulty(
 
 
 def denoising_loss(
-    data: ImageData, scheduler: Any, device: torch.device
+    config: Config, data: Data, noise: Noise, device: torch.device
 ) -> Callable[[Callable[..., Any], Tensor, torch.Generator], Tensor]:
     """The losses of training images drawn at random, with fresh noise, at given timesteps: a `TimestepLoss`."""
-    denoising = Denoising(scheduler, device)
-    images = data.train.to(device)
-    labels = None if data.train_labels is None else data.train_labels.to(device)
+    process = noise.process
+    conditioning = build_conditioning(config, data, device)
 
     def loss(model: Callable[..., Any], t: Tensor, generator: torch.Generator) -> Tensor:
-        index = torch.randint(len(images), t.shape, generator=generator, device=device)
-        clean, classes = images[index], None if labels is None else labels[index]
-        noise = torch.randn(clean.shape, generator=generator, device=device)
-        output = model(denoising.add_noise(clean, noise, t), t, **condition(classes))
-        return denoising.loss(prediction(output), clean, noise, t)
+        index = torch.randint(len(data.training), t.shape, generator=generator, device=device)
+        batch = Visits(data.training, None).__getitems__(index.tolist()).to(device)
+        clean, arguments = batch.x, conditioning.arguments(batch.conditioning)
+        drawn, level = torch.randn(clean.shape, generator=generator, device=device), noise.at(t)
+        output = denoise(model, *process.inputs(process.noisy(clean, drawn, level), level), arguments)
+        return process.loss(prediction(output), clean, drawn, level)
 
     return loss
 
@@ -345,9 +351,10 @@ def _with_steps(config: Config, steps: int | None) -> Config:
     return replace(config, sampling=replace(config.sampling, steps=steps))
 
 
-def _intervals(clusters: Clusters, scheduler: Any) -> IntervalClustering:
-    number = scheduler.config.num_train_timesteps
-    return build_clusters(clusters, lambda: log_snr(scheduler), number, "intervals")
+def _intervals(clusters: Clusters, noise: Noise) -> IntervalClustering:
+    number = noise.num_timesteps
+    found = build_clusters(clusters, noise.log_snr, number, "intervals", noise.distribution)
+    return in_timesteps(found, number)
 
 
 def _train_experts(

@@ -9,9 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .components import condition, import_object, prediction
+from .._extras import require
+from ..data import Classes, Conditioning
+from ..data.items import Conditions
+from ..diffusion import noise_process
+from .components import denoise, import_object, prediction
 from .config import Sampling
-from .errors import blame
+from .errors import UserError, blame
 
 
 def build_sampler(config: Sampling, scheduler: Any) -> Any:
@@ -20,8 +24,12 @@ def build_sampler(config: Sampling, scheduler: Any) -> Any:
     Raises:
         UserError: it cannot be made from that schedule.
     """
-    sampler_class: Any = import_object("sampling.scheduler", config.scheduler.path)
-    with blame("sampling", (AttributeError, TypeError, ValueError)):
+    sampler_class: Any = type(scheduler)
+    if config.scheduler.path != "auto":
+        sampler_class = import_object("sampling.scheduler", config.scheduler.path)
+    elif not noise_process(scheduler).continuous:
+        sampler_class = require("diffusers", "train").DDIMScheduler
+    with blame("sampling"):
         sampler = sampler_class.from_config(scheduler.config, **config.scheduler.args)
         sampler.set_timesteps(config.steps)
     return sampler
@@ -33,8 +41,9 @@ def draw(
     scheduler: Any,
     config: Sampling,
     shape: Sequence[int],
-    labels: Tensor | None,
+    labels: Conditions,
     seed: int,
+    conditioning: Conditioning | None = None,
 ) -> Tensor:
     """Denoise pictures from noise.
 
@@ -46,11 +55,15 @@ def draw(
         scheduler: the scheduler of training.
         config: sampler, steps, batch size.
         shape: [N, C, H, W].
-        labels: int64 [N] classes, or None.
+        labels: conditions of the pictures, such as int64 [N] classes, or None.
         seed: of the noise.
+        conditioning: passes the conditions to the model; by default as ``class_labels``.
 
     Returns:
         float32 [N, C, H, W] on the CPU, clipped to [-1, 1].
+
+    Raises:
+        UserError: the sampler cannot draw with this model, or draws what is not finite.
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
@@ -59,16 +72,20 @@ def draw(
     parts = []
     for start in range(0, len(noise), config.batch_size):
         part = slice(start, start + config.batch_size)
-        parts.append(
-            _denoise(
-                model,
-                build_sampler(config, scheduler),
-                noise[part].to(device),
-                None if labels is None else labels[part].to(device),
-                generator,
-            )
+        sampler, arguments = (
+            build_sampler(config, scheduler),
+            _arguments(conditioning or Classes(0), labels, part, device, config.guidance),
         )
-    return torch.cat(parts).clamp(-1.0, 1.0)
+        with blame("sampling"):
+            drawn = _denoise(model, sampler, noise[part].to(device), arguments, generator, config.guidance)
+            parts.append(drawn)
+    pictures = torch.cat(parts)
+    if not pictures.isfinite().all():
+        raise UserError(
+            f"sampling: expected finite pictures, found NaN or infinity after {config.steps} steps of "
+            f"{config.scheduler.path} (of pure noise epsilon tells nothing: predict v, or sample)"
+        )
+    return pictures.clamp(-1.0, 1.0)
 
 
 def balanced_labels(count: int, num_classes: int) -> Tensor | None:
@@ -76,13 +93,30 @@ def balanced_labels(count: int, num_classes: int) -> Tensor | None:
     return torch.arange(count) % num_classes if num_classes else None
 
 
+def _arguments(
+    conditioning: Conditioning, labels: Conditions, part: slice, device: torch.device, guidance: float
+) -> list[dict[str, Any]]:
+    """Arguments of the model for some of the pictures; with guidance also those without a condition."""
+    if labels is None:
+        return [{}]
+    values = labels[part]
+    values = values.to(device) if isinstance(values, Tensor) else values
+    found = [conditioning.arguments(values)]
+    if guidance != 1.0:
+        found.append(conditioning.arguments(values, torch.ones(len(values), dtype=torch.bool, device=device)))
+    return found
+
+
 def _denoise(
-    model: nn.Module, sampler: Any, x: Tensor, labels: Tensor | None, generator: torch.Generator
+    model: nn.Module, sampler: Any, x: Tensor, arguments: Any, generator: torch.Generator, guidance: float
 ) -> Tensor:
     stochastic = "generator" in inspect.signature(sampler.step).parameters
-    x = x * sampler.init_noise_sigma
+    x = x * getattr(sampler, "init_noise_sigma", 1.0)  # flow matching starts from the noise as it is
     for t in sampler.timesteps:
-        scaled = sampler.scale_model_input(x, t)
-        output = prediction(model(scaled, t.to(x.device).expand(len(x)), **condition(labels)))
+        scaled = sampler.scale_model_input(x, t) if hasattr(sampler, "scale_model_input") else x
+        told = t.to(x.device).expand(len(x))
+        output, *without = (prediction(denoise(model, scaled, told, each)) for each in arguments)
+        if without:
+            output = torch.lerp(without[0], output, guidance)
         x = sampler.step(output.float(), t, x, **({"generator": generator} if stochastic else {})).prev_sample
     return x.float().cpu()

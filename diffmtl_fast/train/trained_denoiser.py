@@ -9,12 +9,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._extras import require
 from .._files import replacing
+from ..data import Conditioning, EpochOrder, batches
+from ..data.items import Conditions
 from . import checkpoint, evaluation, plots, sampling
-from .components import build_data, build_model, build_scheduler, resolve_device
-from .config import NEIGHBOURS, Config
-from .data import ImageData
-from .errors import UserError
+from .components import Data, build_conditioning, build_data, build_model, build_scheduler, resolve_device
+from .config import IN_MEMORY, NEIGHBOURS, Config
+from .errors import UserError, blame
 from .folder import RunFolder
 from .titles import method_title
 
@@ -32,23 +34,27 @@ class TrainedDenoiser:
         scheduler: the noise schedule of training.
         model: the denoiser with its EMA weights.
         iteration: optimizer steps done.
+        conditioning: passes conditions to the model.
     """
 
     config: Config
-    data: ImageData
+    data: Data
     scheduler: Any
     model: nn.Module
     iteration: int
+    conditioning: Conditioning | None = None
 
     @property
     def title(self) -> str:
         """What the pictures say of the run."""
         return f"{method_title(self.config)}, {self.iteration:,} iterations"
 
-    def draw(self, labels: Tensor | None, count: int, seed: int) -> Tensor:
+    def draw(self, labels: Conditions, count: int, seed: int) -> Tensor:
         """Draw pictures, float32 [count, C, H, W] in [-1, 1]."""
         shape = (count, *self.data.shape)
-        return sampling.draw(self.model, self.scheduler, self.config.sampling, shape, labels, seed)
+        return sampling.draw(
+            self.model, self.scheduler, self.config.sampling, shape, labels, seed, self.conditioning
+        )
 
     def evaluate(self, num_samples: int | None = None) -> dict[str, Any]:
         """The metrics of the run; the same for the same weights and seed.
@@ -62,7 +68,7 @@ class TrainedDenoiser:
         labels = self.labels_to_judge(num_samples)
         count = len(labels)
         figures = evaluation.evaluate(
-            self.data, self.draw(labels, count, self.config.seed), labels, self.config.seed
+            self.data.images(IN_MEMORY), self.draw(labels, count, self.config.seed), labels, self.config.seed
         )
         about = {"method": self.config.method, "iterations": self.iteration, "num_samples": count}
         return {**figures, **about, "sampling_steps": self.config.sampling.steps, "seed": self.config.seed}
@@ -101,16 +107,30 @@ class TrainedDenoiser:
         labels = sampling.balanced_labels(count, drawn)
         if labels is not None:
             labels = labels * number // drawn
-        pictures = self.draw(labels, count, self.config.seed)
+        wanted = labels if number else self._conditions(count)
+        pictures = self.draw(wanted, count, self.config.seed)
         with replacing(path) as aside:
             plots.samples(aside, pictures, labels, self.title)
 
+    def _conditions(self, count: int) -> Conditions:
+        """Captions or embeddings of held-out samples, over and over; None where there are none."""
+        if not self.config.conditioning.enabled:
+            return None
+        items = self.data.validation or self.data.training
+        order = EpochOrder(len(items), count, self.config.seed)
+        return next(batches(items, order, augment=False)).conditioning
+
     def write_model(self, path: Path) -> None:
-        """Write the weights as the model's own ``save_pretrained`` does, else as safetensors."""
-        with replacing(path) as aside:
+        """Write the weights as the model's own ``save_pretrained`` does, else as safetensors; of LoRA adapters."""
+        with blame(f"{path}: cannot be written", (OSError,)), replacing(path) as aside:
             save_pretrained = getattr(self.model, "save_pretrained", None)
-            if callable(save_pretrained):
-                save_pretrained(aside)
+            if self.config.compute.lora:
+                state = require("peft", "lora").get_peft_model_state_dict(self.model)
+                aside.mkdir()
+                require("safetensors.torch", "train").save_file(state, aside / "adapter_model.safetensors")
+            elif callable(save_pretrained):
+                with blame("model: save_pretrained"):
+                    save_pretrained(aside)
             else:
                 aside.mkdir()
                 checkpoint.save_module(aside / "model.safetensors", self.model)
@@ -134,4 +154,6 @@ def load(run: RunFolder, config: Config, chosen: Path | None = None) -> TrainedD
     if path is None:
         raise UserError(f"run folder {run}: expected a checkpoint, found none yet")
     checkpoint.load_module(path, "ema", model)
-    return TrainedDenoiser(config, data, build_scheduler(config), model.eval(), checkpoint.iteration(path))
+    conditioning = build_conditioning(config, data, device)
+    done = checkpoint.iteration(path)
+    return TrainedDenoiser(config, data, build_scheduler(config), model.eval(), done, conditioning)

@@ -28,6 +28,8 @@ METHODS = methods()
 if TYPE_CHECKING:  # for editors and type checkers alone: a class that is not here works all the same
     from .aligned import AlignedMTL as AlignedMTL
     from .cagrad import CAGrad as CAGrad
+    from .constant import Constant as Constant
+    from .db_mtl import DBMTL as DBMTL
     from .dualproj import DualProj as DualProj
     from .dwa import DWA as DWA
     from .equal import Equal as Equal

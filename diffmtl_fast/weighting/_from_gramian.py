@@ -1,12 +1,12 @@
-"""What the weightings computed from a Gramian in plain PyTorch share: scale, absent clusters, overflow."""
+"""What the weightings that need the Gramian alone share: one op runs them all."""
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
-from ..ops._checks import check_present, check_same_device, check_square
-from ..ops._gramians import UnitGramian, unit_gramian
+from ..ops.gramian_weights import DEFINITIONS, gramian_weights
 from ._interface import GramianWeighting
 
 
@@ -14,10 +14,19 @@ class UnitGramianWeighting(GramianWeighting):
     """A weighting that is given cosines and norms in float64, at any scale that the Gramian's dtype can hold.
 
     Absent clusters, and those whose gradient is zero and has nothing to weigh, get weight 0 and take no part. The
-    weights are NaN where the Gramian of the present clusters is not finite. Nothing is read on the host.
+    weights are NaN where the Gramian of the present clusters is not finite. Nothing is read on the host. Its
+    `weigh` is the definition of the op `gramian_weights`, which has kernels for some classes.
+
+    Attributes:
+        settings: the numbers that `weigh` takes behind its other arguments.
     """
 
-    @torch.no_grad()
+    settings: tuple[float, ...] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        DEFINITIONS[cls.__name__] = cls.weigh
+
     def forward(self, gramian: Tensor | None, present: Tensor | None = None) -> Tensor:
         """Return the weights; see `GramianWeighting.forward`.
 
@@ -27,34 +36,20 @@ class UnitGramianWeighting(GramianWeighting):
         """
         if gramian is None:
             raise TypeError("gramian: expected a tensor [K, K], found None")
-        check_square("gramian", gramian)
-        k = gramian.shape[0]
-        present = torch.ones(k, dtype=torch.bool, device=gramian.device) if present is None else present
-        check_present(present, k)
-        check_same_device(gramian=gramian, present=present)
-        finite = (gramian.isfinite() | ~(present.unsqueeze(0) & present.unsqueeze(1))).all()
-        # Of a Gramian that overflowed nothing is computed: a factorisation may refuse NaN.
-        unit = unit_gramian(torch.where(finite, gramian, 0), present)
-        weights = self.weigh(unit, present.sum(), 4 * k * torch.finfo(gramian.dtype).eps)
-        weights = torch.where(finite, torch.where(unit.active, weights, 0), torch.nan)
-        return weights.to(gramian.dtype)
+        return gramian_weights(gramian, type(self).__name__, self.settings, present)
 
-    def weigh(self, unit: UnitGramian, number: Tensor, ridge: float) -> Tensor:
-        """Compute the weights of the active clusters.
+    @staticmethod
+    def weigh(*args: Any, **kwargs: Any) -> Tensor:
+        """Compute the weights of the active clusters, given `unit, number, ridge, *settings`.
 
-        Args:
-            unit: the cosines and norms; of clusters that are not active the row of the identity and norm 1.
-            number: n, the present clusters, a scalar on the device.
-            ridge: above what the Gramian's rounding moves the eigenvalues of the cosines by; added to them, it
-                makes them positive.
+        - unit: `UnitGramian`, the cosines and norms; of clusters that are not active the row of the identity and
+          norm 1.
+        - number: n, the present clusters, a scalar on the device.
+        - ridge: above what the Gramian's rounding moves the eigenvalues of the cosines by; added to them, it makes
+          them positive.
+        - settings: those of the weighting.
 
         Returns:
             w, float64 [K]; what stands at clusters that are not active is not looked at.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define weigh(unit, number, ridge)")
-
-
-def relative_norms(unit: UnitGramian) -> Tensor:
-    """Return the norms over the largest, [K]; 1 for clusters that are not active."""
-    largest = torch.where(unit.active, unit.norms, 0).amax()
-    return torch.where(unit.active, unit.norms / largest, 1)
+        raise NotImplementedError("expected a subclass that defines weigh(unit, number, ridge, *settings)")

@@ -69,11 +69,7 @@ class NonnegativeQuadratic:
             slope, steepest = torch.where(support, 0, x @ self.matrix + linear).min(1, keepdim=True)
             entering = at_minimum & (slope < threshold)
             # Reading this stalls an accelerator, so only the CPU leaves early; further steps change nothing.
-            if (
-                linear.device.type == "cpu"
-                and not torch.compiler.is_compiling()
-                and not (entering | ~at_minimum).any()
-            ):
+            if linear.device.type == "cpu" and not (entering | ~at_minimum).any():
                 break
             support = support | (entering & self.identity[steepest.squeeze(1)])
             factor, _ = torch.linalg.cholesky_ex(self._restricted(support))

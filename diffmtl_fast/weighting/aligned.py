@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops._gramians import UnitGramian
-from ._from_gramian import UnitGramianWeighting, relative_norms
+from ..ops._gramians import UnitGramian, relative_norms
+from ._from_gramian import UnitGramianWeighting
 from ._registry import register
 
 
@@ -29,7 +29,8 @@ class AlignedMTL(UnitGramianWeighting):
     with equal preferences.
     """
 
-    def weigh(self, unit: UnitGramian, number: Tensor, ridge: float) -> Tensor:
+    @staticmethod
+    def weigh(unit: UnitGramian, number: Tensor, ridge: float) -> Tensor:
         """Return w; see `UnitGramianWeighting.weigh`."""
         ones = unit.active.to(unit.norms.dtype)
         lengths = relative_norms(unit) * ones

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops._gramians import UnitGramian
-from ._from_gramian import UnitGramianWeighting, relative_norms
+from ..ops._gramians import UnitGramian, relative_norms
+from ._from_gramian import UnitGramianWeighting
 from ._nonnegative import NonnegativeQuadratic
 from ._registry import register
 
@@ -48,8 +48,10 @@ class CAGrad(UnitGramianWeighting):
         if not c >= 0:
             raise ValueError(f"c: expected at least 0, found {c}")
         self.c = c
+        self.settings = (c,)
 
-    def weigh(self, unit: UnitGramian, number: Tensor, ridge: float) -> Tensor:
+    @staticmethod
+    def weigh(unit: UnitGramian, number: Tensor, ridge: float, c: float) -> Tensor:
         """Return 1 + n v; see `UnitGramianWeighting.weigh`. The unknowns are u_k = v_k |g_k|."""
         norms = relative_norms(unit)
         lengths, inverse = (torch.where(unit.active, values, 0) for values in (norms, 1 / norms))
@@ -57,7 +59,7 @@ class CAGrad(UnitGramianWeighting):
             len(norms), dtype=norms.dtype, device=norms.device
         )
         along = matrix @ lengths / number  # ⟨g_k, g₀⟩ / |g_k|
-        radius = self.c * (lengths @ along / number).sqrt()
+        radius = c * (lengths @ along / number).sqrt()
         # No m above this is in reach of the cluster that it is the least for.
         worst = torch.where(unit.active, norms * (along + radius), torch.inf).amin()
         quadratic = NonnegativeQuadratic(matrix)
@@ -68,8 +70,7 @@ class CAGrad(UnitGramianWeighting):
             step = (distance - radius) * distance / (u @ inverse)
             worst = worst - torch.where(distance > radius, step, 0)
             # Reading this stalls an accelerator, so only the CPU leaves early; further steps change nothing.
-            eager = norms.device.type == "cpu" and not torch.compiler.is_compiling()
-            if eager and not distance > radius * (1 + CONVERGED):
+            if norms.device.type == "cpu" and not distance > radius * (1 + CONVERGED):
                 break
         return 1 + number * u / norms
 

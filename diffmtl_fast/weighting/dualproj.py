@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops._gramians import UnitGramian
-from ._from_gramian import UnitGramianWeighting, relative_norms
+from ..ops._gramians import UnitGramian, relative_norms
+from ._from_gramian import UnitGramianWeighting
 from ._nonnegative import NonnegativeQuadratic
 from ._registry import register
 
@@ -28,7 +28,8 @@ class DualProj(UnitGramianWeighting):
     there for the gradient of one task and constraints from others; the name is TorchJD's.
     """
 
-    def weigh(self, unit: UnitGramian, number: Tensor, ridge: float) -> Tensor:
+    @staticmethod
+    def weigh(unit: UnitGramian, number: Tensor, ridge: float) -> Tensor:
         """Return w; see `UnitGramianWeighting.weigh`. The unknowns are x_k = (w_k − 1) |g_k|."""
         norms = relative_norms(unit)
         matrix = unit.cosines + ridge * torch.eye(len(norms), dtype=norms.dtype, device=norms.device)

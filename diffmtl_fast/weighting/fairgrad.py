@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops._gramians import UnitGramian
-from ._from_gramian import UnitGramianWeighting, relative_norms
+from ..ops._gramians import UnitGramian, relative_norms
+from ._from_gramian import UnitGramianWeighting
 from ._registry import register
 
 # Newton steps and the halvings of a step that are tried together.
@@ -44,10 +44,12 @@ class FairGrad(UnitGramianWeighting):
         if not 0.5 <= alpha <= 5:
             raise ValueError(f"alpha: expected 0.5 to 5, found {alpha}")
         self.alpha = alpha
+        self.settings = (alpha,)
 
-    def weigh(self, unit: UnitGramian, number: Tensor, ridge: float) -> Tensor:
+    @staticmethod
+    def weigh(unit: UnitGramian, number: Tensor, ridge: float, alpha: float) -> Tensor:
         """Return w; see `UnitGramianWeighting.weigh`."""
-        power, k = 1 / self.alpha, len(unit.norms)
+        power, k = 1 / alpha, len(unit.norms)
         norms = relative_norms(unit)
         identity = torch.eye(k, dtype=norms.dtype, device=norms.device)
         lengths = torch.where(unit.active, norms, 0)
@@ -78,8 +80,7 @@ def _newton(matrix: Tensor, pull: Tensor, power: float) -> Tensor:
         slopes = (tried @ matrix - pull * tried**-power) @ step
         moved = tried.index_select(0, slopes.abs().argmin(0, keepdim=True)).squeeze(0)
         # Reading this stalls an accelerator, so only the CPU leaves early; further steps change nothing.
-        eager = beta.device.type == "cpu" and not torch.compiler.is_compiling()
-        converged = eager and bool((step.abs() <= CONVERGED * beta).all())
+        converged = beta.device.type == "cpu" and bool((step.abs() <= CONVERGED * beta).all())
         beta = moved
         if converged:
             break

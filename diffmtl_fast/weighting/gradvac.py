@@ -5,13 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops._gramians import UnitGramian
-from ._from_gramian import UnitGramianWeighting, relative_norms
+from ..ops import gradvac_weights
+from ._interface import GramianWeighting
 from ._registry import register
 from .pcgrad import PCGrad
-
-# The largest target: at 1 the correction has no bound.
-LARGEST = 1 - 1e-6
 
 
 @register(
@@ -20,7 +17,7 @@ LARGEST = 1 - 1e-6
     update="gradients pulled towards the cosines that they have had so far",
     year=2021,
 )
-class GradVac(UnitGramianWeighting):
+class GradVac(GramianWeighting):
     """Gradient vaccine: as PCGrad, with a learned cosine in place of 0.
 
     Every cluster k visits all others j in a random order. Where the cosine φ of g_k' and the original g_j is below
@@ -57,29 +54,16 @@ class GradVac(UnitGramianWeighting):
         self.register_buffer("targets", torch.zeros(num_clusters, num_clusters, dtype=torch.float64))
         self.orders = PCGrad(generator)
 
-    def weigh(self, unit: UnitGramian, number: Tensor, ridge: float) -> Tensor:
-        """Return the weights for a freshly drawn order, and move the targets; see `UnitGramianWeighting.weigh`.
-
-        Row k of `coefficients` is g_k' / |g_k| in the unit vectors g_j / |g_j|; all rows take each step together.
-        """
-        cosines, k = unit.cosines, len(unit.norms)
-        if len(self.targets) != k:
-            raise ValueError(f"gramian: expected K = {len(self.targets)}, found K = {k}")
-        coefficients, targets = torch.eye(k, dtype=cosines.dtype, device=cosines.device), self.targets
-        for partner in self.orders.draw_order(k, cosines.device).split(1, dim=1):
-            images = coefficients @ cosines
-            length = (images * coefficients).sum(1, keepdim=True).clamp(min=0).sqrt()
-            cosine = (images.gather(1, partner) / length).nan_to_num(0).clamp(-1, 1)
-            target = targets.gather(1, partner)
-            counts = unit.active.unsqueeze(1) & unit.active[partner]
-            pull = target * (1 - cosine.square()).sqrt() / (1 - target.square()).sqrt() - cosine
-            pull = torch.where(counts & (cosine < target), length * pull, 0)
-            coefficients = coefficients.scatter_add(1, partner, pull)
-            moved = torch.lerp(target, cosine, self.beta).clamp(max=LARGEST)
-            targets = targets.scatter(1, partner, torch.where(counts, moved, target))
-        self.targets.copy_(targets)
-        norms = relative_norms(unit)
-        return torch.where(unit.active, norms, 0) @ coefficients / norms
+    def forward(self, gramian: Tensor | None, present: Tensor | None = None) -> Tensor:
+        """Return the weights for a freshly drawn order, and move the targets; see `GramianWeighting.forward`."""
+        if gramian is None:
+            raise TypeError("gramian: expected a tensor [K, K], found None")
+        if len(gramian) != len(self.targets):
+            raise ValueError(f"gramian: expected K = {len(self.targets)}, found K = {len(gramian)}")
+        order = self.orders.draw_order(len(gramian), gramian.device)
+        weights, moved = gradvac_weights(gramian, order, self.targets, self.beta, present)
+        self.targets.copy_(moved.detach())
+        return weights
 
     def extra_repr(self) -> str:
         """Show the settings."""

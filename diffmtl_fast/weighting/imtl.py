@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops._gramians import UnitGramian
-from ._from_gramian import UnitGramianWeighting, relative_norms
+from ..ops._gramians import UnitGramian, relative_norms
+from ._from_gramian import UnitGramianWeighting
 from ._registry import register
 
 
@@ -28,7 +28,8 @@ class IMTLG(UnitGramianWeighting):
     Source: Liu et al., "Towards Impartial Multi-task Learning", ICLR 2021.
     """
 
-    def weigh(self, unit: UnitGramian, number: Tensor, ridge: float) -> Tensor:
+    @staticmethod
+    def weigh(unit: UnitGramian, number: Tensor, ridge: float) -> Tensor:
         """Return n α; see `UnitGramianWeighting.weigh`."""
         values, vectors = torch.linalg.eigh(unit.cosines)
         ones = unit.active.to(values.dtype)

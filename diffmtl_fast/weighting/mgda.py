@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops._gramians import UnitGramian
-from ._from_gramian import UnitGramianWeighting, relative_norms
+from ..ops._gramians import UnitGramian, relative_norms
+from ._from_gramian import UnitGramianWeighting
 from ._nonnegative import NonnegativeQuadratic
 from ._registry import register
 
@@ -29,7 +29,8 @@ class MGDA(UnitGramianWeighting):
     products of two independent batches, which no Gramian holds, and is not among the weightings.
     """
 
-    def weigh(self, unit: UnitGramian, number: Tensor, ridge: float) -> Tensor:
+    @staticmethod
+    def weigh(unit: UnitGramian, number: Tensor, ridge: float) -> Tensor:
         """Return n α; see `UnitGramianWeighting.weigh`."""
         norms = relative_norms(unit)
         # √τ / |g_k|, at most 1.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops._gramians import UnitGramian
-from ._from_gramian import UnitGramianWeighting, relative_norms
+from ..ops._gramians import UnitGramian, relative_norms
+from ._from_gramian import UnitGramianWeighting
 from ._nonnegative import NonnegativeQuadratic
 from ._registry import register
 
@@ -27,7 +27,8 @@ class UPGrad(UnitGramianWeighting):
     Source: Quinton and Rey, "Jacobian Descent for Multi-Objective Optimization", arXiv 2406.16232, proposition 1.
     """
 
-    def weigh(self, unit: UnitGramian, number: Tensor, ridge: float) -> Tensor:
+    @staticmethod
+    def weigh(unit: UnitGramian, number: Tensor, ridge: float) -> Tensor:
         """Return Σ v; see `UnitGramianWeighting.weigh`. The unknowns are x_j = (v_j − [j = k]) |g_j| / |g_k|."""
         norms = relative_norms(unit)
         matrix = unit.cosines + ridge * torch.eye(len(norms), dtype=norms.dtype, device=norms.device)

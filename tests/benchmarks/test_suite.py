@@ -25,6 +25,7 @@ from benchmarks.names import Group
 from benchmarks.report import Results
 from benchmarks.report.goals import GOALS, Goal
 from benchmarks.suite import GROUPS, benchmarks
+from diffmtl_fast.weighting import METHODS
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,7 +42,10 @@ def test_every_capability_has_every_role(scale: Scale, device: str) -> None:
         assert "ours" in work.ways.values()
         assert not work.ways.keys() & work.absent.keys()
     compiled = scale == "full" or (device, scale) == ("cuda", "default")
-    assert list(roles) == [group for group in Group if compiled or group != Group.COMPILED]
+    absent = {Group.COMPILED} if not compiled else set()
+    if device == "cuda":  # two processes need two of them
+        absent |= {Group.DISTRIBUTED}
+    assert list(roles) == [group for group in Group if group not in absent]
     assert len(set(keys)) == len(keys)
     for group, found in roles.items():
         # The compiled step is compared with compilers and with ours alone.
@@ -93,7 +97,9 @@ def test_every_group_is_there() -> None:
 
 
 @pytest.mark.parametrize(
-    "group", [g for g in Group if g not in (Group.OPS, Group.AFFINITY, Group.COMPILED)], ids=lambda g: g.key
+    "group",
+    [g for g in Group if g not in (Group.OPS, Group.AFFINITY, Group.COMPILED, Group.DISTRIBUTED)],  # no peers
+    ids=lambda g: g.key,
 )
 def test_installed_peers_are_measured(group: Group) -> None:
     """Nobody is left out by a fault of ours: of the peers that are installed, all have figures in a quick run."""
@@ -164,7 +170,12 @@ def test_a_run_stores_what_it_measured(tmp_path: Path) -> None:
     done = run("--groups", "weights", "--rounds", "3", "--results", str(tmp_path), "--machine", "here")
     assert done.returncode == 0, done.stdout + done.stderr
     found = Results.read(tmp_path / "here.json")
-    assert [(c.group, c.rounds) for c in found.comparisons] == [(Group.WEIGHTS, 3)] * 2
+    assert {(c.group, c.rounds) for c in found.comparisons} == {(Group.WEIGHTS, 3)}
+    measured = {c.parameters.get("method") for c in found.comparisons}
+    assert {m.cls.__name__ for m in METHODS.values() if m.forms_gramian} - {"NashMTL"} <= measured
+    mgda = next(c for c in found.comparisons if c.parameters.get("method") == "MGDA")
+    assert mgda["TorchJD"].error is not None
+    assert mgda["diffmtl_fast"].error < 1e-4
     nash = next(c for c in found.comparisons if c.parameters["op"] == "Nash weights")
     assert {"diffmtl_fast", "cvxpy + ECOS, as published", "cvxpy + ECOS, compiled once"} < {
         way.name for way in nash.ways

@@ -93,7 +93,9 @@ def test_train_sample_evaluate(tiny, tmp_path, capsys):
     with open("a.png", "rb") as file:
         assert file.read(4) == b"\x89PNG"
     assert refused(capsys, "sample", *load, "--out", "a.gif").startswith("out: expected a file name")
-    assert refused(capsys, "sample", *load, "--num", "0") == "num: expected an integer >= 1, found 0"
+    assert (
+        refused(capsys, "sample", *load, "--num", "0") == "num: expected an integer >= 1 and <= 10^6, found 0"
+    )
     assert refused(capsys, "sample", *load, "--label", "10").startswith("label: expected 0 <= label < 10")
     assert "out: cannot write" in refused(capsys, "sample", *load, "--num", "1", "--out", "nowhere/a.npy")
 
@@ -106,11 +108,9 @@ def test_train_sample_evaluate(tiny, tmp_path, capsys):
 
     newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
     (newest / "ema.safetensors").write_bytes(b"damaged")
-    for command in (
-        ["train", "--config", f"{run}/config.yaml", "--run-dir", run, "--resume"],
-        ["evaluate", *load],
-    ):
-        assert "ema.safetensors does not have the SHA-256" in refused(capsys, *command)
+    assert main(["sample", *load, "--num", "1", "--out", "b.npy"]) == 0
+    assert f"checkpoint {newest} is corrupt: ema.safetensors" in capsys.readouterr().err
+    assert "is corrupt" in refused(capsys, "sample", *load, "--num", "1", "--checkpoint", newest.name)
 
 
 @pytest.mark.parametrize(
@@ -121,8 +121,8 @@ def test_train_sample_evaluate(tiny, tmp_path, capsys):
             f"method: expected one of 'vanilla', {CHOICES}, found best",
         ),
         (["--clusters.k", "21"], "clusters: k: expected 1 <= k <= T = 20, found 21"),
-        (["--clusters.k", "many"], "clusters.k: expected an integer >= 1 or 'auto', found many"),
-        (["--clusters.k", "0"], "clusters.k: expected an integer >= 1 or 'auto', found 0"),
+        (["--clusters.k", "many"], "clusters.k: expected an integer >= 1 and <= 10^9 or 'auto', found many"),
+        (["--clusters.k", "0"], "clusters.k: expected an integer >= 1 and <= 10^9 or 'auto', found 0"),
         (["--clust.k", "3"], "unrecognized arguments: --clust.k 3"),
         (["--iter", "3"], "unrecognized arguments: --iter 3"),
         (["--curriculum.patience", "long"], "curriculum.patience: expected int or null, found long"),
@@ -145,14 +145,14 @@ def test_train_sample_evaluate(tiny, tmp_path, capsys):
             ["--clusters.cost", "affinity", "--clusters.affinity", "none.npy"],
             "clusters.affinity: cannot read none.npy",
         ),
-        (["--scheduler.args.trained_betas", "[" + "0.1, " * 19 + ".nan]"], "clusters: "),
+        (["--scheduler.args.trained_betas", "[" + "0.1, " * 19 + ".nan]"], "scheduler: alphas_cumprod: "),
         (["--scheduler.args.trained_betas", str([0.1, -0.1] * 10)], "clusters: "),
         (["--device", "cuda:99"], "device: 'cuda:99' is not there"),
         (["--device", "abacus"], "device: expected auto, cpu, cuda or cuda:N, found 'abacus'"),
         (["--model.path", "no.Model"], "model.path: cannot import 'no.Model'"),
         (["--model.args.depth", "3"], "model.args: diffusers.UNet2DModel: "),
-        (["--optimizer.lr", "-1"], "optimizer.lr: expected a number > 0, found -1"),
-        (["--iterations", "1.5"], "iterations: expected an integer >= 1, found 1.5"),
+        (["--optimizer.lr", "-1"], "optimizer.lr: expected a number > 0 and <= 10^30, found -1"),
+        (["--iterations", "1.5"], "iterations: expected an integer >= 1 and <= 10^9, found 1.5"),
         (["--no-such-option"], "unrecognized arguments: --no_such_option"),
         (["--config", "none.yaml"], "config: "),
         (["--run-dir", "tiny.yaml/run"], "run folder tiny.yaml/run: cannot be read"),
@@ -235,7 +235,9 @@ def test_bad_commands(capsys, arguments):
     refused(capsys, *arguments)
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["sample"], ["evaluate"], ["cluster"], ["analyze"]])
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["sample"], ["evaluate"], ["cluster"], ["samplers"], ["analyze"]]
+)
 def test_help(capsys, command):
     with pytest.raises(SystemExit) as caught:
         main([*command, "--help"])
@@ -250,6 +252,19 @@ def test_printed_configuration_can_be_read_back(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["train", "--config", "all.yaml", "--print_config"])
     assert capsys.readouterr().out == (tmp_path / "all.yaml").read_text()
+
+
+def test_samplers_table_and_plot(tmp_path, capsys):
+    assert main(["samplers", "--timesteps", "40", "--k", "3", "--plot", "a.png"]) == 0
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["sampler", "cluster", "0", "cluster", "1", "cluster", "2"]
+    shares = {line[:22].strip(): [float(share) for share in line.split()[-3:]] for line in lines}
+    assert shares["stratified"] == [0.333, 0.333, 0.333]
+    assert shares["curriculum, phase 1"] == [0, 0, 1]
+    assert shares["loss"][0] > shares["uniform"][0] > shares["curriculum, phase 2"][0] == 0
+    assert all(abs(sum(line) - 1) < 0.002 for line in shares.values())
+    assert refused(capsys, "samplers", "--timesteps", "4", "--k", "5").startswith("k: expected 1 <= k")
 
 
 def test_cluster_table_and_plot(tmp_path, capsys):
@@ -336,7 +351,7 @@ def test_analyze_affinity(tiny, tmp_path, capsys):
     about = json.loads((tmp_path / "run" / "analysis" / "affinity.json").read_text())
     assert (about["tasks"], about["strided"], about["projection"]) == (4, True, 64)
     message = refused(capsys, "analyze", "affinity", "--run", "run", "--memory", "0")
-    assert message == "memory: expected a number > 0, found 0"
+    assert message == "memory: expected a number > 0 and <= 10^30, found 0"
     message = refused(capsys, "analyze", "affinity", "--run", "run", "--checkpoint", "iter-00000003")
     assert message.startswith("--checkpoint: expected one of run/checkpoints")
     assert "memory: expected at least" in refused(

@@ -16,12 +16,15 @@ from diffmtl_fast.clustering import (
     LaplaceTime,
     LogitNormalTime,
     LogNormalSigma,
+    ShiftedTime,
     UniformTime,
 )
 
 ALL = [
     LogNormalSigma(0.3, 0.8),
     UniformTime(),
+    ShiftedTime(2.5),
+    ShiftedTime(0.4),
     LogitNormalTime(-0.4, 1.5),
     LaplaceSigma(0.5, 0.7),
     LaplaceTime(-1.0, 0.9),

@@ -1,6 +1,7 @@
 import copy
 import json
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -167,3 +168,36 @@ def test_bad_boundaries(boundaries, error, message):
 def test_bad_state(state):
     with pytest.raises(ValueError, match="expected the keys boundaries and cost"):
         IntervalClustering.from_dict(state)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8, 10])
+def test_ranks_share_the_clusters(world_size):
+    clusters = from_sizes([20] * 5)
+    held = {rank: set() for rank in range(world_size)}
+    for step in range(5):
+        drawn = []
+        for rank in range(world_size):
+            t, cluster = clusters.sample(12, rank=rank, world_size=world_size, step=step)
+            assert torch.equal(clusters.assign(t), cluster)
+            assert torch.equal(cluster, cluster.sort().values)
+            mine = set(cluster.tolist())
+            assert len(mine) == -(-5 // world_size)
+            held[rank] |= mine
+            drawn += mine
+        assert set(drawn) == set(range(5))
+        counts = [drawn.count(k) for k in range(5)]
+        assert max(counts) - min(counts) <= 1
+    assert all(found == set(range(5)) for found in held.values())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"rank": 0}, "rank, world_size: expected both or none, found rank=0, world_size=None"),
+        ({"rank": 2, "world_size": 2}, "rank: expected 0 <= rank < world_size, found 2 of 2"),
+        ({"rank": 0, "world_size": 2, "step": -1}, "step: expected at least 0, found -1"),
+    ],
+)
+def test_ranks_that_there_are_not(given, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        from_sizes([20] * 5).sample(12, **given)

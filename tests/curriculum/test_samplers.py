@@ -14,11 +14,19 @@ from diffmtl_fast.clustering import (
     LaplaceTime,
     LogitNormalTime,
     LogNormalSigma,
+    ModeTime,
     NoiseClustering,
     UniformTime,
     cluster_noise,
 )
-from diffmtl_fast.curriculum import DistributionSampler, StratifiedSampler, TimestepSampler, UniformSampler
+from diffmtl_fast.curriculum import (
+    DistributionSampler,
+    RangeSampler,
+    SpeeDSampler,
+    StratifiedSampler,
+    TimestepSampler,
+    UniformSampler,
+)
 from diffmtl_fast.diffusion.named_schedules import named_log_snr
 
 TIMESTEPS = IntervalClustering(np.array([0, 3, 4, 15, 20]))
@@ -36,6 +44,9 @@ def for_timesteps():
         "logit-normal": DistributionSampler(TIMESTEPS, LogitNormalTime(0.3, 1.2)),
         "beta": DistributionSampler(TIMESTEPS, BetaTime(1.5, 0.8)),
         "laplace": DistributionSampler(TIMESTEPS, LaplaceSigma(0.0, 1.5), log_snr=LEVELS),
+        "mode": DistributionSampler(TIMESTEPS, ModeTime(0.81)),
+        "range": RangeSampler(TIMESTEPS, [(0, 2, 9), (5, 0, 20)]),
+        "speed": SpeeDSampler(TIMESTEPS, LEVELS, suppression=4.0, least_change=0.5),
     }
 
 
@@ -47,6 +58,8 @@ def for_levels():
         "laplace-sigma": DistributionSampler(SIGMAS, LaplaceSigma()),
         "logit-normal": DistributionSampler(TIMES, LogitNormalTime()),
         "beta": DistributionSampler(TIMES, BetaTime(0.5, 2.0)),
+        "mode": DistributionSampler(TIMES, ModeTime()),
+        "range": RangeSampler(SIGMAS, [(0, 0.05, 0.7)]),
         "laplace-time": DistributionSampler(TIMES, LaplaceTime(1.0, 2.0)),
         "stratified-time": StratifiedSampler(TIMES),
     }
@@ -105,6 +118,12 @@ def test_exact_probabilities_of_timesteps():
         "logit-normal": np.diff(scipy.stats.norm(0.3, 1.2).cdf(scipy.special.logit(t))),
         "beta": np.diff(scipy.stats.beta(1.5, 0.8).cdf(t)),
     }
+    u = np.linspace(0, 1, 2_000_001)
+    times = np.sort(1 - u - 0.81 * (np.cos(np.pi * u / 2) ** 2 - 1 + u))
+    tables["mode"] = np.diff(np.searchsorted(times, t) / len(times))
+    tables["range"] = np.repeat([0, 1 / 7, 0], [2, 7, 11])
+    change = np.gradient(np.sqrt(1 / (1 + np.exp(LEVELS)))) * 20
+    tables["speed"] = np.where(change < 0.5, 0.25, 1) / np.where(change < 0.5, 0.25, 1).sum()
     # Each timestep has the mass of the log-SNR nearer to its own than to its neighbours'.
     middle = (LEVELS[1:] + LEVELS[:-1]) / 2
     ends = 2 * LEVELS[0] - middle[0], 2 * LEVELS[-1] - middle[-1]
@@ -112,7 +131,8 @@ def test_exact_probabilities_of_timesteps():
     tables["laplace"] = mass / mass.sum()
     for name, sampler in for_timesteps().items():
         found = sampler.density(torch.arange(20)).numpy()
-        np.testing.assert_allclose(found, tables[name], rtol=1e-9, err_msg=name)
+        # The mode's table is counted.
+        np.testing.assert_allclose(found, tables[name], rtol=1e-4 if name == "mode" else 1e-9, err_msg=name)
 
 
 def test_order_of_the_schedule_does_not_matter():
@@ -199,3 +219,68 @@ def test_wrong_types():
         TimestepSampler(TIMESTEPS).sample(3)
     with pytest.raises(NotImplementedError, match="TimestepSampler must define density"):
         TimestepSampler(TIMESTEPS).density(torch.tensor([1]))
+
+
+def test_ranges_follow_the_steps_and_resume():
+    def make():
+        return RangeSampler(
+            TIMESTEPS,
+            [(0, 10, 20), (2, 4, 20), (3, 0, 20)],
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    sampler, firsts = make(), []
+    for _ in range(5):
+        firsts.append((sampler.phase, int((sampler.density(torch.arange(20)) > 0).nonzero().min())))
+        assert (sampler.density(sampler.sample(50)[0]) > 0).all()
+        sampler.update(torch.ones(50))
+    assert firsts == [(0, 10), (0, 10), (1, 4), (2, 0), (2, 0)]
+    resumed, sampler = make(), make()
+    for _ in range(2):
+        sampler.sample(5)
+        sampler.update(torch.ones(5))
+    resumed.load_state_dict(sampler.state_dict())
+    assert (resumed.steps, resumed.phase) == (2, 1)
+    assert torch.equal(resumed.sample(9)[0], sampler.sample(9)[0])
+
+
+def test_one_range_is_what_scripts_call_min_and_max_timestep():
+    t = torch.arange(20)
+    expected = RangeSampler(TIMESTEPS, [(0, 5, 12)]).density(t)
+    assert torch.equal(RangeSampler(TIMESTEPS, min_timestep=5, max_timestep=12).density(t), expected)
+    assert RangeSampler(TIMESTEPS, min_timestep=5).density(t).sum() == pytest.approx(1)
+    assert RangeSampler(TIMESTEPS, max_timestep=5).density(t)[5:].sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("ranges", "message"),
+    [
+        ([(1, 0, 20)], "steps that begin at 0 and rise, found \\[1\\]"),
+        ([(0, 0, 20), (0, 0, 20)], "steps that begin at 0 and rise"),
+        ([], "steps that begin at 0 and rise"),
+        ([(0, 5, 5)], "levels first < end within"),
+        ([(0, 0, 21)], "levels first < end within"),
+        ([(0, -1, 20)], "levels first < end within"),
+        ([(0, 0.5, 20)], "expected whole timesteps, found 0.5"),
+        ([(0, 20)], "expected \\(step, first, end\\)"),
+    ],
+)
+def test_ranges_that_are_none(ranges, message):
+    with pytest.raises(ValueError, match=message):
+        RangeSampler(TIMESTEPS, ranges)
+
+
+def test_speed_suppresses_the_noisy_end_alone():
+    clusters = IntervalClustering(np.array([0, 1000]))
+    density = SpeeDSampler(clusters, named_log_snr("linear", 1000)).density(torch.arange(1000))
+    few = density < density.max() / 2
+    assert few.diff().sum() == 1  # the others, and then the few
+    assert few[-1]
+    assert 0.1 < few.double().mean() < 0.5
+    torch.testing.assert_close(density.max() / density.min(), torch.tensor(5.0, dtype=torch.float64))
+    with pytest.raises(TypeError, match="clusters: expected an IntervalClustering, found NoiseClustering"):
+        SpeeDSampler(SIGMAS, LEVELS)
+    with pytest.raises(ValueError, match=r"log_snr: expected \[T\] with T = 20 of at least 2, found \[3\]"):
+        SpeeDSampler(TIMESTEPS, LEVELS[:3])
+    with pytest.raises(ValueError, match="expected suppression of at least 1"):
+        SpeeDSampler(TIMESTEPS, LEVELS, suppression=0.5)

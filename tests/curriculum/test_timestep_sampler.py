@@ -19,7 +19,10 @@ from diffmtl_fast.clustering import (
 from diffmtl_fast.curriculum import (
     DifficultyCurriculum,
     DistributionSampler,
+    LossSampler,
     LossSecondMomentSampler,
+    RangeSampler,
+    SpeeDSampler,
     StratifiedSampler,
     UniformSampler,
 )
@@ -39,6 +42,11 @@ SAMPLERS = {
     "beta": lambda: DistributionSampler(TIMES, BetaTime(2.0, 1.0)),
     "second moment": lambda: LossSecondMomentSampler(TIMESTEPS),
     "second moment of sigma": lambda: LossSecondMomentSampler(SIGMAS, cells=7),
+    "loss": lambda: LossSampler(TIMESTEPS),
+    "loss of sigma": lambda: LossSampler(SIGMAS, cells=7),
+    "range": lambda: RangeSampler(TIMESTEPS, [(0, 5, 11), (1, 0, 12)]),
+    "range of sigma": lambda: RangeSampler(SIGMAS, min_timestep=0.5),
+    "speed": lambda: SpeeDSampler(TIMESTEPS, np.linspace(5, -5, 12)),
     "union": lambda: DifficultyCurriculum(TIMESTEPS, smoothing=0.5),
     "clusters": lambda: DifficultyCurriculum(TIMESTEPS, sampling="clusters"),
     "tasks": lambda: DifficultyCurriculum(TIMESTEPS, tasks=TASKS, sampling="tasks", max_length=3),
@@ -55,7 +63,7 @@ def step(sampler, device):
 
 
 def learns(sampler):
-    return isinstance(sampler, DifficultyCurriculum | LossSecondMomentSampler)
+    return isinstance(sampler, DifficultyCurriculum | LossSampler | LossSecondMomentSampler)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from diffmtl_fast import diffusion
-from diffmtl_fast.diffusion import LOSS_WEIGHTS, min_snr_weight, p2_weight, predicted_weight
+from diffmtl_fast.clustering import LogitNormalTime, ModeTime
+from diffmtl_fast.diffusion import LOSS_WEIGHTS, loss_weight, min_snr_weight, p2_weight, predicted_weight
 
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "loss-weighting.md"
 SNR = torch.tensor([0.0, 1e-3, 1.0, 5.0, 50.0, math.inf], dtype=torch.float64)
@@ -37,6 +38,35 @@ def test_bad_input():
         min_snr_weight(SNR, gamma=0)
     with pytest.raises(ValueError, match="k > 0"):
         p2_weight(SNR, k=0)
+
+
+@pytest.mark.parametrize("name", ["gamma", "snr_gamma", "min_snr_gamma"])
+@pytest.mark.parametrize("weight", ["min_snr", "soft_min_snr"])
+def test_names_that_people_type(weight, name):
+    expected = predicted_weight(LOSS_WEIGHTS[weight](LEVELS, gamma=3.0), LEVELS, "v_prediction")
+    assert torch.equal(loss_weight(weight, LEVELS, "v_prediction", **{name: 3.0}), expected)
+
+
+def test_weights_by_name_refuse():
+    with pytest.raises(ValueError, match=r"name: expected one of min_snr, .*, found 'snr'"):
+        loss_weight("snr", LEVELS)
+    with pytest.raises(ValueError, match="expected each setting once, found gamma, snr_gamma"):
+        loss_weight("min_snr", LEVELS, gamma=1, snr_gamma=5)
+    with pytest.raises(TypeError, match="snr_gamma"):
+        loss_weight("p2", LEVELS, snr_gamma=5)
+
+
+@pytest.mark.parametrize(
+    ("law", "name", "arguments"),
+    [
+        (LogitNormalTime(0.3, 0.7), "logit_normal", {"logit_mean": 0.3, "logit_std": 0.7}),
+        (ModeTime(0.81), "mode", {"mode_scale": 0.81}),
+    ],
+)
+def test_densities_and_weights_of_the_velocity_are_one(law, name, arguments):
+    time = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
+    found = loss_weight(name, law.log_snr(time), "flow_prediction", **arguments)
+    torch.testing.assert_close(found, law.density(time))
 
 
 KINDS = ("epsilon", "sample", "v_prediction", "flow_prediction")

@@ -82,3 +82,13 @@ def test_bad_input():
         log_snr(object())
     with pytest.raises(ValueError, match="clip: expected"):
         log_snr(diffusers.DDPMScheduler(), clip=(1, -1))
+
+
+def test_a_schedule_whose_last_level_the_scheduler_changed_is_read_as_it_stands():
+    scheduler = pytest.importorskip("diffusers").EulerDiscreteScheduler(
+        num_train_timesteps=50, rescale_betas_zero_snr=True
+    )
+    last = float(scheduler.alphas_cumprod[-1])
+    assert last == 2.0**-24
+    assert log_snr(scheduler)[-1] == pytest.approx(math.log(last) - math.log1p(-last), rel=1e-9)
+    assert log_snr(scheduler)[-1] == pytest.approx(-16.64, abs=0.01)

@@ -6,8 +6,8 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -32,6 +32,12 @@ LAYOUTS = {
     ],
     "absent on ranks": [[2, 0, 2, 0], [4, 1, 3, 1, 0, 4, 3], [2, 2, 1], [3]],
     "absent on all": [[0, 4, 1, 0], [1, 1, 4, 0, 0, 4], [0, 1], [4, 4, 4]],
+}
+#: the same in cluster-parallel training: one cluster a rank, of several ranks, a few a rank
+PARALLEL = {
+    "one": [[4, 4, 4], [1, 1], [0, 0, 0, 0], [2]],
+    "shared": [[3, 3], [3, 3, 3], [1], [3]],
+    "several": [[4, 0, 2, 0], [1, 3, 1], [0], [2, 2, 4]],
 }
 
 
@@ -78,7 +84,7 @@ def batches(
     generator = torch.Generator().manual_seed(seed)
     clusters = LAYOUTS[layout][:ranks] if isinstance(layout, str) else layout
     for members in clusters:
-        cluster = torch.tensor(members)
+        cluster = torch.tensor(members, dtype=torch.int64)
         noise = torch.randn(len(cluster), 6, generator=generator)
         x = noise + torch.randn(len(cluster), 6, generator=generator)
         target = noise * torch.where(cluster % 2 == 0, 1.0, -1.0).unsqueeze(1)
@@ -135,6 +141,9 @@ def outcome(mtl: dm.ClusteredMTL, **more: Any) -> Outcome:
 
 
 def step(mtl: dm.ClusteredMTL, batch: Batch, **kwargs: Any) -> None:
+    if not len(batch.cluster):
+        mtl.backward(None, **kwargs)
+        return
     mtl.backward(dm.ops.sample_mse(mtl(batch.x, batch.t, cluster=batch.cluster), batch.target), **kwargs)
 
 
@@ -150,6 +159,8 @@ def train(
     width: int = 21,
     bucket: int | None = None,
     wrap: str = "",
+    accumulate: bool = False,
+    scaled: bool = False,
 ) -> Outcome:
     """Take a step of so many backwards on this rank; `options` of ClusteredMTL are of each rank, or of all."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -167,12 +178,20 @@ def train(
             model, K, make_weighting(weighting, rank).to(dtype), **options[rank % len(options)]
         )
         mtl.measure_gramian = measure
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
         for number in range(backwards):
             if number == 1:
                 counted["bytes"] = 0
             batch = batches(layout, ranks, dtype, seed=number)[rank]
-            with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
-                step(mtl, batch)
+            with ExitStack() as within:
+                if autocast:
+                    within.enter_context(torch.autocast("cpu", torch.bfloat16))
+                if accumulate and number < backwards - 1:
+                    within.enter_context(mtl.no_sync())
+                step(mtl, batch, **({"scaler": scaler} if scaled else {}))
+    if scaled:
+        scaler.unscale_(torch.optim.SGD(model.parameters()))
+        mtl.last = replace(mtl.last, grad_norm=mtl.last.grad_norm / scaler.get_scale())
     return outcome(mtl, bytes_sent=counted["bytes"], messages=messages)
 
 
@@ -221,14 +240,15 @@ def expected(
     dtype: torch.dtype = torch.float32,
     backwards: int = 1,
     width: int = 21,
+    accumulate: bool = False,
 ) -> Outcome:
     """Do the same in one process in float64, with one backward per cluster."""
     model = make_model(dtype, width=width).double()
     names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
     chosen = make_weighting(weighting).double()
     total = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64)
-    for number in range(backwards):
-        batch = joined(batches(layout, ranks, dtype, seed=number))
+    each = [joined(batches(layout, ranks, dtype, seed=number)) for number in range(backwards)]
+    for batch in [joined(each)] if accumulate else each:
         output = model(batch.x.double(), batch.t)
         losses = (output - batch.target.double()).square().mean(1)
         found = cluster_gradients(losses, batch.cluster, parameters, K)
@@ -336,6 +356,24 @@ def stumble(kind: str, rank: int, weighting: str = "pcgrad", again: bool = False
     return error, took, after
 
 
+def no_samples() -> str:
+    """Take a step without samples on any rank; return the error."""
+    mtl = dm.ClusteredMTL(make_model(torch.float32), K, make_weighting("pcgrad"))
+    with pytest.raises(ValueError, match="loss") as error:
+        mtl.backward(None)
+    return str(error.value)
+
+
+def mixing_model() -> Tensor:
+    """Train a model with batch normalisation on the samples of one cluster; return the gradients."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.Linear(9, 6))
+    mtl = dm.ClusteredMTL(model, K, make_weighting("pcgrad"))
+    batch = batches(PARALLEL["one"][:2], 2, torch.float32)[dist.get_rank()]
+    mtl.backward(dm.ops.sample_mse(mtl(batch.x, cluster=batch.cluster), batch.target))
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
 def _raise(gradient: Tensor) -> None:
     raise RuntimeError("no such gradient")
 
@@ -361,6 +399,20 @@ def differ(kind: str) -> str:
     return f"{error.type.__name__}: {error.value}"
 
 
+class Holder(nn.Module):
+    """A module that has a `ClusteredMTL` in it."""
+
+    def __init__(self, mtl: dm.ClusteredMTL) -> None:
+        super().__init__()
+        self.mtl = mtl
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.mtl(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        self.mtl.backward(loss)
+
+
 def refused(kind: str) -> str:
     """Set something up that several processes can't do; return the error."""
     options, batch = {}, batches("sorted", dist.get_world_size(), torch.float32)[dist.get_rank()]
@@ -369,16 +421,21 @@ def refused(kind: str) -> str:
         options["memory"] = "lean"
     if kind == "sparse":
         model.time, weighting = nn.Embedding(50, 21, sparse=True), make_weighting("uw")
-    if kind == "fully_shard":
-        from torch.distributed.fsdp import fully_shard
-
-        fully_shard(model, mesh=dist.init_device_mesh("cpu", (dist.get_world_size(),)))
     if kind == "group":
         groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
         options["process_group"] = groups[(dist.get_rank() + 1) % len(groups)]
+    if kind in ("around one process", "around it, unused parameters"):
+        weighting = make_weighting("uw")
+    if kind == "around one process":
+        options["process_group"] = [dist.new_group([rank]) for rank in range(dist.get_world_size())][
+            dist.get_rank()
+        ]
     called = mtl = dm.ClusteredMTL(model, K, weighting, **options)
-    if kind == "DistributedDataParallel around it":
-        called = nn.parallel.DistributedDataParallel(mtl)
+    if kind.startswith("around"):
+        if kind == "around a module with it":
+            mtl = Holder(mtl)
+        unused = kind == "around it, unused parameters"
+        called = nn.parallel.DistributedDataParallel(mtl, find_unused_parameters=unused)
     with pytest.raises((TypeError, ValueError)) as error:
         mtl.backward(dm.ops.sample_mse(called(batch.x, batch.t, cluster=batch.cluster), batch.target))
     return f"{error.type.__name__}: {error.value}"

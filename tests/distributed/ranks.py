@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import traceback
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ class Pool:
         for connection in self._connections:
             try:
                 if not connection.poll(60):
+                    self.alive = False
                     raise TimeoutError(f"no answer of rank {len(found)}")
                 found.append(pickle.loads(connection.recv_bytes()))
             except (EOFError, ConnectionError):
@@ -83,5 +85,6 @@ def _serve(connection: Any, rank: int, size: int, meeting: str, timeout: float) 
         try:
             result = function(*args, **kwargs)
         except Exception as error:
+            traceback.print_exc()
             result = Failed(type(error).__name__, str(error))
         connection.send_bytes(pickle.dumps(result))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from programs import K, differ, expected, refused, stumble
+import torch
+from programs import K, assert_exact, differ, expected, make_model, no_samples, refused, stumble, train
 from ranks import Failed
+
+import diffmtl_fast as dm
 
 
 @pytest.mark.parametrize(
@@ -31,16 +34,21 @@ def test_ranks_that_differ_are_told(on_ranks, kind, message):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("lean", "ValueError: memory='lean': expected one process, found several"),
+        (
+            "lean",
+            "ValueError: memory='lean': expected one process, or samples of one cluster in each, found several",
+        ),
         ("sparse", "ValueError: model: expected dense gradients, found a sparse one"),
+        ("around it", "TypeError: expected ClusteredMTL around the bare model, found it within Distributed"),
         (
-            "fully_shard",
-            "ValueError: model: expected a whole replica on every rank, found sharded parameters: ",
+            "around it, unused parameters",
+            "TypeError: expected ClusteredMTL around the bare model, found it within",
         ),
         (
-            "DistributedDataParallel around it",
-            "TypeError: expected ClusteredMTL around the bare model, found it ",
+            "around a module with it",
+            "TypeError: expected ClusteredMTL around the bare model, found it within",
         ),
+        ("around one process", "TypeError: expected ClusteredMTL around the bare model, found it within"),
         ("group", "ValueError: process_group: expected a group that this process belongs to"),
     ],
 )
@@ -76,11 +84,18 @@ def test_a_rank_whose_model_is_refused_makes_all_fail(on_ranks):
     assert "found that some failed in it: rank 0: ValueError: model: expected each sample's output" in other
 
 
-def test_a_rank_that_dies_ends_the_others(fresh_pool):
-    living, dead = fresh_pool(2).results(stumble, "death", 1)
-    assert dead is None
-    assert living[0].startswith("RuntimeError: rank 0 of 2: expected every rank to take part in the exchange")
-    assert living[1] < 3
+@pytest.mark.parametrize(("ranks", "dead"), [(2, 1), (4, 3)])
+def test_a_rank_that_dies_ends_the_others_by_name(fresh_pool, ranks, dead):
+    for rank, found in enumerate(fresh_pool(ranks, timeout=20).results(stumble, "death", dead)):
+        if rank == dead:
+            assert found is None
+        else:
+            error, took, _ = found
+            assert error.startswith(
+                f"RuntimeError: rank {rank} of {ranks}: expected every rank to take part in"
+            )
+            assert f"found that rank {dead} has died" in error
+            assert took < 6
 
 
 def test_a_rank_that_stalls_ends_the_others_within_the_timeout(fresh_pool):
@@ -88,5 +103,25 @@ def test_a_rank_that_stalls_ends_the_others_within_the_timeout(fresh_pool):
     assert waiting[0].startswith(
         "RuntimeError: rank 0 of 2: expected every rank to take part in the exchange"
     )
+    assert "found that rank 1 has died, has not come within the process group's timeout" in waiting[0]
     assert waiting[1] < 7
     assert isinstance(late, Failed) or late[0].startswith("RuntimeError: rank 1 of 2")
+
+
+@pytest.mark.parametrize("weighting", ["uw", "pcgrad"])
+def test_ranks_without_samples(on_ranks, weighting):
+    members = [[0, 1, 4, 2, 2], []]
+    assert_exact(on_ranks(2, train, members, weighting), expected(members, 2, weighting), 1e-5)
+
+
+def test_no_samples_at_all(on_ranks):
+    for error in on_ranks(2, no_samples):
+        assert error == "loss: expected samples on some rank, found none on any"
+
+
+def test_one_process_needs_samples():
+    mtl = dm.ClusteredMTL(make_model(torch.float32), K, dm.Equal())
+    with pytest.raises(
+        ValueError, match="expected per-sample losses, found None, which is for one of several"
+    ):
+        mtl.backward(None)

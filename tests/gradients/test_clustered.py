@@ -210,7 +210,7 @@ def test_nested_outputs_and_arguments(device):
     class Nested(Net):
         def forward(self, x, t, extra=None, table=None):
             out = super().forward(x, t, scale=extra["scale"][0])
-            return {"sample": out + table.mean(0), "pair": (t, None), "tag": "v"}
+            return {"sample": out + table.mean(0), "size": out.sum(1), "pair": (t, None), "tag": "v"}
 
     net, (x, t, _, cluster) = make_net(device, cls=Nested), make_batch(UNSORTED, device)
     extra = {"scale": [torch.rand(8, 1, dtype=torch.float64, device=device)]}
@@ -219,6 +219,7 @@ def test_nested_outputs_and_arguments(device):
     found = mtl(x, t, extra=extra, table=table, cluster=cluster)
     expected = net(x, t, extra=extra, table=table)
     torch.testing.assert_close(found["sample"], expected["sample"])
+    torch.testing.assert_close(found["size"], expected["size"])  # [B]
     assert torch.equal(found["pair"][0], t)
     assert found["pair"][1] is None
     assert found["tag"] == "v"
@@ -275,7 +276,7 @@ def test_it_follows_the_optimizer_and_moved_parameters(device):
         optimizer.zero_grad()
         expected = oracle(dm.ops.sample_mse(net(x, t), target), cluster, net.parameters())
         mtl.backward(dm.ops.sample_mse(mtl(x, t, cluster=cluster), target))
-        torch.testing.assert_close(mtl.last.gramian, expected.jacobian @ expected.jacobian.T)
+        torch.testing.assert_close(mtl.last.gramian, (expected.jacobian @ expected.jacobian.T).double())
         optimizer.step()
 
 
@@ -423,6 +424,6 @@ def test_lean_memory_with_channels_last_group_norms(engine, device):
         return
     mtl = dm.ClusteredMTL(net, K, dm.PCGrad(), memory="lean")
     mtl.backward(dm.ops.sample_mse(mtl(x, cluster=cluster), target))
-    torch.testing.assert_close(mtl.last.gramian, expected.jacobian @ expected.jacobian.T)
+    torch.testing.assert_close(mtl.last.gramian, (expected.jacobian @ expected.jacobian.T).double())
     direction = update_direction(expected.jacobian, mtl.last.weights, expected.present)
     torch.testing.assert_close(flat_grad(net.parameters()), direction)

@@ -206,6 +206,22 @@ def test_forwards_that_share_a_backward(device):
     torch.testing.assert_close(mtl.last.gramian, jacobian @ jacobian.T, rtol=1e-8, atol=1e-10)
 
 
+def test_backwards_that_share_an_update(device):
+    """Within no_sync the Jacobian keeps what the backwards before have left there."""
+    model, x, y = make(device)
+    plain = copy.deepcopy(model)
+    mtl = dm.ClusteredMTL(compiled(model), K, Given())
+    cluster = torch.tensor([2, 0, 2, 1, 0, 2], device=device)
+    for _ in range(2):
+        model.zero_grad()
+        with mtl.no_sync():
+            mtl.backward(sample_losses(mtl(x, y, cluster=cluster)))
+        mtl.backward(sample_losses(mtl(x.flip(3), y, cluster=cluster)))
+    losses = torch.cat([sample_losses(plain(x, y)), sample_losses(plain(x.flip(3), y))])
+    jacobian = cluster_gradients(losses, cluster.repeat(2), list(plain.parameters()), K).jacobian
+    torch.testing.assert_close(mtl.last.gramian, jacobian @ jacobian.T, rtol=1e-8, atol=1e-10)
+
+
 def test_any_other_backward_is_the_plain_models(device):
     model, *inputs = make(device)
     plain = copy.deepcopy(model)

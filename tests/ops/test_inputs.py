@@ -71,6 +71,18 @@ INPUTS = {
         "rstd": torch.rand(B, 2),
         "weight": torch.rand(4),
     },
+    "gradvac_weights": lambda: {
+        "gramian": torch.eye(K),
+        "order": torch.tensor([[1], [0]]),
+        "targets": torch.zeros(K, K, dtype=torch.float64),
+        "beta": 0.5,
+        "present": torch.ones(K, dtype=torch.bool),
+    },
+    "gramian_weights": lambda: {
+        "gramian": torch.eye(K),
+        "method": "UPGrad",
+        "present": torch.ones(K, dtype=torch.bool),
+    },
     "nash_weights": lambda: {"gramian": torch.eye(K), "present": torch.ones(K, dtype=torch.bool)},
     "pcgrad_weights": lambda: {
         "gramian": torch.eye(K),

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from diffmtl_fast import ops
+from diffmtl_fast.ops import PLAIN, _library
 
 K, B, P = 3, 6, 10
 
@@ -137,6 +138,19 @@ SAMPLES = {
         order(d),
         torch.ones(K, dtype=torch.bool, device=d),
     ),
+    "gramian_weights": lambda d, t, g: (
+        gramian(d, torch.float32).to(t),
+        torch.tensor([True, False, True], device=d),
+        "CAGrad",
+        [0.5],
+    ),
+    "gradvac_weights": lambda d, t, g: (
+        gramian(d, torch.float32).to(t),
+        order(d),
+        torch.ones(K, dtype=torch.bool, device=d),
+        torch.rand(K, K, device=d, dtype=torch.float64),
+        0.5,
+    ),
     "nash_weights": lambda d, t, g: (
         gramian(d, torch.float32).to(t),
         torch.tensor([True, False, True], device=d),
@@ -232,6 +246,9 @@ def everything(pred, x0, index, jacobian, log_var, alpha, sigma):
     total = losses.sum() + ops.uncertainty_loss(pred, x0, index, log_var)
     gramian = ops.gram(jacobian.detach())
     weights = ops.nash_weights(gramian) + ops.pcgrad_weights(gramian, order(pred.device))
+    targets = torch.zeros(k, k, dtype=torch.float64, device=pred.device)
+    weights = weights + ops.gramian_weights(gramian, "UPGrad")
+    weights = weights + ops.gradvac_weights(gramian, order(pred.device), targets, 0.5)[0]
     rows, bounds = pred.detach().flatten(1), offsets(pred.device)
     constants = ops.cluster_sum(rows, bounds).sum() + ops.cluster_wgrad(rows, rows, bounds).sum()
     moments = torch.ones(2, len(rows), 1, device=pred.device)
@@ -407,3 +424,34 @@ def test_autocast_leaves_plain_definitions_alone(device):
     with torch.autocast(device.type, dtype=torch.bfloat16):
         found = ops.gram(jacobian), ops.combine(jacobian, weights)
     assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.filterwarnings("ignore")  # tracing is deprecated
+def test_small_ops_reach_their_kernel_without_the_dispatcher_where_it_would_do_nothing(monkeypatch):
+    """And nowhere else: a gradient is refused, and modes, transforms and compilers see the op."""
+    straight = []
+
+    def note(gramian, *rest):
+        straight.append(gramian)
+        return PLAIN["gramian_weights"](gramian, *rest)
+
+    monkeypatch.setitem(_library._CPU, "gramian_weights", note)
+
+    def weigh(gramian):
+        return ops.gramian_weights(gramian, "DualProj")
+
+    given = gramian("cpu", torch.float32)
+    expected = weigh(given)
+    assert len(straight) == 1
+    with Seen() as seen:
+        torch.testing.assert_close(weigh(given), expected)
+    assert seen.names == {"gramian_weights"}
+    with pytest.raises(RuntimeError, match="gramian_weights has no gradient"):
+        weigh(given.clone().requires_grad_()).sum().backward()
+    with pytest.raises(NotImplementedError, match="gramian_weights has no forward-mode gradient"):
+        jvp(weigh, (given,), (given,))
+    torch.testing.assert_close(vmap(weigh)(given[None])[0], expected)
+    torch.testing.assert_close(torch.compile(weigh, fullgraph=True, backend="eager")(given), expected)
+    assert "gramian_weights" in str(torch.jit.trace(weigh, given, check_trace=False).graph)
+    torch.testing.assert_close(weigh(torch.nn.Parameter(given, requires_grad=False)), expected)  # a subclass
+    assert len(straight) == 1

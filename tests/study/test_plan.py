@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from diffmtl_fast.study.plan import VARIANTS, Plan, bundled, make_plan
+from diffmtl_fast.train.config import CONTINUOUS, PLAIN
 from diffmtl_fast.train.errors import UserError
+from diffmtl_fast.weighting import METHODS
 
 
 def test_the_variants_are_those_of_the_papers():
@@ -20,6 +22,24 @@ def test_the_variants_are_those_of_the_papers():
         for cost in ("timestep", "snr", "affinity")
     }  # fmt: skip
     assert {v.order for v in VARIANTS if v.family == "curriculum"} == {"easy_to_hard", "hard_to_easy"}
+
+
+def test_the_other_methods_are_all_that_are_registered():
+    names = {variant.method for variant in make_plan(methods="all").variants}
+    assert names == {PLAIN, CONTINUOUS, *METHODS} - {"equal", "constant"}  # those are plain training
+    assert make_plan().variants == VARIANTS
+    plan = make_plan(quick=True, methods="cagrad,uw,continuous_uw")
+    assert [variant.name for variant in plan.variants] == [
+        "vanilla", "uw-timestep", "uw-snr", "uw-affinity", "continuous_uw", "cagrad-snr",
+    ]  # fmt: skip
+    assert plan.config(plan.variants[-2], 0).method == "continuous_uw"
+    assert {variant.family for variant in plan.variants} == {"baseline", "clusters", "others"}
+    with pytest.raises(UserError, match=r"methods: expected papers, all, or names .*, found cagrid"):
+        make_plan(methods="uw,cagrid")
+    with pytest.raises(
+        UserError, match="methods: expected cagrad,uw,continuous_uw, as in the study that is there"
+    ):
+        make_plan(quick=True).check_same(plan)
 
 
 @pytest.mark.parametrize("quick", [False, True])

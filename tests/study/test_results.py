@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from diffmtl_fast.cli import study as command
+from diffmtl_fast.study import results as stored
+from diffmtl_fast.study import runner
 from diffmtl_fast.study.claims import VERDICTS, _verdict, claims
 from diffmtl_fast.study.plan import VANILLA, VARIANTS, make_plan
 from diffmtl_fast.study.results import Curve, Results, load_results
@@ -74,18 +78,43 @@ def test_time_to_equal_quality(study):
     np.testing.assert_allclose(half, 2.0, rtol=0.05)
 
 
-def simulated(rng, slow=()):
+def simulated(rng, slow=(), methods="papers"):
     """A study whose methods differ by noise at every evaluation alone; the slow ones need twice the steps."""
-    plan, steps = make_plan(quick=True, seeds=3), 80.0 * np.arange(1, 8)
+    plan, steps = make_plan(quick=True, seeds=3, methods=methods), 80.0 * np.arange(1, 8)
     curves = {}
     for seed in range(plan.seeds):
         hard = 0.1 * rng.standard_normal()
-        for variant in VARIANTS:
+        for variant in plan.variants:
             factor = 2.0 if variant.name in slow else 1.0
             distance = factor * 1500 / steps * np.exp(hard + 0.06 * rng.standard_normal(len(steps)))
             curves[variant.name, seed] = Curve({"steps": steps}, {"frechet_distance": distance}, None, {})
     empty = {field.name: {} for field in fields(Results)}
     return Results(**{**empty, "plan": plan, "curves": curves})
+
+
+def test_finalists_are_the_fastest_of_the_first_seed_that_are_not_the_papers():
+    plan = make_plan(quick=True, methods="all")
+    others = [variant.name for variant in plan.variants if variant.family == "others"]
+    slow = [name for name in others if name not in ("cagrad-snr", "continuous_uw")]
+    results = simulated(np.random.default_rng(2), slow, "all")
+    assert {variant.name for variant in results.promising(2)} == {"cagrad-snr", "continuous_uw"}
+    del results.curves["cagrad-snr", 0]  # it diverged
+    assert results.promising(1)[0].name == "continuous_uw"
+    assert len(results.promising(100)) == len(others) - 1
+
+
+def test_the_command_goes_on_with_the_finalists(tmp_path, monkeypatch):
+    asked, chosen = [], [variant for variant in make_plan(methods="all").variants if variant.method == "mgda"]
+    monkeypatch.setattr(runner, "study", lambda plan, folder, only, **how: asked.append(only.split(",")))
+    monkeypatch.setattr(
+        stored, "load_results", lambda folder: SimpleNamespace(promising=lambda n: chosen * n)
+    )
+    command.study(str(tmp_path / "study"), methods="all", quick=True, finalists=1)
+    assert {"calibration", "vanilla-seed-0", "mgda-snr-seed-0", "continuous_uw-seed-0"} <= {*asked[0]}
+    assert not any("pcgrad" in name or name.endswith("-seed-1") for name in asked[0])
+    assert asked[1] == ["vanilla-seed-*", "mgda-snr-seed-*"]
+    with pytest.raises(UserError, match="finalists: expected at least 1 and no --only, found 0"):
+        command.study(str(tmp_path / "study"), methods="all", quick=True, finalists=0)
 
 
 def test_time_to_equal_quality_favours_neither_side():

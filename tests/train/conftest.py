@@ -40,6 +40,25 @@ TINY = {
 }
 
 
+#: Changes that make the tiny run one of another noise process.
+PROCESSES = {
+    "vp": {},
+    "edm": {
+        "scheduler": {
+            "path": "diffusers.EDMEulerScheduler",
+            "args": {"num_train_timesteps": 20, "sigma_data": 0.5},
+        }
+    },
+    "flow": {
+        "scheduler": {
+            "path": "diffusers.FlowMatchEulerDiscreteScheduler",
+            "args": {"num_train_timesteps": 20},
+        },
+        "timesteps": {"sampler": "logit_normal"},
+    },
+}
+
+
 def _merged(base, changes):
     merged = copy.deepcopy(base)
     for key, value in changes.items():
@@ -59,9 +78,11 @@ def _one_thread():
 
 @pytest.fixture
 def tiny(device):
-    """Make the tiny configuration with changes: ``tiny(method="nash", clusters={"k": 2})``."""
+    """Make the tiny configuration with changes: ``tiny(method="nash", process="edm")``."""
 
     def make(**changes):
-        return from_dict(_merged({**TINY, "device": str(device)}, changes))
+        base = {**TINY, "device": str(device)}
+        kind = PROCESSES[changes.pop("process", "vp")]
+        return from_dict(_merged({**base, **copy.deepcopy(kind)}, changes))
 
     return make

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffmtl_fast.clustering import BetaTime, LaplaceSigma, LogitNormalTime, cluster_snr
+from diffmtl_fast.clustering import BetaTime, LaplaceSigma, LogitNormalTime, ModeTime, cluster_snr
 from diffmtl_fast.curriculum import (
     DifficultyCurriculum,
     DistributionSampler,
@@ -77,8 +77,8 @@ def test_model_weights_follow_the_seed(tiny, device):
 
 
 def test_scheduler_and_data_of_another_kind(tiny):
-    with pytest.raises(UserError, match=r"scheduler: .* has no alphas_cumprod"):
-        build_scheduler(replace(tiny(), scheduler=Component("diffusers.EDMEulerScheduler")))
+    with pytest.raises(UserError, match=r"scheduler: expected alphas_cumprod, scale_noise or"):
+        build_scheduler(replace(tiny(), scheduler=Component("diffusers.KarrasVeScheduler")))
     with pytest.raises(UserError, match=r"data: expected sklearn\.datasets\.load_digits to return ImageData"):
         build_data(replace(tiny(), data=Component("sklearn.datasets.load_digits")))
 
@@ -117,6 +117,12 @@ TASKS = cluster_snr(LEVELS, 3)
         ("uniform", {}, None),
         ("stratified", {}, None),
         ("logit_normal", {"mean": 0.5, "std": 2.0}, LogitNormalTime(0.5, 2.0)),
+        ("logit_normal", {"logit_mean": 0.5, "logit_std": 2.0}, LogitNormalTime(0.5, 2.0)),
+        ("mode", {"mode_scale": 0.7}, ModeTime(0.7)),
+        ("range", {"min_timestep": 3, "max_timestep": 9}, None),
+        ("range", {"ranges": [[0, 10, 20], [5, 0, 20]]}, None),
+        ("speed", {"suppression": 3.0}, None),
+        ("loss", {"cells": 4}, None),
         ("beta", {"a": 2.0, "b": 1.0}, BetaTime(2.0, 1.0)),
         ("laplace", {"scale": 3.0}, LaplaceSigma(0.0, 3.0)),
         ("second_moment", {"cells": 4}, None),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from diffmtl_fast.analysis.features import Classifier, precision_recall
 from diffmtl_fast.train.data import digits
-from diffmtl_fast.train.evaluation import Classifier, evaluate, precision_recall
+from diffmtl_fast.train.evaluation import evaluate
 
 
 def test_precision_and_recall():

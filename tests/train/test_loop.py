@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import sys
 from dataclasses import replace
+from itertools import product
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -12,17 +14,35 @@ import pytest
 import torch
 
 from diffmtl_fast import weighting
+from diffmtl_fast.clustering import NoiseClustering
 from diffmtl_fast.diffusion import LOSS_WEIGHTS, log_snr
 from diffmtl_fast.ops import _library
 from diffmtl_fast.train import checkpoint, history
-from diffmtl_fast.train.components import build_data, build_loss_weights, build_model, build_scheduler
+from diffmtl_fast.train.components import build_data, build_model, build_scheduler
 from diffmtl_fast.train.config import CONTINUOUS, PLAIN, Component, Loss
 from diffmtl_fast.train.errors import TrainingDiverged, UserError
 from diffmtl_fast.train.history import History
 from diffmtl_fast.train.loop import Trainer
+from diffmtl_fast.train.noise import Noise
 from diffmtl_fast.train.titles import LOSS_TITLES
 
 METHODS = (PLAIN, CONTINUOUS, *weighting.METHODS)
+
+
+def kind(method):
+    """What the trainer sees of a method: what it balances by; whether it learns, draws, clips or skips steps."""
+    made = method.build(3, torch.device("cpu"), 0)
+    return (
+        method.forms_gramian,
+        any(True for _ in made.parameters()),
+        "generator" in inspect.signature(method.cls).parameters,
+        method.clip > 0,
+        method.published_every is not None,
+    )
+
+
+# One method of each kind: the trainer knows no other difference. All methods are tested to train and to resume.
+KINDS = (PLAIN, CONTINUOUS, *{kind(method): name for name, method in weighting.METHODS.items()}.values())
 
 
 class Silent:
@@ -74,12 +94,12 @@ def test_vanilla_is_the_loop_that_everybody_writes(tiny, tmp_path, device, accum
     model = build_model(config, data, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     generator = torch.Generator(device).manual_seed(0)
-    order = torch.randperm(1437, generator=generator, device=device)
+    order = torch.from_numpy(np.random.default_rng([0, 0]).permutation(1437))
     for step in range(3):
         optimizer.zero_grad()
         for part in range(accumulate):
             start = 12 * (step * accumulate + part)
-            index = order[start : start + 12].cpu()
+            index = order[start : start + 12]
             images, labels = data.train[index].to(device), data.train_labels[index].to(device)
             t = torch.randint(20, (12,), generator=generator, device=device)
             noise = torch.randn(images.shape, generator=generator, device=device)
@@ -97,8 +117,10 @@ def test_vanilla_is_the_loop_that_everybody_writes(tiny, tmp_path, device, accum
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=5e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("cost", ["snr", "timestep", "affinity"])
+@pytest.mark.parametrize(
+    ("method", "cost"),
+    [*product(METHODS, ["snr"]), *product(KINDS, ["timestep", "affinity"])],
+)
 def test_every_method_on_every_clustering(tiny, tmp_path, method, cost):
     clusters = {"cost": cost}
     if cost == "affinity":
@@ -141,10 +163,10 @@ def test_continuous_uncertainty_is_the_three_lines_of_the_guide(tiny, tmp_path, 
     learned = weighting.ContinuousUncertainty().to(device)
     optimizer = torch.optim.AdamW(weighting.param_groups(model, learned, lr=1e-3, weight_decay=0.0))
     generator = torch.Generator(device).manual_seed(0)
-    order = torch.randperm(1437, generator=generator, device=device)
+    order = torch.from_numpy(np.random.default_rng([0, 0]).permutation(1437))
     levels = torch.from_numpy(log_snr(scheduler)).float().to(device)
     for step in range(3):
-        index = order[12 * step : 12 * step + 12].cpu()
+        index = order[12 * step : 12 * step + 12]
         images, labels = data.train[index].to(device), data.train_labels[index].to(device)
         t = torch.randint(20, (12,), generator=generator, device=device)
         noise = torch.randn(images.shape, generator=generator, device=device)
@@ -164,7 +186,7 @@ def test_continuous_uncertainty_is_the_three_lines_of_the_guide(tiny, tmp_path, 
     torch.testing.assert_close(trainer.weighting.weight, learned.weight, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", KINDS)
 def test_the_loss_goes_down(tiny, tmp_path, method):
     config = tiny(
         method=method, iterations=20, optimizer={"lr": 1e-2}, logging={"every": 5, "cosines_every": 0}
@@ -210,7 +232,7 @@ CURRICULUM = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("method", "accumulate"), [*((method, 1) for method in METHODS), ("uw", 2)])
+@pytest.mark.parametrize(("method", "accumulate"), [*((method, 1) for method in KINDS), ("uw", 2)])
 def test_a_curriculum_stopped_in_the_middle_of_a_phase_continues_to_the_same_bits(
     tiny, tmp_path, method, accumulate, device
 ):
@@ -246,7 +268,7 @@ def test_a_curriculum_stopped_in_the_middle_of_a_phase_continues_to_the_same_bit
 
 
 @pytest.mark.parametrize("order", ["easy_to_hard", "hard_to_easy"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", KINDS)
 def test_phases_of_a_curriculum(tiny, tmp_path, method, order):
     curriculum = {"order": order, "patience": None, "max_length": 2, "clusters": {"k": 3}}
     _, lines = fit(
@@ -262,7 +284,34 @@ def test_phases_of_a_curriculum(tiny, tmp_path, method, order):
             assert sum(line) == min(phase, 3)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "timesteps",
+    [
+        {"sampler": "mode", "args": {"mode_scale": 0.8}},
+        {"sampler": "speed"},
+        {"sampler": "loss", "args": {"cells": 4}},
+        {"sampler": "range", "args": {"ranges": [[0, 10, 20], [3, 0, 20]]}},
+    ],
+    ids=lambda options: options["sampler"],
+)
+def test_samplers_continue_to_the_same_bits(tiny, tmp_path, timesteps, device):
+    if device.type != "cpu":
+        pytest.skip("the same bits are promised on CPUs")
+    config = tiny(method="uw", timesteps=timesteps, iterations=6, checkpoints={"every": 2, "keep": 9})
+    whole, lines = fit(config, tmp_path / "whole")
+    log = History(tmp_path / "whole" / "log.jsonl")
+    resumed = Trainer(config)
+    resumed.load(tmp_path / "whole" / "iter-00000002", log)
+    (tmp_path / "again").mkdir()
+    resumed.fit(tmp_path / "again", log, Silent())
+    log.close()
+    assert same_weights(whole.model, resumed.model)
+    if timesteps["sampler"] == "range":  # the noisier half alone, and then all
+        trained = [[loss is not None for loss in line["losses"]] for line in lines]
+        assert [line[0] for line in trained] == [False, True, True]
+
+
+@pytest.mark.parametrize("method", KINDS)
 @pytest.mark.parametrize(
     "timesteps",
     [
@@ -272,7 +321,7 @@ def test_phases_of_a_curriculum(tiny, tmp_path, method, order):
     ],
     ids=lambda options: options["sampler"],
 )
-def test_every_method_with_other_timesteps(tiny, tmp_path, method, timesteps):
+def test_methods_with_other_timesteps(tiny, tmp_path, method, timesteps):
     trainer, lines = fit(tiny(method=method, timesteps=timesteps, iterations=4), tmp_path / "run")
     assert all(loss is None or loss > 0 for line in lines for loss in line["losses"])
     assert "phase" not in lines[0]
@@ -283,7 +332,7 @@ def test_every_method_with_other_timesteps(tiny, tmp_path, method, timesteps):
         assert torch.equal(other.timesteps.losses, trainer.timesteps.losses)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", KINDS)
 @pytest.mark.parametrize("order", ["none", "easy_to_hard"])
 def test_loss_weights_with_every_method_and_the_curriculum(tiny, tmp_path, method, order):
     curriculum = {"order": order, "clusters": {"k": 4}, "patience": 1}
@@ -306,7 +355,7 @@ def test_loss_weights_with_every_method_and_the_curriculum(tiny, tmp_path, metho
         ({"args": {"gamma": 1}}, "loss.args: expected none without a loss.weight"),
         (
             {"weight": "min_snr", "args": {"gamma": 1, "snr_gamma": 5}},
-            "loss.args: expected gamma once, found gamma",
+            "loss.args: expected each setting once, found gamma, snr_gamma",
         ),
         ({"weight": "p2", "args": {"snr_gamma": 5}}, "loss.args: "),
         ({"weight": "best"}, "loss.weight: expected one of 'none', 'min_snr', 'soft_min_snr', 'p2', "),
@@ -329,7 +378,7 @@ def test_names_that_people_type(tiny, weight, name):
     config = tiny(loss={"weight": weight, "args": {name: 3.0}})
     scheduler = build_scheduler(config)
     expected = LOSS_WEIGHTS[weight](torch.from_numpy(log_snr(scheduler)), gamma=3.0).float()
-    torch.testing.assert_close(build_loss_weights(config, scheduler, torch.device("cpu")), expected)
+    torch.testing.assert_close(Noise(config, scheduler).process.weights, expected)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
@@ -341,13 +390,90 @@ def test_loss_weights_of_a_schedule_that_ends_in_pure_noise(tiny, weight, kind):
     scheduler.alphas_cumprod[-1] = 0.0  # diffusers leaves 2^-24
     bounded = kind == "v_prediction" or weight in ("min_snr", "soft_min_snr", "p2", "logit_normal")
     if bounded:
-        found = build_loss_weights(config, scheduler, torch.device("cpu"))
+        found = Noise(config, scheduler).process.weights
         assert found.isfinite().all()
     else:
         with pytest.raises(
             UserError, match=f"expected one that is bounded for prediction type {kind} .* found {weight}"
         ):
-            build_loss_weights(config, scheduler, torch.device("cpu"))
+            Noise(config, scheduler)
+
+
+@pytest.mark.parametrize("process", ["edm", "flow"])
+@pytest.mark.parametrize("method", ["vanilla", "continuous_uw", "uw", "nash"])
+def test_continuous_processes(tiny, tmp_path, process, method):
+    """Clusters, a curriculum and loss weights; a stop in the middle changes nothing."""
+    config = tiny(
+        process=process,
+        method=method,
+        iterations=5,
+        loss={"weight": "min_snr"},
+        curriculum={"order": "easy_to_hard", "patience": None, "max_length": 1, "clusters": {"k": 3}},
+        timesteps={"sampler": None},
+        checkpoints={"every": 3},
+    )
+    whole, lines = fit(config, tmp_path / "whole")
+    assert isinstance(whole.clusters, NoiseClustering)
+    assert whole.clusters.k == 3
+    assert lines[0]["phase"] < lines[-1]["phase"]
+    log = History(tmp_path / "whole" / "log.jsonl")
+    resumed = Trainer(config)
+    resumed.load(tmp_path / "whole" / "iter-00000003", log)
+    (tmp_path / "again").mkdir()
+    resumed.fit(tmp_path / "again", log, Silent())
+    log.close()
+    if config.device == "cpu":
+        assert same_weights(whole.model, resumed.model)
+
+
+LAWS = {
+    "edm": [
+        (None, {}, 1.0, "LogNormalSigma(mean=-1.2, std=1.2)"),
+        ("log_normal", {"mean": -0.4, "std": 1.0}, 1.0, "LogNormalSigma(mean=-0.4, std=1.0)"),
+        ("laplace", {}, 1.0, "LaplaceSigma(mean=0.0, scale=0.5)"),
+        ("second_moment", {"cells": 3}, 1.0, "LogNormalSigma(mean=-1.2, std=1.2)"),
+    ],
+    "flow": [
+        (None, {}, 1.0, "UniformTime()"),
+        ("uniform", {}, 3.0, "ShiftedTime(shift=3.0)"),
+        ("logit_normal", {"std": 2.0}, np.e, "LogitNormalTime(mean=1.0, std=2.0)"),
+        ("laplace", {}, np.e, "LaplaceTime(mean=-2.0, scale=0.5)"),
+        ("beta", {"a": 1.5, "b": 1.0}, 1.0, "BetaTime(a=1.5, b=1.0)"),
+    ],
+}
+
+
+@pytest.mark.parametrize("cost", ["snr", "timestep"])
+@pytest.mark.parametrize("method", ["vanilla", "uw"])
+@pytest.mark.parametrize(("process", "law"), [(key, law) for key, laws in LAWS.items() for law in laws])
+def test_distributions_of_continuous_levels(tiny, process, law, method, cost):
+    sampler, args, shift, expected = law
+    scheduler = {"args": {"shift": shift}} if process == "flow" else {}
+    timesteps = {"sampler": sampler, "args": args}
+    config = tiny(
+        process=process, method=method, timesteps=timesteps, scheduler=scheduler, clusters={"cost": cost}
+    )
+    trainer = Trainer(config)
+    assert str(trainer.clusters.distribution) == expected
+    if cost == "timestep":
+        np.testing.assert_allclose(trainer.clusters.probabilities, [0, 1 / 3, 2 / 3, 1])
+    level, cluster = trainer.timesteps.sample(30, generator=torch.Generator().manual_seed(0))
+    assert level.is_floating_point()
+    if method == "uw" and sampler not in ("second_moment", "uniform"):
+        assert cluster.bincount().tolist() == [10, 10, 10]
+
+
+@pytest.mark.parametrize(
+    ("process", "sampler", "message"),
+    [
+        ("edm", "logit_normal", "timesteps: sampler: expected log_normal or laplace for EDM's σ"),
+        ("flow", "log_normal", "timesteps: sampler: expected logit_normal, beta or laplace for times"),
+    ],
+)
+def test_distributions_of_other_levels_are_refused(tiny, process, sampler, message):
+    with pytest.raises(UserError) as caught:
+        Trainer(tiny(process=process, timesteps={"sampler": sampler}))
+    assert str(caught.value).startswith(message)
 
 
 def test_the_number_of_clusters_can_be_chosen(tiny, tmp_path):
@@ -384,8 +510,9 @@ def test_gradients_are_clipped(tiny, tmp_path):
     assert lines[0]["gradient_norm"] > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "kind"), [*product(METHODS, ["epsilon"]), *product(KINDS, ["v_prediction", "sample"])]
+)
 def test_a_step_runs_no_plain_definition(tiny, tmp_path, monkeypatch, method, kind):
     def refuse(name, reason):
         raise AssertionError(f"{name} ran its plain definition: {reason}")
@@ -405,7 +532,7 @@ def test_unknown_prediction_type(tiny, tmp_path):
         fit(tiny(scheduler={"args": {"prediction_type": "score"}}), tmp_path / "run")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", KINDS)
 def test_divergence_stops_the_run_and_keeps_what_was_good(tiny, tmp_path, method):
     config = tiny(method=method, iterations=50, checkpoints={"every": 1})
     trainer = Trainer(config)
@@ -449,7 +576,7 @@ def images(count):
 """
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", KINDS)
 def test_any_module_and_data_without_labels(tiny, tmp_path, monkeypatch, method):
     (tmp_path / "my_project.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
@@ -466,3 +593,78 @@ def test_any_module_and_data_without_labels(tiny, tmp_path, monkeypatch, method)
             fit(replace(config, model=Component("my_project.Normed")), tmp_path / "normed")
     with pytest.raises(UserError, match=r"evaluation\.num_samples: expected 0 for data without labels"):
         Trainer(replace(config, evaluation=replace(config.evaluation, num_samples=10)))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("constant", [0.5, 1, 1, 1]), ("linear", [0.5, 1, 0.5, 0]), ("cosine", [0.5, 1, 0.5, 0])],
+)
+def test_learning_rates_rise_and_fall(tiny, tmp_path, schedule, expected):
+    config = tiny(iterations=4, optimizer={"lr": 1e-2, "warmup": 2, "schedule": schedule})
+    trainer, found = Trainer(config), []
+    log = History(tmp_path / "log.jsonl")
+    for _ in range(4):
+        trainer.step(log)
+        found.append(trainer.optimizer.param_groups[0]["lr"] / 1e-2)
+    log.close()
+    assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("method", ["vanilla", "uw", "nash"])
+def test_fp16_scales_and_continues(tiny, tmp_path, method):
+    """The first scale of 65536 overflows nothing that a skipped step would not answer; the state is kept."""
+    options = {"precision": "fp16", "iterations": 4, "checkpoints": {"every": 2}}
+    whole, lines = fit(tiny(method=method, optimizer={"clip": 1.0}, **options), tmp_path / "run")
+    _, exact = fit(tiny(method=method, iterations=4), tmp_path / "full")
+    assert lines[0]["loss"] == pytest.approx(exact[0]["loss"], rel=0.05)
+    log = History(tmp_path / "run" / "log.jsonl")
+    resumed = Trainer(whole.config)
+    resumed.load(tmp_path / "run" / "iter-00000002", log)
+    log.close()
+    assert resumed.scaler.state_dict()["_growth_tracker"] <= 2
+    assert resumed.scaler.get_scale() > 0
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_norm_of_the_step_is_that_of_its_gradients(tiny, tmp_path, accumulate):
+    config = tiny(method="pcgrad", optimizer={"clip": 1e-3}, accumulate=accumulate, logging={"every": 1})
+    trainer, lines = fit(replace(config, iterations=1), tmp_path / "run")
+    norm = torch.stack([p.grad.square().sum() for p in trainer.model.parameters()]).sum().sqrt()
+    assert float(norm) == pytest.approx(1e-3, rel=1e-2)
+    free = Trainer(replace(config, optimizer=replace(config.optimizer, clip=0.0)))
+    log = History(tmp_path / "log.jsonl")
+    free.step(log)
+    log.close()
+    norm = torch.stack([p.grad.square().sum() for p in free.model.parameters()]).sum().sqrt()
+    assert lines[0]["gradient_norm"] == pytest.approx(float(norm), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        {"engine": "sliced"},
+        {"memory": "lean"},
+        {"jacobian_dtype": "bfloat16"},
+        {"channels_last": True},
+    ],
+)
+def test_ways_to_compute_the_same_step(tiny, tmp_path, compute):
+    options = {"method": "nash", "iterations": 2, "logging": {"every": 1}}
+    _, plain = fit(tiny(**options), tmp_path / "plain")
+    _, other = fit(tiny(**options, compute=compute), tmp_path / "other")
+    assert other[1]["loss"] == pytest.approx(plain[1]["loss"], rel=2e-2)
+
+
+def test_adapters_alone_are_trained(tiny, tmp_path):
+    pytest.importorskip("peft")
+    base = Trainer(tiny())
+    weights = tmp_path / "base.safetensors"
+    checkpoint.save_module(weights, base.model)
+    compute = {"lora": 2, "lora_targets": ["conv1"], "weights": str(weights)}
+    trainer, _ = fit(tiny(method="pcgrad", iterations=2, compute=compute), tmp_path / "run")
+    state = trainer.model.state_dict()
+    assert torch.equal(state["conv_in.weight"], base.model.conv_in.weight)
+    trained = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
+    assert any(state[name].abs().max() > 0 for name in trained if "lora_B" in name)

@@ -11,11 +11,12 @@ import diffusers
 import pytest
 import torch
 
-from diffmtl_fast.train import checkpoint
+from diffmtl_fast.train import checkpoint, plots
 from diffmtl_fast.train.config import Sampling
 from diffmtl_fast.train.data import ImageData
 from diffmtl_fast.train.errors import UserError
 from diffmtl_fast.train.folder import RunFolder
+from diffmtl_fast.train.history import History
 from diffmtl_fast.train.loop import Trainer
 from diffmtl_fast.train.run import train
 from diffmtl_fast.train.trained_denoiser import TrainedDenoiser, load
@@ -55,6 +56,24 @@ def log(run):
 @pytest.fixture
 def run(tmp_path):
     return RunFolder(tmp_path / "runs" / "a")
+
+
+def test_continuous_uncertainty_leaves_a_picture_of_what_it_learned(tiny, run, monkeypatch):
+    drawn = []
+    draw = plots.uncertainty
+    monkeypatch.setattr(plots, "uncertainty", lambda *given: (drawn.append(given), draw(*given)))
+    train(tiny(method="continuous_uw", iterations=3), run)
+    assert run.uncertainty.read_bytes().startswith(b"\x89PNG")
+    (_, levels, log_var, centres, log_losses, title), trained = drawn[0], Trainer(run.read_config())
+    trained.load(run.checkpoint(), History(run.log))
+    found = trained.weighting.log_var(torch.from_numpy(levels).float())
+    assert torch.equal(found, torch.from_numpy(log_var))
+    assert (log_var != 0).any()
+    assert levels.shape == (20,)
+    assert centres.shape == log_losses.shape == (trained.clusters.k,)
+    assert "continuous uncertainty" in title
+    run.remove_outputs()
+    assert not run.uncertainty.exists()
 
 
 def test_a_run_leaves_everything_and_is_then_complete(tiny, run, capsys):
@@ -122,23 +141,26 @@ def test_a_run_can_be_made_longer(tiny, run, tmp_path):
         train(tiny(iterations=4), run, resume=True)
 
 
-def test_a_corrupt_checkpoint_is_refused_and_the_older_one_can_be_chosen(tiny, run, tmp_path):
+def test_training_goes_back_from_a_corrupt_checkpoint_and_says_so(tiny, run, tmp_path, capsys):
     config = tiny()
     train(config, run)
     expected, lines = weights(run), log(run)
-    older, newer = checkpoint.checkpoints(run.checkpoints)
+    newer = checkpoint.checkpoints(run.checkpoints)[-1]
     (newer / "model.safetensors").write_bytes(b"damaged")
-    for _ in range(2):  # never silently the older one
-        with pytest.raises(UserError, match=r"corrupt: model\.safetensors .*; --checkpoint .*iter-00000004"):
-            train(config, run, resume=True)
-    with pytest.raises(UserError, match="corrupt"):
-        load(run, config)
     with pytest.raises(UserError, match=r"--checkpoint: expected one of .* \(iter-00000004, iter-00000006\)"):
         train(config, run, resume=True, chosen=tmp_path / "iter-00000004")
-    train(config, run, resume=True, chosen=older)
+    with pytest.raises(UserError, match=r"corrupt: model\.safetensors .*; --checkpoint .*iter-00000004"):
+        train(config, run, resume=True, chosen=newer)  # the one that was asked for, or none
+    assert load(run, config).iteration == 4
+    train(config, run, resume=True)
+    assert "is corrupt: model.safetensors" in capsys.readouterr().err
     if config.device == "cpu":
         assert weights(run) == expected
         assert log(run) == lines
+    for path in checkpoint.checkpoints(run.checkpoints):
+        (path / "state.pt").unlink()
+    with pytest.raises(UserError, match="the older ones are corrupt too"):
+        train(config, run, resume=True)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,9 @@ from diffmtl_fast.train.evaluation import Judge
 from diffmtl_fast.train.experts import expert_config, expert_folder, load_expert
 from diffmtl_fast.train.folder import RunFolder
 from diffmtl_fast.train.loop import Trainer
+from diffmtl_fast.train.noise import Noise
 from diffmtl_fast.train.run import train
+from diffmtl_fast.train.sampling import build_sampler
 from diffmtl_fast.train.trained_denoiser import load
 
 
@@ -51,9 +53,9 @@ def test_affinity(run, tiny, tmp_path, device, capsys):
 
 def test_affinity_is_the_mean_over_the_checkpoints_raw_weights(run, device):
     config = run.read_config()
-    data, scheduler = build_data(config), build_scheduler(config)
+    data, noise = build_data(config), Noise(config, build_scheduler(config), device)
     model = build_model(config, data, device)
-    loss, expected = run_analysis.denoising_loss(data, scheduler, device), []
+    loss, expected = run_analysis.denoising_loss(config, data, noise, device), []
     for path in checkpoints(run.checkpoints):
         load_module(path, "model", model)
         expected.append(task_affinity(model, loss, cluster_timesteps(20, 4), samples=2).matrix)
@@ -72,10 +74,10 @@ def test_disattenuated_affinity(run, device):
     reliability = np.array(json.loads(paths[1].read_text())["reliability"])
     assert reliability.shape == (2, 4)
     config = run.read_config()
-    data, scheduler = build_data(config), build_scheduler(config)
+    data, noise = build_data(config), Noise(config, build_scheduler(config), device)
     model = build_model(config, data, device)
     load_module(checkpoints(run.checkpoints)[0], "model", model)
-    loss = run_analysis.denoising_loss(data, scheduler, device)
+    loss = run_analysis.denoising_loss(config, data, noise, device)
     expected = task_affinity(model, loss, cluster_timesteps(20, 4), samples=6, reliability=True)
     np.testing.assert_array_equal(reliability[0], expected.reliability[0])
     one = run_analysis.affinity(
@@ -197,3 +199,40 @@ def test_no_checkpoint(tiny, tmp_path, device):
         run_analysis.affinity(folder, str(device))
     with pytest.raises(UserError, match="expected a checkpoint, found none yet"):
         run_analysis.negative_transfer(folder, str(device), intervals=EQUAL)
+
+
+@pytest.mark.parametrize("process", ["edm", "flow"])
+def test_analyses_of_continuous_levels(tiny, tmp_path, device, process):
+    """Timesteps are cells of equal probability; a denoiser that is its own expert has no gap."""
+    run = RunFolder(tmp_path / "run")
+    train(tiny(process=process, iterations=2), run)
+    paths = run_analysis.affinity(run, str(device), tasks=4, samples=2)
+    assert np.load(paths[0]).shape == (20, 20)
+    clusters = {"cost": "affinity", "affinity": str(paths[0]), "k": 2}
+    found = Trainer(tiny(process=process, clusters=clusters)).clusters
+    assert set(found.probabilities * 20) <= {0.0, 5.0, 10.0, 15.0, 20.0}
+    facts, _ = run_analysis.negative_transfer(
+        run, str(device), intervals=Clusters("timestep", 2), iterations=2, num=12, resamples=2
+    )
+    assert json.loads(facts.read_text())["boundaries"] == [0, 10, 20]
+    about, *_ = run_analysis.difficulty(run, str(device), intervals=Clusters("timestep", 2), iterations=2)
+    assert json.loads(about.read_text())["boundaries"] == [0, 10, 20]
+    expert = load_expert(expert_folder(run, 10, 20), str(device))
+    half = Trainer(expert.config)
+    level, _ = half.timesteps.sample(50, generator=torch.Generator().manual_seed(0))
+    assert (level >= half.clusters.distribution.quantile(torch.tensor(0.5))).all()
+
+
+@pytest.mark.parametrize("process", ["edm", "flow"])
+def test_the_expert_takes_over_where_its_interval_begins(tiny, device, process):
+    """In what the models are called with: the sampler's own steps fall to the side that their level says."""
+    config = tiny(process=process, device="cpu")
+    scheduler = build_scheduler(config)
+    noise = Noise(config, scheduler)
+    times = noise.model_times(np.array([0, 7, 20]))
+    levels = noise.distribution.quantile(torch.tensor([0.3499, 0.3501], dtype=torch.float64))
+    told = noise.process.model_time(levels)
+    assert float(told[0]) < times[1] < float(told[1])
+    sampler = build_sampler(config.sampling, scheduler)
+    assert (sampler.timesteps.diff() < 0).all()
+    assert ((sampler.timesteps >= times[0]) & (sampler.timesteps <= times[2])).all()

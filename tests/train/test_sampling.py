@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from diffmtl_fast.diffusion import EDM, noise_process
 from diffmtl_fast.train.config import Component, Sampling
 from diffmtl_fast.train.errors import UserError
 from diffmtl_fast.train.sampling import balanced_labels, build_sampler, draw
@@ -36,13 +37,51 @@ def denoiser(scheduler, device):
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers with NumPy 2
-@pytest.mark.parametrize("sampler", ["DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler"])
+@pytest.mark.parametrize("sampler", ["DDIM", "DDPM", "DPMSolverMultistep", "EulerDiscrete"])
 def test_an_exact_denoiser_gives_the_data(scheduler, denoiser, sampler):
     labels = balanced_labels(7, 3)
-    config = Sampling(Component(f"diffusers.{sampler}"), steps=20, batch_size=7)
+    config = Sampling(Component(f"diffusers.{sampler}Scheduler"), steps=20, batch_size=7)
     pictures = draw(denoiser, scheduler, config, (7, 1, 4, 4), labels, seed=0)
     expected = torch.tensor([-0.5, 0.25, 1.0])[labels].view(-1, 1, 1, 1).expand(7, 1, 4, 4)
     torch.testing.assert_close(pictures, expected, atol=2e-2, rtol=0)
+
+
+class ExactNetwork(nn.Module):
+    """What EDM's or flow matching's network is to predict, for data that are one constant image per class."""
+
+    def __init__(self, process, values):
+        super().__init__()
+        self.process, self.values = process, nn.Parameter(values)
+
+    def forward(self, x, t, class_labels):
+        data = self.values[class_labels].view(-1, 1, 1, 1)
+        if isinstance(self.process, EDM):
+            level = (4 * t).exp()
+            x = x * (level.square() + self.process.sigma_data**2).sqrt().view(-1, 1, 1, 1)
+        else:
+            level = t / 1000
+        alpha, sigma = (share.view(-1, 1, 1, 1) for share in self.process.shares(level))
+        return self.process.target(data.expand_as(x), (x - alpha * data) / sigma, level)
+
+
+@pytest.mark.parametrize(
+    ("training", "sampler"),
+    [
+        ("EDMEulerScheduler", "auto"),
+        ("EDMEulerScheduler", "diffusers.EDMDPMSolverMultistepScheduler"),
+        ("FlowMatchEulerDiscreteScheduler", "auto"),
+        ("FlowMatchEulerDiscreteScheduler", "diffusers.FlowMatchHeunDiscreteScheduler"),
+    ],
+)
+def test_an_exact_network_gives_the_data(device, training, sampler):
+    scheduler = getattr(diffusers, training)()
+    values = torch.tensor([-0.5, 0.25, 1.0])
+    network = ExactNetwork(noise_process(scheduler), values).to(device)
+    labels = balanced_labels(7, 3)
+    config = Sampling(Component(sampler), steps=12, batch_size=7)
+    pictures = draw(network, scheduler, config, (7, 1, 4, 4), labels, seed=0)
+    expected = values[labels].view(-1, 1, 1, 1).expand(7, 1, 4, 4)
+    torch.testing.assert_close(pictures, expected, atol=5e-3, rtol=0)
 
 
 def test_pictures_depend_on_the_seed_and_not_on_the_batch_size(scheduler, denoiser):

@@ -37,6 +37,7 @@ OPERATORS = {
 ON_THE_HOST = {
     "clustering/intervals.py assign": "of levels on the CPU alone, where samplers draw",
     # On the CPU alone; that no weighting reads what is elsewhere is tested by tensors without values.
+    "ops/gram.py gram_at_any_scale": "sees whether squares are in range",
     "weighting/_losses.py log_losses": "refuses negative losses",
     "weighting/_nonnegative.py minimise": "leaves a finished loop",
     "weighting/cagrad.py weigh": "leaves a finished loop",

@@ -60,6 +60,8 @@ class Dispatch:
     def _operate(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._engine.probe is not None:
             self.check_seen((args, kwargs))
+            if self._engine.probe.alike is not None:
+                return self._record(func, args, kwargs)
         if registered := registry.RULES.get(func):
             values = self._bind(registered, args, kwargs)
             if isinstance(values[0], Tensor) and not isinstance(values[0], ClusterParameter):
@@ -73,6 +75,31 @@ class Dispatch:
         if any(True for _ in find_tensors((args, kwargs))):
             return self._broadcast(func, args, kwargs)
         return self._derive(func, args, kwargs)
+
+    def _record(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation as it is, and note what it was given."""
+        probe, registered = self._engine.probe, registry.RULES.get(func)
+        tensors, batch = list(find_tensors((args, kwargs))), None
+        assert probe is not None
+        if registered is not None:
+            values = self._bind(registered, args, kwargs)
+            if isinstance(values[0], Tensor) and not isinstance(values[0], ClusterParameter):
+                batch, used, what = values[0], list(find_handles(values)), registered.rule
+        if batch is None:
+            if not tensors:
+                return self._derive(func, args, kwargs)
+            batch, used, what, values = (
+                _widest(tensors),
+                list(find_handles((args, kwargs))),
+                _name(func),
+                tensors,
+            )
+        key = self._key(what, batch, used)
+        if key in self._engine.constant:
+            return self._derive(func, args, kwargs)
+        constant = torch.is_grad_enabled() and not any(t.requires_grad for t in tensors)
+        probe.record(Operation(key, self._engine.owners(used), find_tensors(values), constant))
+        return func(*substitute(args, _value), **substitute(kwargs, _value))
 
     def _bind(self, registered: Registered, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         try:
@@ -136,9 +163,9 @@ class Dispatch:
 
     def _broadcast(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an element-wise operation with every parameter given once per row of the batch."""
-        widest = max(find_tensors((args, kwargs)), key=lambda t: (t.dim(), t.shape[0] if t.dim() else 0))
+        widest = _widest(find_tensors((args, kwargs)))
         dims, rows = widest.dim(), widest.shape[0] if widest.dim() else 0
-        name = getattr(func, "__name__", str(func))
+        name = _name(func)
         key = self._key(name, widest, find_handles((args, kwargs)))
         if key in self._engine.constant:
             return self._derive(func, args, kwargs)
@@ -168,6 +195,11 @@ class Dispatch:
 
     def _derive(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation on parameters and constants alone: it gives a handle, or a batch of copies."""
+        if writes_in_place(func) and not isinstance(args[0], ClusterParameter):
+            operation = Operation(
+                (func, "into a constant"), self._engine.owners(find_handles((args, kwargs)))
+            )
+            raise NoRows(operation, f"{_name(func)} writes a parameter into a tensor that is none")
         result = func(*substitute(args, _value), **substitute(kwargs, _value))
         if not _has_tensor(result):
             return result
@@ -228,6 +260,14 @@ def shape_per_sample(batch: Tensor | int, batch_size: int) -> tuple[float, ...]:
     if isinstance(batch, int):
         return (batch / batch_size,)
     return (batch.shape[0] / batch_size, *batch.shape[1:]) if batch.dim() else ()
+
+
+def _widest(tensors: Iterable[Tensor]) -> Tensor:
+    return max(tensors, key=lambda t: (t.dim(), t.shape[0] if t.dim() else 0))
+
+
+def _name(func: Any) -> str:
+    return str(getattr(func, "__name__", func))
 
 
 def _value(handle: ClusterParameter) -> Tensor:

@@ -33,19 +33,41 @@ class Probe:
         operations: how many operations, the first ones, add it; default all.
         derivations: whether to look, besides, that gradients can be pulled back through what is computed from
             parameters.
+        alike: an operation; no noise is added and nothing is grouped, but operations like it are recorded.
+
+    Attributes:
+        recorded: by their keys.
     """
 
-    def __init__(self, disturbed: Tensor, operations: float = math.inf, *, derivations: bool = False) -> None:
+    def __init__(
+        self,
+        disturbed: Tensor,
+        operations: float = math.inf,
+        *,
+        derivations: bool = False,
+        alike: Operation | None = None,
+    ) -> None:
         self.disturbed = disturbed
         self.derivations = derivations
+        self.alike = alike
+        self.recorded: dict[tuple[Any, ...], list[Operation]] = {}
         self.operations = operations
         self.seen: list[Operation] = []
         self.visited: set[Any] = set()  # nodes of the graph
 
+    def record(self, operation: Operation) -> None:
+        """Keep an operation if it is of the kind that is looked for."""
+        assert self.alike is not None
+        kinds = [[type(owner) for owner in o.owners] for o in (operation, self.alike)]
+        if operation.key[0] == self.alike.key[0] and kinds[0] == kinds[1]:
+            self.recorded.setdefault(operation.key, []).append(operation)
+
     def disturb(self, out: Tensor, operation: Operation) -> Tensor:
         """Add the noise to an operation's output; like the real one, it requires a gradient."""
-        self.seen.append(operation)
         batch_size = self.disturbed.shape[0]
+        if self.alike is not None:
+            return out.requires_grad_() * 1
+        self.seen.append(operation)
         if out.dim() == 0 or out.shape[0] == 0 or out.shape[0] % batch_size:
             raise NoRows(operation, f"found an output {list(out.shape)} for {batch_size} samples")
         operation.tensors = []  # not to keep a whole forward's activations
@@ -186,15 +208,35 @@ class Verification:
     def _give_way(self, error: NoRows, layout: BatchLayout, given: _Given, state: ModelState) -> None:
         """Find another way for an operation that can't be grouped."""
         operation, engine = error.operation, self._engine
-        untried = operation.constant and operation.key not in engine.constant
-        if untried and not self._depends_on_samples(operation, layout, given, state):
-            engine.constant[operation.key] = self._describe(operation, error)
-            return
+        if operation.constant and operation.key not in engine.constant:
+            alike = self._constant_like(operation, layout, given, state)
+            if operation.key in (each.key for each in alike):
+                engine.constant |= {each.key: self._describe(each, error) for each in alike}
+                return
+            if not self._depends_on_samples(operation, layout, given, state):
+                engine.constant[operation.key] = self._describe(operation, error)
+                return
         engine.slices.add(operation.owners, str(error))
 
     def _describe(self, operation: Operation, error: NoRows) -> str:
         names = [module_name(self._engine.model, module) for module in operation.owners]
         return f"{', '.join(names)}: {error}"
+
+    def _constant_like(
+        self, operation: Operation, layout: BatchLayout, given: _Given, state: ModelState
+    ) -> list[Operation]:
+        """Return the operations like this one whose other arguments do not change when the samples do.
+
+        All of them at once: an adapter may have one in every layer.
+        """
+        quiet = torch.zeros(layout.batch_size, dtype=torch.bool)
+        found = []
+        for arguments in (given, _vary(given, layout.batch_size)):
+            probe = Probe(quiet, alike=operation)
+            self._forward(layout, arguments, state, probe)
+            found.append(probe.recorded)
+        first, second = found
+        return [uses[0] for key, uses in first.items() if _same_constants(uses, second.get(key, []))]
 
     def _depends_on_samples(
         self, operation: Operation, layout: BatchLayout, given: _Given, state: ModelState
@@ -208,8 +250,18 @@ class Verification:
             except NoRows as error:
                 if error.operation.key != operation.key:
                     return True
-                found.append(error.operation.tensors)
-        return any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(*found, strict=True))
+                found.append(error.operation)
+        return not _same_constants(found[:1], found[1:])
+
+
+def _same_constants(first: list[Operation], second: list[Operation]) -> bool:
+    """Tell whether uses of parameters were given constants, and the same ones."""
+    if len(first) != len(second) or not all(use.constant for use in (*first, *second)):
+        return False
+    pairs = [
+        pair for a, b in zip(first, second, strict=True) for pair in zip(a.tensors, b.tensors, strict=True)
+    ]
+    return all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
 
 
 def _vary(given: _Given, batch_size: int) -> _Given:

@@ -15,7 +15,10 @@ class Gradients(Protocol):
     """Gradients of the clusters that are complete: what a step asks for, once, in this order."""
 
     def gramian(self) -> Tensor:
-        """Return J Jᵀ, [K, K], float32 at least."""
+        """Return J Jᵀ, float64 [K, K], at any scale."""
+
+    def drop(self, clusters: Tensor) -> None:
+        """Set the gradients of some clusters, bool [K], to zero, after `gramian`."""
 
     def update(self, weights: Tensor, backward: Callable[[Tensor], None]) -> Tensor | None:
         """Add Σ_k w_k g_k to the parameters' ``.grad`` as autograd would.

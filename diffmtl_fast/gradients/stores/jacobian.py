@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import ops
+from ...ops.gram import gram_at_any_scale
 from .base import Deferred
 
 _ALIGNMENT = 64  # elements from one parameter's block to the next are a multiple of this: whole cache lines
@@ -111,14 +112,20 @@ class Jacobian:
         return [any(written) for written in self._written]
 
     def gramian(self) -> Tensor:
-        """Return J Jᵀ, [K, K], float32 at least."""
+        """Return J Jᵀ, float64 [K, K], at any scale."""
         blocks = []
         for position, written in enumerate(self._written):
             if any(written):
                 blocks.append(self.filled(position))
         if not blocks:
-            return torch.zeros(self.num_clusters, self.num_clusters, device=self.blocks[0].device)
-        return ops.gram(blocks)
+            return self.blocks[0].new_zeros((self.num_clusters,) * 2, dtype=torch.float64)
+        return gram_at_any_scale(blocks)
+
+    def drop(self, clusters: Tensor) -> None:
+        """Set the rows of some clusters, bool [K], to zero."""
+        for block, reached in zip(self.blocks, self.touched, strict=True):
+            if reached:
+                block.masked_fill_(clusters.view(-1, *[1] * (block.dim() - 1)), 0)
 
     def matrix(self, out: Tensor | None = None) -> Tensor:
         """Return a copy of J as one matrix.
@@ -144,19 +151,16 @@ class Jacobian:
         return self.add_to_grads(touched, weights)
 
     def add_to_grads(self, blocks: Mapping[int, Tensor], weights: Tensor) -> Tensor:
-        """Add the weighted sums of the rows of blocks, by position, to the ``.grad`` of their parameters.
+        """Add the weighted sums of the rows of blocks to ``.grad``; see the function of this name."""
+        return add_to_grads(self.parameters, blocks, weights)
 
-        Returns:
-            The squared norm of what is in ``.grad`` of all parameters afterwards.
-        """
-        squared = accumulate([self.parameters[i] for i in blocks], list(blocks.values()), weights)
-        for position, parameter in enumerate(self.parameters):
-            if parameter.grad is not None and position not in blocks:  # left there by an earlier backward
-                wide = torch.promote_types(parameter.grad.dtype, torch.float32)
-                squared = squared + torch.linalg.vector_norm(parameter.grad, dtype=wide).square().to(
-                    squared.dtype
-                )
-        return squared
+    def dtype(self, position: int) -> torch.dtype:
+        """Return the dtype of a parameter's stored gradients."""
+        return self.blocks[position].dtype
+
+    def row(self, position: int, k: int) -> Tensor | None:
+        """Return the gradient of a parameter for one cluster, if it got one."""
+        return self.blocks[position][k] if self._written[position][k] else None
 
     def filled(self, position: int) -> Tensor:
         """Return a parameter's block, after setting the rows that got no gradient to zero."""
@@ -183,10 +187,24 @@ def _allocate(
     return [blocks[i] for i in range(len(parameters))]
 
 
+def add_to_grads(parameters: Sequence[nn.Parameter], blocks: Mapping[int, Tensor], weights: Tensor) -> Tensor:
+    """Add the weighted sums of the rows of blocks, by position, to the ``.grad`` of their parameters.
+
+    Returns:
+        The squared norm of what is in ``.grad`` of all parameters afterwards.
+    """
+    squared = accumulate([parameters[i] for i in blocks], list(blocks.values()), weights)
+    for position, parameter in enumerate(parameters):
+        if parameter.grad is not None and position not in blocks:  # left there by an earlier backward
+            norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float64)
+            squared = squared + norm.square()
+    return squared
+
+
 def accumulate(parameters: Sequence[nn.Parameter], blocks: Sequence[Tensor], weights: Tensor) -> Tensor:
     """Add Σ_k w_k J_l[k] to every parameter's ``.grad`` and return the squared norm of the result."""
     if not parameters:
-        return weights.new_zeros(())
+        return weights.new_zeros((), dtype=torch.float64)
     there = [p.grad is not None for p in parameters]
     for parameter in parameters:
         if parameter.grad is None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ... import ops
+from ...ops.gram import gram_at_any_scale
 from .base import Deferred
 from .jacobian import accumulate, dense_stride
 
@@ -138,7 +138,7 @@ class LeanGramian:
         self._rows(position)[k].add_(gradient)
 
     def gramian(self) -> Tensor:
-        """Return J Jᵀ, [K, K], float32 at least, when all gradients have come."""
+        """Return J Jᵀ, float64 [K, K], at any scale, when all gradients have come."""
         for position in sorted(
             self._kept.keys() - self._done
         ):  # in slices, or no gradient came to some of the uses
@@ -146,8 +146,12 @@ class LeanGramian:
             self._take(self._kept[position])
         self._free.clear()
         if self._gramian is None:
-            return torch.zeros(self._num_clusters, self._num_clusters, device=self._parameters[0].device)
+            return self._parameters[0].new_zeros((self._num_clusters,) * 2, dtype=torch.float64)
         return self._gramian
+
+    def drop(self, clusters: Tensor) -> None:
+        """Refuse: what operations keep for the update does not tell the clusters apart."""
+        raise NotImplementedError("memory='lean' drops no clusters")
 
     def update(self, weights: Tensor, backward: Callable[[Tensor], None]) -> None:
         """Add Σ_k w_k g_k to the parameters' ``.grad``; its norm is not known."""
@@ -170,7 +174,7 @@ class LeanGramian:
     def _take(self, gradients: Tensor) -> None:
         if self._dtype is not None:
             gradients = gradients.to(self._dtype)
-        part = ops.gram([gradients])
+        part = gram_at_any_scale([gradients])
         self._gramian = part if self._gramian is None else self._gramian + part
 
     def _scratch(self, parameter: nn.Parameter) -> Tensor:

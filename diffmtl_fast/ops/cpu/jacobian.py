@@ -51,7 +51,7 @@ def combine_(
     dense = dense_outputs(out)
     square = _write_combination(dense, jacobian, weights, accumulate)
     copy_back(dense, out)
-    return torch.tensor(square, dtype=accumulation_dtype(*out, *jacobian))
+    return torch.tensor(square, dtype=torch.float64)
 
 
 def _write_combination(

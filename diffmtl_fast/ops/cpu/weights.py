@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..._native import _C
+from .._library import run_plain
+from ..gradvac import LARGEST
 from ..nash import CONVERGED, LINE_SEARCH_STEPS, NEWTON_STEPS, ridge_unit
 from .handles import handle
+
+_METHODS = frozenset(_C.CPU_GRAMIAN_METHODS)
+
+
+def _address(present: Tensor | None) -> int:
+    return 0 if present is None else present.data_ptr()
 
 
 def pcgrad_weights(gramian: Tensor, order: Tensor, present: Tensor) -> Tensor:
@@ -35,3 +45,42 @@ def nash_weights(gramian: Tensor, present: Tensor) -> Tensor:
         weights.data_ptr(),
     )
     return weights
+
+
+def gramian_weights(
+    gramian: Tensor, present: Tensor | None, method: str, settings: Sequence[float]
+) -> Tensor:
+    """Run `gramian_weights`."""
+    if method not in _METHODS:
+        return run_plain("gramian_weights", f"no kernel for {method}", gramian, present, method, settings)
+    gramian, present = gramian.contiguous(), None if present is None else present.contiguous()
+    k, unit = gramian.shape[0], torch.finfo(gramian.dtype).eps
+    weights = torch.empty(k, dtype=gramian.dtype)
+    _C.cpu_gramian_weights(handle(gramian), k, _address(present), method, unit, settings, weights.data_ptr())
+    return weights
+
+
+def gradvac_weights(
+    gramian: Tensor, order: Tensor, present: Tensor | None, targets: Tensor, beta: float
+) -> tuple[Tensor, Tensor]:
+    """Run `gradvac_weights`."""
+    gramian, order, present = (
+        gramian.contiguous(),
+        order.contiguous(),
+        None if present is None else present.contiguous(),
+    )
+    weights, moved = (
+        torch.empty(gramian.shape[0], dtype=gramian.dtype),
+        targets.clone(memory_format=torch.contiguous_format),
+    )
+    _C.cpu_gradvac_weights(
+        handle(gramian),
+        gramian.shape[0],
+        order.data_ptr(),
+        _address(present),
+        moved.data_ptr(),
+        beta,
+        LARGEST,
+        weights.data_ptr(),
+    )
+    return weights, moved

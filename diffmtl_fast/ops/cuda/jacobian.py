@@ -27,7 +27,7 @@ def gram(jacobian: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor
     if reason := _uncovered(k):
         return run_plain("gram", reason, jacobian, dtype)
     few = k <= settings.MAX_VECTOR_CLUSTERS
-    if total == torch.float64 and not few:
+    if not few and any(member.dtype == torch.float64 for member in jacobian):
         return run_plain("gram", f"no kernel for K = {k} in {total}", jacobian, dtype)
     parts = [dense_rows(member) for member in jacobian]
     partial = []
@@ -35,7 +35,7 @@ def gram(jacobian: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor
         if few:
             partial.append(_gram_vectors(launch, k, dtype or accumulation_dtype(launch.rows[0])))
         else:
-            partial.append(_gram_tiles(launch, k))
+            partial.append(_gram_tiles(launch, k, total))
     return add_up(partial, k, total, jacobian[0].device)
 
 
@@ -54,11 +54,11 @@ def _gram_vectors(launch: Launch, k: int, dtype: torch.dtype) -> Tensor:
     return partial
 
 
-def _gram_tiles(launch: Launch, k: int) -> Tensor:
+def _gram_tiles(launch: Launch, k: int, dtype: torch.dtype) -> Tensor:
     block, num_warps = settings.gram_settings(k, launch.longest, 4, launch.aligned)
     run = settings.ceil_div(launch.columns, settings.TILE_PROGRAMS * block)
     programs = launch.programs(run * block)
-    partial = torch.empty(k, k, programs, dtype=torch.float32, device=launch.device)
+    partial = torch.empty(k, k, programs, dtype=dtype, device=launch.device)
     gram_kernels._gram_tile_kernel[programs,](
         **launch.arguments(run * block),
         p_partial=partial,
@@ -66,6 +66,7 @@ def _gram_tiles(launch: Launch, k: int) -> Tensor:
         K=k,
         TILE=max(16, settings.power_of_two(k)),
         BLOCK=block,
+        ACCUMULATE=SUM_DTYPES[dtype],
         PRECISION="ieee" if launch.dtype == torch.float32 else "tf32",
         num_warps=num_warps,
     )
@@ -93,13 +94,13 @@ def combine_(
     parts = [rows_like(member, written) for member, written in zip(jacobian, dense, strict=True)]
     squares = [_combine(launch, weights.contiguous()) for launch in plan(parts, dense, accumulate)]
     copy_back(dense, out)
-    return add_up(squares, 1, accumulation_dtype(*out, *jacobian), weights.device).view(())
+    return add_up(squares, 1, torch.float64, weights.device).view(())
 
 
 def _combine(launch: Launch, weights: Tensor) -> Tensor:
     block, num_warps = settings.stream_settings(launch.longest)
     dtype, programs = accumulation_dtype(launch.rows[0], launch.outputs[0]), launch.programs(block)
-    squares = torch.empty(1, 1, programs, dtype=dtype, device=launch.device)
+    squares = torch.empty(1, 1, programs, dtype=torch.float64, device=launch.device)
     combine_kernels._combine_kernel[programs,](
         **launch.arguments(block),
         p_weight=weights,

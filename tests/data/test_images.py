@@ -1,11 +1,11 @@
-"""The digits and the order of visits."""
+"""The digits and images in memory."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from diffmtl_fast.train.data import EpochSampler, ImageData, digits
+from diffmtl_fast.data import ImageData, digits
 
 
 def test_digits_are_all_there_split_in_proportion():
@@ -29,26 +29,3 @@ def test_image_data_refuses_what_training_cannot_use():
         ImageData(images, labels[:1], images, labels)
     with pytest.raises(ValueError, match="classes >= 0"):
         ImageData(images, labels - 1, images, labels)
-
-
-def test_sampler_visits_every_image_once_an_epoch(generator):
-    sampler = EpochSampler(10, generator)
-    visits = torch.cat([sampler.next(4) for _ in range(10)]).cpu()
-    epochs = visits.view(4, 10)
-    assert torch.equal(epochs.sort(dim=1).values, torch.arange(10).expand(4, 10))
-    assert not torch.equal(epochs[0], epochs[1])
-
-
-def test_sampler_gives_batches_larger_than_the_data(generator):
-    assert EpochSampler(3, generator).next(8).cpu().bincount().tolist() in ([3, 3, 2], [3, 2, 3], [2, 3, 3])
-
-
-def test_sampler_continues_from_its_state(device):
-    sampler = EpochSampler(10, torch.Generator(device).manual_seed(0))
-    sampler.next(7)
-    state, random = sampler.state_dict(), sampler.generator.get_state()
-    expected = [sampler.next(7) for _ in range(3)]
-    other = EpochSampler(10, torch.Generator(device))
-    other.load_state_dict(state)
-    other.generator.set_state(random)
-    assert all(torch.equal(other.next(7), part) for part in expected)

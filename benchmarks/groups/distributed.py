@@ -1,0 +1,162 @@
+"""One training step in two gloo processes of a thread each, from forward to ``.grad``.
+
+Beside the step of `DistributedDataParallel`: exact PCGrad by one backward per cluster whose gradients are averaged
+one after the other, by all-reducing the Jacobian, and by the library, with samples of all clusters in every
+process and of one in each. Both processes have half of the batch.
+"""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import diffmtl_fast as dm
+from benchmarks.benchmark import Benchmark, Options
+from benchmarks.harness import Candidate, GateError
+from benchmarks.models import MODELS, TITLES, Case
+from benchmarks.names import DDP_STEP, PARALLEL_PCGRAD, REPLICATED_PCGRAD, Group
+from benchmarks.reference import Batch
+from benchmarks.report.results import Role
+
+RANKS = 2
+TOLERANCE = 1e-3  # as for PCGrad in one process
+WAYS: dict[str, Role] = {
+    DDP_STEP: "limit",
+    "K backwards averaged by all-reduce, PCGrad": "reference",
+    "all-reduce of J, PCGrad": "baseline",
+    REPLICATED_PCGRAD: "ours",
+    PARALLEL_PCGRAD: "ours",
+}
+PLAIN, BACKWARDS, ALL_REDUCED, REPLICATED, PARALLEL = WAYS
+
+
+def benchmarks(options: Options) -> Iterator[Benchmark]:
+    """Yield the cases of this group: as many clusters as processes, where no process has more than one."""
+    if options.gpu:  # two processes need two
+        return
+    model, batch = options.pick("tiny", "dit"), options.batch or options.pick(8, 40)
+    yield Benchmark(
+        Group.DISTRIBUTED,
+        f"{TITLES[model]}, K = {RANKS}, batch {batch}, {RANKS} processes",
+        WAYS,
+        partial(_candidates, model, batch),
+        options.pick(2, 7),
+        {"title": TITLES[model], "k": RANKS, "batch": batch, "model": model},
+    )
+
+
+def _candidates(model: str, batch: int) -> list[Candidate]:
+    processes = cache(lambda: Processes(model, batch))
+
+    def error(way: str) -> float:
+        found, wanted = processes().call(way), processes().call(ALL_REDUCED)
+        return abs(found - wanted) / wanted
+
+    return [
+        Candidate(
+            way,
+            lambda way=way: processes().call(way),  # type: ignore[misc]
+            None if way in (PLAIN, ALL_REDUCED) else partial(error, way),
+            TOLERANCE,
+        )
+        for way in WAYS
+    ]
+
+
+class Processes:
+    """Two processes that take the same step at the same time."""
+
+    def __init__(self, model: str, batch: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._folder = tempfile.TemporaryDirectory()
+        self._connections: list[Connection] = []
+        started = []
+        for rank in range(RANKS):
+            here, there = context.Pipe()
+            args = (there, rank, str(Path(self._folder.name) / "meeting"), model, batch)
+            started.append(context.Process(target=_serve, args=args, daemon=True))
+            started[-1].start()
+            there.close()
+            self._connections.append(here)
+        for process in started:
+            weakref.finalize(self, process.kill)
+
+    def call(self, way: str) -> float:
+        """Take a step; return the norm of what is in ``.grad``."""
+        for connection in self._connections:
+            connection.send(way)
+        norms = [connection.recv() for connection in self._connections]
+        if len(set(norms)) > 1:
+            raise GateError(f"{way}: expected the same gradients in both processes, found norms {norms}")
+        return float(norms[0])
+
+
+def _serve(connection: Connection, rank: int, meeting: str, model: str, batch: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=RANKS)
+    torch.manual_seed(0)
+    case = MODELS[model](batch, RANKS)
+    steps = _steps(case, rank)
+    while True:
+        way = connection.recv()
+        case.model.zero_grad(set_to_none=True)
+        steps[way]()
+        grads = [p.grad for p in case.model.parameters() if p.grad is not None]
+        connection.send(float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0)
+
+
+def _steps(case: Case, rank: int) -> dict[str, Callable[[], object]]:
+    size = len(case.batch.target) // RANKS
+    parallel = case.batch.narrow(rank * size, size)  # the batch is sorted: one cluster
+    half = size // RANKS
+    parts = [case.batch.narrow(k * size + rank * half, half) for k in range(RANKS)]
+    mixed = Batch(
+        tuple(torch.cat(inputs) for inputs in zip(*(part.inputs for part in parts), strict=True)),
+        torch.cat([part.target for part in parts]),
+        torch.cat([part.cluster for part in parts]),
+    )
+    model = case.model
+    parameters = list(model.parameters())
+    replicas = nn.parallel.DistributedDataParallel(copy.deepcopy(model))
+    weighting = dm.PCGrad()
+    mtl = dm.ClusteredMTL(model, RANKS, weighting, engine="grouped")
+
+    def plain() -> None:
+        replicas.zero_grad(set_to_none=True)
+        case.losses(replicas, mixed).mean().backward()
+
+    def jacobian(each: bool) -> None:
+        rows = []
+        for part in parts:
+            found = torch.autograd.grad(case.losses(model, part).mean() / RANKS, parameters)
+            rows.append(torch.cat([g.flatten() for g in found]))
+            if each:
+                dist.all_reduce(rows[-1])
+        both = torch.stack(rows)
+        if not each:
+            dist.all_reduce(both)
+        weights = weighting(both @ both.T, torch.ones(RANKS, dtype=torch.bool))
+        direction = weights @ both / RANKS
+        for p, part in zip(parameters, direction.split([p.numel() for p in parameters]), strict=True):
+            p.grad = part.view_as(p)
+
+    def ours(batch: Batch) -> None:
+        mtl.backward(case.losses(partial(mtl, cluster=batch.cluster), batch))
+
+    return {
+        PLAIN: plain,  # its gradients are in the replicas
+        BACKWARDS: partial(jacobian, True),
+        ALL_REDUCED: partial(jacobian, False),
+        REPLICATED: partial(ours, mixed),
+        PARALLEL: partial(ours, parallel),
+    }

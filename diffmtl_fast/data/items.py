@@ -1,0 +1,232 @@
+"""Samples by index, batches of them, and the order in which training visits them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+#: What a sample is drawn for: nothing, a class, a caption, or an embedding [L, D].
+Condition: TypeAlias = "int | str | Tensor | None"
+#: Of a batch: nothing, classes int64 [B], captions, or embeddings [B, L, D].
+Conditions: TypeAlias = "Tensor | list[str] | None"
+
+# What decoders raise for a file that they cannot read.
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, KeyError)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch of clean samples.
+
+    Attributes:
+        x: float32 [B, C, H, W].
+        conditioning: what the samples are conditioned on, see `Conditions`.
+        unreadable: names of samples that could not be read, with the reason; others took their places.
+    """
+
+    x: Tensor
+    conditioning: Conditions = None
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+    def pin_memory(self) -> Batch:
+        """In page-locked memory, from which copies to a GPU need not be waited for; the DataLoader calls it."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def to(self, device: torch.device) -> Batch:
+        """On a device."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _each(self, move: Any) -> Batch:
+        held = self.conditioning
+        return replace(self, x=move(self.x), conditioning=move(held) if isinstance(held, Tensor) else held)
+
+
+class Items(Protocol):
+    """Samples by index."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    def item(self, index: int, source: random.Random | None) -> tuple[Tensor, Condition]:
+        """A sample, float32 [C, H, W] in [-1, 1] for images; augmented if a source of randomness is given."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What to call a sample in messages: its file."""
+        ...
+
+
+class Memory:
+    """Samples in memory.
+
+    Args:
+        x: float32 [N, C, H, W].
+        conditions: int64 [N], floating point [N, L, D], N captions, or None.
+    """
+
+    def __init__(self, x: Tensor, conditions: Conditions = None) -> None:
+        self.x, self.conditions = x, conditions
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def item(self, index: int, source: random.Random | None) -> tuple[Tensor, Condition]:
+        """A sample; nothing is augmented."""
+        return self.x[index], None if self.conditions is None else self.conditions[index]
+
+    def batch(self, indices: list[int]) -> Batch:
+        """Several samples at once."""
+        held, index = self.conditions, torch.tensor(indices)
+        return Batch(
+            self.x[index],
+            [held[i] for i in indices] if isinstance(held, list) else held if held is None else held[index],
+        )
+
+    def name(self, index: int) -> str:
+        """Its number."""
+        return f"image {index}"
+
+
+class Subset:
+    """Some of other samples.
+
+    Args:
+        items: the others.
+        indices: int64 [M], which.
+    """
+
+    def __init__(self, items: Items, indices: Any) -> None:
+        self.items, self.indices = items, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def item(self, index: int, source: random.Random | None) -> tuple[Tensor, Condition]:
+        """The sample itself."""
+        return self.items.item(int(self.indices[index]), source)
+
+    def name(self, index: int) -> str:
+        """Its name."""
+        return self.items.name(int(self.indices[index]))
+
+
+class Visits(Dataset[Batch]):
+    """Batches of visits: visit v is sample v % N, augmented by random numbers that v alone decides.
+
+    An unreadable sample is replaced by the next one that is readable, and named in the batch.
+
+    Args:
+        items: the samples.
+        seed: of the augmentation; None for none.
+    """
+
+    def __init__(self, items: Items, seed: int | None) -> None:
+        self.items, self.seed = items, seed
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitems__(self, visits: list[int]) -> Batch:
+        """The batch of some visits.
+
+        Raises:
+            ValueError: no sample can be read, or two differ in shape.
+        """
+        if isinstance(self.items, Memory):
+            return self.items.batch([visit % len(self.items) for visit in visits])
+        unreadable: dict[str, str] = {}
+        found = [self._read(visit, unreadable) for visit in visits]
+        shapes = {tuple(x.shape) for x, _ in found}
+        if len(shapes) > 1:
+            raise ValueError(f"data: expected samples of one shape, found {sorted(shapes)}")
+        return Batch(torch.stack([x for x, _ in found]), _stacked([c for _, c in found]), unreadable)
+
+    def __getitem__(self, visit: int) -> Batch:
+        return self.__getitems__([visit])
+
+    def _read(self, visit: int, unreadable: dict[str, str]) -> tuple[Tensor, Condition]:
+        for step in range(len(self.items)):
+            index = (visit + step) % len(self.items)
+            source = None if self.seed is None else random.Random(f"{self.seed} {visit}")
+            try:
+                return self.items.item(index, source)
+            except UNREADABLE as error:
+                unreadable[self.items.name(index)] = str(error) or type(error).__name__
+        raise ValueError(f"data: expected a readable sample, found none among {len(self.items)}")
+
+
+class EpochOrder(Sampler[list[int]]):
+    """Every sample once an epoch, in a new order every time, as endless batches of visits.
+
+    A batch may reach into the next epoch. The order follows from the seed and the epoch alone, so that training
+    goes on anywhere, with any number of workers, from the number of batches it has seen.
+
+    Args:
+        size: N.
+        batch_size: samples of a process's batch.
+        seed: of the orders.
+        start: batches to leave out.
+        rank: of this process; the batches of all processes together are consecutive.
+        world: number of processes.
+    """
+
+    def __init__(
+        self, size: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1
+    ) -> None:
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.start, self.rank, self.world = start, rank, world
+
+    def __iter__(self) -> Iterator[list[int]]:
+        position = (self.start * self.world + self.rank) * self.batch_size
+        epoch, order = -1, np.empty(0, dtype=np.int64)
+        while True:
+            visits = []
+            for place in range(position, position + self.batch_size):
+                if place // self.size != epoch:
+                    epoch = place // self.size
+                    order = np.random.default_rng([self.seed, epoch]).permutation(self.size)
+                visits.append(epoch * self.size + int(order[place % self.size]))
+            yield visits
+            position += self.world * self.batch_size
+
+
+def batches(
+    items: Items, order: EpochOrder, *, augment: bool = True, workers: int = 0, pin: bool = False
+) -> Iterator[Batch]:
+    """Endless batches in an order.
+
+    Args:
+        items: the samples.
+        order: of the visits.
+        augment: with augmentation by the seed of the order.
+        workers: processes that read ahead.
+        pin: into page-locked memory, for a GPU.
+    """
+    loader = DataLoader(
+        Visits(items, order.seed if augment else None),
+        batch_sampler=order,
+        num_workers=workers,
+        pin_memory=pin,
+        collate_fn=_as_it_is,
+        # Of its own: torch's global one decides dropout masks, whatever the number of workers.
+        generator=torch.Generator().manual_seed(order.seed),
+    )
+    return iter(loader)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _stacked(conditions: list[Any]) -> Conditions:
+    if conditions[0] is None or isinstance(conditions[0], str):
+        return None if conditions[0] is None else conditions
+    return torch.stack([torch.as_tensor(condition) for condition in conditions])

@@ -1,0 +1,376 @@
+"""Sources of samples on disk: image folders, datasets of Hugging Face, latents, tar archives."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import random
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._extras import require
+from .images import ImageData
+from .items import UNREADABLE, Condition, Items, Subset
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+_GREY_16 = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+
+
+@dataclass(frozen=True)
+class FileData:
+    """Training and validation samples that are read as they are needed.
+
+    Attributes:
+        training: samples.
+        validation: samples that are held out, or None.
+        num_classes: C, 0 without classes.
+        autoencoder: folder of the autoencoder that the samples are latents of, or None.
+    """
+
+    training: Items
+    validation: Items | None
+    num_classes: int = 0
+    autoencoder: str | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width, of the first sample that can be read.
+
+        Raises:
+            ValueError: none can.
+        """
+        for index in range(len(self.training)):
+            try:
+                channels, height, width = self.training.item(index, None)[0].shape
+                return channels, height, width
+            except UNREADABLE:
+                continue
+        raise ValueError(f"expected a readable sample, found none among {len(self.training)}")
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Count and shape of the training samples, SHA-256 of their names."""
+        digest = hashlib.sha256()
+        for index in range(len(self.training)):
+            digest.update(self.training.name(index).rpartition("/")[2].encode() + b"\0")
+        return {"count": len(self.training), "shape": list(self.shape), "sha256": digest.hexdigest()}
+
+    def images(self, limit: int) -> ImageData:
+        """The first samples in memory, at most `limit` of each kind, without those that cannot be read."""
+        train, labels = _load(self.training, limit)
+        test, test_labels = (train, labels) if self.validation is None else _load(self.validation, limit)
+        return ImageData(train, labels, test, test_labels)
+
+
+class Pictures:
+    """Turns encoded pictures into samples in [-1, 1].
+
+    RGB and grey pictures of 8 and 16 bits are taken as they are, palettes are resolved, transparency is laid on
+    white; other modes, such as CMYK, are refused by name.
+
+    Args:
+        size: height and width; the shorter side is scaled to it, the rest cut off.
+        channels: 3, or 1 for grey.
+        crop: cut off at a random place in training, not around the middle.
+        flip: mirror half of the pictures in training.
+
+    Raises:
+        ValueError: a size or number of channels out of range.
+    """
+
+    def __init__(self, size: int, channels: int = 3, crop: bool = False, flip: bool = False) -> None:
+        if size < 1 or channels not in (1, 3):
+            raise ValueError(f"expected size >= 1 and 1 or 3 channels, found {size} and {channels}")
+        self.size, self.channels, self.crop, self.flip = size, channels, crop, flip
+
+    def __call__(self, file: Any, source: random.Random | None) -> Tensor:
+        """Decode a path, an open file or a PIL image, float32 [C, size, size].
+
+        Raises:
+            OSError, ValueError: it is no picture, or of another mode.
+        """
+        pillow = require("PIL.Image", "train")
+        with file if isinstance(file, pillow.Image) else pillow.open(file) as opened:
+            picture = self._plain(opened, pillow)
+        scale = self.size / min(picture.size)
+        width, height = (max(self.size, round(side * scale)) for side in picture.size)
+        picture = picture.resize(
+            (width, height), pillow.Resampling.LANCZOS if scale < 1 else pillow.Resampling.BICUBIC
+        )
+        left, top = (width - self.size) // 2, (height - self.size) // 2
+        if source is not None and self.crop:
+            left, top = source.randint(0, width - self.size), source.randint(0, height - self.size)
+        picture = picture.crop((left, top, left + self.size, top + self.size))
+        values = np.array(picture, dtype=np.float32).reshape(self.size, self.size, -1)
+        values = values / (0.5 if picture.mode == "F" else 127.5) - 1.0
+        if source is not None and self.flip and source.random() < 0.5:
+            values = values[:, ::-1]
+        x = torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1))).clamp(-1.0, 1.0)
+        return x if len(x) == self.channels else x.expand(self.channels, -1, -1)
+
+    def _plain(self, picture: Any, pillow: Any) -> Any:
+        """The picture as RGB or L, or as F with values of 0 to 1."""
+        target = "RGB" if self.channels == 3 else "L"
+        if picture.mode in _GREY_16:
+            return pillow.fromarray(np.asarray(picture, dtype=np.float32) / 65535.0)
+        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+            behind = pillow.new("RGBA", picture.size, "white")
+            return pillow.alpha_composite(behind, picture.convert("RGBA")).convert(target)
+        if picture.mode not in ("RGB", "L", "P", "1"):
+            raise ValueError(
+                f"expected an RGB, RGBA, grey, palette or 16-bit picture, found mode {picture.mode}"
+            )
+        return picture.convert(target)
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """Samples that a function reads."""
+
+    names: list[str]
+    read: Callable[[int, random.Random | None], tuple[Tensor, Condition]]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def item(self, index: int, source: random.Random | None) -> tuple[Tensor, Condition]:
+        return self.read(index, source)
+
+    def name(self, index: int) -> str:
+        return self.names[index]
+
+
+def image_folder(
+    folder: str,
+    size: int,
+    *,
+    channels: int = 3,
+    crop: bool = False,
+    flip: bool = False,
+    held_out: float = 0.05,
+) -> FileData:
+    """Pictures in folders that are their classes, at any depth; without classes if all lie in the folder itself.
+
+    Args:
+        folder: its subfolders' names in alphabetical order are classes 0, 1, ….
+        size: see `Pictures`, as for the next three.
+        channels: see there.
+        crop: see there.
+        flip: see there.
+        held_out: share of the pictures for validation, chosen at random, the same ones every time.
+
+    Raises:
+        ValueError: there are no pictures, or an argument is out of range.
+    """
+    root, decode = Path(folder), Pictures(size, channels, crop, flip)
+    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
+    classes = sorted({path.relative_to(root).parts[0] for path in paths if path.parent != root})
+    if classes and any(path.parent == root for path in paths):
+        raise ValueError(f"expected pictures in {folder} or in folders of it, found both")
+    number = {name: index for index, name in enumerate(classes)}
+    labels = [number[path.relative_to(root).parts[0]] if classes else None for path in paths]
+
+    def read(index: int, source: random.Random | None) -> tuple[Tensor, Condition]:
+        return decode(paths[index], source), labels[index]
+
+    return _split(_Encoded([str(path) for path in paths], read), held_out, len(classes), folder)
+
+
+def dataset(
+    path: str,
+    size: int,
+    *,
+    image: str = "image",
+    condition: str | None = None,
+    split: str = "train",
+    channels: int = 3,
+    crop: bool = False,
+    flip: bool = False,
+    held_out: float = 0.05,
+) -> FileData:
+    """A dataset of Hugging Face on disk: what ``save_to_disk`` wrote, or a folder of parquet files or one of them.
+
+    Args:
+        path: folder or file.
+        size: see `Pictures`, as for channels, crop and flip.
+        image: column of the pictures.
+        condition: column of captions, classes or embeddings; none by default.
+        split: of a dataset that has several.
+        channels: see there.
+        crop: see there.
+        flip: see there.
+        held_out: share of the rows for validation.
+
+    Raises:
+        ValueError: a column or split is missing.
+    """
+    library, place, decode = require("datasets", "text"), Path(path), Pictures(size, channels, crop, flip)
+    if (place / "state.json").is_file() or (place / "dataset_dict.json").is_file():
+        rows = library.load_from_disk(path)
+        if isinstance(rows, library.DatasetDict):
+            if split not in rows:
+                raise ValueError(f"split: expected one of {', '.join(rows)}, found {split!r}")
+            rows = rows[split]
+    else:
+        files = [place] if place.is_file() else sorted(place.rglob("*.parquet"))
+        if not files:
+            raise ValueError(f"expected a dataset or parquet files, found none in {path}")
+        rows = library.Dataset.from_parquet([str(file) for file in files])
+    for name in (image, condition):
+        if name is not None and name not in rows.column_names:
+            raise ValueError(f"expected a column among {', '.join(rows.column_names)}, found {name!r}")
+    rows = rows.cast_column(image, library.Image(decode=False))
+
+    def read(index: int, source: random.Random | None) -> tuple[Tensor, Condition]:
+        row = rows[index]
+        content = row[image]["bytes"]
+        picture = decode(row[image]["path"] if content is None else io.BytesIO(content), source)
+        found = None if condition is None else row[condition]
+        return picture, torch.tensor(found) if isinstance(found, list) else found
+
+    classes = 0
+    if condition is not None and isinstance(rows.features[condition], library.ClassLabel):
+        classes = rows.features[condition].num_classes
+    elif condition is not None and rows.features[condition].dtype.startswith("int"):
+        classes = int(max(rows[condition])) + 1
+    return _split(_Encoded([f"{path} row {row}" for row in range(len(rows))], read), held_out, classes, path)
+
+
+def latents(folder: str, *, autoencoder: str | None = None, held_out: float = 0.05) -> FileData:
+    """Latents computed beforehand, as `diffmtl-fast encode` writes them.
+
+    Args:
+        folder: of ``*.safetensors``, each with ``latents`` [n, C, H, W] and, if there are any, ``labels`` int64
+            [n] or ``embeddings`` [n, L, D]; or of ``*.npy``, each [n, C, H, W], with ``labels.npy`` int64 of all
+            in the order of their names. ``captions.jsonl`` holds a string a line, in the same order.
+        autoencoder: folder of the autoencoder, for pictures of what is drawn.
+        held_out: share of the latents for validation.
+
+    Raises:
+        ValueError: there are none.
+    """
+    root, blocks, conditions = Path(folder), [], []
+    for file in sorted(root.glob("*.safetensors")):
+        held = require("safetensors.torch", "train").load_file(file)
+        blocks.append(held["latents"])
+        conditions += [*next((held[name] for name in ("labels", "embeddings") if name in held), ())]
+    blocks += [
+        torch.from_numpy(np.load(file, mmap_mode="c"))
+        for file in sorted(root.glob("*.npy"))
+        if file.name != "labels.npy"
+    ]
+    if (root / "labels.npy").is_file():
+        conditions = [*torch.from_numpy(np.load(root / "labels.npy"))]
+    if (root / "captions.jsonl").is_file():
+        conditions = [json.loads(line) for line in (root / "captions.jsonl").read_text().splitlines()]
+    ends = np.cumsum([len(block) for block in blocks])
+    total = int(ends[-1]) if blocks else 0
+    if conditions and len(conditions) != total:
+        raise ValueError(f"expected {total} labels, captions or embeddings, found {len(conditions)}")
+
+    def read(index: int, source: random.Random | None) -> tuple[Tensor, Condition]:
+        block = int(np.searchsorted(ends, index, side="right"))
+        x = blocks[block][index - int(ends[block]) + len(blocks[block])].float()
+        if not x.isfinite().all():
+            raise ValueError("expected finite values, found NaN or infinity")
+        return x, conditions[index] if conditions else None
+
+    first = conditions[0] if conditions else None
+    labelled = isinstance(first, Tensor) and first.dim() == 0
+    classes = int(max(conditions)) + 1 if labelled else 0
+    found = _split(_Encoded([f"{folder} latent {i}" for i in range(total)], read), held_out, classes, folder)
+    return FileData(found.training, found.validation, classes, autoencoder)
+
+
+def tars(
+    folder: str,
+    size: int,
+    *,
+    channels: int = 3,
+    crop: bool = False,
+    flip: bool = False,
+    held_out: float = 0.05,
+) -> FileData:
+    """Tar archives in WebDataset's layout: files of one sample share the name up to the first dot.
+
+    A sample is a picture with, if there is any, a caption (``.txt``) or a class (``.cls``). The archives are
+    indexed once and read at random, so that the order of training is that of the other sources.
+
+    Args:
+        folder: of ``*.tar``.
+        size: see `Pictures`, as for the next three.
+        channels: see there.
+        crop: see there.
+        flip: see there.
+        held_out: share of the samples for validation.
+
+    Raises:
+        ValueError: there are no samples.
+    """
+    decode = Pictures(size, channels, crop, flip)
+    samples: dict[tuple[str, str], dict[str, tuple[int, int]]] = {}
+    for archive in sorted(Path(folder).glob("*.tar")):
+        with tarfile.open(archive) as opened:
+            for member in opened:
+                _, _, suffix = member.name.rpartition("/")[2].partition(".")
+                if member.isfile():
+                    key = str(archive), member.name[: len(member.name) - len(suffix) - 1]
+                    samples.setdefault(key, {})[f".{suffix.lower()}"] = member.offset_data, member.size
+    usable = {key: parts for key, parts in samples.items() if any(part in SUFFIXES for part in parts)}
+    keys, parts_of = [*usable], [*usable.values()]
+
+    def content(index: int, suffix: str) -> bytes:
+        offset, length = parts_of[index][suffix]
+        with open(keys[index][0], "rb") as file:
+            file.seek(offset)
+            return file.read(length)
+
+    def read(index: int, source: random.Random | None) -> tuple[Tensor, Condition]:
+        suffix = next(part for part in parts_of[index] if part in SUFFIXES)
+        found: Condition = None
+        if ".txt" in parts_of[index]:
+            found = content(index, ".txt").decode().strip()
+        elif ".cls" in parts_of[index]:
+            found = int(content(index, ".cls"))
+        return decode(io.BytesIO(content(index, suffix)), source), found
+
+    labelled = bool(parts_of) and ".cls" in parts_of[0] and ".txt" not in parts_of[0]
+    classes = 1 + max(int(content(index, ".cls")) for index in range(len(keys))) if labelled else 0
+    return _split(_Encoded([f"{archive} {key}" for archive, key in keys], read), held_out, classes, folder)
+
+
+def _split(items: Items, held_out: float, classes: int, place: str) -> FileData:
+    """Hold out a share of the samples, the same ones every time."""
+    if not 0.0 <= held_out < 1.0:
+        raise ValueError(f"held_out: expected a share from 0 up to 1, found {held_out}")
+    count = round(held_out * len(items))
+    if len(items) - count < 1:
+        raise ValueError(f"expected samples in {place}, found {len(items)}")
+    order = np.random.default_rng(0).permutation(len(items))
+    validation = Subset(items, np.sort(order[:count])) if count else None
+    return FileData(Subset(items, np.sort(order[count:])), validation, classes)
+
+
+def _load(items: Items, limit: int) -> tuple[Tensor, Tensor | None]:
+    found = []
+    for index in range(len(items)):
+        try:
+            found.append(items.item(index, None))
+        except UNREADABLE:
+            continue
+        if len(found) == limit:
+            break
+    labels = [label for _, label in found]
+    whole = all(
+        isinstance(label, int) or (isinstance(label, Tensor) and label.dim() == 0) for label in labels
+    )
+    return torch.stack([x for x, _ in found]), torch.tensor(
+        [int(label) for label in labels]  # type: ignore[arg-type]
+    ) if whole else None

@@ -1,0 +1,50 @@
+"""What Accelerate saves of a prepared wrapper comes back, and a step is that of the wrapper alone."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import diffmtl_fast as dm
+from diffmtl_fast.adapters import accelerate as adapter
+
+accelerate = pytest.importorskip("accelerate")
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_other_tests():
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+CLUSTER = torch.tensor([0, 0, 1, 1])
+
+
+def test_the_state_of_the_weighting_comes_back(tmp_path):
+    accelerator = accelerate.Accelerator(cpu=True)
+    mtl = adapter.prepare(accelerator, dm.ClusteredMTL(nn.Linear(3, 3), 2, dm.UncertaintyWeighting(2)))
+    saved = {name: torch.full_like(value, 0.7) for name, value in mtl.weighting.state_dict().items()}
+    mtl.weighting.load_state_dict(saved)
+    weight = mtl.module.weight.detach().clone()
+    accelerator.save_state(str(tmp_path))
+    with torch.no_grad():
+        for parameter in mtl.parameters():
+            parameter.zero_()
+    accelerator.load_state(str(tmp_path))
+    assert torch.equal(mtl.module.weight, weight)
+    for name, value in mtl.weighting.state_dict().items():
+        assert torch.equal(value, saved[name])
+
+
+def test_accumulated_steps_are_those_of_the_wrapper():
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 3), torch.randn(4, 3)
+    alone = dm.ClusteredMTL(copy.deepcopy(model), 2, dm.PCGrad())
+    alone.backward(alone(x, cluster=CLUSTER).square().mean(1) / 2)
+    mtl = adapter.prepare(accelerator, dm.ClusteredMTL(model, 2, dm.PCGrad()))
+    with accelerator.accumulate(mtl):
+        adapter.backward(accelerator, mtl, mtl(x, cluster=CLUSTER).square().mean(1))
+    assert torch.equal(model.weight.grad, alone.module.weight.grad)

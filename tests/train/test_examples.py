@@ -1,0 +1,146 @@
+"""Every configuration in examples/configs runs, with a model and data small enough for a test."""
+
+from __future__ import annotations
+
+import io
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+
+from diffmtl_fast.train import checkpoint, history
+from diffmtl_fast.train.config import from_dict
+from diffmtl_fast.train.errors import UserError
+from diffmtl_fast.train.folder import RunFolder
+from diffmtl_fast.train.loop import Trainer
+from diffmtl_fast.train.run import train
+
+CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
+SMALL_DIT = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
+SMALL_UNET = {"block_out_channels": [8, 8], "norm_num_groups": 4}
+BLOCKS = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+#: What is made smaller.
+MODELS = {
+    "edm_unet": SMALL_UNET,
+    "flow_matching_unet": SMALL_UNET,
+    "flow_matching_dit": SMALL_DIT,
+    "latents_dit": {**SMALL_DIT, "sample_size": 4, "num_embeds_ada_norm": 3},
+    "image_folder": {**SMALL_UNET, **BLOCKS, "sample_size": 8, "num_class_embeds": 3, "layers_per_block": 1},
+    "text_to_image": {
+        **SMALL_UNET,
+        "sample_size": 8,
+        "layers_per_block": 1,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "cross_attention_dim": 16,
+        "attention_head_dim": 4,
+    },
+}
+
+
+def save_tiny_encoder(folder):
+    """A text encoder with random weights and its tokenizer."""
+    transformers = pytest.importorskip("transformers")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "digit", "one"]
+    folder.mkdir(parents=True)
+    (folder / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    transformers.BertModel(transformers.BertConfig(vocab_size=len(words), **sizes)).save_pretrained(folder)
+
+
+def write_latents(folder):
+    folder.mkdir()
+    save_file({"latents": torch.randn(30, 4, 4, 4), "labels": torch.arange(30) % 3}, folder / "a.safetensors")
+    return {"folder": str(folder)}
+
+
+def write_folder(folder, count=300, broken=5):
+    """Pictures in two classes, some of them broken."""
+    rng = np.random.default_rng(0)
+    for index in range(count):
+        path = folder / "ab"[index % 2] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(path)
+        if index < broken:
+            path.write_bytes(path.read_bytes()[:40])
+    return {"folder": str(folder), "size": 8, "held_out": 0.0}
+
+
+def write_captioned(folder):
+    library = pytest.importorskip("datasets")
+    file = io.BytesIO()
+    Image.new("RGB", (9, 9), "red").save(file, "PNG")
+    rows = {"image": [{"bytes": file.getvalue(), "path": None}] * 20, "caption": ["a digit one"] * 20}
+    features = library.Features({"image": library.Image(), "caption": library.Value("string")})
+    library.Dataset.from_dict(rows, features=features).save_to_disk(folder)
+    return {"path": str(folder), "size": 8}
+
+
+def small(name, tmp_path, **changes):
+    """The configuration, made small."""
+    values = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    values["model"]["args"] |= MODELS[name]
+    values |= {"iterations": 2, "batch_size": 6, "workers": 0, "device": "cpu", "precision": "fp32"}
+    values["sampling"] = {**values.get("sampling", {}), "steps": 2}
+    values |= {"evaluation": {"num_samples": 0}, "logging": {"every": 1, "tensorboard": False}}
+    data = {"latents_dit": write_latents, "image_folder": write_folder, "text_to_image": write_captioned}
+    if name in data:
+        values["data"]["args"] |= data[name](tmp_path / "data")
+    if name == "text_to_image":
+        save_tiny_encoder(tmp_path / "text")
+        values["conditioning"] |= {"encoder": str(tmp_path / "text"), "max_length": 6}
+    return from_dict(values | changes)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_every_example_trains_and_draws(tmp_path, name):
+    run = RunFolder(tmp_path / "run")
+    train(small(name, tmp_path), run)
+    lines = history.read(run.log)
+    assert [line["iteration"] for line in lines] == [1, 2]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    assert run.samples.exists()
+
+
+def test_broken_files_are_named_and_counted(tmp_path, caplog):
+    config = small("image_folder", tmp_path, batch_size=50, iterations=6)
+    run = RunFolder(tmp_path / "run")
+    with caplog.at_level(logging.WARNING, "diffmtl_fast"):
+        train(config, run)
+    named = [record.message for record in caplog.records if "left out" in record.message]
+    assert sorted(message.split(",")[0].split("/")[-1] for message in named) == [f"{i}.png" for i in range(5)]
+    few = replace(config, unreadable=2)
+    with pytest.raises(UserError, match=r"unreadable: expected at most 2 files .* found one more: .*\.png"):
+        train(few, RunFolder(tmp_path / "few"))
+
+
+def test_a_stop_in_the_middle_of_an_epoch_with_workers(tmp_path, monkeypatch):
+    """The same weights and the same line of the log as without a stop, read by two processes or by none."""
+    options = {"batch_size": 40, "iterations": 4, "checkpoints": {"every": 2}}
+    config = small("image_folder", tmp_path, **options, workers=2)
+    whole, stopped = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "stopped")
+    train(replace(config, workers=0), whole, outputs=False)
+    step = Trainer.step
+
+    class Killed(BaseException):
+        pass
+
+    def stopping(self, history):
+        if self.iteration == 3:
+            raise Killed
+        step(self, history)
+
+    monkeypatch.setattr(Trainer, "step", stopping)
+    with pytest.raises(Killed):
+        train(config, stopped, outputs=False)
+    monkeypatch.setattr(Trainer, "step", step)
+    train(config, stopped, resume=True, outputs=False)
+    last = [checkpoint.checkpoints(run.checkpoints)[-1] for run in (whole, stopped)]
+    assert (last[0] / "model.safetensors").read_bytes() == (last[1] / "model.safetensors").read_bytes()
