@@ -2,9 +2,9 @@
 
     python tests/native/fuzz_ops.py FOLDER [--seconds 60] [--seed 0]
 
-FOLDER holds the extension that takes the installed one's place. Every call must answer, to the same bits when it is
-repeated, or raise an error of Python. Meant for a build with sanitizers, which see what is read or written outside a
-tensor; see check.py.
+FOLDER holds the extension that takes the place of the installed one. Every call must answer, to the same bits when
+it is repeated, or raise an error of Python. Meant for a build with sanitizers, which see what is read or written
+outside a tensor; see check.py.
 """
 
 from __future__ import annotations
@@ -243,10 +243,11 @@ class Fuzzer:
         if isinstance(value, list) and value and self.chance(0.5):
             given[name] = value[:-1]
         elif isinstance(value, Tensor) and self.chance(0.9):
+            whole = value.dtype in (torch.bool, torch.int64)
             given[name] = self.random.choice(
                 [value[..., :-1] if value.dim() else value.view(1), value.unsqueeze(-1), value.to(torch.int32),
-                 value[:0] if value.dim() else value, value + 1, -value if value.dtype != torch.bool else ~value,
-                 value.to(torch.complex64), value.to("meta"), value.new_full(value.shape, 2**40 if value.dtype == torch.int64 else 1)]
+                 value[:0] if value.dim() else value, value + 1, -1 * value, value.to(torch.complex64),
+                 value.to("meta"), torch.full_like(value, 2**40 if whole else 1)]
             )  # fmt: skip
         else:
             given[name] = self.random.choice([None, -1, 2**62, "text", [], 1.5])
