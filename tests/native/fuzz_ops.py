@@ -236,6 +236,22 @@ class Fuzzer:
         others = [self.random.sample([j for j in range(k) if j != i], max(k - 1, 0)) for i in range(k)]
         return "pcgrad_weights", {"gramian": gramian, "order": torch.tensor(others).view(k, -1), **present}
 
+    def gradvac(self) -> tuple[str, dict[str, Any]]:
+        _, given = self.pcgrad()
+        k = len(given["gramian"])
+        return "gradvac_weights", {**given, "targets": 0.9 * torch.rand(k, k).double(), "beta": 0.5}
+
+    def gramian_weights(self) -> tuple[str, dict[str, Any]]:
+        gramian, present = self.gramian()
+        settings = {"MGDA": [], "DualProj": [], "UPGrad": [], "IMTLG": [], "AlignedMTL": [], "CAGrad": [0.5]}
+        method = self.random.choice(list(settings))
+        return "gramian_weights", {
+            "gramian": gramian,
+            "method": method,
+            "settings": settings[method],
+            **present,
+        }
+
     def spoil(self, given: dict[str, Any]) -> None:
         """Make one argument wrong: of another size, dtype or type, or with entries out of range."""
         name = self.random.choice(list(given))
@@ -265,6 +281,7 @@ class Fuzzer:
             self.gram, self.combine, self.combine_in_place, self.sample_mse, self.denoising_loss, self.cluster_mse,
             self.cluster_mean, self.uncertainty_loss, self.add_noise, self.philox_normal, self.cluster_wgrad,
             self.cluster_sum, self.cluster_conv_wgrad, self.group_norm_backward, self.nash, self.pcgrad,
+            self.gradvac, self.gramian_weights,
         ]  # fmt: skip
         end = time.monotonic() + seconds
         done = 0
