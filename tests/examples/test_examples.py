@@ -53,6 +53,64 @@ def test_the_loss_falls_and_gradients_are_exact(name, options):
     assert_exact(mtl.module)
 
 
+def falls(losses):
+    part = len(losses) // 5
+    return sum(losses[-part:]) < 0.8 * sum(losses[:part])
+
+
+def assert_cluster_gradients(model, sample_losses, batch, cluster, clusters):
+    """J of an example's own losses, against one torch.autograd.grad per cluster."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    jacobian = ClusterJacobian(model, clusters)
+    jacobian(lambda call: sample_losses(call, *batch), cluster)
+    losses = dm.ops.cluster_mean(sample_losses(model, *batch), cluster, clusters)
+    rows = [torch.autograd.grad(x, parameters, retain_graph=True, materialize_grads=True) for x in losses]
+    expected = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    torch.testing.assert_close(
+        jacobian.matrix(), expected, atol=1e-6 * float(expected.abs().max()), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "times"),
+    [
+        ("dit_imagenet_latents", torch.tensor([0, 0, 100, 300, 300, 500, 700, 999])),
+        ("flow_matching_sit", torch.linspace(0.05, 0.95, 8)),
+    ],
+)
+def test_losses_of_a_script_fall_and_their_gradients_are_exact(name, times):
+    example = load(name)
+    args = example.parse(["--device", "cpu"])
+    mtl, losses = example.train(args)
+    assert falls(losses)
+    cluster = torch.tensor([0, 0, 1, 2, 2, 3, 4, 4])
+    mtl.module.eval()  # labels are dropped at random in training
+    assert_cluster_gradients(mtl.module, example.sample_losses, example.draw(args, times), cluster, 5)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_lora_adds_up_the_clusters_gradients_over_small_batches(batch, monkeypatch):
+    pytest.importorskip("peft")
+    example = load("lora_peft")
+    args = example.parse(["--device", "cpu", "--batch", str(batch), "--accumulate", str(16 // batch)])
+    model, losses = example.train(args)
+    assert falls(losses)
+
+    drawn = []
+    draw = example.draw
+    monkeypatch.setattr(example, "draw", lambda *a: drawn.append(draw(*a)) or drawn[-1])
+    t, cluster = torch.arange(10) * 90, torch.tensor([0, 4, 1, 1, 0, 4, 4, 2, 0, 1])  # cluster 3 is absent
+    jacobian = ClusterJacobian(model, args.clusters)
+    example.accumulate(args, jacobian, t, cluster)
+    losses = example.sample_losses(model, *(torch.cat(part) for part in zip(*drawn, strict=True)))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    rows = jacobian.matrix()
+    for k in range(args.clusters):
+        total = losses[cluster == k].sum()
+        expected = torch.cat([g.flatten() for g in torch.autograd.grad(total, trained, retain_graph=True)])
+        torch.testing.assert_close(rows[k], expected, atol=1e-6 * float(rows.abs().max()), rtol=1e-5)
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_examples_are_short(path):
     assert len(path.read_text().splitlines()) <= 120

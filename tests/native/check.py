@@ -1,4 +1,4 @@
-"""Build the extension with the address and undefined behaviour sanitizers and fuzz its clustering functions.
+"""Build the extension with the address and undefined behaviour sanitizers and fuzz all that it holds.
 
     python tests/native/check.py [--seconds 60] [--seed 0]
 
@@ -61,9 +61,14 @@ def main() -> int:
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "OPENBLAS_NUM_THREADS": "1",
     }
-    fuzz = [sys.executable, str(Path(__file__).with_name("fuzz_clustering.py")), str(BUILD)]
-    fuzz += ["--seconds", str(arguments.seconds), "--seed", str(arguments.seed)]
-    return subprocess.run(fuzz, env=environment, check=False).returncode
+    environment["PYTHONPATH"] = str(ROOT)
+    for fuzzer in ("fuzz_clustering.py", "fuzz_ops.py"):
+        fuzz = [sys.executable, str(Path(__file__).with_name(fuzzer)), str(BUILD)]
+        fuzz += ["--seconds", str(arguments.seconds), "--seed", str(arguments.seed)]
+        status = subprocess.run(fuzz, env=environment, check=False).returncode
+        if status:
+            return status
+    return 0
 
 
 if __name__ == "__main__":

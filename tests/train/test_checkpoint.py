@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 
 import pytest
 import torch
@@ -43,7 +45,14 @@ def test_keeps_the_newest(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("error", [OSError("No space left on device"), RuntimeError("unexpected pos 48")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(OSError(code, os.strerror(code)) for code in (errno.ENOSPC, errno.EIO, errno.EMFILE, errno.EFBIG)),
+        RuntimeError("unexpected pos 48"),
+    ],
+    ids=str,
+)
 def test_a_full_disk_keeps_the_checkpoints_before(tmp_path, monkeypatch, error):
     def fail(*args):
         raise error
@@ -97,3 +106,18 @@ def test_a_manifest_that_lists_nothing_is_corrupt(tmp_path, manifest):
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="there is no older one"):
         checkpoint.verify(path)
+
+
+@pytest.mark.parametrize("other", [nn.Linear(3, 3), nn.Sequential(nn.Linear(4, 4))], ids=["keys", "shape"])
+def test_weights_of_another_module_are_one_error(tmp_path, other):
+    path = _save(tmp_path, 1)
+    with pytest.raises(UserError, match=r"iter-00000001: model\.safetensors does not fit"):
+        checkpoint.load_module(path, "model", other)
+
+
+def test_a_truncated_state_is_one_error(tmp_path):
+    """Also where its manifest was not looked at."""
+    path = _save(tmp_path, 1)
+    _truncate(path / checkpoint.STATE)
+    with pytest.raises(UserError, match=r"iter-00000001.*state\.pt"):
+        checkpoint.load_state(path)

@@ -80,6 +80,7 @@ class Dispatch:
         """Run an operation as it is, and note what it was given."""
         probe, registered = self._engine.probe, registry.RULES.get(func)
         tensors, batch = list(find_tensors((args, kwargs))), None
+        what: Any  # what names the operation among others
         assert probe is not None
         if registered is not None:
             values = self._bind(registered, args, kwargs)
