@@ -88,6 +88,44 @@ def test_losses_of_a_script_fall_and_their_gradients_are_exact(name, times):
     assert_cluster_gradients(mtl.module, example.sample_losses, example.draw(args, times), cluster, 5)
 
 
+def test_losses_of_the_lightning_module_fall_and_their_gradients_are_exact():
+    pytest.importorskip("lightning")
+    example = load("lightning_module")
+    mtl, losses = example.train(example.parse(["--accelerator", "cpu", "--steps", "60"]))
+    assert falls(losses)
+    batch = (torch.randn(10, 16), torch.randn(10, 16), torch.arange(10) * 90)
+    assert_cluster_gradients(mtl.module, example.sample_losses, batch, torch.arange(10) % 5, 5)
+
+
+def test_losses_of_edm2_fall_and_their_gradients_are_exact():
+    example = load("edm2_uncertainty")
+    args = example.parse(["--device", "cpu", "--batch", "10"])
+    model, weighting, losses = example.train(args)
+    assert falls(losses)
+    assert weighting.log_var(torch.linspace(-3, 3, 5)).abs().max() > 0.1  # learned
+    batch = example.draw(args)
+    assert_cluster_gradients(model, example.sample_losses, batch, torch.arange(10) % 5, 5)
+    x0, noise, sigma = batch
+    denoised = model(x0 + sigma[:, None] * noise, sigma[:, None])
+    eager = ((sigma**2 + 0.25) / (0.5 * sigma) ** 2)[:, None] * (denoised - x0) ** 2
+    torch.testing.assert_close(example.sample_losses(model, *batch), eager.mean(1))
+
+
+def test_losses_of_the_fused_ops_fall_and_their_gradients_are_the_eager_ones():
+    example = load("fused_ops_only")
+    args = example.parse(["--device", "cpu"])
+    model, losses = example.train(args)
+    assert falls(losses)
+    x0, seed, t = example.draw(args)
+    total = torch.cumprod(1 - torch.linspace(1e-4, 0.02, args.timesteps), 0)[t, None]
+    alpha, sigma, noise = total.sqrt(), (1 - total).sqrt(), dm.ops.philox_normal(seed, x0)
+    squares = (model(alpha * x0 + sigma * noise, t) - (alpha * noise - sigma * x0)) ** 2
+    weight = (total / (1 - total)).clamp(max=5) / (total / (1 - total) + 1)
+    expected = torch.autograd.grad((weight * squares).mean(), list(model.parameters()))
+    found = torch.autograd.grad(example.sample_losses(model, x0, seed, t).mean(), list(model.parameters()))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+
+
 @pytest.mark.parametrize("batch", [1, 4])
 def test_lora_adds_up_the_clusters_gradients_over_small_batches(batch, monkeypatch):
     pytest.importorskip("peft")
