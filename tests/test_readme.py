@@ -7,6 +7,8 @@ import logging
 import re
 from pathlib import Path
 
+import pytest
+
 import diffmtl_fast as dm
 from diffmtl_fast.gradients.rules import RULES, registry
 
@@ -53,6 +55,11 @@ def test_blocks_of_the_guide_to_loss_weights_run_in_order():
     namespace = run_blocks(WEIGHTS, "docs/loss-weighting.md")
     assert namespace["loss"].isfinite()
     assert namespace["mtl"].last.weights.isfinite().all()
+
+
+@pytest.mark.parametrize("page", ["fused-ops"])
+def test_blocks_of_other_pages_run_in_order(page):
+    run_blocks((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8"), page)
 
 
 def test_names_and_links_exist():
