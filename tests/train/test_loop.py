@@ -466,3 +466,27 @@ def test_any_module_and_data_without_labels(tiny, tmp_path, monkeypatch, method)
             fit(replace(config, model=Component("my_project.Normed")), tmp_path / "normed")
     with pytest.raises(UserError, match=r"evaluation\.num_samples: expected 0 for data without labels"):
         Trainer(replace(config, evaluation=replace(config.evaluation, num_samples=10)))
+
+
+@pytest.mark.parametrize("nonfinite", ["stop", "drop"])
+def test_a_cluster_without_finite_losses_stops_the_run_or_is_dropped(tiny, tmp_path, nonfinite):
+    """The model fails below t = 4, which lies within one cluster; without it the others go on."""
+    (tmp_path / "run").mkdir()
+    trainer = Trainer(tiny(method="pcgrad", clusters={"cost": "timestep"}, loss={"nonfinite": nonfinite}))
+
+    def fail_at_low_noise(_, arguments, output):
+        output.sample = output.sample * torch.where(arguments[1] < 4, torch.nan, 1.0).view(-1, 1, 1, 1)
+        return output
+
+    trainer.model.register_forward_hook(fail_at_low_noise)
+    log = History(tmp_path / "run" / "log.jsonl")
+    if nonfinite == "stop":
+        with pytest.raises(TrainingDiverged, match="not finite"):
+            trainer.fit(tmp_path / "run", log, Silent())
+        log.close()
+        return
+    trainer.fit(tmp_path / "run", log, Silent())
+    log.close()
+    dropped = sum(np.array(line["dropped"]) for line in history.read(tmp_path / "run" / "log.jsonl"))
+    assert np.count_nonzero(dropped) == 1
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
