@@ -161,9 +161,8 @@ def gram_case(rows: Rows, dtype: str, k: int, sums: str | None = None) -> Case:
     sums = sums or SUM[dtype]
     block, warps = settings.gram_settings(k, 1 << 20, 8 if sums == "fp64" else 4, rows.aligned)
     pointers = {**rows.pointers, "p_partial": sums}
-    constants = {**rows.constants, "K": k, "BLOCK": block}
+    constants = {**rows.constants, "K": k, "BLOCK": block, "ACCUMULATE": ELEMENTS[sums]}
     if k <= settings.MAX_VECTOR_CLUSTERS:
-        constants["ACCUMULATE"] = ELEMENTS[sums]
         return Case(gram._gram_vector_kernel, pointers, rows.integers, constants, warps, rows.aligned)
     constants["TILE"] = max(16, settings.power_of_two(k))
     constants["PRECISION"] = "ieee" if dtype == "fp32" else "tf32"

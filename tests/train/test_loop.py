@@ -668,3 +668,27 @@ def test_adapters_alone_are_trained(tiny, tmp_path):
     assert trained
     assert all("lora_" in name for name in trained)
     assert any(state[name].abs().max() > 0 for name in trained if "lora_B" in name)
+
+
+@pytest.mark.parametrize("nonfinite", ["stop", "drop"])
+def test_a_cluster_without_finite_losses_stops_the_run_or_is_dropped(tiny, tmp_path, nonfinite):
+    """The model fails below t = 4, which lies within one cluster; without it the others go on."""
+    (tmp_path / "run").mkdir()
+    trainer = Trainer(tiny(method="pcgrad", clusters={"cost": "timestep"}, loss={"nonfinite": nonfinite}))
+
+    def fail_at_low_noise(_, arguments, output):
+        output.sample = output.sample * torch.where(arguments[1] < 4, torch.nan, 1.0).view(-1, 1, 1, 1)
+        return output
+
+    trainer.model.register_forward_hook(fail_at_low_noise)
+    log = History(tmp_path / "run" / "log.jsonl")
+    if nonfinite == "stop":
+        with pytest.raises(TrainingDiverged, match="not finite"):
+            trainer.fit(tmp_path / "run", log, Silent())
+        log.close()
+        return
+    trainer.fit(tmp_path / "run", log, Silent())
+    log.close()
+    dropped = sum(np.array(line["dropped"]) for line in history.read(tmp_path / "run" / "log.jsonl"))
+    assert np.count_nonzero(dropped) == 1
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
