@@ -113,6 +113,52 @@ def test_train_sample_evaluate(tiny, tmp_path, capsys):
     assert "is corrupt" in refused(capsys, "sample", *load, "--num", "1", "--checkpoint", newest.name)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--method", "best"],
+            f"method: expected one of 'vanilla', {CHOICES}, found best",
+        ),
+        (["--clusters.k", "21"], "clusters: k: expected 1 <= k <= T = 20, found 21"),
+        (["--clusters.k", "many"], "clusters.k: expected an integer >= 1 and <= 10^9 or 'auto', found many"),
+        (["--clusters.k", "0"], "clusters.k: expected an integer >= 1 and <= 10^9 or 'auto', found 0"),
+        (["--clust.k", "3"], "unrecognized arguments: --clust.k 3"),
+        (["--iter", "3"], "unrecognized arguments: --iter 3"),
+        (["--curriculum.patience", "long"], "curriculum.patience: expected int or null, found long"),
+        (
+            ["--curriculum.max_length", "x"],
+            "curriculum.max_length: expected int or list[int] or null, found x",
+        ),
+        (
+            ["--curriculum.order", "up"],
+            "curriculum.order: expected one of 'none', 'easy_to_hard', 'hard_to_easy'",
+        ),
+        (
+            ["--curriculum.order=easy_to_hard", "--curriculum.clusters.k=21"],
+            "curriculum.clusters: k: expected 1 <= k <= T = 20, found 21",
+        ),
+        (["--timesteps.sampler", "x"], "timesteps.sampler: expected 'uniform', "),
+        (["--timesteps.sampler", "beta", "--timesteps.args.a", "2"], "timesteps.args: "),
+        (["--clusters.cost", "affinity"], "clusters.affinity: expected a .npy or .json file"),
+        (
+            ["--clusters.cost", "affinity", "--clusters.affinity", "none.npy"],
+            "clusters.affinity: cannot read none.npy",
+        ),
+        (["--scheduler.args.trained_betas", "[" + "0.1, " * 19 + ".nan]"], "scheduler: alphas_cumprod: "),
+        (["--scheduler.args.trained_betas", str([0.1, -0.1] * 10)], "clusters: "),
+        (["--device", "cuda:99"], "device: 'cuda:99' is not there"),
+        (["--device", "abacus"], "device: expected auto, cpu, cuda or cuda:N, found 'abacus'"),
+        (["--model.path", "no.Model"], "model.path: cannot import 'no.Model'"),
+        (["--model.args.depth", "3"], "model.args: diffusers.UNet2DModel: "),
+        (["--optimizer.lr", "-1"], "optimizer.lr: expected a number > 0 and <= 10^30, found -1"),
+        (["--iterations", "1.5"], "iterations: expected an integer >= 1 and <= 10^9, found 1.5"),
+        (["--no-such-option"], "unrecognized arguments: --no_such_option"),
+        (["--config", "none.yaml"], "config: "),
+        (["--run-dir", "tiny.yaml/run"], "run folder tiny.yaml/run: cannot be read"),
+        (["--checkpoint", "iter-00000001"], "--checkpoint: expected an existing run"),
+    ],
+)
 def test_bad_input_to_train(tiny, tmp_path, capsys, arguments, message):
     assert refused(capsys, "train", "--config", tiny, *arguments).startswith(message)
     assert {path.name for path in tmp_path.iterdir()} == {"tiny.yaml"}
