@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from benchmarks.models import TITLES
 from benchmarks.names import (
     COMPILED_ONCE,
     COMPILED_PCGRAD,
@@ -173,7 +174,7 @@ def _goals() -> Iterator[Goal]:
     for model, bars in _COMPILED_BARS.items():
         for k, (bar, stretch) in bars.items():
             yield Goal(
-                f"PCGrad step / plain step, both compiled, K = {k}",
+                f"{TITLES[model]}, K = {k}: PCGrad step / plain step, both compiled",
                 Group.COMPILED,
                 (COMPILED_PCGRAD,),
                 bar,

@@ -89,7 +89,7 @@ def gram_at_any_scale(jacobian: Sequence[Tensor]) -> Tensor:
         squares = found.diagonal()
         for k in (~((squares > _LEAST_SQUARE) & (squares < _MOST_SQUARE))).nonzero().flatten().tolist():
             if squares[k] != 0 or any(
-                bool(torch.linalg.vector_norm(row[k], math.inf) != 0) for row in jacobian
+                bool(torch.linalg.vector_norm(part[k], math.inf) != 0) for part in jacobian if part.numel()
             ):
                 break
         else:

@@ -97,7 +97,7 @@ def test_refuses_samples_without_elements(shape, message):
         (
             {"prediction": "v", "alpha": torch.ones(2), "sigma": torch.ones(3)},
             ValueError,
-            r"sigma: expected shape \[2\], found \[3\]",
+            r"sigma: expected shape \[2\], or 1 in all other dimensions, found \[3\]",
         ),
         ({"huber_delta": 0.0}, ValueError, "expected a positive number, found 0.0"),
         ({"noise": torch.zeros(2, 4)}, ValueError, r"or a seed, found \[2, 4\]"),

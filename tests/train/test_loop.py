@@ -467,7 +467,7 @@ def test_distributions_of_continuous_levels(tiny, process, law, method, cost):
     ("process", "sampler", "message"),
     [
         ("edm", "logit_normal", "timesteps: sampler: expected log_normal or laplace for EDM's σ"),
-        ("flow", "log_normal", "timesteps: sampler: expected logit_normal, beta or laplace for times"),
+        ("flow", "log_normal", "timesteps: sampler: expected logit_normal, mode, beta or laplace for times"),
     ],
 )
 def test_distributions_of_other_levels_are_refused(tiny, process, sampler, message):
@@ -676,11 +676,12 @@ def test_a_cluster_without_finite_losses_stops_the_run_or_is_dropped(tiny, tmp_p
     (tmp_path / "run").mkdir()
     trainer = Trainer(tiny(method="pcgrad", clusters={"cost": "timestep"}, loss={"nonfinite": nonfinite}))
 
-    def fail_at_low_noise(_, arguments, output):
-        output.sample = output.sample * torch.where(arguments[1] < 4, torch.nan, 1.0).view(-1, 1, 1, 1)
+    def fail_at_low_noise(_, arguments, named, output):
+        times = arguments[1] if len(arguments) > 1 else named["timestep"]
+        output.sample = output.sample * torch.where(times < 4, torch.nan, 1.0).view(-1, 1, 1, 1)
         return output
 
-    trainer.model.register_forward_hook(fail_at_low_noise)
+    trainer.model.register_forward_hook(fail_at_low_noise, with_kwargs=True)
     log = History(tmp_path / "run" / "log.jsonl")
     if nonfinite == "stop":
         with pytest.raises(TrainingDiverged, match="not finite"):
