@@ -271,6 +271,12 @@ def dynamo() -> ModuleType | None:
     return sys.modules.get("torch._dynamo")
 
 
+def compiled_graphs() -> int:
+    """Return how many graphs the compiler has made in this process. Replaced by a check before every step."""
+    loaded = sys.modules.get("torch._dynamo.utils")
+    return 0 if loaded is None else int(loaded.counters["stats"]["unique_graphs"])
+
+
 def compiled_modules(model: nn.Module) -> Iterator[str]:
     """Name the modules that `torch.compile` wraps or `nn.Module.compile` compiles; a model itself is ``""``.
 
@@ -294,6 +300,7 @@ __all__ = [
     "OpOverload",
     "OpOverloadPacket",
     "any_requires_grad",
+    "compiled_graphs",
     "compiled_modules",
     "data_parallel_processes",
     "default_store",

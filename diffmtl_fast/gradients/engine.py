@@ -180,11 +180,32 @@ class Engine:
         if self.grouped is not None or self.compiled is not None:
             try:
                 self._model_check.before(layout, given, ordered)
-                return self._remember(step, layout.unsort(self.run(step, layout, ordered)))
+                output = self.run(step, layout, ordered)
+                if self.compiled is not None and self.compiled.compiled_anew:
+                    output = self._check_compilation(self.compiled, step, layout, given, ordered, output)
+                return self._remember(step, layout.unsort(output))
             except CannotGroup as error:
                 self._leave_grouped(error)
         self._model_check.before(layout, given, ordered)
         return self._remember(step, layout.unsort(self.run(step, layout, ordered)))
+
+    def _check_compilation(
+        self,
+        compiled: CompiledEngine,
+        step: Step,
+        layout: BatchLayout,
+        given: _Arguments,
+        ordered: _Arguments,
+        output: Any,
+    ) -> Any:
+        """Check what the compiler has made since the last check; the model runs again if that was not right."""
+        done, shared = step.passes.pop(), set(compiled.shared)
+        self._model_check.again(layout, given, ordered)
+        if compiled.shared != shared:
+            return self.run(step, layout, ordered)
+        step.passes.append(done)
+        compiled.prepare(done.number, self._target)  # the check has used the same memory
+        return output
 
     def _leave_grouped(self, error: CannotGroup) -> None:
         if self._name == "grouped":

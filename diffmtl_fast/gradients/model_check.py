@@ -74,11 +74,18 @@ class ModelCheck:
             RuntimeError: it can't be run by cluster.
         """
         sizes = self._sizes.setdefault(self._kind(layout, given), set())
-        if layout.batch_size in sizes or len(sizes) >= MAX_BATCH_SIZES or self._checks >= MAX_CHECKS:
+        # Compiled code is traced for shapes, by which it tells batches from constants: all of them are checked.
+        enough = len(sizes) >= MAX_BATCH_SIZES or self._checks >= MAX_CHECKS
+        if layout.batch_size in sizes or (enough and self._engine.compiled is None):
             self._steps += 1
             if self._steps in SPOT_CHECKS or self._steps % SPOT_CHECK_EVERY == 0:
                 self._spot_check(layout, ordered)
             return
+        self.again(layout, given, ordered)
+        sizes.add(layout.batch_size)
+
+    def again(self, layout: BatchLayout, given: _Arguments, ordered: _Arguments) -> None:
+        """Check the model, whether or not a batch of this kind was checked before; see `before`."""
         began = time.perf_counter()
         self._check(layout, given, ordered)
         _logger.info(
@@ -86,7 +93,6 @@ class ModelCheck:
             layout.batch_size,
             time.perf_counter() - began,
         )
-        sizes.add(layout.batch_size)
         self._checks += 1
         self._steps = self._checked_at = 0
 

@@ -22,6 +22,7 @@ class Pass:
     Args:
         step: the step.
         clusters: of the sorted batch.
+        number: which of the step's forwards it is, from 0.
 
     Attributes:
         cluster: int64 [B], as it was given.
@@ -30,8 +31,8 @@ class Pass:
         recomputes: whether activations are packed away, to be recomputed or fetched in backward.
     """
 
-    def __init__(self, step: Step, clusters: Clusters) -> None:
-        self.step, self.clusters = step, clusters
+    def __init__(self, step: Step, clusters: Clusters, number: int) -> None:
+        self.step, self.clusters, self.number = step, clusters, number
         self.cluster: Tensor | None = None
         self.outputs: list[Tensor] = []
         self.uses: Counter[int] = Counter()
@@ -64,7 +65,7 @@ class Step:
 
     def begin_pass(self, clusters: Clusters) -> Pass:
         """Start a forward whose graph can tell the clusters apart."""
-        self.passes.append(Pass(self, clusters))
+        self.passes.append(Pass(self, clusters, len(self.passes)))
         return self.passes[-1]
 
     def watch(self, output: Any) -> Any:

@@ -299,14 +299,89 @@ class Growing(nn.Module):
         return x
 
 
-def test_uses_that_no_check_has_seen_are_an_error(device):
+def test_what_is_compiled_anew_is_checked_anew(device):
     model = Growing().to(device).double()
+    x = torch.randn(6, 4, dtype=torch.float64, device=device)
     mtl = dm.ClusteredMTL(compiled(model), K, Given())
-    inputs = [torch.randn(6, 4, dtype=torch.float64, device=device)]
-    step(mtl, inputs, [CLUSTERS["sorted"]])
-    model.calls[0] = 2
-    with pytest.raises(RuntimeError, match=r"found several on .*layer\.weight"):
-        step(mtl, inputs, [CLUSTERS["sorted"]])
+    for calls in (1, 2, 3, 1):
+        model.calls[0] = calls
+        assert_step_is_exact(mtl, model, x)
+    assert engine_of(mtl) == "compiled"
+
+
+def assert_step_is_exact(mtl, model, x, cluster=(2, 0, 2, 1, 0, 2)):
+    cluster = torch.tensor(cluster, device=x.device)
+    mtl.backward(sample_losses(mtl(x, cluster=cluster)))
+    plain = copy.deepcopy(model)
+    jacobian = cluster_gradients(sample_losses(plain(x)), cluster, list(plain.parameters()), K).jacobian
+    torch.testing.assert_close(mtl.last.gramian, jacobian @ jacobian.T, rtol=1e-8, atol=1e-10)
+
+
+class Table(nn.Module):
+    """Applies a layer to a constant table, which may have as many rows as a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.of_table, self.rows = nn.Linear(4, 4), nn.Linear(4, 4), [7]
+
+    def forward(self, x):
+        table = torch.cos(torch.arange(4 * self.rows[0], dtype=x.dtype, device=x.device)).view(-1, 4)
+        return self.layer(x) + self.of_table(table).sin()[:5].mean(0)
+
+
+def test_a_constant_that_comes_to_look_like_a_batch(device):
+    model = Table().to(device).double()
+    x = torch.randn(6, 4, dtype=torch.float64, device=device)
+    mtl = dm.ClusteredMTL(compiled(model), K, Given())
+    for rows in (7, 12):
+        model.rows[0] = rows
+        assert_step_is_exact(mtl, model, x)
+
+
+class Failing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise MemoryError
+
+
+def test_a_backward_that_fails_leaves_nothing_behind(device):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).to(device).double()
+    for layer in model:
+        layer.compile(backend="aot_eager")
+    x = torch.randn(6, 4, dtype=torch.float64, device=device)
+    mtl = dm.ClusteredMTL(model, K, Given())
+    assert_step_is_exact(mtl, model, x)
+    cluster = torch.tensor([2, 0, 2, 1, 0, 2], device=device)
+    first, second = mtl(x, cluster=cluster), mtl(2 * x, cluster=cluster)
+    with pytest.raises(MemoryError):
+        mtl.backward(sample_losses(first) + sample_losses(Failing.apply(second)))
+    assert_step_is_exact(mtl, model, 2 * x)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_checkpoint_is_recomputed_for_its_own_batch(same, device):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 4)).to(
+        device
+    )
+    model.double()
+    model[2].compile(backend="aot_eager")
+    inner = model[1].forward
+    model[1].forward = lambda x: checkpoint(inner, x, use_reentrant=False)
+    x = torch.randn(6, 4, dtype=torch.float64, device=device)
+    mtl = dm.ClusteredMTL(model, K, Given())
+    other = mtl if same else dm.ClusteredMTL(compiled(nn.Linear(4, 4).to(device).double()), K, Given())
+    cluster = torch.tensor([2, 0, 2, 1, 0, 2], device=device)
+    losses = sample_losses(mtl(x, cluster=cluster))
+    other(x, cluster=torch.tensor([0, 0, 0, 1, 1, 2], device=device))
+    mtl.backward(losses, cluster)
+    jacobian = cluster_gradients(sample_losses(model(x)), cluster, list(model.parameters()), K).jacobian
+    torch.testing.assert_close(mtl.last.gramian, jacobian @ jacobian.T, rtol=1e-8, atol=1e-10)
 
 
 def test_a_diffusion_transformer(device):

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..._torch import DisableTorchFunctionSubclass
-from ..batch import BatchLayout
+from ..._torch import DisableTorchFunctionSubclass, compiled_graphs
+from ..batch import BatchLayout, Clusters
 from ..parameters import Slot, installed
 from ..step import Step
 from ..stores import Jacobian, Store
@@ -42,6 +42,8 @@ class CompiledEngine:
 
     Attributes:
         values: what the stand-ins stand for: the parameters, or in checks other values of them.
+        compiled_anew: whether the compiler has made graphs in the last forward, which no check has seen.
+        shared: parameters of which several operations write to the block.
     """
 
     def __init__(
@@ -56,7 +58,8 @@ class CompiledEngine:
         self.values: Sequence[Tensor] = parameters
         self._num_clusters = num_clusters
         self._learning = False  # whether the next check tells how often each parameter is used
-        self._shared: set[int] = set()  # parameters of which several operations write to the block
+        self.shared: set[int] = set()
+        self.compiled_anew = False
         self._passes: list[
             list[StandIn]
         ] = []  # of the first forward that shares a backward, of the second, ...
@@ -81,14 +84,19 @@ class CompiledEngine:
             args: positional arguments.
             kwargs: keyword arguments.
         """
-        number = len(step.passes)
-        step.begin_pass(layout.clusters)
+        number = step.begin_pass(layout.clusters).number
         self._step = step
-        with self._installed(self._stand_ins(number, jacobian), layout):
-            return self.model(*args, **kwargs)
+        graphs = compiled_graphs()
+        with self._installed(self.prepare(number, jacobian), layout.clusters):
+            output = self.model(*args, **kwargs)
+        self.compiled_anew = compiled_graphs() != graphs
+        return output
 
-    def _stand_ins(self, number: int, jacobian: Jacobian) -> list[StandIn]:
-        """Return the stand-ins of one of the forwards that share a backward; each writes to memory of its own."""
+    def prepare(self, number: int, jacobian: Jacobian) -> list[StandIn]:
+        """Return the stand-ins of one of the forwards that share a backward; each writes to memory of its own.
+
+        What several operations write to is set to zero.
+        """
         if len(self._passes) == number:
             blocks = [torch.empty_like(b) for b in jacobian.blocks] if number else jacobian.blocks
             made = [StandIn.make(v, b, False) for v, b in zip(self.values, blocks, strict=True)]
@@ -102,7 +110,7 @@ class CompiledEngine:
         for position, stand_in in enumerate(found):
             if number == 0:
                 stand_in.block = jacobian.blocks[position]
-            stand_in.accumulate = position in self._shared
+            stand_in.accumulate = position in self.shared
             if stand_in.accumulate:
                 stand_in.block.zero_()
         return found
@@ -113,6 +121,8 @@ class CompiledEngine:
             assert count is not None
             assert self._step is not None
             if self._step.store is None:
+                if count.device.type == "cpu" and not stand_in.accumulate and float(count) != 1:
+                    raise self._overwritten([self.names[position]])
                 self._bypass(position, stand_in)
             else:
                 self._arrived.append((number, position, count))
@@ -153,7 +163,7 @@ class CompiledEngine:
 
     def _refuse_overwritten(self, arrived: list[tuple[int, int, Tensor]]) -> None:
         self._steps += 1
-        alone = [each for each in arrived if each[1] not in self._shared]
+        alone = [each for each in arrived if each[1] not in self.shared]
         device = self.parameters[0].device
         if not alone or (
             device.type != "cpu" and self._steps > _READ_BACK and self._steps % _READ_BACK_EVERY
@@ -162,23 +172,31 @@ class CompiledEngine:
         counts = torch.stack([count for _, _, count in alone]).tolist()
         wrong = [self.names[p] for (_, p, _), count in zip(alone, counts, strict=True) if count != 1]
         if wrong:
-            raise RuntimeError(
-                f"model: expected operations as in the check of the model, found several on {wrong} in one "
-                "forward, where there was one; call it so in the first step, or use engine='sliced'"
-            )
+            raise self._overwritten(wrong)
+
+    def _overwritten(self, names: list[str]) -> RuntimeError:
+        return RuntimeError(
+            f"model: expected operations as in the check of the model, found several on {names} in one forward, "
+            "where there was one; call it so in the first step, or use engine='sliced'"
+        )
 
     @contextmanager
     def backward(self) -> Iterator[None]:
         """Let checkpoints outside of compiled code find the stand-ins; where several forwards share it, none."""
+        self._arrived.clear()  # a backward that failed may have left some
+        for each in [] if self._step is None else self._step.passes:
+            for position in self.shared:  # a check since the forward may have used the same memory
+                self._passes[each.number][position].block.zero_()
         if self._step is None or len(self._step.passes) != 1:
             yield
             return
-        with installed(self.slots, self._passes[0]):
+        (only,) = self._step.passes
+        with self._installed(self._passes[only.number], only.clusters):
             yield
 
     @contextmanager
-    def _installed(self, stand_ins: list[StandIn], layout: BatchLayout) -> Iterator[None]:
-        batch.set(layout.clusters, self.parameters[0].device)
+    def _installed(self, stand_ins: list[StandIn], clusters: Clusters) -> Iterator[None]:
+        batch.set(clusters, self.parameters[0].device)
         with installed(self.slots, stand_ins):
             yield
 
@@ -191,12 +209,12 @@ class CompiledEngine:
         """Let the stand-ins stand for other values of the parameters."""
         before = self.values, self._passes, self._step
         self.values, self._passes = values, []
-        shared = self._shared
+        shared = self.shared
         if self._learning:  # all operations add to their blocks
-            self._shared = set(range(len(values)))
+            self.shared = set(range(len(values)))
         try:
             yield
         finally:
             used = {i for made in self._passes for i, stand_in in enumerate(made) if stand_in.uses > 1}
             self.values, self._passes, self._step = before
-            self._shared, self._learning = shared | used, False
+            self.shared, self._learning = shared | used, False
