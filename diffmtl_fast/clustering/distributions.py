@@ -323,8 +323,14 @@ class BetaTime(_Time):
 
 
 NoiseDistribution: TypeAlias = (
-    "LogNormalSigma | UniformTime | ShiftedTime | LogitNormalTime | ModeTime | LaplaceSigma | LaplaceTime "
-    "| BetaTime"
+    LogNormalSigma
+    | UniformTime
+    | ShiftedTime
+    | LogitNormalTime
+    | ModeTime
+    | LaplaceSigma
+    | LaplaceTime
+    | BetaTime
 )
 """A distribution of noise levels: one of the classes of this module."""
 
