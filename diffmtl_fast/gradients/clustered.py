@@ -520,9 +520,8 @@ class ClusteredMTL(nn.Module):
         shares = weights if dropped is None else weights * (number / present.sum().clamp(min=1))
         square = gradients.update(shares.to(dtype), again)
         norm = None if square is None else square.sqrt().to(dtype)
-        if (
-            isinstance(self.weighting, LossWeighting) and not self.drop_nonfinite
-        ):  # the Gramian was only measured
+        only_measured = isinstance(self.weighting, LossWeighting) and not self.drop_nonfinite
+        if only_measured:
             self._engine.release()
         self.last = StepRecord(losses.detach(), weights.detach(), present, gramian, norm, dropped)
 

@@ -148,7 +148,7 @@ class Engine:
         of = (self.model, self.slots, self.parameters, self.names)
         if self._compiled_part is None:
             return GroupedEngine(*of), None
-        return None, CompiledEngine(*of, self.num_clusters)
+        return None, CompiledEngine(*of)
 
     @property
     def _compiled_part(self) -> str | None:

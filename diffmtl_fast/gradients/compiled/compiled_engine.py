@@ -30,15 +30,14 @@ class CompiledEngine:
     reason to compile again. A model that is compiled in parts runs the rest of its operations by the same
     functions, not compiled.
 
-    Nothing here sees samples that mix within the model: the checks of the whole model do (see `ModelCheck`), which
-    run it without the compiler.
+    Nothing here sees samples that mix within the model, or what the compiler makes wrong: the checks of the whole
+    model do (see `ModelCheck`), before the first step and whenever something is compiled anew.
 
     Args:
         model: the model.
         slots: where its modules look its trainable parameters up.
         parameters: the parameters.
         names: their names, for messages.
-        num_clusters: K.
 
     Attributes:
         values: what the stand-ins stand for: the parameters, or in checks other values of them.
@@ -47,22 +46,15 @@ class CompiledEngine:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        slots: list[Slot],
-        parameters: list[nn.Parameter],
-        names: list[str],
-        num_clusters: int,
+        self, model: nn.Module, slots: list[Slot], parameters: list[nn.Parameter], names: list[str]
     ) -> None:
         self.model, self.slots, self.parameters, self.names = model, slots, parameters, names
         self.values: Sequence[Tensor] = parameters
-        self._num_clusters = num_clusters
         self._learning = False  # whether the next check tells how often each parameter is used
         self.shared: set[int] = set()
         self.compiled_anew = False
-        self._passes: list[
-            list[StandIn]
-        ] = []  # of the first forward that shares a backward, of the second, ...
+        # Of the first forward that shares a backward, of the second, ...
+        self._passes: list[list[StandIn]] = []
         self._step: Step | None = None
         self._arrived: list[tuple[int, int, Tensor]] = []
         self._steps = 0

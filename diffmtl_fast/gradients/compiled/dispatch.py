@@ -13,6 +13,7 @@ from ..model_state import writes_in_place
 from ..rules import NoClusterRule
 from ..rules.autocast import lower_precision, norm_precision
 from ..rules.broadcast import BROADCASTING, JOINING, LIKE, REPEATING
+from ..rules.convolution import per_dimension
 from . import operations
 from .stand_in import Stacked, StandIn, batch, first_of, rows_of
 
@@ -252,26 +253,14 @@ def _convolution(
 ) -> Tensor:
     w, w_key, w_block, w_add = _given(weight, lower_precision)
     b, b_key, b_block, b_add = _given(bias, lower_precision)
-    spatial = w.dim() - 2
     if input.dim() != w.dim():
         raise NoClusterRule("convolution: expected an input [B, in, ...]")
-    stride, dilation = _each(stride, spatial), _each(dilation, spatial)
-    if padding == "same":
-        totals = [d * (size - 1) for d, size in zip(dilation, w.shape[2:], strict=True)]
-        if [total for total in totals if total % 2]:
-            raise NoClusterRule("convolution: no rule for padding='same' with an even kernel")
-        padding = [total // 2 for total in totals]
-    padding = _each(0 if isinstance(padding, str) else padding, spatial)
+    stride, padding, dilation = per_dimension(w, stride, padding, dilation)
     return operations.Convolution.apply(
         lower_precision(input), w, w_key, w_block, b, b_key, b_block,
         batch.offsets, batch.host_offsets, batch.cluster.shape[0], (w_add, b_add),
         stride, padding, dilation, groups,
     )  # fmt: skip
-
-
-def _each(value: Any, spatial: int) -> list[int]:
-    values = [value] * spatial if isinstance(value, int) else list(value)
-    return values * spatial if len(values) == 1 else values
 
 
 def _layer_norm(

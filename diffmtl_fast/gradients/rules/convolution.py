@@ -35,16 +35,8 @@ class Convolution(ClusterRule):
         """See `ClusterRule`."""
         if input.dim() != weight.dim():
             raise NoClusterRule(f"convolution: expected an input [B, in, ...], found {list(input.shape)}")
-        spatial = weight.dim() - 2
-        stride, dilation = _per_dimension(stride, spatial), _per_dimension(dilation, spatial)
-        if padding == "same":
-            # What is left over when the total is odd goes to one side, which convolution itself can't do.
-            totals = [d * (size - 1) for d, size in zip(dilation, weight.shape[2:], strict=True)]
-            if any(total % 2 for total in totals):
-                raise NoClusterRule("convolution: no rule for padding='same' with an even kernel")
-            padding = [total // 2 for total in totals]
-        padding = _per_dimension(0 if isinstance(padding, str) else padding, spatial)
-        geometry = (stride, padding, dilation, False, [0] * spatial, groups)
+        sizes = per_dimension(weight, stride, padding, dilation)
+        geometry = (*sizes, False, [0] * (weight.dim() - 2), groups)
         ctx.save_for_backward(input, weight)
         ctx.geometry = geometry
         return _aten.convolution(input, weight, bias, *geometry)
@@ -84,6 +76,28 @@ for _operation in (F.conv1d, F.conv2d, F.conv3d):
     register_cluster_rule(_operation)(Convolution)
 
 
-def _per_dimension(value: int | Sequence[int], spatial: int) -> list[int]:
+def per_dimension(
+    weight: Tensor,
+    stride: int | Sequence[int],
+    padding: str | int | Sequence[int],
+    dilation: int | Sequence[int],
+) -> tuple[list[int], list[int], list[int]]:
+    """Return stride, padding and dilation as lists of one number for each spatial dimension.
+
+    Raises:
+        NoClusterRule: padding="same" would take more on one side than on the other.
+    """
+    spatial = weight.dim() - 2
+    stride, dilation = _repeated(stride, spatial), _repeated(dilation, spatial)
+    if padding == "same":
+        # What is left over when the total is odd goes to one side, which convolution itself can't do.
+        totals = [d * (size - 1) for d, size in zip(dilation, weight.shape[2:], strict=True)]
+        if [total for total in totals if total % 2]:
+            raise NoClusterRule("convolution: no rule for padding='same' with an even kernel")
+        padding = [total // 2 for total in totals]
+    return stride, _repeated(0 if isinstance(padding, str) else padding, spatial), dilation
+
+
+def _repeated(value: int | Sequence[int], spatial: int) -> list[int]:
     values = [value] * spatial if isinstance(value, int) else list(value)
     return values * spatial if len(values) == 1 else values
