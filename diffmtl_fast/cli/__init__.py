@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from .._errors import TrainingDiverged, UserError, blame, readable
 from .._extras import require
-from ..train.errors import TrainingDiverged, UserError, blame, readable
 
 DIVERGED, USAGE, INTERRUPTED = 1, 2, 130
 TRACEBACK = "--traceback"
@@ -45,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with blame("options", (Exception,)), _read_by(jsonargparse):
             command, options = _parse(_underscored([each for each in given if each != TRACEBACK]))
-        command(**options)
+        for path in command(**options) or ():
+            print(f"wrote {path}")
     except UserError as error:
         return _fail(str(error), shown=shown)
     except TrainingDiverged as error:
@@ -73,7 +74,10 @@ def _read_by(jsonargparse: Any) -> Iterator[None]:
 
 
 def commands() -> dict[str, tuple[Any, str]]:
-    """The commands by name: a function, or the commands below it, and what it is for."""
+    """The commands by name: a function, or the commands below it, and what it is for.
+
+    A function returns the files that it wrote and that the user is told of, if any.
+    """
     from . import analyze, cluster, evaluate, sample, samplers, study, train
 
     return {
@@ -87,7 +91,7 @@ def commands() -> dict[str, tuple[Any, str]]:
     }
 
 
-def _parse(arguments: list[str]) -> tuple[Callable[..., None], dict[str, Any]]:
+def _parse(arguments: list[str]) -> tuple[Callable[..., Any], dict[str, Any]]:
     """The command and its options; a run that is resumed has its own as defaults, not the bundled ones."""
     from ..train.config import to_dict
     from ..train.folder import RunFolder

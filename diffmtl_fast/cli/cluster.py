@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from .._errors import UserError, blame
 from .._number_types import Size
 from ..diffusion.named_schedules import SCHEDULES, named_log_snr
-from ..train.errors import UserError, blame
 from .runs import writing
 
 if TYPE_CHECKING:
@@ -71,12 +71,12 @@ def cluster(
         else:
             found = cluster_intervals(summed, k=k, min_size=min_size, max_size=max_size)
     if plot is not None:
-        from ..train import plots
+        from ..analysis import run_plots
         from ..train.titles import COST_TITLES
 
         title = f"{found.k} {COST_TITLES[cost]} clusters, {scheduler}"
         with writing("plot", Path(plot)) as aside, blame("plot", (ValueError,)):
-            plots.clusters(aside, found, levels, title, path)
+            run_plots.clusters(aside, found, levels, title, path)
     if json:
         curve = {} if path is None else {"path": {"k": path.ks.tolist(), "cost": path.costs.tolist()}}
         print(as_json(found, scheduler=scheduler, objective=cost, **curve))

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from .._number_types import PositiveInt, Size
-from .runs import load_run, path_of, writing
+from .runs import load_run, writing
 
 
 def evaluate(
@@ -31,7 +31,7 @@ def evaluate(
     """
     from ..train.evaluation import table
 
-    target = path_of(out)
+    target = None if out is None else Path(out)
     if (out, num, steps, checkpoint) == (None,) * 4:
         target = Path(run_dir) / "metrics.json"
     metrics = load_run(run_dir, checkpoint, device, steps).evaluate(num)

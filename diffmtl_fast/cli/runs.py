@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .._errors import UserError
 from .._files import replacing
-from ..train.errors import UserError
 
 if TYPE_CHECKING:
     from ..train.trained_denoiser import TrainedDenoiser
@@ -20,16 +20,11 @@ def load_run(run_dir: str, checkpoint: str | None, device: str, steps: int | Non
     from ..train.folder import RunFolder
     from ..train.trained_denoiser import load
 
-    run = RunFolder(Path(run_dir))
+    run = RunFolder(run_dir)
     config = replace(run.read_config(), device=device)
     if steps is not None:
         config = replace(config, sampling=replace(config.sampling, steps=steps))
-    return load(run, config, path_of(checkpoint))
-
-
-def path_of(text: str | None) -> Path | None:
-    """The path of an option that may be left out."""
-    return None if text is None else Path(text)
+    return load(run, config, checkpoint)
 
 
 @contextmanager

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .._errors import UserError
 from .._number_types import PositiveInt, Seed, Size
-from ..train.errors import UserError
 from .runs import load_run, writing
 
 
@@ -18,7 +18,7 @@ def sample(
     seed: Seed = 0,
     steps: PositiveInt | None = None,
     out: str = "samples.png",
-) -> None:
+) -> list[Path]:
     """Draw pictures with the averaged (EMA) weights of a run.
 
     Args:
@@ -34,7 +34,7 @@ def sample(
     import numpy as np
     import torch
 
-    from ..train import plots
+    from ..analysis import run_plots
     from ..train.sampling import balanced_labels
 
     target = Path(out)
@@ -52,5 +52,5 @@ def sample(
         if target.suffix == ".npy":
             np.save(aside, pictures.numpy())
         else:
-            plots.samples(aside, pictures, labels, trained.title)
-    print(f"wrote {target}")
+            run_plots.samples(aside, pictures, labels, trained.title)
+    return [target]

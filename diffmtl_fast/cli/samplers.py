@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
+from .._errors import UserError
 from .._number_types import PositiveInt
 from ..diffusion.named_schedules import SCHEDULES
-from ..train.errors import UserError
 from .cluster import levels_of
 from .runs import writing
 
@@ -38,18 +38,18 @@ def samplers(
         k: number of log-SNR clusters
         plot: picture file of the probabilities of the timesteps
     """
+    from .._errors import blame
     from ..clustering import cluster_snr
-    from ..train.errors import blame
 
     levels = levels_of(scheduler, timesteps)
     with blame("k"):
         clusters = cluster_snr(levels, k)
     shown = probabilities(clusters, levels)
     if plot is not None:
-        from ..train import plots
+        from ..analysis import run_plots
 
         with writing("plot", Path(plot)) as aside, blame("plot"):
-            plots.samplers(aside, shown, clusters, f"timesteps that samplers draw, {scheduler}")
+            run_plots.samplers(aside, shown, clusters, f"timesteps that samplers draw, {scheduler}")
     print(table(shown, clusters))
 
 

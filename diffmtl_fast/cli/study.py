@@ -7,8 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from ..train.errors import UserError
-from .runs import path_of
+from .._errors import UserError
 
 
 def study(
@@ -58,7 +57,7 @@ def study(
     from ..study.results import load_results
     from ..train.config import read_values
 
-    folder, report = StudyFolder(Path(study_dir)), path_of(out)
+    folder, report = StudyFolder(Path(study_dir)), None if out is None else Path(out)
     if report_only:
         print(f"wrote {write_report(folder, folder.report if report is None else report)}")
         return

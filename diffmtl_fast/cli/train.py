@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
-
-from .runs import path_of
 
 
 def train(
@@ -31,4 +28,4 @@ def train(
     config = from_dict({name: options[name] for name in Config.names()})
     from ..train.run import train  # slow to import: after the options are checked
 
-    train(config, RunFolder(Path(run_dir)), resume=resume, chosen=path_of(checkpoint))
+    train(config, RunFolder(run_dir), resume=resume, chosen=checkpoint)

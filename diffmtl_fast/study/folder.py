@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..analysis.run_analysis import affinity_file, negative_transfer_file
 from ..train.folder import RunFolder
-from ..train.run_analysis import affinity_file, negative_transfer_file
 from .plan import VANILLA, Plan, Variant
 
 

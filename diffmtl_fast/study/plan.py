@@ -9,9 +9,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
+from .._errors import UserError
 from .._files import write_json
 from ..train.config import CONTINUOUS, PLAIN, Checkpoints, Config, differences, from_dict, to_dict
-from ..train.errors import UserError
 from ..train.titles import METHOD_TITLES
 from ..weighting import METHODS, Method
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
+from .._errors import UserError, blame
 from .._files import replacing, write_json
+from ..analysis.run_plots import training as plot_training
 from ..clustering import IntervalClustering
+from ..diffusion.training_noise import TrainingNoise
 from ..train import history
-from ..train.components import build_clusters, build_scheduler, in_timesteps
+from ..train.components import build_clusters, build_noise, build_scheduler, in_timesteps
 from ..train.config import Clusters
-from ..train.errors import UserError, blame
-from ..train.noise import Noise
-from ..train.plots import training as plot_training
 from ..train.titles import COST_TITLES
 from . import plots, report_setup
 from .claims import VERDICTS, claims, ratio
@@ -46,7 +46,7 @@ def write_report(study: StudyFolder, out: Path) -> Path:
             f"{study.path}: expected a complete run of plain training to compare with, found none yet"
         )
     base = results.plan.base
-    noise = Noise(base, build_scheduler(base))
+    noise = build_noise(base, build_scheduler(base))
     with blame("scheduler"):
         levels = noise.log_snr()
     out.mkdir(parents=True, exist_ok=True)
@@ -288,7 +288,7 @@ def _attenuation(results: Results) -> str:
     )
 
 
-def _boundaries(plan: Plan, study: StudyFolder, noise: Noise) -> dict[str, IntervalClustering]:
+def _boundaries(plan: Plan, study: StudyFolder, noise: TrainingNoise) -> dict[str, IntervalClustering]:
     def boundaries(clusters: Clusters) -> IntervalClustering:
         number, law = noise.num_timesteps, noise.distribution
         return in_timesteps(build_clusters(clusters, noise.log_snr, number, distribution=law), number)

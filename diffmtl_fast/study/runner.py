@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ..train.errors import TrainingDiverged, UserError
+from .._errors import TrainingDiverged, UserError
 from . import journal, work
 from .folder import StudyFolder, all_runs, run_name
 from .plan import VANILLA, Plan

@@ -8,14 +8,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .._errors import UserError
 from .._files import remove, write_json
+from ..analysis import run_analysis
+from ..analysis.run_experts import train_expert
 from ..clustering import cluster_timesteps
-from ..train import checkpoint, run_analysis
+from ..train import checkpoint
 from ..train.components import build, build_scheduler
-from ..train.config import Clusters, Component
-from ..train.errors import UserError
+from ..train.config import Component
 from ..train.evaluation import Judge
-from ..train.experts import train_expert
 from ..train.folder import RunFolder
 from ..train.run import train
 from ..train.trained_denoiser import load
@@ -55,15 +56,15 @@ def measure_affinity(study: StudyFolder, plan: Plan) -> None:
     """Measure the task affinities of plain training."""
     if not study.affinity.exists():
         run = _plain_run(study, 0)
-        run_analysis.affinity(run, plan.base.device, tasks=plan.tasks, samples=plan.samples)
+        run_analysis.affinity(str(run), device=plan.base.device, tasks=plan.tasks, samples=plan.samples)
 
 
 def measure_disattenuated_affinity(study: StudyFolder, plan: Plan) -> None:
     """Measure the task affinities of plain training with more images, corrected for their noise."""
     if not study.disattenuated.exists():
         run_analysis.affinity(
-            _plain_run(study, 0),
-            plan.base.device,
+            str(_plain_run(study, 0)),
+            device=plan.base.device,
             tasks=plan.tasks,
             samples=plan.more_samples,
             disattenuate=True,
@@ -87,9 +88,10 @@ def measure_gaps(study: StudyFolder, plan: Plan, seed: int) -> None:
     """Measure negative transfer, and the difficulty of the intervals by the same experts."""
     if study.gaps(seed).exists():
         return
-    run, intervals = _plain_run(study, seed), Clusters("timestep", plan.intervals)
-    run_analysis.difficulty(run, plan.base.device, intervals=intervals)
-    run_analysis.negative_transfer(run, plan.base.device, intervals=intervals, seed=seed)
+    run = str(_plain_run(study, seed))
+    options: dict[str, Any] = {"device": plan.base.device, "intervals": plan.intervals}
+    run_analysis.difficulty(run, **options)
+    run_analysis.negative_transfer(run, **options, seed=seed)
 
 
 def measure_early_gaps(study: StudyFolder, plan: Plan, seed: int, iteration: int) -> None:
@@ -101,9 +103,9 @@ def measure_early_gaps(study: StudyFolder, plan: Plan, seed: int, iteration: int
     if study.gaps(seed, iteration).exists():
         return
     run_analysis.negative_transfer(
-        _plain_run(study, seed),
-        plan.base.device,
-        intervals=Clusters("timestep", plan.intervals),
+        str(_plain_run(study, seed)),
+        device=plan.base.device,
+        intervals=plan.intervals,
         expert_iteration=iteration,
         seed=seed,
     )

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._errors import UserError, blame
 from .._extras import require
 from .._files import remove, replacing
-from .errors import UserError, blame
 
 MANIFEST = "manifest.json"
 STATE = "state.pt"

@@ -12,15 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .._errors import UserError, blame
 from .._extras import require
-from .._published_names import rename
 from ..clustering import (
-    BetaTime,
     IntervalClustering,
-    LaplaceSigma,
-    LogitNormalTime,
-    LogNormalSigma,
-    ModeTime,
     NoiseClustering,
     NoiseDistribution,
     cluster_affinity,
@@ -43,15 +38,30 @@ from ..curriculum import (
 from ..curriculum.difficulty_curriculum import Sampling
 from ..data import Batch, Classes, Conditioning, Embeddings, EpochOrder, FileData, ImageData, Text, batches
 from ..data.conditioning import times_keyword
-from ..diffusion import noise_process
+from ..diffusion import loss_weight, noise_process
+from ..diffusion.training_noise import (
+    LAWS,
+    SIGMA_LAWS,
+    TIME_LAWS,
+    TrainingNoise,
+    level_distribution,
+    named_law,
+)
 from ..weighting import METHODS, ContinuousUncertainty, GramianWeighting, LossWeighting
 from .config import CONTINUOUS, Clusters, Component, Compute, Config, Curriculum
-from .errors import UserError, blame
-from .noise import LAWS
 
 Array = NDArray[np.float64]
 Data: TypeAlias = ImageData | FileData
 Clustering: TypeAlias = IntervalClustering | NoiseClustering
+# Samplers that have nothing but tasks and arguments of their own, by name.
+SAMPLERS = {
+    "uniform": UniformSampler,
+    "second_moment": LossSecondMomentSampler,
+    "loss": LossSampler,
+    "range": RangeSampler,
+}
+# A loss weight that no schedule which keeps some signal and some noise comes near.
+_UNBOUNDED = 1e12
 
 
 def import_object(key: str, path: str) -> Callable[..., Any]:
@@ -163,6 +173,40 @@ def _check_schedule(scheduler: Any) -> None:
         )
 
 
+def build_noise(config: Config, scheduler: Any, device: torch.device | str = "cpu") -> TrainingNoise:
+    """The noise process of a scheduler, with the loss weight and the levels of the configuration.
+
+    Raises:
+        UserError: the scheduler, the loss weight or the distribution of the levels cannot be used.
+    """
+
+    def weigh(log_snr: Tensor) -> Tensor:
+        return loss_weight(config.loss.weight, log_snr, **config.loss.args)
+
+    weighted = config.loss.weight != "none"
+    if weighted:
+        with blame("loss.args"):
+            weigh(torch.zeros(1))
+    with blame("scheduler"):
+        process = noise_process(scheduler, device, weigh if weighted else None)
+    distribution, bounds = None, config.clusters.clip
+    if process.continuous:
+        name = config.timesteps.sampler if config.timesteps.sampler in LAWS else None
+        shift = float(scheduler.config.get("shift", 1.0))
+        with blame("timesteps"):
+            distribution = level_distribution(process, name, config.timesteps.args if name else {}, shift)
+    clip = None if bounds is None else (bounds[0], bounds[1])
+    noise = TrainingNoise(process, scheduler, distribution, clip, device)
+    weights = process.weight(noise.levels)
+    if weights is not None and not weights.max() < _UNBOUNDED:
+        kind = scheduler.config.get("prediction_type", "epsilon")
+        raise UserError(
+            f"loss.weight: expected one that is bounded for prediction type {kind} on this schedule, found "
+            f"{config.loss.weight}, which is {weights.max():.3g} at timestep {int(weights.argmax())}"
+        )
+    return noise
+
+
 def build_data(config: Config) -> Data:
     """The samples."""
     data = build("data", config.data)
@@ -263,27 +307,14 @@ def build_timesteps(
     with blame("timesteps.args"):
         if kind == "stratified":
             return StratifiedSampler(clusters, **args)
-        if kind == "logit_normal":
-            named = rename(args, {"logit_mean": "mean", "logit_std": "std"})
-            return DistributionSampler(tasks, LogitNormalTime(**named))
-        if kind == "mode":
-            return DistributionSampler(tasks, ModeTime(**args))
-        if kind == "beta":
-            return DistributionSampler(tasks, BetaTime(**args))
-        if kind in ("laplace", "log_normal"):
-            law = LaplaceSigma(**args) if kind == "laplace" else LogNormalSigma(**args)
-            return DistributionSampler(tasks, law, log_snr=levels())
-        if kind == "second_moment":
-            return LossSecondMomentSampler(tasks, **args)
-        if kind == "loss":
-            return LossSampler(tasks, **args)
-        if kind == "range":
-            return RangeSampler(tasks, **args)
+        if kind in LAWS:
+            law = named_law(TIME_LAWS | SIGMA_LAWS, kind, args)
+            return DistributionSampler(tasks, law, log_snr=levels() if kind in SIGMA_LAWS else None)
         if kind == "speed":
             if isinstance(tasks, NoiseClustering):
                 raise ValueError("sampler: expected one of continuous noise levels, found speed")
             return SpeeDSampler(tasks, levels(), **args)
-        return UniformSampler(tasks, **args)
+        return SAMPLERS[kind](tasks, **args)
 
 
 def _build_expert(interval: list[int], clusters: Clustering, num_timesteps: int) -> UniformSampler:

@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
+from .._errors import UserError, blame, readable
 from .._extras import require
 from .._number_types import (
     NonNegativeFloat,
@@ -20,7 +21,6 @@ from .._number_types import (
     UnitFloat,
 )
 from ..weighting import METHODS
-from .errors import UserError, blame, readable
 
 #: The method that balances nothing: the mean over all samples.
 PLAIN = "vanilla"

@@ -10,10 +10,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from .._errors import UserError, blame
 from .._files import TEMPORARY_PREFIX, remove, remove_leftovers, replacing
 from . import checkpoint
 from .config import CONTINUOUS, Config, read, to_dict
-from .errors import UserError, blame
 
 # What a file system without locks answers.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
@@ -26,8 +26,8 @@ class RunFolder:
         path: the folder; it need not exist.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path | str) -> None:
+        self.path = path = Path(path)
         self.config = path / "config.yaml"
         self.log = path / "log.jsonl"
         self.tensorboard = path / "tensorboard"
@@ -145,7 +145,7 @@ class RunFolder:
         with blame(f"{self.config}: cannot be written", (OSError,)), replacing(self.config) as aside:
             aside.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
 
-    def checkpoint(self, chosen: Path | None = None) -> Path | None:
+    def checkpoint(self, chosen: Path | str | None = None) -> Path | None:
         """The newest intact checkpoint, or the chosen one, verified; None if there is none yet.
 
         Raises:
@@ -155,6 +155,7 @@ class RunFolder:
         if chosen is None:
             path = found[-1] if found else None
         else:
+            chosen = Path(chosen)
             path = self.checkpoints / chosen.name
             if path not in found or (chosen.parent != Path() and chosen.resolve() != path.resolve()):
                 names = ", ".join(each.name for each in found) or "none"

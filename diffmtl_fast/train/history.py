@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._errors import TrainingDiverged, UserError, blame
 from .._extras import require
 from ..gradients.diagnostics import conflicts, cosines
-from .errors import TrainingDiverged, UserError, blame
 
 
 class History:

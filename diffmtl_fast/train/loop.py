@@ -12,18 +12,21 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .._errors import Interrupted, TrainingDiverged, UserError, blame
 from .._progress import Progress
 from .._torch import foreach_div_
 from ..curriculum import DifficultyCurriculum
 from ..data import Batch, EpochOrder, batches
+from ..distributed import launched
 from ..gradients import ClusteredMTL
 from ..weighting import ContinuousUncertainty, GramianWeighting, LossWeighting, param_groups
-from . import checkpoint, processes
+from . import checkpoint
 from .components import (
     build_clusters,
     build_conditioning,
     build_data,
     build_model,
+    build_noise,
     build_schedule,
     build_scheduler,
     build_timesteps,
@@ -34,9 +37,7 @@ from .components import (
 )
 from .config import Config
 from .ema import Ema
-from .errors import Interrupted, TrainingDiverged, UserError, blame
 from .history import History, describe
-from .noise import Noise
 
 
 class Trainer:
@@ -60,7 +61,7 @@ class Trainer:
         self.device = resolve_device(config.device)
         self.data = build_data(config)
         self.scheduler = build_scheduler(config)
-        self.noise = Noise(config, self.scheduler, self.device)
+        self.noise = build_noise(config, self.scheduler, self.device)
         self.process = self.noise.process
         number, log_snr = self.noise.num_timesteps, self.noise.cluster_log_snr
         self.clusters = build_clusters(config.clusters, log_snr, number, distribution=self.noise.distribution)
@@ -70,7 +71,7 @@ class Trainer:
         self._run: torch.nn.Module = self.model
         if config.compute.compile:
             self._run = torch.compile(self.model)  # type: ignore[assignment]
-        if processes.world() > 1 and not config.balanced:
+        if launched.world() > 1 and not config.balanced:
             self._run = torch.nn.parallel.DistributedDataParallel(self._run)
         self.weighting = build_weighting(config, self.clusters.k, self.device)
         self.mtl = None
@@ -96,7 +97,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type) if config.precision == "fp16" else None
         # Fresh dropout masks and the like come from torch's own generators: build_model seeded them.
         own_seed = (
-            config.seed + 1_000_003 * processes.rank()
+            config.seed + 1_000_003 * launched.rank()
         )  # every process draws noise and levels of its own
         self.generator = torch.Generator(self.device).manual_seed(own_seed)
         # Timesteps are drawn on the host, so that a step does not wait for a GPU to know its clusters.
@@ -157,7 +158,7 @@ class Trainer:
             self.schedule.step()
         self.ema.update(self.model)
         losses, timesteps = (torch.cat(parts) for parts in zip(*drawn, strict=True))
-        losses, timesteps = processes.gathered(losses), processes.gathered(timesteps)
+        losses, timesteps = launched.gathered(losses), launched.gathered(timesteps)
         if self.config.loss.nonfinite == "drop":
             counted = losses.isfinite()
             losses, timesteps = losses[counted], timesteps[counted]
@@ -172,7 +173,7 @@ class Trainer:
             TrainingDiverged: a loss or a weight is not finite.
         """
         history.check(self.iteration)
-        if processes.rank() > 0:
+        if launched.rank() > 0:
             return folder
         for name, parameter in self.model.named_parameters():
             if not parameter.isfinite().all():
@@ -234,17 +235,17 @@ class Trainer:
         if self.weighting is not None:
             self.weighting.load_state_dict(state["weighting"])
         self.ema.updates = state["ema_updates"]
-        if processes.rank() > 0:  # the saved ones are the first process's
+        if launched.rank() > 0:  # the saved ones are the first process's
             for generator in (self.generator, self.host_generator):
                 generator.manual_seed(generator.initial_seed() + state["iteration"])
         else:
             self.generator.set_state(state["generator"])
-        if processes.rank() == 0 and not self._one_generator:
+        if launched.rank() == 0 and not self._one_generator:
             self.host_generator.set_state(state["host_generator"])
         self.unreadable, self._batches = set(state["unreadable"]), None
         with blame("curriculum"):
             self.timesteps.load_state_dict(state["timesteps"])
-        if processes.rank() == 0:
+        if launched.rank() == 0:
             history.load_state_dict(state["history"], self.device)
         torch.set_rng_state(state["torch_rng"])
         if state["cuda_rng"] is not None:
@@ -298,7 +299,7 @@ class Trainer:
         config = self.config
         if self._batches is None:
             items, seen = self.data.training, self.iteration * config.accumulate
-            place = processes.rank(), processes.world()
+            place = launched.rank(), launched.world()
             order = EpochOrder(len(items), config.batch_size, config.seed, seen, *place)
             self._batches = batches(items, order, workers=config.workers, pin=self.device.type == "cuda")
         with blame("data", (ValueError, RuntimeError)):

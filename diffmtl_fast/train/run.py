@@ -16,16 +16,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .._errors import TrainingDiverged, UserError, blame
 from .._figures import smooth
 from .._files import replacing
 from .._progress import NoProgress, open_progress
+from ..analysis import run_plots
 from ..data import EpochOrder, ImageData, batches
 from ..data.items import Conditions
+from ..distributed import launched
 from ..weighting import ContinuousUncertainty
-from . import checkpoint, evaluation, history, plots, processes
+from . import checkpoint, evaluation, history
 from .components import in_timesteps
-from .config import NEIGHBOURS, Config, differences
-from .errors import TrainingDiverged, UserError, blame
+from .config import NEIGHBOURS, PLAIN, Config, differences
 from .folder import RunFolder
 from .history import History
 from .loop import Trainer
@@ -53,7 +55,7 @@ def train(
     run: RunFolder,
     *,
     resume: bool = False,
-    chosen: Path | None = None,
+    chosen: Path | str | None = None,
     outputs: bool = True,
 ) -> None:
     """Train, then write the weights, the pictures and the metrics.
@@ -70,13 +72,17 @@ def train(
         UserError: the run cannot be started or continued as asked.
         TrainingDiverged: a loss or a weight is not finite.
     """
-    with processes.joined(config) as config:
-        _train(config, run, resume, chosen, outputs)
+    if launched.waiting() and not config.balanced and config.method != PLAIN:
+        raise UserError(
+            f"method: expected one of clusters, or {PLAIN}, in several processes, found {config.method}"
+        )
+    with launched.joined(config.device) as device:
+        _train(replace(config, device=device), run, resume, chosen, outputs)
 
 
-def _train(config: Config, run: RunFolder, resume: bool, chosen: Path | None, outputs: bool) -> None:
+def _train(config: Config, run: RunFolder, resume: bool, chosen: Path | str | None, outputs: bool) -> None:
     begun = run.begun
-    if processes.world() > 1:
+    if launched.world() > 1:
         torch.distributed.barrier()  # all have looked before the first one makes the folder
     if begun and not resume:
         raise UserError(
@@ -91,9 +97,9 @@ def _train(config: Config, run: RunFolder, resume: bool, chosen: Path | None, ou
             print(f"{run} is already complete")
             return
     trainer = Trainer(config)  # before the folder is made, so that a bad option leaves nothing behind
-    if outputs and processes.rank() == 0:
+    if outputs and launched.rank() == 0:
         rehearse(trainer)
-    if processes.rank() > 0:
+    if launched.rank() > 0:
         _follow(trainer, run.checkpoint(chosen) if begun else None, run.checkpoints)
         return
     run.create()
@@ -151,7 +157,7 @@ def rehearse(trainer: Trainer) -> None:
             with blame("model: save_pretrained"):
                 save(Path(folder) / "model")
         with blame("samples.png"):
-            plots.samples(Path(folder) / "samples.png", pictures, labels, "rehearsal")
+            run_plots.samples(Path(folder) / "samples.png", pictures, labels, "rehearsal")
         if config.evaluation.num_samples and labels is not None:
             assert data.train_labels is not None
             assert data.test_labels is not None
@@ -218,7 +224,7 @@ def _complete(config: Config, run: RunFolder, last: Path, outputs: bool) -> bool
     return done == config.iterations and all(path.exists() for path in wanted)
 
 
-def _fit(trainer: Trainer, run: RunFolder, chosen: Path | None) -> None:
+def _fit(trainer: Trainer, run: RunFolder, chosen: Path | str | None) -> None:
     """Train from the checkpoint, if there is one, to the last iteration."""
     start = run.checkpoint(chosen)
     if start is None:
@@ -230,7 +236,7 @@ def _fit(trainer: Trainer, run: RunFolder, chosen: Path | None) -> None:
     with contextlib.closing(log):
         if start is not None:
             trainer.load(start, log)
-        if processes.world() > 1:
+        if launched.world() > 1:
             torch.distributed.barrier()  # all have read before anything is removed or written
         if start is not None:
             run.remove_newer(start)
@@ -246,7 +252,7 @@ def _follow(trainer: Trainer, start: Path | None, checkpoints: Path) -> None:
     with contextlib.closing(History(Path(os.devnull))) as log:
         if start is not None:
             trainer.load(start, log)
-        if processes.world() > 1:
+        if launched.world() > 1:
             torch.distributed.barrier()
         trainer.fit(checkpoints, log, NoProgress())
 
@@ -283,7 +289,7 @@ def write_clusters(trainer: Trainer, path: Path) -> None:
     with replacing(path) as aside:
         found = replace(trainer.config.clusters, k=trainer.clusters.k)  # the number where that was "auto"
         shown = in_timesteps(trainer.clusters, trainer.noise.num_timesteps)
-        plots.clusters(aside, shown, levels, clusters_title(found), continuous=trainer.process.continuous)
+        run_plots.clusters(aside, shown, levels, clusters_title(found), continuous=trainer.process.continuous)
 
 
 def write_uncertainty(trainer: Trainer, run: RunFolder, path: Path) -> None:
@@ -298,10 +304,10 @@ def write_uncertainty(trainer: Trainer, run: RunFolder, path: Path) -> None:
     clusters = in_timesteps(trainer.clusters, trainer.noise.num_timesteps)
     centres = np.add.reduceat(levels, clusters.boundaries[:-1]) / clusters.sizes
     with replacing(path) as aside:
-        plots.uncertainty(aside, levels, log_var, centres, np.log(means), method_title(trainer.config))
+        run_plots.uncertainty(aside, levels, log_var, centres, np.log(means), method_title(trainer.config))
 
 
 def write_training(run: RunFolder, title: str, path: Path) -> None:
     """Draw the course of a run from its log."""
     with replacing(path) as aside:
-        plots.training(aside, history.read(run.log), title)
+        run_plots.training(aside, history.read(run.log), title)

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._errors import UserError, blame
 from .._extras import require
 from ..data import Classes, Conditioning
 from ..data.items import Conditions
 from ..diffusion import noise_process
 from .components import denoise, import_object, prediction
 from .config import Sampling
-from .errors import UserError, blame
 
 
 def build_sampler(config: Sampling, scheduler: Any) -> Any:

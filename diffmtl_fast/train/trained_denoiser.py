@@ -9,14 +9,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._errors import UserError, blame
 from .._extras import require
 from .._files import replacing
+from ..analysis import run_plots
 from ..data import Conditioning, EpochOrder, batches
 from ..data.items import Conditions
-from . import checkpoint, evaluation, plots, sampling
+from . import checkpoint, evaluation, sampling
 from .components import Data, build_conditioning, build_data, build_model, build_scheduler, resolve_device
 from .config import IN_MEMORY, NEIGHBOURS, Config
-from .errors import UserError, blame
 from .folder import RunFolder
 from .titles import method_title
 
@@ -110,7 +111,7 @@ class TrainedDenoiser:
         wanted = labels if number else self._conditions(count)
         pictures = self.draw(wanted, count, self.config.seed)
         with replacing(path) as aside:
-            plots.samples(aside, pictures, labels, self.title)
+            run_plots.samples(aside, pictures, labels, self.title)
 
     def _conditions(self, count: int) -> Conditions:
         """Captions or embeddings of held-out samples, over and over; None where there are none."""
@@ -136,7 +137,7 @@ class TrainedDenoiser:
                 checkpoint.save_module(aside / "model.safetensors", self.model)
 
 
-def load(run: RunFolder, config: Config, chosen: Path | None = None) -> TrainedDenoiser:
+def load(run: RunFolder, config: Config, chosen: Path | str | None = None) -> TrainedDenoiser:
     """Read the averaged weights of a run's newest checkpoint.
 
     Args:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from diffmtl_fast._errors import UserError
 from diffmtl_fast.study.plan import VARIANTS, Plan, bundled, make_plan
 from diffmtl_fast.train.config import CONTINUOUS, PLAIN
-from diffmtl_fast.train.errors import UserError
 from diffmtl_fast.weighting import METHODS
 
 

@@ -7,8 +7,8 @@ import re
 
 import pytest
 
+from diffmtl_fast._errors import UserError
 from diffmtl_fast.study.report import write_report
-from diffmtl_fast.train.errors import UserError
 
 
 def test_report(study, tmp_path):

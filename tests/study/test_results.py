@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from diffmtl_fast._errors import UserError
 from diffmtl_fast.cli import study as command
 from diffmtl_fast.study import results as stored
 from diffmtl_fast.study import runner
 from diffmtl_fast.study.claims import VERDICTS, _verdict, claims
 from diffmtl_fast.study.plan import VANILLA, VARIANTS, make_plan
 from diffmtl_fast.study.results import Curve, Results, load_results
-from diffmtl_fast.train.errors import UserError
 
 BY_NAME = {variant.name: variant for variant in VARIANTS}
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 import yaml
 
+from diffmtl_fast._errors import UserError
 from diffmtl_fast.cli import main
 from diffmtl_fast.study import work
 from diffmtl_fast.study.calibration import CONTROL, costs
 from diffmtl_fast.study.folder import StudyFolder
 from diffmtl_fast.study.plan import VANILLA, VARIANTS, bundled, make_plan
 from diffmtl_fast.train.checkpoint import checkpoints
-from diffmtl_fast.train.errors import UserError
 
 
 @pytest.fixture(autouse=True)

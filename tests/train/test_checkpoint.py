@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from diffmtl_fast._errors import UserError
 from diffmtl_fast.train import checkpoint
-from diffmtl_fast.train.errors import UserError
 
 STATE = {"optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}, "iteration": 4, "none": None}
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffmtl_fast._errors import UserError
 from diffmtl_fast.clustering import BetaTime, LaplaceSigma, LogitNormalTime, ModeTime, cluster_snr
 from diffmtl_fast.curriculum import (
     DifficultyCurriculum,
@@ -27,7 +28,6 @@ from diffmtl_fast.train.components import (
 )
 from diffmtl_fast.train.config import Clusters, Component
 from diffmtl_fast.train.data import digits
-from diffmtl_fast.train.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import yaml
 
+from diffmtl_fast._errors import UserError
 from diffmtl_fast.train.config import CONTINUOUS, differences, digits, from_dict, read, to_dict
-from diffmtl_fast.train.errors import UserError
 from diffmtl_fast.weighting import METHODS
 
 

@@ -14,9 +14,9 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
+from diffmtl_fast._errors import UserError
 from diffmtl_fast.train import checkpoint, history
 from diffmtl_fast.train.config import from_dict
-from diffmtl_fast.train.errors import UserError
 from diffmtl_fast.train.folder import RunFolder
 from diffmtl_fast.train.loop import Trainer
 from diffmtl_fast.train.run import train

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from diffmtl_fast.train.errors import TrainingDiverged, UserError
+from diffmtl_fast._errors import TrainingDiverged, UserError
 from diffmtl_fast.train.history import History, describe, read
 
 

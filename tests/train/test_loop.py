@@ -14,16 +14,15 @@ import pytest
 import torch
 
 from diffmtl_fast import weighting
+from diffmtl_fast._errors import TrainingDiverged, UserError
 from diffmtl_fast.clustering import NoiseClustering
 from diffmtl_fast.diffusion import LOSS_WEIGHTS, log_snr
 from diffmtl_fast.ops import _library
 from diffmtl_fast.train import checkpoint, history
-from diffmtl_fast.train.components import build_data, build_model, build_scheduler
+from diffmtl_fast.train.components import build_data, build_model, build_noise, build_scheduler
 from diffmtl_fast.train.config import CONTINUOUS, PLAIN, Component, Loss
-from diffmtl_fast.train.errors import TrainingDiverged, UserError
 from diffmtl_fast.train.history import History
 from diffmtl_fast.train.loop import Trainer
-from diffmtl_fast.train.noise import Noise
 from diffmtl_fast.train.titles import LOSS_TITLES
 
 METHODS = (PLAIN, CONTINUOUS, *weighting.METHODS)
@@ -378,7 +377,7 @@ def test_names_that_people_type(tiny, weight, name):
     config = tiny(loss={"weight": weight, "args": {name: 3.0}})
     scheduler = build_scheduler(config)
     expected = LOSS_WEIGHTS[weight](torch.from_numpy(log_snr(scheduler)), gamma=3.0).float()
-    torch.testing.assert_close(Noise(config, scheduler).process.weights, expected)
+    torch.testing.assert_close(build_noise(config, scheduler).process.weights, expected)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
@@ -390,13 +389,13 @@ def test_loss_weights_of_a_schedule_that_ends_in_pure_noise(tiny, weight, kind):
     scheduler.alphas_cumprod[-1] = 0.0  # diffusers leaves 2^-24
     bounded = kind == "v_prediction" or weight in ("min_snr", "soft_min_snr", "p2", "logit_normal")
     if bounded:
-        found = Noise(config, scheduler).process.weights
+        found = build_noise(config, scheduler).process.weights
         assert found.isfinite().all()
     else:
         with pytest.raises(
             UserError, match=f"expected one that is bounded for prediction type {kind} .* found {weight}"
         ):
-            Noise(config, scheduler)
+            build_noise(config, scheduler)
 
 
 @pytest.mark.parametrize("process", ["edm", "flow"])

@@ -11,10 +11,11 @@ import diffusers
 import pytest
 import torch
 
-from diffmtl_fast.train import checkpoint, plots
+from diffmtl_fast._errors import UserError
+from diffmtl_fast.analysis import run_plots
+from diffmtl_fast.train import checkpoint
 from diffmtl_fast.train.config import Sampling
 from diffmtl_fast.train.data import ImageData
-from diffmtl_fast.train.errors import UserError
 from diffmtl_fast.train.folder import RunFolder
 from diffmtl_fast.train.history import History
 from diffmtl_fast.train.loop import Trainer
@@ -60,8 +61,8 @@ def run(tmp_path):
 
 def test_continuous_uncertainty_leaves_a_picture_of_what_it_learned(tiny, run, monkeypatch):
     drawn = []
-    draw = plots.uncertainty
-    monkeypatch.setattr(plots, "uncertainty", lambda *given: (drawn.append(given), draw(*given)))
+    draw = run_plots.uncertainty
+    monkeypatch.setattr(run_plots, "uncertainty", lambda *given: (drawn.append(given), draw(*given)))
     train(tiny(method="continuous_uw", iterations=3), run)
     assert run.uncertainty.read_bytes().startswith(b"\x89PNG")
     (_, levels, log_var, centres, log_losses, title), trained = drawn[0], Trainer(run.read_config())

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from diffmtl_fast._errors import UserError
 from diffmtl_fast.diffusion import EDM, noise_process
 from diffmtl_fast.train.config import Component, Sampling
-from diffmtl_fast.train.errors import UserError
 from diffmtl_fast.train.sampling import balanced_labels, build_sampler, draw
 
 

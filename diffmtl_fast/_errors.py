@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeAlias
 
-from .._number_types import IN_WORDS
+from ._number_types import IN_WORDS
 
 Errors: TypeAlias = "tuple[type[BaseException], ...]"
 

@@ -5,14 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from .config import PLAIN, Config
-from .errors import UserError
 
 
 def rank() -> int:
@@ -25,24 +21,28 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-@contextmanager
-def joined(config: Config) -> Iterator[Config]:
-    """Meet the other processes that a launcher started; the configuration with this process's own device.
+def waiting() -> bool:
+    """Whether a launcher has started several processes that have not met yet."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
 
-    Raises:
-        UserError: the method cannot be trained by several.
+
+@contextmanager
+def joined(device: str) -> Iterator[str]:
+    """Meet the other processes that a launcher started, if there are any.
+
+    Args:
+        device: auto, cpu, cuda or cuda:N.
+
+    Yields:
+        This process's own device.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        yield config
+    if not waiting():
+        yield device
         return
-    if not config.balanced and config.method != PLAIN:
-        raise UserError(
-            f"method: expected one of clusters, or {PLAIN}, in several processes, found {config.method}"
-        )
-    cuda = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
+    cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     dist.init_process_group("nccl" if cuda else "gloo")
     try:
-        yield replace(config, device=f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu")
+        yield f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu"
     finally:
         dist.destroy_process_group()
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from . import checkpoint
-from .config import PLAIN, Clusters, Config, Curriculum, Timesteps
-from .errors import UserError
-from .folder import RunFolder
-from .run import train
-from .trained_denoiser import TrainedDenoiser, load
+from .._errors import UserError
+from ..train import checkpoint
+from ..train.config import PLAIN, Clusters, Config, Curriculum, Timesteps
+from ..train.folder import RunFolder
+from ..train.run import train
+from ..train.trained_denoiser import TrainedDenoiser, load
 
 
 def expert_config(config: Config, first: int, end: int, iterations: int | None = None) -> Config:

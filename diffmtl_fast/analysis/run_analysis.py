@@ -1,4 +1,7 @@
-"""The analyses of a run: its model, data and schedule put to `diffmtl_fast.analysis`."""
+"""The analyses of a run: its model, data and schedule put to `diffmtl_fast.analysis`.
+
+The first three functions are the commands of ``diffmtl-fast analyze``, whose options are their arguments.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,41 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .._errors import UserError, blame
 from .._files import remove, replacing, write_json
-from ..analysis import (
+from .._number_types import PositiveFloat
+from ..clustering import IntervalClustering, cluster_timesteps
+from ..data.items import Visits
+from ..diffusion.training_noise import TrainingNoise
+from ..train import history
+from ..train.checkpoint import checkpoints, iteration, load_module, verify
+from ..train.components import (
+    Data,
+    build_clusters,
+    build_conditioning,
+    build_data,
+    build_model,
+    build_noise,
+    build_scheduler,
+    denoise,
+    in_timesteps,
+    prediction,
+    resolve_device,
+)
+from ..train.config import IN_MEMORY, Clusters, Config, Loss
+from ..train.evaluation import Judge
+from ..train.folder import RunFolder
+from ..train.run import LOG_SNR_DRAWN
+from ..train.sampling import draw
+from ..train.titles import method_title
+from ..train.trained_denoiser import load
+from . import (
     GaussianFit,
     NegativeTransfer,
     TaskAffinity,
@@ -29,62 +59,41 @@ from ..analysis import (
     plot_relative_entropy,
     task_affinity,
 )
-from ..analysis import negative_transfer as measure_negative_transfer
-from ..clustering import IntervalClustering, cluster_timesteps
-from ..data.items import Visits
-from . import checkpoint, history
-from .components import (
-    Data,
-    build_clusters,
-    build_conditioning,
-    build_data,
-    build_model,
-    build_scheduler,
-    denoise,
-    in_timesteps,
-    prediction,
-    resolve_device,
-)
-from .config import IN_MEMORY, Clusters, Config, Loss
-from .errors import UserError, blame
-from .evaluation import Judge
-from .experts import expert_checkpoint, load_expert, train_expert
-from .folder import RunFolder
-from .noise import Noise
-from .run import LOG_SNR_DRAWN
-from .sampling import draw
-from .titles import method_title
-from .trained_denoiser import load
+from . import negative_transfer as measure_negative_transfer
+from .run_experts import expert_checkpoint, load_expert, train_expert
 
 
 def affinity(
-    run: RunFolder,
+    run_dir: str,
+    checkpoint: str | None = None,
     device: str = "auto",
-    chosen: Path | None = None,
-    *,
     tasks: int | None = None,
     strided: bool = False,
     samples: int = 16,
     batch_size: int = 128,
     projection: int | None = None,
     disattenuate: bool = False,
-    memory: int = 2 * 2**30,
+    memory: PositiveFloat = 2.0,
     seed: int = 0,
 ) -> list[Path]:
-    """Measure the task affinities of a run's raw weights, in training mode, as the paper's public script does.
+    """Measure the task affinity: the cosine of the gradients of two timesteps, of all pairs.
+
+    It is averaged over the run's checkpoints. The T x T matrix goes to affinity.npy, for --clusters.cost affinity,
+    with a picture. An interrupted call goes on where it was if it is repeated.
 
     Args:
-        run: the run.
-        device: auto, cpu, cuda or cuda:N.
-        chosen: the checkpoint; by default the mean is over all that there are.
-        tasks: number of groups of timesteps; T by default.
-        strided: see `task_affinity`, as for the rest.
-        samples: see there.
-        batch_size: see there.
-        projection: see there.
-        disattenuate: correct them for the noise of the images, see `TaskAffinity.disattenuated`.
-        memory: see there.
-        seed: see there.
+        run_dir: folder of the run
+        checkpoint: name of the checkpoint to use, not all that the run keeps
+        device: auto, cpu, cuda or cuda:N
+        tasks: groups of consecutive timesteps; a task per timestep if not given
+        strided: of every group, the middle timestep alone stands for it
+        samples: images per task
+        batch_size: most images per pass
+        projection: random combinations kept per gradient, a power of two such as 4096; exact if not given
+        disattenuate: correct the cosines for the noise of few images, which two halves of them tell; writes
+            affinity-disattenuated.*
+        memory: for gradients, in GiB
+        seed: of images, noise and projection
 
     Returns:
         The files: the matrix, what it is of, and the picture, ``affinity`` or ``affinity-disattenuated``.
@@ -92,9 +101,10 @@ def affinity(
     Raises:
         UserError: the run has no intact checkpoint, or an argument is out of range.
     """
+    run = RunFolder(run_dir)
     config = replace(run.read_config(), device=device)
     where, data = resolve_device(config.device), build_data(config)
-    noise = Noise(replace(config, loss=Loss()), build_scheduler(config), where)
+    noise = build_noise(replace(config, loss=Loss()), build_scheduler(config), where)
     model = build_model(config, data, where).train()
     number = noise.num_timesteps
     with blame("tasks"):
@@ -103,12 +113,12 @@ def affinity(
         "strided": strided, "samples": samples, "batch_size": batch_size, "projection": projection, "seed": seed,
         **({"reliability": True} if disattenuate else {}),
     }  # fmt: skip
-    found = [run.checkpoint(chosen)] if chosen is not None else checkpoint.checkpoints(run.checkpoints)
+    found = checkpoints(run.checkpoints) if checkpoint is None else [run.checkpoint(checkpoint)]
     paths = [path for path in found if path is not None]
     if not paths:
         raise UserError(f"run folder {run}: expected a checkpoint, found none yet")
     for path in paths:
-        checkpoint.verify(path)
+        verify(path)
     names = [path.name for path in paths]
     run.analysis.mkdir(exist_ok=True)
     unfinished = run.analysis / f"affinity-{_key(groups, names, **options)}"
@@ -117,9 +127,9 @@ def affinity(
             model,
             denoising_loss(config, data, noise, where),
             groups,
-            checkpoints={path.name: partial(_load_weights, path) for path in paths},
+            checkpoints={path.name: partial(load_module, path, "model") for path in paths},
             folder=unfinished,
-            memory=memory,
+            memory=int(memory * 2**30),
             progress=True,
             **options,
         )
@@ -140,11 +150,11 @@ def affinity_file(run: RunFolder, *, disattenuated: bool = False) -> Path:
 
 
 def negative_transfer(
-    run: RunFolder,
+    run_dir: str,
+    checkpoint: str | None = None,
     device: str = "auto",
-    chosen: Path | None = None,
-    *,
-    intervals: Clusters,
+    intervals: int = 5,
+    cost: Literal["timestep", "snr"] = "timestep",
     iterations: int | None = None,
     expert_iteration: int | None = None,
     num: int | None = None,
@@ -152,24 +162,26 @@ def negative_transfer(
     resamples: int = 1000,
     seed: int = 0,
 ) -> list[Path]:
-    """Measure the negative transfer gaps of a run's averaged weights, with experts that are trained where missing.
+    """Measure the negative transfer gap of every interval of timesteps.
 
-    An expert of one of K equal intervals that is trained for as many iterations as the run has seen each of its
-    timesteps K times as often, which alone may explain a gap below 0. After a K-th of the iterations it has seen
-    them equally often: a gap below 0 at that point is harm that training on the other timesteps does.
+    That is the Fréchet distance of pictures that an expert, trained on the interval alone, denoises inside it and
+    the run elsewhere, minus the run's own. Below 0 the other tasks' training does harm. Experts are trained where
+    they are missing, and an interrupted call goes on where it was if it is repeated.
 
     Args:
-        run: the run.
-        device: auto, cpu, cuda or cuda:N.
-        chosen: checkpoint to use instead of the newest.
-        intervals: of the experts.
-        iterations: of every expert; the run's by default.
-        expert_iteration: take every expert as it was after so many of them, which it has to keep a checkpoint of;
-            as it is at the end by default.
-        num: pictures drawn with every model; as in the run's evaluation by default.
-        steps: denoising steps; as in the run by default.
-        resamples: of the bootstrap.
-        seed: of the pictures' noise and of the bootstrap.
+        run_dir: folder of the run
+        checkpoint: name of the checkpoint to use, not the newest
+        device: auto, cpu, cuda or cuda:N
+        intervals: number of intervals, an expert for each
+        cost: what the intervals hold together; timestep: equal lengths
+        iterations: of every expert; as many as the run's if not given
+        expert_iteration: take the experts as they were after so many iterations, which they keep a checkpoint of;
+            after the run's iterations over the number of intervals they had seen their timesteps as often as the
+            run has. Writes negative-transfer-at-N
+        num: pictures drawn with every model; the run's own if not given
+        steps: denoising steps; the run's own if not given
+        resamples: of the bootstrap, for the 95 % intervals
+        seed: of the pictures' noise and of the bootstrap
 
     Returns:
         The files: the figures and the picture, ``negative-transfer`` or, of an earlier iteration,
@@ -180,14 +192,15 @@ def negative_transfer(
             or an argument is out of range.
         TrainingDiverged: an expert's loss or weight is not finite.
     """
+    run = RunFolder(run_dir)
     config = _with_steps(replace(run.read_config(), device=device), steps)
-    trained = load(run, config, chosen)
+    trained = load(run, config, checkpoint)
     labels = trained.labels_to_judge(num)
     with blame("resamples"):
         if resamples < 1:
             raise ValueError(f"expected at least 1, found {resamples}")
-    noise = Noise(config, trained.scheduler)
-    found = _intervals(intervals, noise)
+    noise = build_noise(config, trained.scheduler)
+    found = _intervals(Clusters(cost, intervals), noise)
     folders = _train_experts(run, config, found, iterations)
     chosen_experts = [
         None if expert_iteration is None else expert_checkpoint(folder, expert_iteration)
@@ -233,21 +246,26 @@ def negative_transfer_file(run: RunFolder, expert_iteration: int | None = None) 
 
 
 def difficulty(
-    run: RunFolder,
+    run_dir: str,
     device: str = "auto",
-    *,
-    intervals: Clusters,
+    intervals: int = 5,
+    cost: Literal["timestep", "snr"] = "timestep",
     iterations: int | None = None,
     fraction: float = 0.9,
 ) -> list[Path]:
-    """Measure the difficulty of a run's tasks: convergence of experts, and relative entropies of its schedule.
+    """Measure the difficulty of the run's tasks in two ways.
+
+    One is the convergence of experts, each trained on an interval of timesteps alone (the same as those of
+    negative-transfer); the other is the relative entropy of neighbouring noise levels. Experts are trained where
+    they are missing.
 
     Args:
-        run: the run, whose own weights are not used.
-        device: auto, cpu, cuda or cuda:N.
-        intervals: of the experts, which are those of `negative_transfer`; trained where missing.
-        iterations: of every expert; the run's by default.
-        fraction: of the loss's fall, whose iterations are reported.
+        run_dir: folder of the run
+        device: auto, cpu, cuda or cuda:N
+        intervals: number of intervals, an expert for each
+        cost: what the intervals hold together; timestep: equal lengths
+        iterations: of every expert; as many as the run's if not given
+        fraction: of the loss's fall, whose iterations are reported
 
     Returns:
         The files: the figures and the pictures.
@@ -256,9 +274,10 @@ def difficulty(
         UserError: the schedule's log-SNR is not finite, or an argument is out of range.
         TrainingDiverged: an expert's loss or weight is not finite.
     """
+    run = RunFolder(run_dir)
     config = replace(run.read_config(), device=device)
     data = build_data(config).images(IN_MEMORY)
-    noise = Noise(config, build_scheduler(config))
+    noise = build_noise(config, build_scheduler(config))
     with blame("fraction"):
         if not 0.0 < fraction < 1.0:
             raise ValueError(f"expected a number between 0 and 1, found {fraction}")
@@ -270,7 +289,7 @@ def difficulty(
             ),
             "of a Gaussian fit of the images": gaussian_relative_entropy(levels, GaussianFit.of(data.train)),
         }
-    found = _intervals(intervals, noise)
+    found = _intervals(Clusters(cost, intervals), noise)
     folders = _train_experts(run, config, found, iterations)
     logs = [history.read(folder.log) for folder in folders]
     with blame("iterations"):
@@ -301,7 +320,7 @@ def difficulty(
 
 
 def denoising_loss(
-    config: Config, data: Data, noise: Noise, device: torch.device
+    config: Config, data: Data, noise: TrainingNoise, device: torch.device
 ) -> Callable[[Callable[..., Any], Tensor, torch.Generator], Tensor]:
     """The losses of training images drawn at random, with fresh noise, at given timesteps: a `TimestepLoss`."""
     process = noise.process
@@ -318,10 +337,6 @@ def denoising_loss(
     return loss
 
 
-def _load_weights(path: Path, model: nn.Module) -> None:
-    checkpoint.load_module(path, "model", model)
-
-
 def _key(groups: IntervalClustering, names: list[str], **options: Any) -> str:
     """Names the folder of an unfinished measurement, so that only the same one continues it."""
     text = json.dumps([groups.boundaries.tolist(), names, options])
@@ -329,7 +344,7 @@ def _key(groups: IntervalClustering, names: list[str], **options: Any) -> str:
 
 
 def _iterations(paths: list[Path]) -> str:
-    return ", ".join(f"{checkpoint.iteration(path):,}" for path in paths)
+    return ", ".join(f"{iteration(path):,}" for path in paths)
 
 
 def _write(
@@ -351,7 +366,7 @@ def _with_steps(config: Config, steps: int | None) -> Config:
     return replace(config, sampling=replace(config.sampling, steps=steps))
 
 
-def _intervals(clusters: Clusters, noise: Noise) -> IntervalClustering:
+def _intervals(clusters: Clusters, noise: TrainingNoise) -> IntervalClustering:
     number = noise.num_timesteps
     found = build_clusters(clusters, noise.log_snr, number, "intervals", noise.distribution)
     return in_timesteps(found, number)
