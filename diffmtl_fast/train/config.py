@@ -305,6 +305,8 @@ class Config:
         iterations: optimizer steps
         batch_size: images per backward pass
         accumulate: backward passes per optimizer step
+        weigh_per: what the method weighs where there are several: every batch by itself, or all of a step as one,
+            which takes the memory of the Jacobian and makes batches of a few samples useful
         ema_decay: decay per step of the averaged weights
         precision: of the forward pass; bf16 and fp16 are autocast, the weights stay fp32; fp16 with a GradScaler
         device: auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
@@ -331,6 +333,7 @@ class Config:
     iterations: PositiveInt = 1000
     batch_size: Size = 128
     accumulate: PositiveInt = 1
+    weigh_per: Literal["batch", "step"] = "batch"
     ema_decay: UnitFloat = 0.9999
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: str = "auto"
@@ -503,6 +506,10 @@ def _check(config: Config) -> None:
     if config.loss.nonfinite == "drop" and not config.balanced:
         raise UserError(
             f"loss.nonfinite: expected stop with method {config.method}, which knows no clusters, found drop"
+        )
+    if config.weigh_per == "step" and config.compute.memory == "lean":
+        raise UserError(
+            "weigh_per: expected batch with compute.memory lean, which keeps no Jacobian, found step"
         )
     if config.evaluation.num_samples in range(1, NEIGHBOURS + 1):
         raise UserError(

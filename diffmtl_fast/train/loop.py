@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from .. import ops
 from .._errors import Interrupted, TrainingDiverged, UserError, blame
 from .._progress import Progress
 from .._torch import foreach_div_
+from ..clustering.drawing import hand_over
 from ..curriculum import DifficultyCurriculum
 from ..data import Batch, EpochOrder, batches
 from ..distributed import launched
@@ -107,6 +109,7 @@ class Trainer:
         self.conditioning = build_conditioning(config, self.data, self.device)
         self.unreadable: set[str] = set()
         self._batches: Iterator[Batch] | None = None
+        self._weighs_step = config.weigh_per == "step"
         self.iteration = 0
         self.seconds = 0.0
         self.stop: str | None = None
@@ -145,7 +148,7 @@ class Trainer:
             self.mtl.measure_gramian = every > 0 and self.iteration % every == 0
         self.optimizer.zero_grad(set_to_none=True)
         with blame("training"):
-            drawn = [self._backward(history) for _ in range(self.config.accumulate)]
+            drawn = self._accumulate(history)
         norm = self._finish_gradients()
         if norm is not None:
             history.add_gradient_norm(norm)
@@ -252,15 +255,51 @@ class Trainer:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         self.iteration, self.seconds = state["iteration"], state["seconds"]
 
-    def _backward(self, history: History) -> tuple[Tensor, Tensor]:
+    def _accumulate(self, history: History) -> list[tuple[Tensor, Tensor]]:
+        """Forward and backward of the batches of a step; losses and timesteps [B] of each."""
+        number, found = self.config.accumulate, []
+        for index, (t, cluster) in enumerate(self._levels()):
+            last = index == number - 1
+            with contextlib.nullcontext() if last else self._before_the_last():
+                found.append(self._backward(history, t, cluster, recorded=last or not self._weighs_step))
+        return found
+
+    def _levels(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Noise levels and clusters [B] of the step's batches; drawn at once if they are weighed as one."""
+        size, number, draw = self.config.batch_size, self.config.accumulate, self.timesteps.sample
+        if not self._weighs_step:
+            for _ in range(number):
+                yield draw(size, device=self.device, generator=self.host_generator)
+            return
+        where = self.device if self.timesteps.follows_losses else torch.device("cpu")
+        t, cluster = draw(size * number, device=where, generator=self.host_generator)
+        for part in zip(t.split(size), cluster.split(size), strict=True):
+            yield hand_over(*part, self.device)
+
+    def _before_the_last(self) -> contextlib.AbstractContextManager[None]:
+        """What a batch that is not the step's last is run within."""
+        if self.mtl is not None and self._weighs_step:
+            return self.mtl.no_sync()
+        if isinstance(self._run, torch.nn.parallel.DistributedDataParallel):
+            return self._run.no_sync()
+        return contextlib.nullcontext()
+
+    def _backward(
+        self, history: History, t: Tensor, cluster: Tensor, *, recorded: bool
+    ) -> tuple[Tensor, Tensor]:
         """Forward and backward of one batch; gradients are added to ``.grad``.
+
+        Args:
+            history: receives the figures.
+            t: noise levels [B].
+            cluster: clusters [B].
+            recorded: of a step's batches that are weighed as one, only the last has figures.
 
         Returns:
             Losses and timesteps [B] of the samples.
         """
         batch = self._next_batch()
         images, arguments = batch.x, self.conditioning.arguments(batch.conditioning, self._dropped())
-        t, cluster = self.timesteps.sample(len(images), device=self.device, generator=self.host_generator)
         noise = torch.randn(images.shape, generator=self.generator, device=self.device)
         noisy, told = self.process.inputs(self.process.noisy(images, noise, t), t)
         half = torch.float16 if self.config.precision == "fp16" else torch.bfloat16
@@ -283,8 +322,8 @@ class Trainer:
         else:
             self.mtl.backward(loss * weight, scaler=self.scaler)
             last = self.mtl.last
-            assert last is not None  # set by backward
-            history.add(last.losses, last.present, last.weights, last.gramian, last.dropped)
+            if recorded and last is not None:
+                history.add(last.losses, last.present, last.weights, last.gramian, last.dropped)
         return loss.detach(), t
 
     def _scaled(self, loss: Tensor) -> Tensor:
@@ -345,18 +384,19 @@ class Trainer:
         return {"phase": self.timesteps.phase} if isinstance(self.timesteps, DifficultyCurriculum) else {}
 
     def _finish_gradients(self) -> Tensor | None:
-        """Average over the accumulated batches, then clip; the norm before, if it was needed."""
-        if self.config.accumulate > 1:
+        """Average over batches that were weighed by themselves, then clip; the norm before, if it was needed."""
+        number = 1 if self._weighs_step and self.mtl is not None else self.config.accumulate
+        if number > 1:
             for group in self.optimizer.param_groups:
                 grads = [p.grad for p in group["params"] if p.grad is not None]
-                foreach_div_(grads, self.config.accumulate)
+                foreach_div_(grads, number)
         if self.config.clip == 0:
             return None
         last = None if self.mtl is None else self.mtl.last
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         elif last is not None and last.grad_norm is not None:  # the step has measured it
-            norm = last.grad_norm / self.config.accumulate
+            norm = last.grad_norm / number
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip, norm)
             return norm
         return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)

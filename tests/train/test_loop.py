@@ -16,6 +16,7 @@ import torch
 from diffmtl_fast import weighting
 from diffmtl_fast._errors import TrainingDiverged, UserError
 from diffmtl_fast.clustering import NoiseClustering
+from diffmtl_fast.data import Batch
 from diffmtl_fast.diffusion import LOSS_WEIGHTS, log_snr
 from diffmtl_fast.ops import _library
 from diffmtl_fast.train import checkpoint, history
@@ -636,6 +637,44 @@ def test_the_norm_of_the_step_is_that_of_its_gradients(tiny, tmp_path, accumulat
     log.close()
     norm = torch.stack([p.grad.square().sum() for p in free.model.parameters()]).sum().sqrt()
     assert lines[0]["gradient_norm"] == pytest.approx(float(norm), rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["vanilla", "uw", "pcgrad", "nash"])
+def test_batches_that_are_weighed_as_one_are_one_big_batch(tiny, tmp_path, monkeypatch, method):
+    """In float64: six batches of two samples, and one of twelve; gradients, weights and the line of the log."""
+    real_randn, images = torch.randn, torch.rand(12, 1, 8, 8, dtype=torch.float64) * 2 - 1
+    noise = real_randn(12, 1, 8, 8, dtype=torch.float64)
+    found = []
+    for batch_size, accumulate in ((12, 1), (2, 6)):
+        options = {"batch_size": batch_size, "accumulate": accumulate, "weigh_per": "step", "device": "cpu"}
+        trainer = Trainer(tiny(method=method, optimizer={"clip": 1e-3}, **options))
+        trainer.model.double().train()
+        trainer.ema.model.double()
+        starts = iter(range(0, 12, batch_size))
+
+        def batch(trainer=trainer, size=batch_size, starts=starts):
+            own = slice(start := next(starts), start + size)
+            monkeypatch.setattr(torch, "randn", lambda *_, **__: noise[own])
+            return Batch(images[own], torch.arange(12)[own] % 10)
+
+        monkeypatch.setattr(trainer, "_next_batch", batch)
+        log = History(tmp_path / f"{accumulate}.jsonl")
+        trainer.step(log)
+        monkeypatch.setattr(torch, "randn", real_randn)
+        found.append((trainer, log.flush(1)))
+        log.close()
+    (one, line), (six, lines) = found
+    for ours, theirs in zip(six.model.parameters(), one.model.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-8, atol=1e-12)
+    for name in {"gradient_norm"} if method == "vanilla" else line:
+        np.testing.assert_allclose(
+            np.array(lines[name], dtype=float), np.array(line[name], dtype=float), rtol=1e-5, atol=1e-6
+        )
+
+
+def test_weighing_a_step_wants_the_jacobian(tiny):
+    with pytest.raises(UserError, match=r"weigh_per: expected batch with compute\.memory lean"):
+        tiny(weigh_per="step", compute={"memory": "lean"})
 
 
 @pytest.mark.parametrize(
