@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .._number_types import PositiveInt, Size
+from .._number_types import PositiveFloat, PositiveInt, Size
 from .runs import load_run, writing
 
 
@@ -15,6 +15,7 @@ def evaluate(
     device: str = "auto",
     num: Size | None = None,
     steps: PositiveInt | None = None,
+    sigma_rel: PositiveFloat | None = None,
     out: str | None = None,
 ) -> None:
     """Compare a run's pictures with real ones: Fréchet distance, precision and recall, class agreement.
@@ -27,14 +28,15 @@ def evaluate(
         device: auto, cpu, cuda or cuda:N
         num: number of pictures; the run's own if not given
         steps: denoising steps; the run's own if not given
+        sigma_rel: relative width of a power EMA, of a run with sigma_rels; the run's own if not given
         out: JSON file to write; RUN_DIR/metrics.json if no option above changes what the run measured
     """
     from ..train.evaluation import table
 
     target = None if out is None else Path(out)
-    if (out, num, steps, checkpoint) == (None,) * 4:
+    if (out, num, steps, sigma_rel, checkpoint) == (None,) * 5:
         target = Path(run_dir) / "metrics.json"
-    metrics = load_run(run_dir, checkpoint, device, steps).evaluate(num)
+    metrics = load_run(run_dir, checkpoint, device, steps=steps, sigma_rel=sigma_rel).evaluate(num)
     if target is not None:
         with writing("out", target) as aside:
             aside.write_text(json.dumps(metrics, indent=2) + "\n")

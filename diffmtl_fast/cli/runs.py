@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .._errors import UserError
 from .._files import replacing
@@ -15,15 +15,16 @@ if TYPE_CHECKING:
     from ..train.trained_denoiser import TrainedDenoiser
 
 
-def load_run(run_dir: str, checkpoint: str | None, device: str, steps: int | None) -> TrainedDenoiser:
-    """The averaged weights of a run, to be drawn from in a number of steps other than its own if one is given."""
+def load_run(run_dir: str, checkpoint: str | None, device: str, **sampling: Any) -> TrainedDenoiser:
+    """The averaged weights of a run, to be drawn from with options other than its own where they are not None."""
+    from ..train.config import check
     from ..train.folder import RunFolder
     from ..train.trained_denoiser import load
 
     run = RunFolder(run_dir)
     config = replace(run.read_config(), device=device)
-    if steps is not None:
-        config = replace(config, sampling=replace(config.sampling, steps=steps))
+    given = {name: value for name, value in sampling.items() if value is not None}
+    config = check(replace(config, sampling=replace(config.sampling, **given)))
     return load(run, config, checkpoint)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .._errors import UserError
-from .._number_types import PositiveInt, Seed, Size
+from .._number_types import PositiveFloat, PositiveInt, Seed, Size
 from .runs import load_run, writing
 
 
@@ -17,6 +17,7 @@ def sample(
     label: int | None = None,
     seed: Seed = 0,
     steps: PositiveInt | None = None,
+    sigma_rel: PositiveFloat | None = None,
     out: str = "samples.png",
 ) -> list[Path]:
     """Draw pictures with the averaged (EMA) weights of a run.
@@ -29,6 +30,7 @@ def sample(
         label: class to draw; all in turn if not given
         seed: of the noise
         steps: denoising steps; the run's own if not given
+        sigma_rel: relative width of a power EMA, of a run with sigma_rels; the run's own if not given
         out: .png for a grid, .npy for float32 [N, C, H, W] in [-1, 1]
     """
     import numpy as np
@@ -40,7 +42,7 @@ def sample(
     target = Path(out)
     if target.suffix not in (".png", ".npy"):
         raise UserError(f"out: expected a file name that ends in .png or .npy, found {out}")
-    trained = load_run(run_dir, checkpoint, device, steps)
+    trained = load_run(run_dir, checkpoint, device, steps=steps, sigma_rel=sigma_rel)
     classes = trained.data.num_classes
     labels = balanced_labels(num, classes)
     if label is not None:

@@ -1,7 +1,8 @@
 """Checkpoints: folders of safetensors weights and plain state, written atomically and checked on reading.
 
 A checkpoint holds ``<name>.safetensors`` for every module, ``state.pt`` for everything else (readable with
-``torch.load(weights_only=True)``) and ``manifest.json`` with the SHA-256 of each.
+``torch.load(weights_only=True)``) and ``manifest.json`` with the SHA-256 of each. Of a run that may be sharded,
+``shards`` of torch.distributed.checkpoint take the place of the modules: any number of processes reads them.
 """
 
 from __future__ import annotations
@@ -15,18 +16,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed.checkpoint as distributed
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .._errors import UserError, blame
 from .._extras import require
 from .._files import remove, replacing
+from ..distributed import launched
 
 MANIFEST = "manifest.json"
 STATE = "state.pt"
+SHARDS = "shards"
 
 
 def save(
-    folder: Path, iteration: int, modules: Mapping[str, nn.Module], state: Mapping[str, Any], keep: int
+    folder: Path,
+    iteration: int,
+    modules: Mapping[str, nn.Module],
+    state: Mapping[str, Any],
+    keep: int,
+    shards: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a checkpoint and delete the oldest ones.
 
@@ -36,6 +46,7 @@ def save(
         modules: modules whose weights to save, by name.
         state: tensors, numbers, strings and containers of them.
         keep: how many checkpoints stay.
+        shards: state dicts by name, of which every process may have a part; the others call `save_shards`.
 
     Returns:
         The checkpoint's path.
@@ -48,10 +59,12 @@ def save(
         aside.mkdir()
         for name, module in modules.items():
             save_module(aside / f"{name}.safetensors", module)
+        if shards is not None:
+            save_shards(aside / SHARDS, shards)
         torch.save(dict(state), aside / STATE)
         manifest = {
             "iteration": iteration,
-            "sha256": {path.name: _sha256(path) for path in sorted(aside.iterdir())},
+            "sha256": {name: _sha256(aside / name) for name in sorted(_files(aside))},
         }
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     for old in checkpoints(folder)[:-keep]:
@@ -101,8 +114,28 @@ def load_module(path: Path, name: str, module: nn.Module) -> None:
     Raises:
         UserError: they cannot be read, or are another module's.
     """
+    if (path / SHARDS).exists():
+        load_shards(path, {name: module.state_dict()})
+        return
     with blame(f"checkpoint {path}: {name}.safetensors does not fit"):
         require("safetensors.torch", "train").load_model(module, str(path / f"{name}.safetensors"))
+
+
+def save_shards(path: Path | None, shards: Mapping[str, Any]) -> None:
+    """Write this process's part of state dicts; all processes call it, and the first one says where."""
+    distributed.save(dict(shards), checkpoint_id=launched.of_the_first(path), no_dist=launched.world() == 1)
+
+
+def load_shards(path: Path, shards: dict[str, Any]) -> None:
+    """Read state dicts in place; those with sharded tensors are read by all processes together.
+
+    Raises:
+        UserError: they cannot be read, or are others'.
+    """
+    tensors = [each for part in shards.values() for each in part.values() if isinstance(each, Tensor)]
+    together = any(isinstance(each, DTensor) for each in tensors)
+    with blame(f"checkpoint {path}: {SHARDS} do not fit"):
+        distributed.load(shards, checkpoint_id=path / SHARDS, no_dist=not together)
 
 
 @contextmanager
@@ -127,7 +160,7 @@ def defect(path: Path) -> str | None:
         return f"{MANIFEST} is missing or unreadable"
     if done != iteration(path):
         return f"{MANIFEST} is of iteration {done}"
-    for name in {STATE, *(file.name for file in path.iterdir())} - {MANIFEST}:
+    for name in {STATE, *_files(path)} - {MANIFEST}:
         if name not in digests:
             return f"{MANIFEST} does not list {name}"
     for name, digest in digests.items():
@@ -152,6 +185,10 @@ def _corrupt(path: Path, reason: str) -> str:
     else:
         way_out = "the older ones are corrupt too" if older else "there is no older one"
     return f"checkpoint {path} is corrupt: {reason}; {way_out}"
+
+
+def _files(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()]
 
 
 def _sha256(path: Path) -> str:

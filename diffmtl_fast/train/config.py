@@ -21,6 +21,7 @@ from .._number_types import (
     UnitFloat,
 )
 from ..weighting import METHODS
+from .ema import exponent
 
 #: The method that balances nothing: the mean over all samples.
 PLAIN = "vanilla"
@@ -206,6 +207,7 @@ class Compute:
         compile: torch.compile of the model
         checkpointing: recompute activations in the backward; of models that offer it
         channels_last: memory layout of convolutions
+        sharding: fsdp2 shards the model, its averages and the optimizer over the processes (fully_shard)
         weights: safetensors file of weights to start from; null for random ones
         lora: rank of low-rank adapters (peft) that are trained in place of the weights; 0 for none
         lora_targets: names of the modules that get adapters
@@ -217,6 +219,7 @@ class Compute:
     compile: bool = False
     checkpointing: bool = False
     channels_last: bool = False
+    sharding: Literal["none", "fsdp2"] = "none"
     weights: str | None = None
     lora: NonNegativeInt = 0
     lora_targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
@@ -231,12 +234,15 @@ class Sampling:
         steps: denoising steps per picture
         batch_size: pictures denoised at a time
         guidance: scale of classifier-free guidance; 1 for none
+        sigma_rel: relative width of the power EMA to draw from, of a run with sigma_rels; null for the EMA of
+            ema_decay
     """
 
     scheduler: Component = field(default_factory=lambda: Component("auto"))
     steps: PositiveInt = 50
     batch_size: Size = 360
     guidance: NonNegativeFloat = 1.0
+    sigma_rel: PositiveFloat | None = None
 
 
 @dataclass(frozen=True)
@@ -308,6 +314,8 @@ class Config:
         weigh_per: what the method weighs where there are several: every batch by itself, or all of a step as one,
             which takes the memory of the Jacobian and makes batches of a few samples useful
         ema_decay: decay per step of the averaged weights
+        sigma_rels: relative widths of power EMAs that are snapshot at every checkpoint, such as [0.05, 0.1], from
+            which sampling.sigma_rel makes any other after training; [] for none
         precision: of the forward pass; bf16 and fp16 are autocast, the weights stay fp32; fp16 with a GradScaler
         device: auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
         seed: of the weights, the data order, the noise and the pictures
@@ -335,6 +343,7 @@ class Config:
     accumulate: PositiveInt = 1
     weigh_per: Literal["batch", "step"] = "batch"
     ema_decay: UnitFloat = 0.9999
+    sigma_rels: list[PositiveFloat] = field(default_factory=list)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: str = "auto"
     seed: Seed = 0
@@ -399,9 +408,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
             typed = _types().parse_object(values).as_dict()
         except require("jsonargparse", "train").ArgumentError as error:
             raise UserError(readable(str(error))) from error
-    config = _build(Config, typed, values)
-    _check(config)
-    return config
+    return check(_build(Config, typed, values))
 
 
 @functools.cache
@@ -499,8 +506,12 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _check(config: Config) -> None:
-    """What types cannot say: how options fit each other."""
+def check(config: Config) -> Config:
+    """Check what types cannot say: how options fit each other.
+
+    Raises:
+        UserError: they do not.
+    """
     if config.loss.args and config.loss.weight == "none":
         raise UserError(f"loss.args: expected none without a loss.weight, found {config.loss.args}")
     if config.loss.nonfinite == "drop" and not config.balanced:
@@ -510,6 +521,21 @@ def _check(config: Config) -> None:
     if config.weigh_per == "step" and config.compute.memory == "lean":
         raise UserError(
             "weigh_per: expected batch with compute.memory lean, which keeps no Jacobian, found step"
+        )
+    if config.compute.sharding != "none":
+        for key, found in (("weigh_per", config.weigh_per), ("precision", config.precision)):
+            if found in ("step", "fp16"):
+                raise UserError(f"{key}: expected another than {found} with compute.sharding, found {found}")
+        if config.sigma_rels:
+            raise UserError(f"sigma_rels: expected [] with compute.sharding, found {config.sigma_rels}")
+    for key, widths in (("sigma_rels", config.sigma_rels), ("sampling", [config.sampling.sigma_rel])):
+        for width in filter(None, widths):
+            with blame(key):
+                exponent(width)
+    if config.sampling.sigma_rel is not None and len(set(config.sigma_rels)) < 2:
+        raise UserError(
+            "sampling.sigma_rel: expected null, or at least two sigma_rels that the run has kept, found "
+            f"{config.sampling.sigma_rel} with {config.sigma_rels}"
         )
     if config.evaluation.num_samples in range(1, NEIGHBOURS + 1):
         raise UserError(
@@ -534,6 +560,7 @@ def _check(config: Config) -> None:
             raise UserError(
                 f"{key}.path: expected an import path such as package.Class, found {component.path!r}"
             )
+    return config
 
 
 def _check_clusters(key: str, clusters: Clusters) -> None:

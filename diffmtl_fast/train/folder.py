@@ -14,6 +14,7 @@ from .._errors import UserError, blame
 from .._files import TEMPORARY_PREFIX, remove, remove_leftovers, replacing
 from . import checkpoint
 from .config import CONTINUOUS, Config, read, to_dict
+from .ema import POWER_EMA
 
 # What a file system without locks answers.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
@@ -32,6 +33,7 @@ class RunFolder:
         self.log = path / "log.jsonl"
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
+        self.power_ema = self.checkpoints / POWER_EMA
         self.model = path / "model"
         self.samples = path / "samples.png"
         self.clusters = path / "clusters.png"
@@ -104,7 +106,7 @@ class RunFolder:
                     if error.errno not in NO_LOCKS:
                         raise
                     held.enter_context(self._lock_file(error))
-            for folder in (self.path, self.checkpoints):
+            for folder in (self.path, self.checkpoints, self.power_ema):
                 remove_leftovers(folder)
             yield
 
@@ -177,10 +179,14 @@ class RunFolder:
         return older
 
     def remove_newer(self, path: Path) -> None:
-        """Delete the checkpoints after one."""
-        for other in checkpoint.checkpoints(self.checkpoints):
-            if other.name > path.name:
+        """Delete the checkpoints, and the snapshots of power EMAs, after one."""
+        for other in (*checkpoint.checkpoints(self.checkpoints), *self.snapshots().values()):
+            if other.stem > path.name:
                 remove(other)
+
+    def snapshots(self) -> dict[int, Path]:
+        """The files of power EMAs, by iteration."""
+        return {int(path.stem.removeprefix("iter-")): path for path in sorted(self.power_ema.glob("iter-*"))}
 
     def remove_outputs(self) -> None:
         """Delete the model, the pictures and the metrics."""

@@ -11,15 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.tensor import DTensor
 
 from .. import ops
 from .._errors import Interrupted, TrainingDiverged, UserError, blame
+from .._files import replacing
 from .._progress import Progress
 from .._torch import foreach_div_
 from ..clustering.drawing import hand_over
 from ..curriculum import DifficultyCurriculum
 from ..data import Batch, EpochOrder, batches
 from ..distributed import launched
+from ..distributed.fully_sharded import local
 from ..gradients import ClusteredMTL
 from ..weighting import ContinuousUncertainty, GramianWeighting, LossWeighting, param_groups
 from . import checkpoint
@@ -38,7 +42,7 @@ from .components import (
     resolve_device,
 )
 from .config import Config
-from .ema import Ema
+from .ema import POWER_EMA, Ema, PowerEma
 from .history import History, describe
 
 
@@ -70,10 +74,16 @@ class Trainer:
         self.timesteps = build_timesteps(config, self.clusters, log_snr, number)
         self.model = build_model(config, self.data, self.device, self.noise.last_time)
         self.ema = Ema(self.model, config.ema_decay)
+        self.power_ema = PowerEma(self.model, config.sigma_rels)
+        self._in_shards = config.compute.sharding != "none"
+        self.sharded = self._in_shards and launched.world() > 1
+        if self.sharded:
+            for model in (self.model, self.ema.model):
+                launched.shard(model, self.device)
         self._run: torch.nn.Module = self.model
         if config.compute.compile:
             self._run = torch.compile(self.model)  # type: ignore[assignment]
-        if launched.world() > 1 and not config.balanced:
+        if launched.world() > 1 and not config.balanced and not self.sharded:
             self._run = torch.nn.parallel.DistributedDataParallel(self._run)
         self.weighting = build_weighting(config, self.clusters.k, self.device)
         self.mtl = None
@@ -93,14 +103,13 @@ class Trainer:
             param_groups(self.model, self.weighting or torch.nn.Module()),
             lr=config.optimizer.lr,
             weight_decay=config.optimizer.weight_decay,
-            fused=self.device.type == "cuda",
+            fused=True,
         )
         self.schedule = build_schedule(config, self.optimizer)
         self.scaler = torch.amp.GradScaler(self.device.type) if config.precision == "fp16" else None
         # Fresh dropout masks and the like come from torch's own generators: build_model seeded them.
-        own_seed = (
-            config.seed + 1_000_003 * launched.rank()
-        )  # every process draws noise and levels of its own
+        # Every process draws noise and levels of its own.
+        own_seed = config.seed + 1_000_003 * launched.rank()
         self.generator = torch.Generator(self.device).manual_seed(own_seed)
         # Timesteps are drawn on the host, so that a step does not wait for a GPU to know its clusters.
         self._one_generator = self.device.type == "cpu"
@@ -136,6 +145,8 @@ class Trainer:
             if self.iteration % self.config.logging.every == 0 or self.iteration == total:
                 line = history.flush(self.iteration, **self._phase(), seconds=round(self.seconds, 3))
             progress.update(self.iteration, None if line is None else describe(line))
+            if launched.largest(int(self.stop is not None)):  # a signal to one process stops all of them here
+                self.stop = self.stop or "stopped with another process"
             if self.iteration % self.config.checkpoints.every == 0 or self.iteration == total or self.stop:
                 self.save(folder, history)
             if self.stop and self.iteration < total:
@@ -160,6 +171,7 @@ class Trainer:
         if self.schedule is not None:
             self.schedule.step()
         self.ema.update(self.model)
+        self.power_ema.update(self.model)
         losses, timesteps = (torch.cat(parts) for parts in zip(*drawn, strict=True))
         losses, timesteps = launched.gathered(losses), launched.gathered(timesteps)
         if self.config.loss.nonfinite == "drop":
@@ -170,28 +182,44 @@ class Trainer:
         self.iteration += 1
 
     def save(self, folder: Path, history: History) -> Path:
-        """Write a checkpoint, unless training has diverged.
+        """Write a checkpoint, unless training has diverged; all processes call it.
+
+        Returns:
+            Where it is; the folder, in all processes but the first.
 
         Raises:
             TrainingDiverged: a loss or a weight is not finite.
         """
         history.check(self.iteration)
-        if launched.rank() > 0:
-            return folder
-        for name, parameter in self.model.named_parameters():
-            if not parameter.isfinite().all():
-                raise TrainingDiverged(f"the weights {name} are not finite at iteration {self.iteration}")
+        bad = [name for name, p in self.model.named_parameters() if not local(p).isfinite().all()]
+        if launched.largest(len(bad)):
+            name = bad[0] if bad else "of another process"
+            raise TrainingDiverged(f"the weights {name} are not finite at iteration {self.iteration}")
+        shards = self._shards() if self._in_shards else None
+        written = folder
+        if launched.rank() == 0:
+            written = self._write(folder, history, shards)
+        elif shards is not None:
+            checkpoint.save_shards(None, shards)
+        launched.barrier()
+        return written
+
+    def _write(self, folder: Path, history: History, shards: dict[str, Any] | None) -> Path:
+        if self.config.sigma_rels:
+            (folder / POWER_EMA).mkdir(exist_ok=True)
+            with replacing(folder / POWER_EMA / f"iter-{self.iteration:08d}.safetensors") as aside:
+                checkpoint.save_module(aside, self.power_ema.models)
         return checkpoint.save(
             folder,
             self.iteration,
-            {"model": self.model, "ema": self.ema.model},
+            {"model": self.model, "ema": self.ema.model} if shards is None else {},
             {
                 "iteration": self.iteration,
                 "data": self.data.fingerprint(),
                 "seconds": self.seconds,
                 "device": self.device.type,
                 "clusters": self.clusters.to_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "optimizer": self.optimizer.state_dict() if shards is None else None,
                 "schedule": None if self.schedule is None else self.schedule.state_dict(),
                 "scaler": None if self.scaler is None else self.scaler.state_dict(),
                 "weighting": None if self.weighting is None else self.weighting.state_dict(),
@@ -205,7 +233,21 @@ class Trainer:
                 "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             },
             self.config.checkpoints.keep,
+            shards,
         )
+
+    def _shards(self) -> dict[str, Any]:
+        """What is sharded, as state dicts by name; those of the optimizer by the names of its parameters."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.model.state_dict(),
+            "optimizer": get_optimizer_state_dict(self._optimized, self.optimizer),
+        }
+
+    @property
+    def _optimized(self) -> torch.nn.Module:
+        weighting = self.weighting or torch.nn.Module()
+        return torch.nn.ModuleDict({"model": self.model, "weighting": weighting})
 
     def load(self, path: Path, history: History) -> None:
         """Continue from a verified checkpoint.
@@ -222,8 +264,15 @@ class Trainer:
         data = self.data.fingerprint()
         if state.get("data", data) != data:
             raise UserError(f"data: expected those of {path}, {state['data']}, found {data}")
-        checkpoint.load_module(path, "model", self.model)
-        checkpoint.load_module(path, "ema", self.ema.model)
+        if self._in_shards:
+            shards = self._shards()
+            checkpoint.load_shards(path, shards)
+            set_optimizer_state_dict(self._optimized, self.optimizer, shards["optimizer"])
+        else:
+            checkpoint.load_module(path, "model", self.model)
+            checkpoint.load_module(path, "ema", self.ema.model)
+        if self.config.sigma_rels:
+            checkpoint.load_module(path.parent / POWER_EMA, path.name, self.power_ema.models)
         saved = type(self.clusters).from_dict(state["clusters"])
         if saved.probabilities.tolist() != self.clusters.probabilities.tolist():  # of another affinity, say
             raise UserError(f"clusters: expected those of {path}, {saved}, found {self.clusters}")
@@ -231,25 +280,25 @@ class Trainer:
             self._load_state(state, history)
 
     def _load_state(self, state: dict[str, Any], history: History) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
+        if not self._in_shards:
+            self.optimizer.load_state_dict(state["optimizer"])
         for part, name in ((self.schedule, "schedule"), (self.scaler, "scaler")):
             if part is not None:
                 part.load_state_dict(state[name])
         if self.weighting is not None:
             self.weighting.load_state_dict(state["weighting"])
-        self.ema.updates = state["ema_updates"]
+        self.ema.updates, self.power_ema.updates = state["ema_updates"], state["iteration"]
         if launched.rank() > 0:  # the saved ones are the first process's
             for generator in (self.generator, self.host_generator):
                 generator.manual_seed(generator.initial_seed() + state["iteration"])
         else:
             self.generator.set_state(state["generator"])
-        if launched.rank() == 0 and not self._one_generator:
-            self.host_generator.set_state(state["host_generator"])
+            if not self._one_generator:
+                self.host_generator.set_state(state["host_generator"])
+            history.load_state_dict(state["history"], self.device)
         self.unreadable, self._batches = set(state["unreadable"]), None
         with blame("curriculum"):
             self.timesteps.load_state_dict(state["timesteps"])
-        if launched.rank() == 0:
-            history.load_state_dict(state["history"], self.device)
         torch.set_rng_state(state["torch_rng"])
         if state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
@@ -388,7 +437,7 @@ class Trainer:
         number = 1 if self._weighs_step and self.mtl is not None else self.config.accumulate
         if number > 1:
             for group in self.optimizer.param_groups:
-                grads = [p.grad for p in group["params"] if p.grad is not None]
+                grads = [local(p.grad) for p in group["params"] if p.grad is not None]
                 foreach_div_(grads, number)
         if self.config.clip == 0:
             return None
@@ -399,4 +448,5 @@ class Trainer:
             norm = last.grad_norm / number
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip, norm)
             return norm
-        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        found = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        return found.full_tensor() if isinstance(found, DTensor) else found

@@ -26,14 +26,14 @@ from ..data.items import Conditions
 from ..distributed import launched
 from ..weighting import ContinuousUncertainty
 from . import checkpoint, evaluation, history
-from .components import in_timesteps
+from .components import build_model, in_timesteps
 from .config import NEIGHBOURS, PLAIN, Config, differences
 from .folder import RunFolder
 from .history import History
 from .loop import Trainer
 from .sampling import draw
 from .titles import clusters_title, method_title
-from .trained_denoiser import TrainedDenoiser
+from .trained_denoiser import TrainedDenoiser, load, load_power_average
 
 # What may differ when a run is resumed, because the iterations already done do not depend on it. A run may be
 # made longer unless its learning rates fall towards its end. Of the device the type alone counts, and Trainer.load
@@ -82,8 +82,7 @@ def train(
 
 def _train(config: Config, run: RunFolder, resume: bool, chosen: Path | str | None, outputs: bool) -> None:
     begun = run.begun
-    if launched.world() > 1:
-        torch.distributed.barrier()  # all have looked before the first one makes the folder
+    launched.barrier()  # all have looked before the first one makes the folder
     if begun and not resume:
         raise UserError(
             f"run folder {run}: holds a run already; --resume continues it, --run-dir names another"
@@ -97,11 +96,12 @@ def _train(config: Config, run: RunFolder, resume: bool, chosen: Path | str | No
             print(f"{run} is already complete")
             return
     trainer = Trainer(config)  # before the folder is made, so that a bad option leaves nothing behind
-    if outputs and launched.rank() == 0:
-        rehearse(trainer)
     if launched.rank() > 0:
-        _follow(trainer, run.checkpoint(chosen) if begun else None, run.checkpoints)
+        with _stopping(trainer):
+            _follow(trainer, run.checkpoint(chosen) if begun else None, run.checkpoints)
         return
+    if outputs:
+        rehearse(trainer)
     run.create()
     with run.lock():
         if begun and _draws_otherwise(config, run):
@@ -127,7 +127,9 @@ def rehearse(trainer: Trainer) -> None:
     Raises:
         UserError: the end of the run would fail.
     """
-    config, data = trainer.config, trainer.data.images(REHEARSED)
+    config, data, model = trainer.config, trainer.data.images(REHEARSED), trainer.model
+    if trainer.sharded:  # whose forward is all processes'
+        model = build_model(config, trainer.data, trainer.device)
     kind = trainer.scheduler.config.get("prediction_type", "epsilon")
     signal = torch.as_tensor([] if trainer.process.continuous else trainer.scheduler.alphas_cumprod)
     if kind == "epsilon" and bool((signal == 0).any()):
@@ -138,7 +140,7 @@ def rehearse(trainer: Trainer) -> None:
     some = torch.linspace(0, len(data.train) - 1, min(len(data.train), REHEARSED)).long()
     few = torch.linspace(0, len(data.test) - 1, min(len(data.test), REHEARSED)).long()
     labels = None if data.train_labels is None else data.train_labels[some[: NEIGHBOURS + 1]]
-    training = trainer.model.training
+    training = model.training
     devices = [trainer.device] if trainer.device.type == "cuda" else []
     with torch.random.fork_rng(devices), tempfile.TemporaryDirectory() as folder:
         conditions: Conditions = labels
@@ -149,10 +151,8 @@ def rehearse(trainer: Trainer) -> None:
             ).conditioning
         shape = (2 if labels is None else len(labels), *data.shape)
         given = trainer.conditioning
-        pictures = draw(
-            trainer.model, trainer.scheduler, config.sampling, shape, conditions, config.seed, given
-        )
-        save = getattr(trainer.model, "save_pretrained", None)
+        pictures = draw(model, trainer.scheduler, config.sampling, shape, conditions, config.seed, given)
+        save = getattr(model, "save_pretrained", None)
         if callable(save) and not config.compute.lora:
             with blame("model: save_pretrained"):
                 save(Path(folder) / "model")
@@ -165,7 +165,7 @@ def rehearse(trainer: Trainer) -> None:
             part = ImageData(data.train[some], found, data.test[few], data.test_labels[few] % len(kinds))
             with blame("evaluation"):
                 evaluation.evaluate(part, pictures, found[: len(labels)], config.seed)
-    trainer.model.train(training)
+    model.train(training)
 
 
 @contextlib.contextmanager
@@ -177,8 +177,9 @@ def _stopping(trainer: Trainer) -> Iterator[None]:
 
     def stop(number: int, frame: object) -> None:
         trainer.stop = "interrupted" if number == signal.SIGINT else "terminated"
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        if launched.world() == 1:  # of several, a launcher passes on what they have had themselves
+            for each, handler in before.items():
+                signal.signal(each, handler)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in before:
@@ -230,14 +231,14 @@ def _fit(trainer: Trainer, run: RunFolder, chosen: Path | str | None) -> None:
     if start is None:
         # A run that was killed before its first checkpoint begins anew.
         run.log.unlink(missing_ok=True)
-        shutil.rmtree(run.tensorboard, ignore_errors=True)
+        for folder in (run.tensorboard, run.power_ema):
+            shutil.rmtree(folder, ignore_errors=True)
     tensorboard = run.tensorboard if trainer.config.logging.tensorboard else None
     log = History(run.log, tensorboard, 0 if start is None else checkpoint.iteration(start))
     with contextlib.closing(log):
         if start is not None:
             trainer.load(start, log)
-        if launched.world() > 1:
-            torch.distributed.barrier()  # all have read before anything is removed or written
+        launched.barrier()  # all have read before anything is removed or written
         if start is not None:
             run.remove_newer(start)
             print(f"continuing {run} from iteration {trainer.iteration}")
@@ -252,21 +253,18 @@ def _follow(trainer: Trainer, start: Path | None, checkpoints: Path) -> None:
     with contextlib.closing(History(Path(os.devnull))) as log:
         if start is not None:
             trainer.load(start, log)
-        if launched.world() > 1:
-            torch.distributed.barrier()
+        launched.barrier()
         trainer.fit(checkpoints, log, NoProgress())
 
 
 def _write_outputs(trainer: Trainer, run: RunFolder) -> None:
     """Write what is not there yet; a run killed on the way has a part of it."""
-    trained = TrainedDenoiser(
-        trainer.config,
-        trainer.data,
-        trainer.scheduler,
-        trainer.ema.model,
-        trainer.iteration,
-        trainer.conditioning,
-    )
+    if trainer.sharded:
+        trained = load(run, trainer.config)
+    else:
+        load_power_average(run, trainer.config, trainer.iteration, trainer.ema.model)
+        parts = trainer.data, trainer.scheduler, trainer.ema.model, trainer.iteration, trainer.conditioning
+        trained = TrainedDenoiser(trainer.config, *parts)
     writers: dict[Path, Callable[[Path], object]] = {
         run.model: trained.write_model,
         run.clusters: lambda path: write_clusters(trainer, path),

@@ -18,6 +18,7 @@ from ..data.items import Conditions
 from . import checkpoint, evaluation, sampling
 from .components import Data, build_conditioning, build_data, build_model, build_scheduler, resolve_device
 from .config import IN_MEMORY, NEIGHBOURS, Config
+from .ema import power_average
 from .folder import RunFolder
 from .titles import method_title
 
@@ -154,7 +155,24 @@ def load(run: RunFolder, config: Config, chosen: Path | str | None = None) -> Tr
     path = run.checkpoint(chosen)
     if path is None:
         raise UserError(f"run folder {run}: expected a checkpoint, found none yet")
-    checkpoint.load_module(path, "ema", model)
-    conditioning = build_conditioning(config, data, device)
     done = checkpoint.iteration(path)
+    checkpoint.load_module(path, "ema", model)
+    load_power_average(run, config, done, model)
+    conditioning = build_conditioning(config, data, device)
     return TrainedDenoiser(config, data, build_scheduler(config), model.eval(), done, conditioning)
+
+
+def load_power_average(run: RunFolder, config: Config, iteration: int, model: nn.Module) -> None:
+    """Put the power EMA of the configured width into a model; without one it stays as it is.
+
+    Raises:
+        UserError: the run has kept no snapshots.
+    """
+    if config.sampling.sigma_rel is None:
+        return
+    buffers = [name for name, _ in model.named_buffers()]
+    with blame("sampling"):
+        found = power_average(
+            run.snapshots(), config.sigma_rels, iteration, config.sampling.sigma_rel, buffers
+        )
+        model.load_state_dict(found, strict=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,31 +13,90 @@ import torch
 import yaml
 
 from diffmtl_fast.train import checkpoint, history
-from diffmtl_fast.train.config import to_dict
+from diffmtl_fast.train.config import Component, to_dict
 from diffmtl_fast.train.folder import RunFolder
 from diffmtl_fast.train.run import train
+from diffmtl_fast.train.trained_denoiser import load
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a GPU for each process")
+TORCHRUN = ["torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+LAUNCHERS = {
+    "torchrun": [*TORCHRUN, "--rdzv-endpoint", "localhost:0"],
+    "accelerate": [
+        *("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+    ],
+}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a GPU for each process")
-@pytest.mark.parametrize("method", ["vanilla", "nash"])
-def test_two_processes_and_then_one(tiny, tmp_path, method):
-    config = tiny(method=method, iterations=2, checkpoints={"every": 1})
-    file, run = tmp_path / "config.yaml", RunFolder(tmp_path / "run")
+def launch(launcher, config, run, tmp_path):
+    """`diffmtl-fast train` in two processes."""
+    file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(to_dict(config)))
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"),
-        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"),
-        *("-m", "diffmtl_fast.cli", "train", "--config", str(file), "--run-dir", str(run.path)),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "diffmtl_fast.cli", "train"]
+    folders = os.pathsep.join([str(Path(__file__).parents[2]), str(tmp_path)])
+    environment = {**os.environ, "PYTHONPATH": folders, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, "--config", str(file), "--run-dir", str(run.path)],
+        capture_output=True, text=True, env=environment, timeout=300,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "launcher", "sharding"),
+    [("vanilla", "torchrun", "none"), ("nash", "accelerate", "none"), ("nash", "torchrun", "fsdp2")],
+)
+def test_two_processes_and_then_one(tiny, tmp_path, method, launcher, sharding):
+    options = {"method": method, "checkpoints": {"every": 1}, "compute": {"sharding": sharding}}
+    run = RunFolder(tmp_path / "run")
+    done = launch(launcher, tiny(**options, iterations=2), run, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("finished") == 1
+    assert run.samples.exists()
     assert [line["iteration"] for line in history.read(run.log)] == [2]
-    assert [path.name for path in checkpoint.checkpoints(run.checkpoints)] == [
-        "iter-00000001",
-        "iter-00000002",
-    ]
-    longer = tiny(method=method, iterations=3, checkpoints={"every": 1})
+    paths = checkpoint.checkpoints(run.checkpoints)
+    assert [path.name for path in paths] == ["iter-00000001", "iter-00000002"]
+    assert all((path / "shards").exists() == (sharding == "fsdp2") for path in paths)
+    longer = tiny(**options, iterations=3)
     train(longer, run, resume=True, outputs=False)
     assert [line["iteration"] for line in history.read(run.log)] == [2, 3]
+    if sharding == "fsdp2":
+        before, after = (load(run, longer, path).model for path in checkpoint.checkpoints(run.checkpoints))
+        moved = [(a - b).abs().max() for a, b in zip(before.parameters(), after.parameters(), strict=True)]
+        assert 0 < max(moved) < 0.1
+
+
+MODULE = """
+import os, signal, torch
+
+class Denoiser(torch.nn.Module):
+    calls = 0
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.Conv2d(4, 1, 3, padding=1)])
+
+    def forward(self, x, t, class_labels=None):
+        self.calls += self.training
+        if self.calls == 4 and os.environ.get("RANK") == "1":  # one call at the start of training, then one a step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return self.blocks[1](torch.tanh(self.blocks[0](x)))
+"""
+
+
+@pytest.mark.parametrize("sharding", ["none", "fsdp2"])
+def test_a_signal_to_one_process_stops_all_at_the_same_step(tiny, tmp_path, monkeypatch, sharding):
+    (tmp_path / "stopping_model.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = replace(
+        tiny(method="vanilla", iterations=5, checkpoints={"every": 50}, compute={"sharding": sharding}),
+        model=Component("stopping_model.Denoiser"),
+    )
+    run = RunFolder(tmp_path / "run")
+    done = launch("torchrun", config, run, tmp_path)
+    assert done.returncode != 0
+    assert "error: stopped with another process at iteration 3; --resume continues" in done.stderr
+    assert "error: terminated at iteration 3; --resume continues" in done.stderr
+    assert [path.name for path in checkpoint.checkpoints(run.checkpoints)] == ["iter-00000003"]
+    train(config, run, resume=True, outputs=False)
+    assert [line["iteration"] for line in history.read(run.log)] == [2, 4, 5]
