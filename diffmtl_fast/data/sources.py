@@ -1,10 +1,9 @@
-"""Sources of samples on disk: image folders, datasets of Hugging Face, latents, tar archives."""
+"""Sources of pictures on disk: image folders, datasets of Hugging Face, tar archives."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import json
 import random
 import tarfile
 from collections.abc import Callable
@@ -32,12 +31,14 @@ class FileData:
         training: samples.
         validation: samples that are held out, or None.
         num_classes: C, 0 without classes.
-        autoencoder: folder of the autoencoder that the samples are latents of, or None.
+        latent: the samples are latents, not pictures in [-1, 1].
+        autoencoder: folder of the autoencoder that they are latents of, or None.
     """
 
     training: Items
     validation: Items | None
     num_classes: int = 0
+    latent: bool = False
     autoencoder: str | None = None
 
     @property
@@ -180,7 +181,7 @@ def image_folder(
     def read(index: int, source: random.Random | None) -> tuple[Tensor, Condition]:
         return decode(paths[index], source), labels[index]
 
-    return _split(_Encoded([str(path) for path in paths], read), held_out, len(classes), folder)
+    return hold_out(_Encoded([str(path) for path in paths], read), held_out, len(classes), folder)
 
 
 def dataset(
@@ -240,53 +241,9 @@ def dataset(
         classes = rows.features[condition].num_classes
     elif condition is not None and rows.features[condition].dtype.startswith("int"):
         classes = int(max(rows[condition])) + 1
-    return _split(_Encoded([f"{path} row {row}" for row in range(len(rows))], read), held_out, classes, path)
-
-
-def latents(folder: str, *, autoencoder: str | None = None, held_out: float = 0.05) -> FileData:
-    """Latents computed beforehand, as `diffmtl-fast encode` writes them.
-
-    Args:
-        folder: of ``*.safetensors``, each with ``latents`` [n, C, H, W] and, if there are any, ``labels`` int64
-            [n] or ``embeddings`` [n, L, D]; or of ``*.npy``, each [n, C, H, W], with ``labels.npy`` int64 of all
-            in the order of their names. ``captions.jsonl`` holds a string a line, in the same order.
-        autoencoder: folder of the autoencoder, for pictures of what is drawn.
-        held_out: share of the latents for validation.
-
-    Raises:
-        ValueError: there are none.
-    """
-    root, blocks, conditions = Path(folder), [], []
-    for file in sorted(root.glob("*.safetensors")):
-        held = require("safetensors.torch", "train").load_file(file)
-        blocks.append(held["latents"])
-        conditions += [*next((held[name] for name in ("labels", "embeddings") if name in held), ())]
-    blocks += [
-        torch.from_numpy(np.load(file, mmap_mode="c"))
-        for file in sorted(root.glob("*.npy"))
-        if file.name != "labels.npy"
-    ]
-    if (root / "labels.npy").is_file():
-        conditions = [*torch.from_numpy(np.load(root / "labels.npy"))]
-    if (root / "captions.jsonl").is_file():
-        conditions = [json.loads(line) for line in (root / "captions.jsonl").read_text().splitlines()]
-    ends = np.cumsum([len(block) for block in blocks])
-    total = int(ends[-1]) if blocks else 0
-    if conditions and len(conditions) != total:
-        raise ValueError(f"expected {total} labels, captions or embeddings, found {len(conditions)}")
-
-    def read(index: int, source: random.Random | None) -> tuple[Tensor, Condition]:
-        block = int(np.searchsorted(ends, index, side="right"))
-        x = blocks[block][index - int(ends[block]) + len(blocks[block])].float()
-        if not x.isfinite().all():
-            raise ValueError("expected finite values, found NaN or infinity")
-        return x, conditions[index] if conditions else None
-
-    first = conditions[0] if conditions else None
-    labelled = isinstance(first, Tensor) and first.dim() == 0
-    classes = int(max(conditions)) + 1 if labelled else 0
-    found = _split(_Encoded([f"{folder} latent {i}" for i in range(total)], read), held_out, classes, folder)
-    return FileData(found.training, found.validation, classes, autoencoder)
+    return hold_out(
+        _Encoded([f"{path} row {row}" for row in range(len(rows))], read), held_out, classes, path
+    )
 
 
 def tars(
@@ -343,11 +300,15 @@ def tars(
 
     labelled = bool(parts_of) and ".cls" in parts_of[0] and ".txt" not in parts_of[0]
     classes = 1 + max(int(content(index, ".cls")) for index in range(len(keys))) if labelled else 0
-    return _split(_Encoded([f"{archive} {key}" for archive, key in keys], read), held_out, classes, folder)
+    return hold_out(_Encoded([f"{archive} {key}" for archive, key in keys], read), held_out, classes, folder)
 
 
-def _split(items: Items, held_out: float, classes: int, place: str) -> FileData:
-    """Hold out a share of the samples, the same ones every time."""
+def hold_out(items: Items, held_out: float, classes: int, place: str) -> FileData:
+    """Hold out a share of the samples, the same ones every time.
+
+    Raises:
+        ValueError: there are no samples, or the share is out of range.
+    """
     if not 0.0 <= held_out < 1.0:
         raise ValueError(f"held_out: expected a share from 0 up to 1, found {held_out}")
     count = round(held_out * len(items))
