@@ -19,8 +19,8 @@ class Autoencoder:
     """An autoencoder of diffusers (AutoencoderKL, AutoencoderTiny, VQModel and the like) with frozen weights.
 
     Latents are scaled as pipelines of diffusers scale them, to about unit variance: z = (E(x) − shift_factor) ·
-    scaling_factor with the factors of its configuration; where that has ``latents_mean`` and ``latents_std`` of the
-    channels, z = (E(x) − latents_mean) / latents_std · scaling_factor.
+    scaling_factor with the factors of its configuration; where that has ``latents_mean`` and ``latents_std`` of
+    the channels, z = (E(x) − latents_mean) / latents_std · scaling_factor.
 
     Args:
         folder: what its ``save_pretrained`` wrote, or that of a pipeline, which has it in ``vae`` or ``vqvae``.
@@ -40,7 +40,7 @@ class Autoencoder:
         if place is None:
             raise FileNotFoundError(f"expected an autoencoder of diffusers, found no config.json in {folder}")
         self.kind = json.loads((place / "config.json").read_text()).get("_class_name")
-        known = getattr(require("diffusers", "train"), str(self.kind), None)
+        known: Any = getattr(require("diffusers", "train"), str(self.kind), None)
         if not (callable(getattr(known, "encode", None)) and callable(getattr(known, "decode", None))):
             raise ValueError(f"expected an autoencoder of diffusers in {place}, found {self.kind}")
         model = known.from_pretrained(place, local_files_only=True, torch_dtype=dtype)

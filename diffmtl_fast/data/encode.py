@@ -177,10 +177,8 @@ def _batches(
 
 def _write(path: Path, parts: list[tuple[Tensor, Conditions]]) -> list[int]:
     """Write a shard; the shape of its latents."""
-    tensors, conditions = (
-        {"latents": torch.cat([z for z, _ in parts]).contiguous()},
-        [each for _, each in parts],
-    )
+    tensors = {"latents": torch.cat([z for z, _ in parts]).contiguous()}
+    conditions: list[Any] = [each for _, each in parts]
     metadata = None
     if isinstance(conditions[0], list):
         metadata = {"captions": json.dumps(list(itertools.chain(*conditions)))}

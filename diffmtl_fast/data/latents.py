@@ -32,7 +32,8 @@ def latents(folder: str, *, autoencoder: str | None = None, held_out: float = 0.
         folder: of ``*.safetensors``, each with ``latents`` [n, C, H, W] and, if there are any, ``labels`` int64
             [n] or ``embeddings`` [n, L, D]; or of ``*.npy``, each [n, C, H, W], with ``labels.npy`` int64 of all
             in the order of their names. ``captions.jsonl`` holds a string a line, in the same order.
-        autoencoder: folder of the autoencoder, for pictures of what is drawn; by default the one of `encode`.
+        autoencoder: folder of the autoencoder, for pictures of what is drawn; by default that of `encode`, "" for
+            none.
         held_out: share of the latents for validation, where `encode` did not hold out some.
 
     Raises:
@@ -52,7 +53,7 @@ def latents(folder: str, *, autoencoder: str | None = None, held_out: float = 0.
         conditions = [json.loads(line) for line in (root / "captions.jsonl").read_text().splitlines()]
     items = _Latents(folder, _Joined(blocks), conditions)
     classes = int(conditions.max()) + 1 if isinstance(conditions, np.ndarray) and len(conditions) else 0
-    return replace(hold_out(items, held_out, classes, folder), latent=True, autoencoder=autoencoder)
+    return replace(hold_out(items, held_out, classes, folder), latent=True, autoencoder=autoencoder or None)
 
 
 def _encoded(root: Path, autoencoder: str | None) -> FileData:
@@ -67,8 +68,8 @@ def _encoded(root: Path, autoencoder: str | None) -> FileData:
         parts[kind] = _Latents(f"{root} {kind}", _Joined(blocks), conditions) if files else None
     if parts["training"] is None:
         raise ValueError(f"expected samples in {root}, found none for training")
-    held = parts["validation"]
-    return FileData(parts["training"], held, index["num_classes"], True, autoencoder or index["autoencoder"])
+    chosen = index["autoencoder"] if autoencoder is None else autoencoder or None
+    return FileData(parts["training"], parts["validation"], index["num_classes"], True, chosen)
 
 
 def _read_shards(paths: list[Path]) -> tuple[list[Any], Any]:

@@ -11,10 +11,10 @@ from typing import Any
 from .._files import remove, write_json
 from ..clustering import cluster_timesteps
 from ..train import checkpoint, run_analysis
-from ..train.components import build, build_scheduler
-from ..train.config import Clusters, Component
+from ..train.components import build, build_scheduler, resolve_device
+from ..train.config import Clusters, Component, Evaluation
 from ..train.errors import UserError
-from ..train.evaluation import Judge
+from ..train.evaluation import Judge, build_judge
 from ..train.experts import train_expert
 from ..train.folder import RunFolder
 from ..train.run import train
@@ -119,7 +119,7 @@ def _plain_run(study: StudyFolder, seed: int) -> RunFolder:
 def evaluate_checkpoints(run: RunFolder, paths: list[Path]) -> list[dict[str, Any]]:
     """The metrics of a run's averaged weights at some of its checkpoints, with the training time until then."""
     config, found = run.read_config(), []
-    judge = _judge(json.dumps(asdict(config.data)))
+    judge = _judge(json.dumps([asdict(config.data), asdict(config.evaluation), config.device]))
     for path in paths:
         trained = load(run, config, path)
         labels = trained.labels_to_judge()
@@ -130,6 +130,8 @@ def evaluate_checkpoints(run: RunFolder, paths: list[Path]) -> list[dict[str, An
 
 
 @functools.lru_cache(maxsize=1)
-def _judge(data: str) -> Judge:
-    """The judge of a data set, given as JSON of its component; it takes seconds to train."""
-    return Judge(build("data", Component(**json.loads(data))))
+def _judge(told: str) -> Judge:
+    """The judge of a data set, given as JSON of what it depends on; it takes seconds to train."""
+    data, evaluation, device = json.loads(told)
+    options = Evaluation(**{**evaluation, "features": Component(**evaluation["features"])})
+    return build_judge(build("data", Component(**data)), options, resolve_device(device))

@@ -241,13 +241,23 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics at the end, in the features of a classifier trained on the real training images.
+    """Metrics of drawn pictures at the end, and the loss on held-out samples during training.
 
     Attributes:
         num_samples: pictures drawn for the metrics, in equal numbers per class; 0 for no evaluation
+        features: Features of pictures float32 [N, C, H, W] in [-1, 1], a function or module; auto: those of a
+            classifier trained on the real pictures; diffmtl_fast.analysis.Inception: those of FID
+        num_real: most real pictures that others are compared with
+        validation_every: iterations between two measurements of every cluster's loss on held-out samples at fixed
+            noise, with the averaged weights; 0 for none
+        validation_samples: how many
     """
 
     num_samples: NonNegativeInt = 360
+    features: Component = field(default_factory=lambda: Component("auto"))
+    num_real: PositiveInt = 10_000
+    validation_every: NonNegativeInt = 0
+    validation_samples: Size = 256
 
 
 @dataclass(frozen=True)
@@ -258,11 +268,15 @@ class Logging:
         every: iterations per line (each line holds their mean)
         cosines_every: iterations between two measurements of the cosines of the clusters' gradients; 0 for none
         tensorboard: also write TensorBoard event files
+        wandb: project of Weights & Biases to log to as well; null for none
+        pictures_every: iterations between two drawings of pictures for TensorBoard and the like; 0 for none
     """
 
     every: PositiveInt = 10
     cosines_every: NonNegativeInt = 20
     tensorboard: bool = True
+    wandb: str | None = None
+    pictures_every: NonNegativeInt = 0
 
 
 @dataclass(frozen=True)
@@ -508,6 +522,19 @@ def _check(config: Config) -> None:
         raise UserError(
             f"evaluation.num_samples: expected 0 or more than {NEIGHBOURS}, found {config.evaluation.num_samples}"
         )
+    for key, every in (
+        ("evaluation.validation_every", config.evaluation.validation_every),
+        ("logging.pictures_every", config.logging.pictures_every),
+    ):
+        if every % config.logging.every:
+            raise UserError(
+                f"{key}: expected a multiple of logging.every {config.logging.every}, found {every}"
+            )
+    if config.logging.pictures_every and not (config.logging.tensorboard or config.logging.wandb):
+        raise UserError(
+            "logging.pictures_every: expected 0 without logging.tensorboard and logging.wandb, found "
+            f"{config.logging.pictures_every}"
+        )
     _check_clusters("clusters", config.clusters)
     _check_clusters("curriculum.clusters", config.curriculum.clusters)
     if config.curriculum.order != "none" and config.timesteps.sampler is not None:
@@ -521,9 +548,11 @@ def _check(config: Config) -> None:
         "scheduler": config.scheduler,
         "data": config.data,
         "sampling.scheduler": config.sampling.scheduler,
+        "evaluation.features": config.evaluation.features,
     }
     for key, component in components.items():
-        if "." not in component.path and (key, component.path) != ("sampling.scheduler", "auto"):
+        automatic = component.path == "auto" and key in ("sampling.scheduler", "evaluation.features")
+        if "." not in component.path and not automatic:
             raise UserError(
                 f"{key}.path: expected an import path such as package.Class, found {component.path!r}"
             )

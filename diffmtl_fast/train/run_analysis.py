@@ -47,12 +47,10 @@ from .components import (
 )
 from .config import IN_MEMORY, Clusters, Config, Loss
 from .errors import UserError, blame
-from .evaluation import Judge
 from .experts import expert_checkpoint, load_expert, train_expert
 from .folder import RunFolder
 from .noise import Noise
 from .run import LOG_SNR_DRAWN
-from .sampling import draw
 from .titles import method_title
 from .trained_denoiser import load
 
@@ -193,11 +191,10 @@ def negative_transfer(
         None if expert_iteration is None else expert_checkpoint(folder, expert_iteration)
         for folder in folders
     ]
-    judge = Judge(trained.data.images(IN_MEMORY))
+    judge = trained.judge()
 
     def sample(model: nn.Module) -> Tensor:
-        shape = (len(labels), *trained.data.shape)
-        return draw(model, trained.scheduler, config.sampling, shape, labels, seed, trained.conditioning)
+        return replace(trained, model=model).draw(labels, len(labels), seed)
 
     measured = measure_negative_transfer(
         trained.model,
