@@ -11,14 +11,17 @@ from .difficulty import (
     gaussian_relative_entropy,
 )
 from .frechet import FrechetDistance
+from .inception import CleanInception, Inception
 from .negative_transfer import NegativeTransfer, SwitchedModel, negative_transfer
 from .plots import plot_affinity, plot_convergence, plot_negative_transfer, plot_relative_entropy
 from .projection import RandomProjection
 
 __all__ = [
+    "CleanInception",
     "Convergence",
     "FrechetDistance",
     "GaussianFit",
+    "Inception",
     "NegativeTransfer",
     "RandomProjection",
     "SwitchedModel",

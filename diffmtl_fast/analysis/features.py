@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
@@ -13,6 +15,7 @@ Array = NDArray[np.float64]
 HIDDEN_LAYERS = (128, 64)
 # Of the k-nearest-neighbour precision and recall.
 NEIGHBOURS = 3
+ROWS = 1024  # of a matrix of distances that is in memory
 
 
 class Classifier:
@@ -60,13 +63,16 @@ def precision_recall(real: Array, drawn: Array, k: int = NEIGHBOURS) -> tuple[fl
 
 
 def _covered(support: Array, points: Array, k: int) -> float:
-    distances = _distances(support, support)
-    radii = np.sort(distances, axis=1)[:, k]  # column 0 is the point itself
-    return float((_distances(points, support) <= radii).any(axis=1).mean())
+    # Column 0 is the point itself.
+    radii = np.concatenate([np.partition(part, k, axis=1)[:, k] for part in _distances(support, support)])
+    among = [(part <= radii).any(axis=1) for part in _distances(points, support)]
+    return float(np.concatenate(among).mean())
 
 
-def _distances(a: Array, b: Array) -> Array:
-    return require("scipy.spatial.distance", "train").cdist(a, b)
+def _distances(a: Array, b: Array) -> Iterator[Array]:
+    """Distances of points of the one set, some at a time, to all of the other."""
+    cdist = require("scipy.spatial.distance", "train").cdist
+    return (cdist(a[start : start + ROWS], b) for start in range(0, len(a), ROWS))
 
 
 def _flat(images: Tensor) -> Array:

@@ -40,10 +40,8 @@ from ..train.components import (
     resolve_device,
 )
 from ..train.config import IN_MEMORY, Clusters, Config, Loss
-from ..train.evaluation import Judge
 from ..train.folder import RunFolder
 from ..train.run import LOG_SNR_DRAWN
-from ..train.sampling import draw
 from ..train.titles import method_title
 from ..train.trained_denoiser import load
 from . import (
@@ -206,11 +204,10 @@ def negative_transfer(
         None if expert_iteration is None else expert_checkpoint(folder, expert_iteration)
         for folder in folders
     ]
-    judge = Judge(trained.data.images(IN_MEMORY))
+    judge = trained.judge()
 
     def sample(model: nn.Module) -> Tensor:
-        shape = (len(labels), *trained.data.shape)
-        return draw(model, trained.scheduler, config.sampling, shape, labels, seed, trained.conditioning)
+        return replace(trained, model=model).draw(labels, len(labels), seed)
 
     measured = measure_negative_transfer(
         trained.model,

@@ -180,7 +180,7 @@ def uncertainty(
 
 
 def training(path: Path, lines: Sequence[dict[str, Any]], title: str) -> None:
-    """Losses, weights and gradient cosines of the clusters over the iterations, and the phases of a curriculum.
+    """Losses, held-out losses, weights and gradient cosines of the clusters, and the phases of a curriculum.
 
     Args:
         path: the picture file.
@@ -188,6 +188,8 @@ def training(path: Path, lines: Sequence[dict[str, Any]], title: str) -> None:
         title: above the panels.
     """
     panels = [("losses", "loss of each cluster")]
+    if any("validation" in line for line in lines):
+        panels.append(("validation", "loss on held-out samples"))
     if any("weights" in line for line in lines):
         panels.append(("weights", "weight of each cluster"))
     if any("cosines" in line for line in lines):

@@ -1,4 +1,4 @@
-"""The command line: ``diffmtl-fast train | sample | evaluate | cluster | samplers | analyze | study``.
+"""The command line: ``diffmtl-fast train | encode | sample | evaluate | cluster | samplers | analyze | study``.
 
 A command is a function of its options: jsonargparse makes its parser from the signature and the docstring, and
 that of `train` from the configuration's classes. Parsing needs jsonargparse alone; diffusers, scikit-learn and
@@ -78,10 +78,11 @@ def commands() -> dict[str, tuple[Any, str]]:
 
     A function returns the files that it wrote and that the user is told of, if any.
     """
-    from . import analyze, cluster, evaluate, sample, samplers, study, train
+    from . import analyze, cluster, encode, evaluate, sample, samplers, study, train
 
     return {
         "train": (train.train, "train a model; write weights, pictures and metrics"),
+        "encode": (encode.encode, "encode pictures into latents to train on"),
         "sample": (sample.sample, "draw pictures from a run"),
         "evaluate": (evaluate.evaluate, "measure how close a run's pictures come to real ones"),
         "cluster": (cluster.cluster, "group the timesteps of a noise schedule"),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from .autoencoder import Autoencoder
 from .conditioning import Classes, Conditioning, Embeddings, Text
+from .encode import encode
 from .images import ImageData, digits
-from .items import Batch, EpochOrder, Items, batches
-from .sources import FileData, dataset, image_folder, latents, tars
+from .items import Batch, EpochOrder, Items, UnreadableSamples, batches
+from .latents import latents
+from .sources import FileData, dataset, image_folder, tars
 
 __all__ = [
+    "Autoencoder",
     "Batch",
     "Classes",
     "Conditioning",
@@ -17,9 +21,11 @@ __all__ = [
     "ImageData",
     "Items",
     "Text",
+    "UnreadableSamples",
     "batches",
     "dataset",
     "digits",
+    "encode",
     "image_folder",
     "latents",
     "tars",

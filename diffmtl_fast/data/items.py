@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias
 
@@ -147,20 +148,68 @@ class Visits(Dataset[Batch]):
         shapes = {tuple(x.shape) for x, _ in found}
         if len(shapes) > 1:
             raise ValueError(f"data: expected samples of one shape, found {sorted(shapes)}")
-        return Batch(torch.stack([x for x, _ in found]), _stacked([c for _, c in found]), unreadable)
+        return Batch(torch.stack([x for x, _ in found]), stacked([c for _, c in found]), unreadable)
 
     def __getitem__(self, visit: int) -> Batch:
         return self.__getitems__([visit])
 
     def _read(self, visit: int, unreadable: dict[str, str]) -> tuple[Tensor, Condition]:
         for step in range(len(self.items)):
-            index = (visit + step) % len(self.items)
-            source = None if self.seed is None else random.Random(f"{self.seed} {visit}")
-            try:
-                return self.items.item(index, source)
-            except UNREADABLE as error:
-                unreadable[self.items.name(index)] = str(error) or type(error).__name__
+            found = read(self.items, visit, self.seed, unreadable, step)
+            if found is not None:
+                return found
         raise ValueError(f"data: expected a readable sample, found none among {len(self.items)}")
+
+
+def read(
+    items: Items, visit: int, seed: int | None, unreadable: dict[str, str], step: int = 0
+) -> tuple[Tensor, Condition] | None:
+    """The sample of a visit; None if it cannot be read.
+
+    Args:
+        items: N samples.
+        visit: epoch · N + index.
+        seed: of the augmentation, which differs from visit to visit; None for none.
+        unreadable: receives the name of a sample that cannot be read, with the reason.
+        step: take the sample so many places after the visit's.
+    """
+    index = (visit + step) % len(items)
+    source = None if seed is None else random.Random(f"{seed} {visit}")
+    try:
+        return items.item(index, source)
+    except UNREADABLE as error:
+        unreadable[items.name(index)] = str(error) or type(error).__name__
+        return None
+
+
+class UnreadableSamples:
+    """Names the samples that cannot be read, each once, up to a limit.
+
+    Args:
+        limit: how many there may be.
+        names: those known before.
+    """
+
+    def __init__(self, limit: int, names: Iterable[str] = ()) -> None:
+        self.limit, self.names = limit, set(names)
+
+    def add(self, found: dict[str, str]) -> None:
+        """Log the new ones, given with the reason.
+
+        Raises:
+            ValueError: there are more than the limit.
+        """
+        for name, reason in found.items():
+            if name not in self.names:
+                logging.getLogger("diffmtl_fast").warning(
+                    "left out %s, which cannot be read: %s", name, reason
+                )
+            self.names.add(name)
+            if len(self.names) > self.limit:
+                raise ValueError(
+                    f"unreadable: expected at most {self.limit} files that cannot be read, found one more: "
+                    f"{name} ({reason})"
+                )
 
 
 class EpochOrder(Sampler[list[int]]):
@@ -215,18 +264,20 @@ def batches(
         batch_sampler=order,
         num_workers=workers,
         pin_memory=pin,
-        collate_fn=_as_it_is,
+        collate_fn=as_it_is,
         # Of its own: torch's global one decides dropout masks, whatever the number of workers.
         generator=torch.Generator().manual_seed(order.seed),
     )
     return iter(loader)
 
 
-def _as_it_is(batch: Any) -> Any:
+def as_it_is(batch: Any) -> Any:
+    """For a DataLoader whose dataset makes whole batches."""
     return batch
 
 
-def _stacked(conditions: list[Any]) -> Conditions:
+def stacked(conditions: list[Any]) -> Conditions:
+    """Those of a batch, from those of its samples."""
     if conditions[0] is None or isinstance(conditions[0], str):
         return None if conditions[0] is None else conditions
     return torch.stack([torch.as_tensor(condition) for condition in conditions])

@@ -1,13 +1,13 @@
-"""Sources of samples on disk: image folders, datasets of Hugging Face, latents, tar archives."""
+"""Sources of pictures on disk: image folders, datasets of Hugging Face, tar archives."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import json
+import os
 import random
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,14 @@ class FileData:
         training: samples.
         validation: samples that are held out, or None.
         num_classes: C, 0 without classes.
-        autoencoder: folder of the autoencoder that the samples are latents of, or None.
+        latent: the samples are latents, not pictures in [-1, 1].
+        autoencoder: folder of the autoencoder that they are latents of, or None.
     """
 
     training: Items
     validation: Items | None
     num_classes: int = 0
+    latent: bool = False
     autoencoder: str | None = None
 
     @property
@@ -73,7 +75,7 @@ class Pictures:
     """Turns encoded pictures into samples in [-1, 1].
 
     RGB and grey pictures of 8 and 16 bits are taken as they are, palettes are resolved, transparency is laid on
-    white; other modes, such as CMYK, are refused by name.
+    white, and what a camera says of its orientation is followed; other modes, such as CMYK, are refused by name.
 
     Args:
         size: height and width; the shorter side is scaled to it, the rest cut off.
@@ -97,8 +99,14 @@ class Pictures:
             OSError, ValueError: it is no picture, or of another mode.
         """
         pillow = require("PIL.Image", "train")
-        with file if isinstance(file, pillow.Image) else pillow.open(file) as opened:
-            picture = self._plain(opened, pillow)
+        try:
+            with file if isinstance(file, pillow.Image) else pillow.open(file) as opened:
+                turned = require("PIL.ImageOps", "train").exif_transpose(opened)
+                picture = self._plain(turned, pillow)
+        except (OSError, ValueError, MemoryError):
+            raise
+        except Exception as error:  # decoders of damaged files raise struct.error, IndexError, anything
+            raise ValueError(f"{type(error).__name__}: {error}") from error
         scale = self.size / min(picture.size)
         width, height = (max(self.size, round(side * scale)) for side in picture.size)
         picture = picture.resize(
@@ -119,7 +127,10 @@ class Pictures:
         """The picture as RGB or L, or as F with values of 0 to 1."""
         target = "RGB" if self.channels == 3 else "L"
         if picture.mode in _GREY_16:
-            return pillow.fromarray(np.asarray(picture, dtype=np.float32) / 65535.0)
+            values = np.asarray(picture, dtype=np.float32) / 65535.0
+            if values.max() > 1.0 or values.min() < 0.0:
+                raise ValueError("expected a picture of at most 16 bits, found values beyond 0 to 65535")
+            return pillow.fromarray(values)
         if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
             behind = pillow.new("RGBA", picture.size, "white")
             return pillow.alpha_composite(behind, picture.convert("RGBA")).convert(target)
@@ -170,7 +181,7 @@ def image_folder(
         ValueError: there are no pictures, or an argument is out of range.
     """
     root, decode = Path(folder), Pictures(size, channels, crop, flip)
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
+    paths = sorted(_pictures(root))
     classes = sorted({path.relative_to(root).parts[0] for path in paths if path.parent != root})
     if classes and any(path.parent == root for path in paths):
         raise ValueError(f"expected pictures in {folder} or in folders of it, found both")
@@ -180,7 +191,16 @@ def image_folder(
     def read(index: int, source: random.Random | None) -> tuple[Tensor, Condition]:
         return decode(paths[index], source), labels[index]
 
-    return _split(_Encoded([str(path) for path in paths], read), held_out, len(classes), folder)
+    return hold_out(_Encoded([str(path) for path in paths], read), held_out, len(classes), folder)
+
+
+def _pictures(root: Path) -> Iterator[Path]:
+    """The pictures below a folder, through links too; hidden files and folders are none."""
+    for place, folders, files in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+                yield Path(place, name)
 
 
 def dataset(
@@ -201,7 +221,8 @@ def dataset(
         path: folder or file.
         size: see `Pictures`, as for channels, crop and flip.
         image: column of the pictures.
-        condition: column of captions, classes or embeddings; none by default.
+        condition: column of captions, classes or embeddings; none by default. Of several captions of a picture one
+            is drawn in training, and the first one taken otherwise.
         split: of a dataset that has several.
         channels: see there.
         crop: see there.
@@ -209,7 +230,7 @@ def dataset(
         held_out: share of the rows for validation.
 
     Raises:
-        ValueError: a column or split is missing.
+        ValueError: a column or split is missing, or a class is negative.
     """
     library, place, decode = require("datasets", "text"), Path(path), Pictures(size, channels, crop, flip)
     if (place / "state.json").is_file() or (place / "dataset_dict.json").is_file():
@@ -226,67 +247,32 @@ def dataset(
     for name in (image, condition):
         if name is not None and name not in rows.column_names:
             raise ValueError(f"expected a column among {', '.join(rows.column_names)}, found {name!r}")
+    rows = rows.select_columns([name for name in (image, condition) if name is not None])
     rows = rows.cast_column(image, library.Image(decode=False))
 
     def read(index: int, source: random.Random | None) -> tuple[Tensor, Condition]:
         row = rows[index]
+        for name, value in row.items():
+            if value is None or value == []:
+                raise ValueError(f"expected a value in column {name}, found none")
         content = row[image]["bytes"]
         picture = decode(row[image]["path"] if content is None else io.BytesIO(content), source)
         found = None if condition is None else row[condition]
+        if isinstance(found, list) and isinstance(found[0], str):
+            return picture, found[0] if source is None else source.choice(found)
         return picture, torch.tensor(found) if isinstance(found, list) else found
 
     classes = 0
     if condition is not None and isinstance(rows.features[condition], library.ClassLabel):
         classes = rows.features[condition].num_classes
-    elif condition is not None and rows.features[condition].dtype.startswith("int"):
-        classes = int(max(rows[condition])) + 1
-    return _split(_Encoded([f"{path} row {row}" for row in range(len(rows))], read), held_out, classes, path)
-
-
-def latents(folder: str, *, autoencoder: str | None = None, held_out: float = 0.05) -> FileData:
-    """Latents computed beforehand, as `diffmtl-fast encode` writes them.
-
-    Args:
-        folder: of ``*.safetensors``, each with ``latents`` [n, C, H, W] and, if there are any, ``labels`` int64
-            [n] or ``embeddings`` [n, L, D]; or of ``*.npy``, each [n, C, H, W], with ``labels.npy`` int64 of all
-            in the order of their names. ``captions.jsonl`` holds a string a line, in the same order.
-        autoencoder: folder of the autoencoder, for pictures of what is drawn.
-        held_out: share of the latents for validation.
-
-    Raises:
-        ValueError: there are none.
-    """
-    root, blocks, conditions = Path(folder), [], []
-    for file in sorted(root.glob("*.safetensors")):
-        held = require("safetensors.torch", "train").load_file(file)
-        blocks.append(held["latents"])
-        conditions += [*next((held[name] for name in ("labels", "embeddings") if name in held), ())]
-    blocks += [
-        torch.from_numpy(np.load(file, mmap_mode="c"))
-        for file in sorted(root.glob("*.npy"))
-        if file.name != "labels.npy"
-    ]
-    if (root / "labels.npy").is_file():
-        conditions = [*torch.from_numpy(np.load(root / "labels.npy"))]
-    if (root / "captions.jsonl").is_file():
-        conditions = [json.loads(line) for line in (root / "captions.jsonl").read_text().splitlines()]
-    ends = np.cumsum([len(block) for block in blocks])
-    total = int(ends[-1]) if blocks else 0
-    if conditions and len(conditions) != total:
-        raise ValueError(f"expected {total} labels, captions or embeddings, found {len(conditions)}")
-
-    def read(index: int, source: random.Random | None) -> tuple[Tensor, Condition]:
-        block = int(np.searchsorted(ends, index, side="right"))
-        x = blocks[block][index - int(ends[block]) + len(blocks[block])].float()
-        if not x.isfinite().all():
-            raise ValueError("expected finite values, found NaN or infinity")
-        return x, conditions[index] if conditions else None
-
-    first = conditions[0] if conditions else None
-    labelled = isinstance(first, Tensor) and first.dim() == 0
-    classes = int(max(conditions)) + 1 if labelled else 0
-    found = _split(_Encoded([f"{folder} latent {i}" for i in range(total)], read), held_out, classes, folder)
-    return FileData(found.training, found.validation, classes, autoencoder)
+    elif condition is not None and getattr(rows.features[condition], "dtype", "").startswith(("int", "uint")):
+        known = [value for value in rows[condition] if value is not None]
+        if not known or min(known) < 0:
+            raise ValueError(f"expected classes >= 0 in column {condition}, found {min(known, default=None)}")
+        classes = int(max(known)) + 1
+    return hold_out(
+        _Encoded([f"{path} row {row}" for row in range(len(rows))], read), held_out, classes, path
+    )
 
 
 def tars(
@@ -300,8 +286,8 @@ def tars(
 ) -> FileData:
     """Tar archives in WebDataset's layout: files of one sample share the name up to the first dot.
 
-    A sample is a picture with, if there is any, a caption (``.txt``) or a class (``.cls``). The archives are
-    indexed once and read at random, so that the order of training is that of the other sources.
+    A sample is a picture with a caption (``.txt``) or else a class (``.cls``), if the first sample has one. The
+    archives are indexed once and read at random, so that the order of training is that of the other sources.
 
     Args:
         folder: of ``*.tar``.
@@ -312,21 +298,22 @@ def tars(
         held_out: share of the samples for validation.
 
     Raises:
-        ValueError: there are no samples.
+        ValueError: there are no samples, or an archive or a class cannot be read.
     """
     decode = Pictures(size, channels, crop, flip)
     samples: dict[tuple[str, str], dict[str, tuple[int, int]]] = {}
     for archive in sorted(Path(folder).glob("*.tar")):
-        with tarfile.open(archive) as opened:
-            for member in opened:
-                _, _, suffix = member.name.rpartition("/")[2].partition(".")
-                if member.isfile():
-                    key = str(archive), member.name[: len(member.name) - len(suffix) - 1]
-                    samples.setdefault(key, {})[f".{suffix.lower()}"] = member.offset_data, member.size
+        for member in _members(archive):
+            _, _, suffix = member.name.rpartition("/")[2].partition(".")
+            key = str(archive), member.name[: len(member.name) - len(suffix) - 1]
+            samples.setdefault(key, {})[f".{suffix.lower()}"] = member.offset_data, member.size
     usable = {key: parts for key, parts in samples.items() if any(part in SUFFIXES for part in parts)}
     keys, parts_of = [*usable], [*usable.values()]
+    kind = next((each for each in (".txt", ".cls") if parts_of and each in parts_of[0]), None)
 
     def content(index: int, suffix: str) -> bytes:
+        if suffix not in parts_of[index]:
+            raise ValueError(f"expected {suffix} beside the picture, found {', '.join(parts_of[index])}")
         offset, length = parts_of[index][suffix]
         with open(keys[index][0], "rb") as file:
             file.seek(offset)
@@ -335,19 +322,40 @@ def tars(
     def read(index: int, source: random.Random | None) -> tuple[Tensor, Condition]:
         suffix = next(part for part in parts_of[index] if part in SUFFIXES)
         found: Condition = None
-        if ".txt" in parts_of[index]:
-            found = content(index, ".txt").decode().strip()
-        elif ".cls" in parts_of[index]:
-            found = int(content(index, ".cls"))
+        if kind is not None:
+            found = content(index, kind).decode().strip() if kind == ".txt" else label(index)
         return decode(io.BytesIO(content(index, suffix)), source), found
 
-    labelled = bool(parts_of) and ".cls" in parts_of[0] and ".txt" not in parts_of[0]
-    classes = 1 + max(int(content(index, ".cls")) for index in range(len(keys))) if labelled else 0
-    return _split(_Encoded([f"{archive} {key}" for archive, key in keys], read), held_out, classes, folder)
+    def label(index: int) -> int:
+        text = content(index, ".cls").decode().strip()
+        if not text.isdecimal():
+            raise ValueError(f"expected a class >= 0 in {' '.join(keys[index])}.cls, found {text[:20]!r}")
+        return int(text)
+
+    with_class = [index for index, parts in enumerate(parts_of) if ".cls" in parts] if kind == ".cls" else []
+    classes = 1 + max(map(label, with_class)) if with_class else 0
+    return hold_out(_Encoded([f"{archive} {key}" for archive, key in keys], read), held_out, classes, folder)
 
 
-def _split(items: Items, held_out: float, classes: int, place: str) -> FileData:
-    """Hold out a share of the samples, the same ones every time."""
+def _members(archive: Path) -> Iterator[tarfile.TarInfo]:
+    """The files in a tar archive.
+
+    Raises:
+        ValueError: it is no archive, or not a whole one.
+    """
+    try:
+        with tarfile.open(archive) as opened:
+            yield from (member for member in opened if member.isfile())
+    except tarfile.TarError as error:
+        raise ValueError(f"expected a whole tar archive in {archive}, found none ({error})") from error
+
+
+def hold_out(items: Items, held_out: float, classes: int, place: str) -> FileData:
+    """Hold out a share of the samples, the same ones every time.
+
+    Raises:
+        ValueError: there are no samples, or the share is out of range.
+    """
     if not 0.0 <= held_out < 1.0:
         raise ValueError(f"held_out: expected a share from 0 up to 1, found {held_out}")
     count = round(held_out * len(items))

@@ -14,9 +14,9 @@ from ..analysis import run_analysis
 from ..analysis.run_experts import train_expert
 from ..clustering import cluster_timesteps
 from ..train import checkpoint
-from ..train.components import build, build_scheduler
-from ..train.config import Component
-from ..train.evaluation import Judge
+from ..train.components import build, build_scheduler, resolve_device
+from ..train.config import Component, Evaluation
+from ..train.evaluation import Judge, build_judge
 from ..train.folder import RunFolder
 from ..train.run import train
 from ..train.trained_denoiser import load
@@ -121,7 +121,7 @@ def _plain_run(study: StudyFolder, seed: int) -> RunFolder:
 def evaluate_checkpoints(run: RunFolder, paths: list[Path]) -> list[dict[str, Any]]:
     """The metrics of a run's averaged weights at some of its checkpoints, with the training time until then."""
     config, found = run.read_config(), []
-    judge = _judge(json.dumps(asdict(config.data)))
+    judge = _judge(json.dumps([asdict(config.data), asdict(config.evaluation), config.device]))
     for path in paths:
         trained = load(run, config, path)
         labels = trained.labels_to_judge()
@@ -132,6 +132,8 @@ def evaluate_checkpoints(run: RunFolder, paths: list[Path]) -> list[dict[str, An
 
 
 @functools.lru_cache(maxsize=1)
-def _judge(data: str) -> Judge:
-    """The judge of a data set, given as JSON of its component; it takes seconds to train."""
-    return Judge(build("data", Component(**json.loads(data))))
+def _judge(told: str) -> Judge:
+    """The judge of a data set, given as JSON of what it depends on; it takes seconds to train."""
+    data, evaluation, device = json.loads(told)
+    options = Evaluation(**{**evaluation, "features": Component(**evaluation["features"])})
+    return build_judge(build("data", Component(**data)), options, resolve_device(device))

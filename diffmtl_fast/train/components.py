@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +37,18 @@ from ..curriculum import (
     UniformSampler,
 )
 from ..curriculum.difficulty_curriculum import Sampling
-from ..data import Batch, Classes, Conditioning, Embeddings, EpochOrder, FileData, ImageData, Text, batches
+from ..data import (
+    Autoencoder,
+    Batch,
+    Classes,
+    Conditioning,
+    Embeddings,
+    EpochOrder,
+    FileData,
+    ImageData,
+    Text,
+    batches,
+)
 from ..data.conditioning import times_keyword
 from ..diffusion import loss_weight, noise_process
 from ..diffusion.training_noise import (
@@ -217,11 +229,31 @@ def build_data(config: Config) -> Data:
     if isinstance(data, ImageData):
         with blame("data"):
             data.check()
-    if config.evaluation.num_samples and not data.num_classes:
+    if config.evaluation.num_samples and not data.num_classes and config.evaluation.features.path == "auto":
         raise UserError(
-            "evaluation.num_samples: expected 0 for data without labels (its metrics need classes)"
+            "evaluation.num_samples: expected 0 for data without labels (a classifier of them gives the features, "
+            "unless evaluation.features names others)"
         )
     return data
+
+
+def build_decoder(data: Data, device: torch.device) -> Callable[[Tensor], Tensor] | None:
+    """What makes pictures of latents: their autoencoder; where it is not known they stay. None for pictures.
+
+    Raises:
+        UserError: the autoencoder cannot be loaded.
+    """
+    if isinstance(data, ImageData) or not data.latent:
+        return None
+    if data.autoencoder is None:
+        return torch.Tensor.cpu
+    with blame("data.args.autoencoder"):
+        return _autoencoder(data.autoencoder, device).decode
+
+
+@functools.lru_cache(maxsize=1)
+def _autoencoder(folder: str, device: torch.device) -> Autoencoder:
+    return Autoencoder(folder, device)
 
 
 def build_clusters(

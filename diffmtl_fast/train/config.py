@@ -247,13 +247,23 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics at the end, in the features of a classifier trained on the real training images.
+    """Metrics of drawn pictures at the end, and the loss on held-out samples during training.
 
     Attributes:
         num_samples: pictures drawn for the metrics, in equal numbers per class; 0 for no evaluation
+        features: Features of pictures float32 [N, C, H, W] in [-1, 1], a function or module; auto: those of a
+            classifier trained on the real pictures; diffmtl_fast.analysis.Inception: those of FID
+        num_real: most real pictures that others are compared with
+        validation_every: iterations between two measurements of every cluster's loss on held-out samples at fixed
+            noise, with the averaged weights; 0 for none
+        validation_samples: how many
     """
 
     num_samples: NonNegativeInt = 360
+    features: Component = field(default_factory=lambda: Component("auto"))
+    num_real: PositiveInt = 10_000
+    validation_every: NonNegativeInt = 0
+    validation_samples: Size = 256
 
 
 @dataclass(frozen=True)
@@ -264,11 +274,15 @@ class Logging:
         every: iterations per line (each line holds their mean)
         cosines_every: iterations between two measurements of the cosines of the clusters' gradients; 0 for none
         tensorboard: also write TensorBoard event files
+        wandb: project of Weights & Biases to log to as well; null for none
+        pictures_every: iterations between two drawings of pictures for TensorBoard and the like; 0 for none
     """
 
     every: PositiveInt = 10
     cosines_every: NonNegativeInt = 20
     tensorboard: bool = True
+    wandb: str | None = None
+    pictures_every: NonNegativeInt = 0
 
 
 @dataclass(frozen=True)
@@ -528,6 +542,13 @@ def check(config: Config) -> Config:
                 raise UserError(f"{key}: expected another than {found} with compute.sharding, found {found}")
         if config.sigma_rels:
             raise UserError(f"sigma_rels: expected [] with compute.sharding, found {config.sigma_rels}")
+        looks = {
+            "evaluation.validation_every": config.evaluation.validation_every,
+            "logging.pictures_every": config.logging.pictures_every,
+        }
+        for key, every in looks.items():
+            if every:  # the first process alone looks, and no process holds the averages
+                raise UserError(f"{key}: expected 0 with compute.sharding, found {every}")
     for key, widths in (("sigma_rels", config.sigma_rels), ("sampling", [config.sampling.sigma_rel])):
         for width in filter(None, widths):
             with blame(key):
@@ -540,6 +561,19 @@ def check(config: Config) -> Config:
     if config.evaluation.num_samples in range(1, NEIGHBOURS + 1):
         raise UserError(
             f"evaluation.num_samples: expected 0 or more than {NEIGHBOURS}, found {config.evaluation.num_samples}"
+        )
+    for key, every in (
+        ("evaluation.validation_every", config.evaluation.validation_every),
+        ("logging.pictures_every", config.logging.pictures_every),
+    ):
+        if every % config.logging.every:
+            raise UserError(
+                f"{key}: expected a multiple of logging.every {config.logging.every}, found {every}"
+            )
+    if config.logging.pictures_every and not (config.logging.tensorboard or config.logging.wandb):
+        raise UserError(
+            "logging.pictures_every: expected 0 without logging.tensorboard and logging.wandb, found "
+            f"{config.logging.pictures_every}"
         )
     _check_clusters("clusters", config.clusters)
     _check_clusters("curriculum.clusters", config.curriculum.clusters)
@@ -554,9 +588,11 @@ def check(config: Config) -> Config:
         "scheduler": config.scheduler,
         "data": config.data,
         "sampling.scheduler": config.sampling.scheduler,
+        "evaluation.features": config.evaluation.features,
     }
     for key, component in components.items():
-        if "." not in component.path and (key, component.path) != ("sampling.scheduler", "auto"):
+        automatic = component.path == "auto" and key in ("sampling.scheduler", "evaluation.features")
+        if "." not in component.path and not automatic:
             raise UserError(
                 f"{key}.path: expected an import path such as package.Class, found {component.path!r}"
             )

@@ -1,10 +1,11 @@
-"""What training measured: averaged over a few iterations, then one line of log.jsonl and TensorBoard each."""
+"""What training measured: averaged over a few iterations, then one line of log.jsonl each."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .._errors import TrainingDiverged, UserError, blame
-from .._extras import require
 from ..gradients.diagnostics import conflicts, cosines
+from .sinks import Sink
 
 
 class History:
@@ -23,17 +24,18 @@ class History:
 
     Args:
         path: the JSONL file; lines are appended.
-        tensorboard: folder of the TensorBoard event files, or None.
-        start: iterations done before; TensorBoard drops events of later ones.
+        sinks: receive the figures of every line too; they are closed with it.
+        measure: gives further figures of an iteration's line.
     """
 
-    def __init__(self, path: Path, tensorboard: Path | None = None, start: int = 0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        sinks: Sequence[Sink] = (),
+        measure: Callable[[int], dict[str, Any]] | None = None,
+    ) -> None:
         self._file = path.open("ab")
-        self._writer: Any = None
-        if tensorboard is not None:
-            summary = require("torch.utils.tensorboard", "train").SummaryWriter
-            with blame(f"logging.tensorboard: cannot write {tensorboard}"):
-                self._writer = summary(str(tensorboard), purge_step=start + 1 if start else None)
+        self._sinks, self._measure = sinks, measure
         self._losses: list[Tensor] = []
         self._present: list[Tensor] = []
         self._weights: list[Tensor] = []
@@ -116,12 +118,12 @@ class History:
             line["gradient_norm"] = _plain(torch.stack(self._norms).mean())
         if self._dropped:
             line["dropped"] = torch.stack(self._dropped).sum(0).tolist()
-        line |= scalars
+        line |= scalars | ({} if self._measure is None else self._measure(iteration))
         with blame(f"{self._file.name}: cannot be written", (OSError,)):
             self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
             self._file.flush()
-        with blame("logging.tensorboard"):
-            self._to_tensorboard(line)
+        for sink in self._sinks:
+            sink.scalars(_scalars(line), iteration)
         for part in (self._losses, self._present, self._weights, self._cosines, self._norms, self._dropped):
             part.clear()
         return line
@@ -168,24 +170,8 @@ class History:
     def close(self) -> None:
         """Close the files."""
         self._file.close()
-        if self._writer is not None:
-            self._writer.close()
-
-    def _to_tensorboard(self, line: dict[str, Any]) -> None:
-        if self._writer is None:
-            return
-        step = line["iteration"]
-        for name in ("loss", "gradient_norm", "conflicts", "phase"):
-            if line.get(name) is not None:
-                self._writer.add_scalar(name, line[name], step)
-        for name in ("losses", "weights"):
-            for cluster, value in enumerate(line.get(name, ())):
-                if value is not None:
-                    self._writer.add_scalar(f"{name}/cluster_{cluster}", value, step)
-        for i, row in enumerate(line.get("cosines", ())):
-            for j in range(i):
-                if row[j] is not None:
-                    self._writer.add_scalar(f"cosines/{j}_{i}", row[j], step)
+        for sink in self._sinks:
+            sink.close()
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -200,6 +186,16 @@ def read(path: Path) -> list[dict[str, Any]]:
             with blame(f"{path}: expected JSON in line {number}"):
                 lines.append(dict(json.loads(text)))
     return lines
+
+
+def _scalars(line: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a line by name."""
+    found = {name: line.get(name) for name in ("loss", "gradient_norm", "conflicts", "phase")}
+    for name in ("losses", "weights", "validation"):
+        found |= {f"{name}/cluster_{cluster}": value for cluster, value in enumerate(line.get(name, ()))}
+    for i, row in enumerate(line.get("cosines", ())):
+        found |= {f"cosines/{j}_{i}": row[j] for j in range(i)}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def describe(line: dict[str, Any]) -> str:

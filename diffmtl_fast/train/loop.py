@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from .._progress import Progress
 from .._torch import foreach_div_
 from ..clustering.drawing import hand_over
 from ..curriculum import DifficultyCurriculum
-from ..data import Batch, EpochOrder, batches
+from ..data import Batch, EpochOrder, UnreadableSamples, batches
 from ..distributed import launched
 from ..distributed.fully_sharded import local
 from ..gradients import ClusteredMTL
@@ -116,7 +115,7 @@ class Trainer:
         own = self.generator if self._one_generator else torch.Generator().manual_seed(own_seed)
         self.host_generator = own
         self.conditioning = build_conditioning(config, self.data, self.device)
-        self.unreadable: set[str] = set()
+        self.unreadable = UnreadableSamples(config.unreadable)
         self._batches: Iterator[Batch] | None = None
         self._weighs_step = config.weigh_per == "step"
         self.iteration = 0
@@ -224,7 +223,7 @@ class Trainer:
                 "scaler": None if self.scaler is None else self.scaler.state_dict(),
                 "weighting": None if self.weighting is None else self.weighting.state_dict(),
                 "ema_updates": self.ema.updates,
-                "unreadable": sorted(self.unreadable),
+                "unreadable": sorted(self.unreadable.names),
                 "timesteps": self.timesteps.state_dict(),
                 "history": history.state_dict(),
                 "generator": self.generator.get_state(),
@@ -296,7 +295,7 @@ class Trainer:
             if not self._one_generator:
                 self.host_generator.set_state(state["host_generator"])
             history.load_state_dict(state["history"], self.device)
-        self.unreadable, self._batches = set(state["unreadable"]), None
+        self.unreadable.names, self._batches = set(state["unreadable"]), None
         with blame("curriculum"):
             self.timesteps.load_state_dict(state["timesteps"])
         torch.set_rng_state(state["torch_rng"])
@@ -392,17 +391,8 @@ class Trainer:
             self._batches = batches(items, order, workers=config.workers, pin=self.device.type == "cuda")
         with blame("data", (ValueError, RuntimeError)):
             batch = next(self._batches)
-        for name, reason in batch.unreadable.items():
-            if name not in self.unreadable:
-                logging.getLogger("diffmtl_fast").warning(
-                    "left out %s, which cannot be read: %s", name, reason
-                )
-            self.unreadable.add(name)
-            if len(self.unreadable) > config.unreadable:
-                raise UserError(
-                    f"unreadable: expected at most {config.unreadable} files that cannot be read, found one more: "
-                    f"{name} ({reason})"
-                )
+        with blame("unreadable"):
+            self.unreadable.add(batch.unreadable)
         return batch.to(self.device)
 
     def _dropped(self) -> Tensor | None:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from .._errors import TrainingDiverged, UserError, blame
+from .._extras import require
 from .._figures import smooth
 from .._files import replacing
 from .._progress import NoProgress, open_progress
@@ -26,14 +27,16 @@ from ..data.items import Conditions
 from ..distributed import launched
 from ..weighting import ContinuousUncertainty
 from . import checkpoint, evaluation, history
-from .components import build_model, in_timesteps
-from .config import NEIGHBOURS, PLAIN, Config, differences
+from .components import build_decoder, build_model, in_timesteps
+from .config import NEIGHBOURS, PLAIN, Config, differences, to_dict
 from .folder import RunFolder
 from .history import History
 from .loop import Trainer
+from .monitor import HeldOutLoss, Monitor, trained_denoiser
 from .sampling import draw
+from .sinks import Sink, TensorBoard, WeightsAndBiases
 from .titles import clusters_title, method_title
-from .trained_denoiser import TrainedDenoiser, load, load_power_average
+from .trained_denoiser import load, load_power_average
 
 # What may differ when a run is resumed, because the iterations already done do not depend on it. A run may be
 # made longer unless its learning rates fall towards its end. Of the device the type alone counts, and Trainer.load
@@ -151,20 +154,35 @@ def rehearse(trainer: Trainer) -> None:
             ).conditioning
         shape = (2 if labels is None else len(labels), *data.shape)
         given = trainer.conditioning
-        pictures = draw(model, trainer.scheduler, config.sampling, shape, conditions, config.seed, given)
+        decode = build_decoder(trainer.data, trainer.device)
+        pictures = draw(
+            model, trainer.scheduler, config.sampling, shape, conditions, config.seed, given, decode
+        )
         save = getattr(model, "save_pretrained", None)
         if callable(save) and not config.compute.lora:
             with blame("model: save_pretrained"):
                 save(Path(folder) / "model")
         with blame("samples.png"):
             run_plots.samples(Path(folder) / "samples.png", pictures, labels, "rehearsal")
-        if config.evaluation.num_samples and labels is not None:
+        if config.evaluation.validation_every:
+            HeldOutLoss(trainer)(model)
+        if config.logging.wandb is not None:
+            with blame("logging.wandb"):
+                require("wandb", "wandb")
+        if config.evaluation.num_samples and config.evaluation.features.path != "auto":
+            evaluation.build_features(config.evaluation.features, trainer.device)(pictures)
+        elif config.evaluation.num_samples and labels is not None:
             assert data.train_labels is not None
             assert data.test_labels is not None
             kinds, found = data.train_labels[some].unique(return_inverse=True)
-            part = ImageData(data.train[some], found, data.test[few], data.test_labels[few] % len(kinds))
+            train, test = data.train[some], data.test[few]
+            if decode is not None:
+                train, test = decode(train), decode(test)
             with blame("evaluation"):
-                evaluation.evaluate(part, pictures, found[: len(labels)], config.seed)
+                judge = evaluation.judge_by_classifier(
+                    ImageData(train, found, test, data.test_labels[few] % len(kinds))
+                )
+                evaluation.evaluate(judge, pictures, found[: len(labels)], config.seed)
     model.train(training)
 
 
@@ -233,9 +251,8 @@ def _fit(trainer: Trainer, run: RunFolder, chosen: Path | str | None) -> None:
         run.log.unlink(missing_ok=True)
         for folder in (run.tensorboard, run.power_ema):
             shutil.rmtree(folder, ignore_errors=True)
-    tensorboard = run.tensorboard if trainer.config.logging.tensorboard else None
-    log = History(run.log, tensorboard, 0 if start is None else checkpoint.iteration(start))
-    with contextlib.closing(log):
+    sinks = _sinks(trainer.config, run, start)
+    with contextlib.closing(History(run.log, sinks, Monitor(trainer, sinks))) as log:
         if start is not None:
             trainer.load(start, log)
         launched.barrier()  # all have read before anything is removed or written
@@ -246,6 +263,16 @@ def _fit(trainer: Trainer, run: RunFolder, chosen: Path | str | None) -> None:
             run.remove_outputs()  # those of a shorter run would pass for this one's
         with contextlib.closing(open_progress(trainer.config.iterations, trainer.iteration)) as progress:
             trainer.fit(run.checkpoints, log, progress)
+
+
+def _sinks(config: Config, run: RunFolder, start: Path | None) -> list[Sink]:
+    """Where figures go beside the log."""
+    sinks: list[Sink] = []
+    if config.logging.tensorboard:
+        sinks.append(TensorBoard(run.tensorboard, 0 if start is None else checkpoint.iteration(start)))
+    if config.logging.wandb is not None:
+        sinks.append(WeightsAndBiases(config.logging.wandb, run.path, to_dict(config), start is not None))
+    return sinks
 
 
 def _follow(trainer: Trainer, start: Path | None, checkpoints: Path) -> None:
@@ -263,8 +290,7 @@ def _write_outputs(trainer: Trainer, run: RunFolder) -> None:
         trained = load(run, trainer.config)
     else:
         load_power_average(run, trainer.config, trainer.iteration, trainer.ema.model)
-        parts = trainer.data, trainer.scheduler, trainer.ema.model, trainer.iteration, trainer.conditioning
-        trained = TrainedDenoiser(trainer.config, *parts)
+        trained = trained_denoiser(trainer)
     writers: dict[Path, Callable[[Path], object]] = {
         run.model: trained.write_model,
         run.clusters: lambda path: write_clusters(trainer, path),

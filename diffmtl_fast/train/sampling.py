@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,13 @@ from .components import denoise, import_object, prediction
 from .config import Sampling
 
 
-def build_sampler(config: Sampling, scheduler: Any) -> Any:
+def build_sampler(config: Sampling, scheduler: Any, clip: bool = True) -> Any:
     """The sampler, on the noise schedule of training.
+
+    Args:
+        config: names it.
+        scheduler: of training.
+        clip: let it keep its estimates of the data in [-1, 1], where it does so by default.
 
     Raises:
         UserError: it cannot be made from that schedule.
@@ -30,7 +35,9 @@ def build_sampler(config: Sampling, scheduler: Any) -> Any:
     elif not noise_process(scheduler).continuous:
         sampler_class = require("diffusers", "train").DDIMScheduler
     with blame("sampling"):
-        sampler = sampler_class.from_config(scheduler.config, **config.scheduler.args)
+        cuts = not clip and "clip_sample" in inspect.signature(sampler_class).parameters
+        options = ({"clip_sample": False} if cuts else {}) | config.scheduler.args
+        sampler = sampler_class.from_config(scheduler.config, **options)
         sampler.set_timesteps(config.steps)
     return sampler
 
@@ -44,6 +51,7 @@ def draw(
     labels: Conditions,
     seed: int,
     conditioning: Conditioning | None = None,
+    decode: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Denoise pictures from noise.
 
@@ -58,9 +66,10 @@ def draw(
         labels: conditions of the pictures, such as int64 [N] classes, or None.
         seed: of the noise.
         conditioning: passes the conditions to the model; by default as ``class_labels``.
+        decode: makes pictures of latents; None for pictures, which are kept in [-1, 1].
 
     Returns:
-        float32 [N, C, H, W] on the CPU, clipped to [-1, 1].
+        float32 [N, C, H, W] on the CPU.
 
     Raises:
         UserError: the sampler cannot draw with this model, or draws what is not finite.
@@ -73,7 +82,7 @@ def draw(
     for start in range(0, len(noise), config.batch_size):
         part = slice(start, start + config.batch_size)
         sampler, arguments = (
-            build_sampler(config, scheduler),
+            build_sampler(config, scheduler, clip=decode is None),
             _arguments(conditioning or Classes(0), labels, part, device, config.guidance),
         )
         with blame("sampling"):
@@ -85,7 +94,7 @@ def draw(
             f"sampling: expected finite pictures, found NaN or infinity after {config.steps} steps of "
             f"{config.scheduler.path} (of pure noise epsilon tells nothing: predict v, or sample)"
         )
-    return pictures.clamp(-1.0, 1.0)
+    return pictures.clamp(-1.0, 1.0) if decode is None else decode(pictures)
 
 
 def balanced_labels(count: int, num_classes: int) -> Tensor | None:

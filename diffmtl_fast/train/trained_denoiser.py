@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .._errors import UserError, blame
@@ -16,8 +17,16 @@ from ..analysis import run_plots
 from ..data import Conditioning, EpochOrder, batches
 from ..data.items import Conditions
 from . import checkpoint, evaluation, sampling
-from .components import Data, build_conditioning, build_data, build_model, build_scheduler, resolve_device
-from .config import IN_MEMORY, NEIGHBOURS, Config
+from .components import (
+    Data,
+    build_conditioning,
+    build_data,
+    build_decoder,
+    build_model,
+    build_scheduler,
+    resolve_device,
+)
+from .config import NEIGHBOURS, Config
 from .ema import power_average
 from .folder import RunFolder
 from .titles import method_title
@@ -52,10 +61,19 @@ class TrainedDenoiser:
         return f"{method_title(self.config)}, {self.iteration:,} iterations"
 
     def draw(self, labels: Conditions, count: int, seed: int) -> Tensor:
-        """Draw pictures, float32 [count, C, H, W] in [-1, 1]."""
-        shape = (count, *self.data.shape)
+        """Draw pictures, float32 [count, C, H, W] in [-1, 1]; of latents those that their autoencoder decodes.
+
+        Latents without an autoencoder stay latents.
+        """
         return sampling.draw(
-            self.model, self.scheduler, self.config.sampling, shape, labels, seed, self.conditioning
+            self.model,
+            self.scheduler,
+            self.config.sampling,
+            (count, *self.data.shape),
+            labels,
+            seed,
+            self.conditioning,
+            build_decoder(self.data, self._device),
         )
 
     def evaluate(self, num_samples: int | None = None) -> dict[str, Any]:
@@ -65,13 +83,12 @@ class TrainedDenoiser:
             num_samples: pictures to draw; as configured by default.
 
         Raises:
-            UserError: too few, or the data have no labels.
+            UserError: too few, or the data have no labels, which the classifier needs that gives the features.
         """
-        labels = self.labels_to_judge(num_samples)
-        count = len(labels)
-        figures = evaluation.evaluate(
-            self.data.images(IN_MEMORY), self.draw(labels, count, self.config.seed), labels, self.config.seed
-        )
+        count = self._number_to_judge(num_samples)
+        labels = sampling.balanced_labels(count, self.data.num_classes)
+        pictures = self.draw(self._conditions(count) if labels is None else labels, count, self.config.seed)
+        figures = evaluation.evaluate(self.judge(), pictures, labels, self.config.seed)
         about = {"method": self.config.method, "iterations": self.iteration, "num_samples": count}
         return {**figures, **about, "sampling_steps": self.config.sampling.steps, "seed": self.config.seed}
 
@@ -84,15 +101,24 @@ class TrainedDenoiser:
         Raises:
             UserError: too few, or the data have no labels.
         """
+        labels = sampling.balanced_labels(self._number_to_judge(num_samples), self.data.num_classes)
+        if labels is None:
+            raise UserError("evaluation: expected data with labels, found none")
+        return labels
+
+    def judge(self) -> evaluation.Judge:
+        """What compares pictures with the real ones, in the features that the configuration names."""
+        return evaluation.build_judge(self.data, self.config.evaluation, self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _number_to_judge(self, num_samples: int | None) -> int:
         count = self.config.evaluation.num_samples if num_samples is None else num_samples
         if count <= NEIGHBOURS:
             raise UserError(f"evaluation.num_samples: expected more than {NEIGHBOURS}, found {count}")
-        labels = sampling.balanced_labels(count, self.data.num_classes)
-        if labels is None:
-            raise UserError(
-                "evaluation: expected data with labels (the metrics need a classifier), found none"
-            )
-        return labels
+        return count
 
     def write_metrics(self, path: Path) -> dict[str, Any]:
         """Evaluate and write the metrics as JSON."""
@@ -103,16 +129,23 @@ class TrainedDenoiser:
 
     def write_samples(self, path: Path) -> None:
         """Draw ten pictures per class, of 20 classes at most, into a picture file; 100 without classes."""
-        number = self.data.num_classes
-        drawn = min(number, MOST_CLASSES_DRAWN)
+        drawn = min(self.data.num_classes, MOST_CLASSES_DRAWN)
         count = PICTURES_PER_CLASS * max(drawn, PICTURES_PER_CLASS)
-        labels = sampling.balanced_labels(count, drawn)
-        if labels is not None:
-            labels = labels * number // drawn
-        wanted = labels if number else self._conditions(count)
-        pictures = self.draw(wanted, count, self.config.seed)
+        labels, pictures = self._drawn(count, drawn)
         with replacing(path) as aside:
             run_plots.samples(aside, pictures, labels, self.title)
+
+    def draw_some(self, count: int) -> Tensor:
+        """Draw pictures for a look, of as many classes as there are or will go in, the same ones every time."""
+        return self._drawn(count, min(self.data.num_classes, count))[1]
+
+    def _drawn(self, count: int, classes: int) -> tuple[Tensor | None, Tensor]:
+        """Pictures of evenly spread classes, with those; without classes, of held-out conditions."""
+        labels = sampling.balanced_labels(count, classes)
+        if labels is not None:
+            labels = labels * self.data.num_classes // classes
+        wanted = self._conditions(count) if labels is None else labels
+        return labels, self.draw(wanted, count, self.config.seed)
 
     def _conditions(self, count: int) -> Conditions:
         """Captions or embeddings of held-out samples, over and over; None where there are none."""

@@ -17,7 +17,6 @@ from diffmtl_fast.clustering import cluster_timesteps
 from diffmtl_fast.train import history
 from diffmtl_fast.train.checkpoint import checkpoints, load_module
 from diffmtl_fast.train.components import build_data, build_model, build_noise, build_scheduler
-from diffmtl_fast.train.evaluation import Judge
 from diffmtl_fast.train.folder import RunFolder
 from diffmtl_fast.train.loop import Trainer
 from diffmtl_fast.train.run import train
@@ -113,7 +112,7 @@ def test_negative_transfer_is_that_of_the_experts_put_to_use(run, device):
     assert (found["iterations"], found["expert_iterations"], found["num_samples"]) == (6, 3, 70)
 
     trained = load(run, replace(run.read_config(), device=str(device)))
-    judge, labels = Judge(trained.data), torch.arange(70) % 10
+    judge, labels = trained.judge(), torch.arange(70) % 10
     distance = FrechetDistance(judge.real)
     assert distance(judge.features(trained.draw(labels, 70, 0))) == pytest.approx(found["frechet_distance"])
     for (first, end), expected in zip([(0, 10), (10, 20)], found["switched_frechet_distance"], strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import struct
 import tarfile
 
 import numpy as np
@@ -165,3 +166,91 @@ def test_nothing_there(tmp_path):
             source(str(tmp_path), 4)
     with pytest.raises(ValueError, match="held_out: expected a share"):
         image_folder(str(tmp_path), 4, held_out=1.0)
+
+
+@pytest.mark.parametrize("damage", ["cut", "bomb", "strange"])
+def test_whatever_a_decoder_raises_is_named(tmp_path, damage, monkeypatch):
+    values = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    if damage == "cut":
+        (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:2000])
+    elif damage == "bomb":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    else:
+        monkeypatch.setattr(Image.Image, "convert", lambda *_: struct.unpack("I", b""))
+    with pytest.raises(
+        (OSError, ValueError), match={"bomb": "DecompressionBomb", "strange": "error: unpack"}.get(damage)
+    ):
+        Pictures(4)(tmp_path / "a.png", None)
+
+
+def test_values_beyond_16_bits_are_refused(tmp_path):
+    Image.fromarray(np.full((5, 5), 70_000, dtype=np.int32)).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match="expected a picture of at most 16 bits"):
+        Pictures(3)(tmp_path / "a.tif", None)
+
+
+def test_the_orientation_of_a_camera_is_followed(tmp_path):
+    picture = Image.linear_gradient("L").resize((8, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    picture.rotate(180).save(tmp_path / "a.png", exif=exif)
+    picture.save(tmp_path / "b.png")
+    decode = Pictures(8, 1)
+    assert torch.equal(decode(tmp_path / "a.png", None), decode(tmp_path / "b.png", None))
+
+
+def test_links_are_followed_and_hidden_files_are_not(folder, tmp_path):
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "a").symlink_to(folder / "a")
+    (tmp_path / "linked" / ".b").symlink_to(folder / "b")
+    (folder / "a" / "._00.png").write_bytes(b"")
+    data = image_folder(str(tmp_path / "linked"), 4, held_out=0.0)
+    assert (len(data.training), data.num_classes) == (6, 1)
+
+
+def test_several_captions_and_missing_values(tmp_path):
+    library = pytest.importorskip("datasets")
+    rows = {
+        "image": [{"bytes": png(10), "path": None}, None, {"bytes": png(10), "path": None}],
+        "text": [["one", "two"], ["three"], []],
+        "number": [3, 0, None],
+    }
+    features = library.Features(
+        {
+            "image": library.Image(),
+            "text": library.List(library.Value("string")),
+            "number": library.Value("int64"),
+        }
+    )
+    library.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "a.parquet")
+    items = dataset(str(tmp_path / "a.parquet"), 4, condition="text", held_out=0.0).training
+    assert items.item(0, None)[1] == "one"
+    assert {items.item(0, random.Random(i))[1] for i in range(20)} == {"one", "two"}
+    with pytest.raises(ValueError, match="expected a value in column image"):
+        items.item(1, None)
+    with pytest.raises(ValueError, match="expected a value in column text"):
+        items.item(2, None)
+    labelled = dataset(str(tmp_path / "a.parquet"), 4, condition="number", held_out=0.0)
+    assert (labelled.num_classes, labelled.training.item(0, None)[1]) == (4, 3)
+
+
+def test_damaged_archives_are_named(tmp_path):
+    def write(name, members):
+        with tarfile.open(tmp_path / name, "w") as tar:
+            for member, content in members:
+                info = tarfile.TarInfo(member)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+    write("a.tar", [("1.png", png(0)), ("1.cls", b"1\n"), ("2.png", png(0))])
+    data = tars(str(tmp_path), 4, held_out=0.0)
+    assert data.num_classes == 2
+    with pytest.raises(ValueError, match=r"expected \.cls beside the picture, found \.png"):
+        data.training.item(1, None)
+    write("b.tar", [("3.png", png(0)), ("3.cls", b"cat")])
+    with pytest.raises(ValueError, match=r"expected a class >= 0 in .*b\.tar 3\.cls, found 'cat'"):
+        tars(str(tmp_path), 4)
+    (tmp_path / "b.tar").write_bytes(b"no archive")
+    with pytest.raises(ValueError, match=r"expected a whole tar archive in .*b\.tar"):
+        tars(str(tmp_path), 4)

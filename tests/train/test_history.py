@@ -10,6 +10,7 @@ import torch
 
 from diffmtl_fast._errors import TrainingDiverged, UserError
 from diffmtl_fast.train.history import History, describe, read
+from diffmtl_fast.train.sinks import TensorBoard
 
 
 def _add(history, losses, present=(True, True)):
@@ -104,7 +105,7 @@ def test_a_shortened_log_is_refused(tmp_path):
 
 def test_tensorboard_has_a_curve_per_cluster(tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    history = History(tmp_path / "log.jsonl", tmp_path / "board")
+    history = History(tmp_path / "log.jsonl", [TensorBoard(tmp_path / "board")])
     history.add(torch.ones(2), torch.tensor([True, True]), torch.ones(2), torch.eye(2))
     history.flush(5)
     history.close()

@@ -286,7 +286,7 @@ def test_samples_are_of_twenty_classes_at_most(tiny, tmp_path, monkeypatch, clas
         return torch.zeros(count, 1, 4, 4)
 
     monkeypatch.setattr(TrainedDenoiser, "draw", draw)
-    monkeypatch.setattr("diffmtl_fast.train.plots.samples", lambda path, *rest: path.touch())
+    monkeypatch.setattr("diffmtl_fast.analysis.run_plots.samples", lambda path, *rest: path.touch())
     trained.write_samples(tmp_path / "samples.png")
     shown = drawn[0].unique()
     assert len(drawn[0]) == max(10 * rows, 100)
