@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .._number_types import PositiveInt, Size
+from .._number_types import Size
 from .runs import load_run, path_of, writing
 
 
@@ -14,7 +14,7 @@ def evaluate(
     checkpoint: str | None = None,
     device: str = "auto",
     num: Size | None = None,
-    steps: PositiveInt | None = None,
+    steps: Size | None = None,
     out: str | None = None,
 ) -> None:
     """Compare a run's pictures with real ones: Fréchet distance, precision and recall, class agreement.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .._number_types import PositiveInt, Seed, Size
+from .._number_types import NonNegativeInt, Seed, Size
 from ..train.errors import UserError
 from .runs import load_run, writing
 
@@ -14,9 +14,9 @@ def sample(
     checkpoint: str | None = None,
     device: str = "auto",
     num: Size = 64,
-    label: int | None = None,
+    label: NonNegativeInt | None = None,
     seed: Seed = 0,
-    steps: PositiveInt | None = None,
+    steps: Size | None = None,
     out: str = "samples.png",
 ) -> None:
     """Draw pictures with the averaged (EMA) weights of a run.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from .._number_types import PositiveInt
+from .._number_types import PositiveInt, Size
 from ..diffusion.named_schedules import SCHEDULES
 from ..train.errors import UserError
 from .cluster import levels_of
@@ -25,7 +25,7 @@ ROUNDS = 10
 
 
 def samplers(
-    scheduler: str = SCHEDULES[0], timesteps: PositiveInt = 1000, k: PositiveInt = 5, plot: str | None = None
+    scheduler: str = SCHEDULES[0], timesteps: Size = 1000, k: PositiveInt = 5, plot: str | None = None
 ) -> None:
     """Show which timesteps the samplers of training draw.
 

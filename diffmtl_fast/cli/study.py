@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from .._number_types import PositiveInt, Processes
 from ..train.errors import UserError
 from .runs import path_of
 
@@ -14,14 +15,14 @@ from .runs import path_of
 def study(
     study_dir: str = "runs/study",
     config: str | None = None,
-    iterations: int | None = None,
-    seeds: int | None = None,
-    evaluations: int | None = None,
-    jobs: int = 2,
-    threads: int = 1,
+    iterations: PositiveInt | None = None,
+    seeds: PositiveInt | None = None,
+    evaluations: PositiveInt | None = None,
+    jobs: Processes = 2,
+    threads: Processes = 1,
     only: str = "*",
     methods: str = "papers",
-    finalists: int | None = None,
+    finalists: PositiveInt | None = None,
     quick: bool = False,
     report_only: bool = False,
     out: str | None = None,

@@ -13,11 +13,15 @@ from .._extras import require
 from .._number_types import (
     NonNegativeFloat,
     NonNegativeInt,
+    Number,
     PositiveFloat,
     PositiveInt,
     Seed,
     Size,
+    SizeOrZero,
     UnitFloat,
+    Workers,
+    bounded,
 )
 from ..weighting import METHODS
 from .errors import UserError, blame, readable
@@ -63,7 +67,7 @@ class Clusters:
     min_size: PositiveInt | None = None
     max_size: PositiveInt | None = None
     affinity: str | None = None
-    clip: list[float] | None = None
+    clip: list[Number] | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ class Timesteps:
         | None
     ) = None
     args: dict[str, Any] = field(default_factory=dict)
-    interval: list[int] | None = None
+    interval: list[NonNegativeInt] | None = None
 
 
 @dataclass(frozen=True)
@@ -118,10 +122,10 @@ class Curriculum:
 
     order: Literal["none", "easy_to_hard", "hard_to_easy"] = "none"
     clusters: Clusters = field(default_factory=lambda: Clusters(k=20))
-    patience: int | None = 200
-    max_length: int | list[int] | None = None
-    smoothing: float = 0.0
-    min_delta: float = 0.0
+    patience: PositiveInt | None = 200
+    max_length: PositiveInt | list[PositiveInt] | None = None
+    smoothing: UnitFloat = 0.0
+    min_delta: NonNegativeFloat = 0.0
     sampling: Literal["union", "clusters", "tasks"] | None = None
 
 
@@ -234,7 +238,7 @@ class Sampling:
     """
 
     scheduler: Component = field(default_factory=lambda: Component("auto"))
-    steps: PositiveInt = 50
+    steps: Size = 50
     batch_size: Size = 360
     guidance: NonNegativeFloat = 1.0
 
@@ -247,7 +251,7 @@ class Evaluation:
         num_samples: pictures drawn for the metrics, in equal numbers per class; 0 for no evaluation
     """
 
-    num_samples: NonNegativeInt = 360
+    num_samples: SizeOrZero = 360
 
 
 @dataclass(frozen=True)
@@ -288,7 +292,7 @@ def _with_methods(cls: _Class) -> _Class:
     for method in METHODS.values():
         for option in method.options:
             name = f"{method.name}_{option.name}"
-            cls.__annotations__[name] = option.type
+            cls.__annotations__[name] = bounded(option.type)
             setattr(cls, name, option.default)
             lines.append(f"        {name}: {option.about} ({method.name})\n")
     cls.__doc__ = f"{(cls.__doc__ or '').rstrip()}\n{''.join(lines)}    "
@@ -342,7 +346,7 @@ class Config:
     model: Component = field(default_factory=Component)
     scheduler: Component = field(default_factory=Component)
     data: Component = field(default_factory=Component)
-    workers: NonNegativeInt = 0
+    workers: Workers = 0
     unreadable: NonNegativeInt = 100
     conditioning: Conditioning = field(default_factory=Conditioning)
     optimizer: Optimizer = field(default_factory=Optimizer)
