@@ -25,7 +25,9 @@ from .batch import BatchLayout, check_cluster
 from .engine import Engine, EngineName, Memory
 from .fully_sharded import FullyShardedEngine
 from .loss_check import refuse_scaled
-from .parameters import refuse_hooks
+from .measuring import Repeat
+from .model_state import ModelState
+from .parameters import grads_set_aside, refuse_hooks
 from .plain_pass import collect_plain
 from .step import Step
 from .stores import Jacobian, Rows, Store
@@ -214,12 +216,20 @@ class ClusteredMTL(nn.Module):
         check_cluster(cluster, self.num_clusters)
         self._refuse_other_threads()
         self._refuse_lost_gradients()
-        layout = BatchLayout(cluster, self.num_clusters) if self._needs_gradients_by_cluster() else None
-        step = self._continue_or_begin(layout)
+        measured = self._measures_beside()
+        needed = measured or self._needs_gradients_by_cluster()
+        layout = BatchLayout(cluster, self.num_clusters) if needed else None
+        step = self._continue_or_begin(layout, measured)
         self._engine.meet(cluster, step.by_cluster, args, kwargs)
         self._step = None  # a forward that fails leaves no step to finish
-        if step.by_cluster and layout is not None:
+        if layout is not None and step.only is None:
             refuse_hooks(self.module, self._engine.parameters)
+        if layout is not None and step.measured:
+            repeat = Repeat(self.module, layout, args, kwargs)
+            output = step.watch(self.module(*args, **kwargs))
+            done = step.begin_pass(layout.clusters)
+            done.repeat, done.outputs = repeat, repeat.note(output)
+        elif step.by_cluster and layout is not None:
             output = self._engine.forward(step, layout, args, kwargs)
         else:
             output = step.watch(self.module(*args, **kwargs))
@@ -229,12 +239,14 @@ class ClusteredMTL(nn.Module):
         self._step = step
         return output
 
-    def _continue_or_begin(self, layout: BatchLayout | None) -> Step:
+    def _continue_or_begin(self, layout: BatchLayout | None, measured: bool) -> Step:
         """Return the step of this forward: that of the last one, if they can share a backward."""
         only = None
-        if layout is not None:
+        if layout is not None and not measured:
             only = self._replicas.only_cluster(layout.clusters.sizes(layout.batch_size))
-        by_cluster, changed = layout is not None and only is None, False
+        by_cluster, changed = layout is not None and only is None and not measured, False
+        if measured:
+            changed = self._engine.begin(self.module)
         if by_cluster:
             if isinstance(self._engine, FullyShardedEngine) and self._accumulates():
                 raise ValueError(
@@ -250,9 +262,11 @@ class ClusteredMTL(nn.Module):
                     "memory='full', with jacobian_dtype=torch.bfloat16 to halve it"
                 )
             changed = self._engine.begin(self.module)
-        if self._step is None or changed or (self._step.by_cluster, self._step.only) != (by_cluster, only):
-            return Step(by_cluster, only)
-        return self._step
+        kind = (by_cluster, only, measured)
+        before = self._step
+        if before is None or changed or (before.by_cluster, before.only, before.measured) != kind:
+            return Step(*kind)
+        return before
 
     def _meet_other_processes(self) -> None:
         """Find the processes that train together; at their first step they settle that they do the same."""
@@ -330,7 +344,7 @@ class ClusteredMTL(nn.Module):
                     step, losses, present, scale, _scaled(objective, scale), accumulated, factors
                 )
             else:
-                self._backward_losses(losses, present, scale)
+                self._backward_losses(step, losses, present, scale, _scaled(objective, scale))
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -452,7 +466,7 @@ class ClusteredMTL(nn.Module):
         if self.last is None:
             refuse_scaled(loss)
         self._step = None  # a failure from here on does not block the next step
-        if step.by_cluster:
+        if step.by_cluster or step.measured:
             step.keep_passes_of(loss)
             if own:
                 self._engine.check_losses(step, loss)
@@ -469,17 +483,48 @@ class ClusteredMTL(nn.Module):
         asked = isinstance(weighting, GramianWeighting) and weighting.needs_gramian
         return asked or self.measure_gramian or self.drop_nonfinite or self._accumulates()
 
-    def _backward_losses(self, losses: Tensor, present: Tensor, scale: Tensor | None) -> None:
-        """One plain backward of the weighted loss."""
+    def _measures_beside(self) -> bool:
+        """Tell whether the Gramian is only looked at: it is then formed beside a step that stays the plain one.
+
+        Several processes form it in the step's own backward, whose collectives would otherwise double.
+        """
+        weighting = self.weighting
+        asked = isinstance(weighting, GramianWeighting) and weighting.needs_gramian
+        others = asked or self.drop_nonfinite or self._accumulates()
+        return self.measure_gramian and not others and not isinstance(self._replicas, Replicas)
+
+    def _backward_losses(
+        self, step: Step, losses: Tensor, present: Tensor, scale: Tensor | None, plain: Tensor
+    ) -> None:
+        """One plain backward of the weighted loss; the Gramian of the plain one, if it is measured."""
         if isinstance(self.weighting, GramianWeighting):
             weights = self._replicas.weights(self.weighting(None, present))
             objective = (weights * losses).sum() / present.sum()
         else:
             objective, weights = self._weigh_losses(losses, present)
             objective, weights = self._replicas.objective(objective, weights, losses, present)
+        slopes = [each.repeat.slopes(plain) for each in step.passes if each.repeat is not None]
         with self._replicas.adding_up(self._trainable()):
             _scaled(objective, scale).backward()
-        self.last = StepRecord(losses.detach(), weights.detach(), present, None)
+        gramian = None
+        if step.measured:
+            gramian = self._measure(step, slopes) * present.sum() ** 2
+            gramian = gramian if scale is None else gramian / scale.double() ** 2
+        self.last = StepRecord(losses.detach(), weights.detach(), present, gramian)
+
+    def _measure(self, step: Step, slopes: list[list[Tensor | None]]) -> Tensor:
+        """Return the Gramian of a plain step's gradients, from forwards that are repeated without consequences."""
+        again, before, repeated = Step(by_cluster=True), ModelState(self.module), []
+        try:
+            with torch.enable_grad(), grads_set_aside(self._trainable()):
+                for each, by_output in zip(step.passes, slopes, strict=True):
+                    assert each.repeat is not None
+                    repeated.append(each.repeat.objective(self._engine, again, by_output))
+                gramian: Tensor = self._collect(again, torch.stack(repeated).sum(), None).gramian()
+        finally:
+            before.restore()
+        self._engine.release()
+        return gramian
 
     def _backward_by_cluster(
         self,
