@@ -89,8 +89,9 @@ def broken_components():
             {"data": {**OWN_DATA, "args": {"kind": kind}}, "model": {**OWN_MODEL, "args": {}}},
             ("data", "model"),
         )
-    for kind in ("empty", "negative", "longer than it is", "float length", "none", "alone", "nan",
-                 "other shape", "bytes", "text", "integers", "double", "label out of range", "negative label", "label of another type", "float"):  # fmt: skip
+    for kind in ("empty", "negative", "longer than it is", "float length", "none", "alone", "nan", "other shape",
+                 "bytes", "text", "integers", "double", "label out of range", "negative label",
+                 "label of another type", "float"):  # fmt: skip
         yield items(kind), ("data", "unreadable")
     for kind in ("no config", "no number", "number of another type", "none", "empty", "matrix", "short", "nan",
                  "text", "above one", "negative", "upwards"):  # fmt: skip

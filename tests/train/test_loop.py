@@ -156,6 +156,8 @@ def test_measuring_cosines_keeps_no_jacobian(tiny, tmp_path):
 
 @pytest.mark.parametrize("method", ["uw", "famo", "nash", "pcgrad", PLAIN])
 def test_logs_and_measurements_change_no_bit_of_a_run(tiny, tmp_path, method):
+    (tmp_path / "checkpoints").mkdir()
+
     def weights(**logging):
         trainer = Trainer(tiny(method=method, nash_update_every=3, optimizer={"clip": 0.5}, logging=logging))
         trainer.fit(tmp_path / "checkpoints", History(tmp_path / "log.jsonl"), NoProgress())
