@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from .._number_types import Size
-from .runs import load_run, path_of, writing
+from .runs import check_target, load_run, path_of, writing
 
 
 def evaluate(
@@ -30,11 +30,18 @@ def evaluate(
         out: JSON file to write; RUN_DIR/metrics.json if no option above changes what the run measured
     """
     from ..train.evaluation import table
+    from ..train.folder import RunFolder
 
     target = path_of(out)
-    if (out, num, steps, checkpoint) == (None,) * 4:
+    if target is not None:
+        check_target("out", target)
+    trained = load_run(run_dir, checkpoint, device, steps)
+    # Those of an older checkpoint, where the newest is corrupt, are not the run's own.
+    if (out, num, steps, checkpoint) == (None,) * 4 and trained.iteration == RunFolder(
+        Path(run_dir)
+    ).iteration:
         target = Path(run_dir) / "metrics.json"
-    metrics = load_run(run_dir, checkpoint, device, steps).evaluate(num)
+    metrics = trained.evaluate(num)
     if target is not None:
         with writing("out", target) as aside:
             aside.write_text(json.dumps(metrics, indent=2) + "\n")

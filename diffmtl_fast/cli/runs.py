@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .._files import replacing
+from .._files import refuse_special, replacing
 from ..train.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,6 +31,27 @@ def load_run(run_dir: str, checkpoint: str | None, device: str, steps: int | Non
 def path_of(text: str | None) -> Path | None:
     """The path of an option that may be left out."""
     return None if text is None else Path(text)
+
+
+def check_target(option: str, path: Path) -> None:
+    """Refuse a file that could not be written, before the work that it is for.
+
+    Raises:
+        UserError: its folder is missing or read-only, or something other than a file has its name.
+    """
+    reason = None
+    try:
+        refuse_special(path)
+    except ValueError as error:
+        reason = str(error)
+    if path.is_dir():
+        reason = "it is a folder"
+    elif not path.parent.is_dir():
+        reason = "its folder is missing"
+    elif not os.access(path.parent, os.W_OK):
+        reason = "its folder is read-only"
+    if reason is not None:
+        raise UserError(f"{option}: cannot write {path} ({reason})")
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .._number_types import NonNegativeInt, Seed, Size
 from ..train.errors import UserError
-from .runs import load_run, writing
+from .runs import check_target, load_run, writing
 
 
 def sample(
@@ -40,6 +40,7 @@ def sample(
     target = Path(out)
     if target.suffix not in (".png", ".npy"):
         raise UserError(f"out: expected a file name that ends in .png or .npy, found {out}")
+    check_target("out", target)
     trained = load_run(run_dir, checkpoint, device, steps)
     classes = trained.data.num_classes
     labels = balanced_labels(num, classes)

@@ -180,6 +180,7 @@ class ClusteredMTL(nn.Module):
         self._accumulation: Accumulation | None = None
         self._syncing = True
         self._step: Step | None = None  # that waits for its backward
+        self._calls = threading.RLock()  # held by the thread whose call runs
 
     def forward(self, *args: Any, cluster: Tensor | None = None, **kwargs: Any) -> Any:
         """Call the model.
@@ -209,7 +210,8 @@ class ClusteredMTL(nn.Module):
         if cluster is None or not torch.is_grad_enabled():
             return self.module(*args, **kwargs)
         self._meet_other_processes()
-        with self._replicas.telling_before_losses() if self._syncing else nullcontext():
+        telling = self._replicas.telling_before_losses() if self._syncing else nullcontext()
+        with self._one_thread(), telling:
             return self._forward_by_cluster(cluster, args, kwargs)
 
     def _forward_by_cluster(self, cluster: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -315,6 +317,12 @@ class ClusteredMTL(nn.Module):
             TypeError, ValueError: the loss is not as stated.
             RuntimeError: no forward with a cluster preceded.
         """
+        with self._one_thread():
+            self._backward(loss, cluster, scaler)
+
+    def _backward(
+        self, loss: Tensor | None, cluster: Tensor | None, scaler: torch.amp.GradScaler | None
+    ) -> None:
         if loss is None:
             self._meet_other_processes()
         if not self._syncing:
@@ -617,6 +625,19 @@ class ClusteredMTL(nn.Module):
         if not bool(norm.isfinite()):
             self.weighting.load_state_dict(before)
 
+    @contextmanager
+    def _one_thread(self) -> Iterator[None]:
+        """Refuse a call while one of another thread runs."""
+        if not self._calls.acquire(blocking=False):
+            raise RuntimeError(
+                "expected one thread at a time in a ClusteredMTL, found a call while that of another thread runs; "
+                "give every thread a wrapper and a model of its own"
+            )
+        try:
+            yield
+        finally:
+            self._calls.release()
+
     def _refuse_other_threads(self) -> None:
         """Notice a forward while another thread's step waits for its backward: they would share one."""
         if self._step is not None and self._step.thread != threading.get_ident():
@@ -636,7 +657,11 @@ class ClusteredMTL(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Start anew when copied or pickled: a graph that waits for its backward is not the copy's."""
-        return self.__dict__ | {"_step": None, "_accumulation": None, "_replicas": Alone()}
+        return self.__dict__ | {"_step": None, "_accumulation": None, "_replicas": Alone(), "_calls": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Give a copy a lock of its own."""
+        super().__setstate__(state | {"_calls": threading.RLock()})
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the model's own state, under the model's own names.

@@ -430,8 +430,12 @@ def read_values(path: Path) -> dict[str, Any]:
     """
     import yaml
 
+    from .yaml_text import check_text
+
     try:
-        values = yaml.safe_load(path.read_text())
+        text = path.read_text(encoding="utf-8")
+        check_text(text, str(path))
+        values = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:

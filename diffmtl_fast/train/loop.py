@@ -30,6 +30,7 @@ from .components import (
     build_weighting,
     denoise,
     prediction,
+    refuse_output,
     resolve_device,
 )
 from .config import Config
@@ -66,7 +67,8 @@ class Trainer:
         self.clusters = build_clusters(config.clusters, log_snr, number, distribution=self.noise.distribution)
         self.timesteps = build_timesteps(config, self.clusters, log_snr, number)
         self.model = build_model(config, self.data, self.device, self.noise.last_time)
-        self.ema = Ema(self.model, config.ema_decay)
+        with blame("model: cannot be copied"):
+            self.ema = Ema(self.model, config.ema_decay)
         self._run: torch.nn.Module = self.model
         if config.compute.compile:
             self._run = torch.compile(self.model)  # type: ignore[assignment]
@@ -122,7 +124,8 @@ class Trainer:
             TrainingDiverged: a loss or a weight is not finite; the checkpoints before it stay.
             Interrupted: `stop` was set.
         """
-        self.model.train()
+        with blame("model"):
+            self.model.train()
         begun = time.perf_counter() - self.seconds
         total = self.config.iterations
         while self.iteration < total:
@@ -211,6 +214,14 @@ class Trainer:
                 with other clusters.
         """
         state = checkpoint.load_state(path)
+        with blame(f"checkpoint {path}: {checkpoint.STATE} does not fit"):
+            self._refuse_other_run(path, state)
+        checkpoint.load_module(path, "model", self.model)
+        checkpoint.load_module(path, "ema", self.ema.model)
+        with blame(f"checkpoint {path}: {checkpoint.STATE} does not fit"):
+            self._load_state(state, history)
+
+    def _refuse_other_run(self, path: Path, state: dict[str, Any]) -> None:
         if state["device"] != self.device.type:
             raise UserError(
                 f"device: expected {state['device']}, on which {path} was written, found {self.device.type}"
@@ -218,13 +229,9 @@ class Trainer:
         data = self.data.fingerprint()
         if state.get("data", data) != data:
             raise UserError(f"data: expected those of {path}, {state['data']}, found {data}")
-        checkpoint.load_module(path, "model", self.model)
-        checkpoint.load_module(path, "ema", self.ema.model)
         saved = type(self.clusters).from_dict(state["clusters"])
         if saved.probabilities.tolist() != self.clusters.probabilities.tolist():  # of another affinity, say
             raise UserError(f"clusters: expected those of {path}, {saved}, found {self.clusters}")
-        with blame(f"checkpoint {path}: {checkpoint.STATE} does not fit"):
-            self._load_state(state, history)
 
     def _load_state(self, state: dict[str, Any], history: History) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
@@ -270,7 +277,9 @@ class Trainer:
             else:
                 with blame("model"):  # it may be one that cannot be split by cluster
                     output = denoise(self.mtl, noisy, told, arguments, cluster=cluster)
-        loss = self.process.loss(prediction(output), images, noise, t)
+        predicted = prediction(output)
+        refuse_output(predicted, images)
+        loss = self.process.loss(predicted, images, noise, t)
         weight = self.timesteps.weight(t)
         if isinstance(self.weighting, ContinuousUncertainty):
             levels = self.process.log_snr(t)
@@ -301,8 +310,9 @@ class Trainer:
             place = processes.rank(), processes.world()
             order = EpochOrder(len(items), config.batch_size, config.seed, seen, *place)
             self._batches = batches(items, order, workers=config.workers, pin=self.device.type == "cuda")
-        with blame("data", (ValueError, RuntimeError)):
+        with blame("data"):
             batch = next(self._batches)
+            self._refuse_conditions(batch)
         for name, reason in batch.unreadable.items():
             if name not in self.unreadable:
                 logging.getLogger("diffmtl_fast").warning(
@@ -315,6 +325,15 @@ class Trainer:
                     f"{name} ({reason})"
                 )
         return batch.to(self.device)
+
+    def _refuse_conditions(self, batch: Batch) -> None:
+        """Refuse classes that the data do not have, before a GPU looks for them in an embedding."""
+        found, classes = batch.conditioning, self.data.num_classes
+        if not isinstance(found, Tensor) or found.dim() != 1 or not classes:
+            return
+        low, high = found.min().item(), found.max().item()
+        if found.is_floating_point() or low < 0 or high >= classes:
+            raise ValueError(f"expected integer classes 0 ... {classes - 1}, found {low} to {high}")
 
     def _dropped(self) -> Tensor | None:
         """Which samples lose their condition, bool [B]; None for none."""

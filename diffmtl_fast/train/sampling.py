@@ -32,6 +32,8 @@ def build_sampler(config: Sampling, scheduler: Any) -> Any:
     with blame("sampling"):
         sampler = sampler_class.from_config(scheduler.config, **config.scheduler.args)
         sampler.set_timesteps(config.steps)
+        if len(sampler.timesteps) == 0:
+            raise ValueError(f"expected timesteps of {type(sampler).__name__}, found none")
     return sampler
 
 

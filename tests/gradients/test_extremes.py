@@ -191,6 +191,29 @@ def test_threads_that_share_a_wrapper_are_refused(device):
     copy.deepcopy(mtl)(x, cluster=cluster)
 
 
+@pytest.mark.parametrize("call", ["forward", "backward"])
+def test_threads_that_call_a_wrapper_at_once_are_refused(device, call):
+    class Waits(Denoiser):
+        began, go = threading.Event(), threading.Event()
+
+        def forward(self, x):
+            self.began.set()
+            assert self.go.wait(30)
+            return super().forward(x)
+
+    mtl = dm.ClusteredMTL(Waits().to(device), K, dm.Equal())
+    x, cluster = torch.randn(B, 8, device=device), torch.arange(B, device=device) // (B // K)
+    done = []
+    thread = threading.Thread(target=lambda: done.append(mtl(x, cluster=cluster)))
+    thread.start()
+    assert mtl.module.began.wait(30)
+    with pytest.raises(RuntimeError, match="a call while that of another thread runs"):
+        mtl(x, cluster=cluster) if call == "forward" else mtl.backward(torch.ones(B))
+    mtl.module.go.set()
+    thread.join()
+    assert done[0].shape == x.shape
+
+
 def test_a_mean_over_the_inputs_is_exact_in_a_sorted_batch_and_refused_in_another(device):
     class Shifted(Denoiser):
         def forward(self, x):
