@@ -63,8 +63,12 @@ def readable(message: str) -> str:
     if kinds is None or found is None:
         return f"{option[1]}: {message[option.end() :]}"
     named = re.findall(
-        r"Literal\[(.*?)\]|(?:\w+\.)*([A-Za-z]+(?:\[\w+\])?)(?:'>|[],]|$)", kinds[kinds.lastindex or 0]
+        r"Literal\[(.*?)\]|(?:\w+\.)*((?:list|Sequence)\[)?(?:\w+\.)*([A-Za-z]+)(?:'>|[],]|$)",
+        kinds[kinds.lastindex or 0],
     )
-    words = [choices or {**IN_WORDS, "NoneType": "null"}.get(kind, kind) for choices, kind in named]
+    words = []
+    for choices, several, kind in named:
+        word = choices or {**IN_WORDS, "NoneType": "null"}.get(kind, kind)
+        words.append(f"[{word}, …]" if several else word)
     one_of = "one of " if len(words) == 1 and "," in words[0] else ""
     return f"{option[1]}: expected {one_of}{' or '.join(words)}, found {found[1].strip(chr(39))}"

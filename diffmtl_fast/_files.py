@@ -22,7 +22,11 @@ def replacing(target: Path) -> Iterator[Path]:
 
     Yields:
         A path beside it, with the same suffix, to be written as a file or created as a folder.
+
+    Raises:
+        ValueError: the path is a device, a pipe or a socket, which a renamed file would put an end to.
     """
+    refuse_special(target)
     aside = target.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{target.name}")
     _remove(aside)
     try:
@@ -40,6 +44,16 @@ def replacing(target: Path) -> Iterator[Path]:
         _sync(target.parent)
     finally:
         _remove(aside)
+
+
+def refuse_special(target: Path) -> None:
+    """Refuse to put a file in the place of a device, a pipe or a socket.
+
+    Raises:
+        ValueError: the path is one.
+    """
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise ValueError(f"expected a file, a folder or nothing at {target}, found a device, pipe or socket")
 
 
 def write_json(target: Path, values: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from diffmtl_fast._files import TEMPORARY_PREFIX, remove, remove_leftovers, replacing
@@ -46,3 +48,16 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
     remove(tmp_path / "kept")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_pipe_and_a_device_stay_what_they_are(tmp_path, kind):
+    target = tmp_path / "target"
+    if kind == "pipe":
+        os.mkfifo(target)
+    else:
+        target.symlink_to("/dev/null")
+    with pytest.raises(ValueError, match="found a device, pipe or socket"), replacing(target):
+        raise AssertionError("not reached")
+    assert not target.is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .._errors import UserError, blame
 from .._files import remove, replacing, write_json
-from .._number_types import PositiveFloat
+from .._number_types import PositiveFloat, PositiveInt, Seed, Size, UnitFloat
 from ..clustering import IntervalClustering, cluster_timesteps
 from ..data.items import Visits
 from ..diffusion.training_noise import TrainingNoise
@@ -65,14 +65,14 @@ def affinity(
     run_dir: str,
     checkpoint: str | None = None,
     device: str = "auto",
-    tasks: int | None = None,
+    tasks: PositiveInt | None = None,
     strided: bool = False,
-    samples: int = 16,
-    batch_size: int = 128,
-    projection: int | None = None,
+    samples: Size = 16,
+    batch_size: Size = 128,
+    projection: PositiveInt | None = None,
     disattenuate: bool = False,
     memory: PositiveFloat = 2.0,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> list[Path]:
     """Measure the task affinity: the cosine of the gradients of two timesteps, of all pairs.
 
@@ -151,14 +151,14 @@ def negative_transfer(
     run_dir: str,
     checkpoint: str | None = None,
     device: str = "auto",
-    intervals: int = 5,
+    intervals: PositiveInt = 5,
     cost: Literal["timestep", "snr"] = "timestep",
-    iterations: int | None = None,
-    expert_iteration: int | None = None,
-    num: int | None = None,
-    steps: int | None = None,
-    resamples: int = 1000,
-    seed: int = 0,
+    iterations: PositiveInt | None = None,
+    expert_iteration: PositiveInt | None = None,
+    num: Size | None = None,
+    steps: Size | None = None,
+    resamples: Size = 1000,
+    seed: Seed = 0,
 ) -> list[Path]:
     """Measure the negative transfer gap of every interval of timesteps.
 
@@ -245,10 +245,10 @@ def negative_transfer_file(run: RunFolder, expert_iteration: int | None = None) 
 def difficulty(
     run_dir: str,
     device: str = "auto",
-    intervals: int = 5,
+    intervals: PositiveInt = 5,
     cost: Literal["timestep", "snr"] = "timestep",
-    iterations: int | None = None,
-    fraction: float = 0.9,
+    iterations: PositiveInt | None = None,
+    fraction: UnitFloat = 0.9,
 ) -> list[Path]:
     """Measure the difficulty of the run's tasks in two ways.
 

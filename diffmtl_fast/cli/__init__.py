@@ -10,11 +10,14 @@ likewise, with exit status 1. ``--traceback`` shows the traceback too. Anything 
 
 from __future__ import annotations
 
+import contextlib
+import io
+import itertools
+import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # paths need not be text, nor need a terminal know every letter
+            stream.reconfigure(errors="backslashreplace")
     try:
         jsonargparse = require("jsonargparse", "train")
     except ImportError as error:
@@ -47,12 +55,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command, options = _parse(_underscored([each for each in given if each != TRACEBACK]))
         for path in command(**options) or ():
             print(f"wrote {path}")
+        _flush_output()
     except UserError as error:
         return _fail(str(error), shown=shown)
     except TrainingDiverged as error:
         return _fail(str(error), DIVERGED, shown)
     except OSError as error:
-        return _fail(f"{error.filename or 'file'}: {error.strerror or error}", shown=shown)
+        return _fail(
+            f"{error.filename or 'standard output or a file'}: {error.strerror or error}", shown=shown
+        )
     except MemoryError as error:
         return _fail(f"memory: {error or 'there is not enough of it'}", shown=shown)
     except KeyboardInterrupt as error:
@@ -60,7 +71,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-@contextmanager
+def _flush_output() -> None:
+    """Write what was printed; where it can't be, drop it, lest Python's end tries again."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise UserError(f"standard output: cannot be written ({error.strerror})") from error
+
+
+@contextlib.contextmanager
 def _read_by(jsonargparse: Any) -> Iterator[None]:
     """Put what is wrong with options as the other messages do."""
     try:
@@ -99,6 +119,7 @@ def _parse(arguments: list[str]) -> tuple[Callable[..., Any], dict[str, Any]]:
     from .parsers import parser
 
     known = commands()
+    _check_texts(arguments)
     options = parser(known, __version__).parse_args(arguments)
     if options.command == "train" and options.train.resume:
         run = RunFolder(Path(options.train.run_dir))
@@ -108,6 +129,23 @@ def _parse(arguments: list[str]) -> tuple[Callable[..., Any], dict[str, Any]]:
     if isinstance(command, dict):
         command, given = command[given.subcommand][0], given[given.subcommand]
     return command, given.as_dict()
+
+
+def _check_texts(arguments: list[str]) -> None:
+    """Refuse values and files of options that are no sound YAML, before they are read as such."""
+    import yaml
+
+    from ..train.yaml_text import check_text
+
+    for before, argument in itertools.pairwise(["", *arguments]):
+        name, _, value = argument.partition("=") if argument.startswith("--") else (before, "", argument)
+        with contextlib.suppress(
+            yaml.YAMLError, OSError, UnicodeDecodeError
+        ):  # the parser says what is wrong
+            if name == "--config" and Path(value).is_file():
+                check_text(Path(value).read_text(encoding="utf-8"), f"config: {value}")
+            elif "*" in value:
+                check_text(value, name.removeprefix("--"))
 
 
 def _underscored(arguments: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from .._errors import UserError, blame
-from .._number_types import Size
+from .._number_types import Number, PositiveInt, Size
 from ..diffusion.named_schedules import SCHEDULES, named_log_snr
 from .runs import writing
 
@@ -24,13 +24,13 @@ K_MAX = 20
 def cluster(
     scheduler: str = SCHEDULES[0],
     timesteps: Size = 1000,
-    k: int | Literal["auto"] = 5,
-    k_max: int | None = None,
+    k: PositiveInt | Literal["auto"] = 5,
+    k_max: PositiveInt | None = None,
     cost: Literal["snr", "squared", "timestep", "affinity"] = "snr",
     affinity: str | None = None,
-    min_size: int | None = None,
-    max_size: int | None = None,
-    clip: list[float] | None = None,
+    min_size: PositiveInt | None = None,
+    max_size: PositiveInt | None = None,
+    clip: list[Number] | None = None,
     json: bool = False,
     plot: str | None = None,
 ) -> None:
@@ -105,8 +105,11 @@ def levels_of(scheduler: str, timesteps: int, clip: list[float] | None = None) -
 
     from ..train.components import load_array
 
+    if clip is not None and not (len(clip) == 2 and clip[0] < clip[1]):
+        raise UserError(f"clip: expected [low, high] with low < high, found {clip}")
     if scheduler in SCHEDULES:
-        return named_log_snr(scheduler, timesteps)
+        levels = named_log_snr(scheduler, timesteps)
+        return levels if clip is None else np.clip(levels, clip[0], clip[1])
     if Path(scheduler).suffix not in (".npy", ".json"):
         raise UserError(
             f"scheduler: expected {', '.join(SCHEDULES)}, or a .npy or .json file, found {scheduler!r}"
@@ -115,8 +118,6 @@ def levels_of(scheduler: str, timesteps: int, clip: list[float] | None = None) -
     if levels.ndim != 1 or levels.size == 0:
         raise UserError(f"scheduler: expected numbers [T] in {scheduler}, found shape {list(levels.shape)}")
     if clip is not None:
-        if len(clip) != 2 or not clip[0] < clip[1]:
-            raise UserError(f"clip: expected [low, high] with low < high, found {clip}")
         levels = np.clip(levels, clip[0], clip[1])
     bad = np.flatnonzero(~np.isfinite(levels))
     if bad.size:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .._number_types import PositiveFloat, PositiveInt, Size
-from .runs import load_run, writing
+from .._number_types import PositiveFloat, Size
+from .runs import check_target, load_run, writing
 
 
 def evaluate(
@@ -14,7 +14,7 @@ def evaluate(
     checkpoint: str | None = None,
     device: str = "auto",
     num: Size | None = None,
-    steps: PositiveInt | None = None,
+    steps: Size | None = None,
     sigma_rel: PositiveFloat | None = None,
     out: str | None = None,
 ) -> None:
@@ -32,11 +32,17 @@ def evaluate(
         out: JSON file to write; RUN_DIR/metrics.json if no option above changes what the run measured
     """
     from ..train.evaluation import table
+    from ..train.folder import RunFolder
 
     target = None if out is None else Path(out)
-    if (out, num, steps, sigma_rel, checkpoint) == (None,) * 5:
+    if target is not None:
+        check_target("out", target)
+    trained = load_run(run_dir, checkpoint, device, steps=steps, sigma_rel=sigma_rel)
+    # Those of an older checkpoint, where the newest is corrupt, are not the run's own.
+    newest = trained.iteration == RunFolder(run_dir).iteration
+    if newest and (out, num, steps, sigma_rel, checkpoint) == (None,) * 5:
         target = Path(run_dir) / "metrics.json"
-    metrics = load_run(run_dir, checkpoint, device, steps=steps, sigma_rel=sigma_rel).evaluate(num)
+    metrics = trained.evaluate(num)
     if target is not None:
         with writing("out", target) as aside:
             aside.write_text(json.dumps(metrics, indent=2) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._errors import UserError
-from .._files import replacing
+from .._files import refuse_special, replacing
 
 if TYPE_CHECKING:
     from ..train.trained_denoiser import TrainedDenoiser
@@ -26,6 +27,27 @@ def load_run(run_dir: str, checkpoint: str | None, device: str, **sampling: Any)
     given = {name: value for name, value in sampling.items() if value is not None}
     config = check(replace(config, sampling=replace(config.sampling, **given)))
     return load(run, config, checkpoint)
+
+
+def check_target(option: str, path: Path) -> None:
+    """Refuse a file that could not be written, before the work that it is for.
+
+    Raises:
+        UserError: its folder is missing or read-only, or something other than a file has its name.
+    """
+    reason = None
+    try:
+        refuse_special(path)
+    except ValueError as error:
+        reason = str(error)
+    if path.is_dir():
+        reason = "it is a folder"
+    elif not path.parent.is_dir():
+        reason = "its folder is missing"
+    elif not os.access(path.parent, os.W_OK):
+        reason = "its folder is read-only"
+    if reason is not None:
+        raise UserError(f"{option}: cannot write {path} ({reason})")
 
 
 @contextmanager

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from .._errors import UserError
-from .._number_types import PositiveFloat, PositiveInt, Seed, Size
-from .runs import load_run, writing
+from .._number_types import NonNegativeInt, PositiveFloat, Seed, Size
+from .runs import check_target, load_run, writing
 
 
 def sample(
@@ -14,9 +14,9 @@ def sample(
     checkpoint: str | None = None,
     device: str = "auto",
     num: Size = 64,
-    label: int | None = None,
+    label: NonNegativeInt | None = None,
     seed: Seed = 0,
-    steps: PositiveInt | None = None,
+    steps: Size | None = None,
     sigma_rel: PositiveFloat | None = None,
     out: str = "samples.png",
 ) -> list[Path]:
@@ -42,6 +42,7 @@ def sample(
     target = Path(out)
     if target.suffix not in (".png", ".npy"):
         raise UserError(f"out: expected a file name that ends in .png or .npy, found {out}")
+    check_target("out", target)
     trained = load_run(run_dir, checkpoint, device, steps=steps, sigma_rel=sigma_rel)
     classes = trained.data.num_classes
     labels = balanced_labels(num, classes)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from .._errors import UserError
-from .._number_types import PositiveInt
+from .._number_types import PositiveInt, Size
 from ..diffusion.named_schedules import SCHEDULES
 from .cluster import levels_of
 from .runs import writing
@@ -25,7 +25,7 @@ ROUNDS = 10
 
 
 def samplers(
-    scheduler: str = SCHEDULES[0], timesteps: PositiveInt = 1000, k: PositiveInt = 5, plot: str | None = None
+    scheduler: str = SCHEDULES[0], timesteps: Size = 1000, k: PositiveInt = 5, plot: str | None = None
 ) -> None:
     """Show which timesteps the samplers of training draw.
 

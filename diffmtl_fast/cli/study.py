@@ -8,19 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from .._errors import UserError
+from .._number_types import PositiveInt, Processes
 
 
 def study(
     study_dir: str = "runs/study",
     config: str | None = None,
-    iterations: int | None = None,
-    seeds: int | None = None,
-    evaluations: int | None = None,
-    jobs: int = 2,
-    threads: int = 1,
+    iterations: PositiveInt | None = None,
+    seeds: PositiveInt | None = None,
+    evaluations: PositiveInt | None = None,
+    jobs: Processes = 2,
+    threads: Processes = 1,
     only: str = "*",
     methods: str = "papers",
-    finalists: int | None = None,
+    finalists: PositiveInt | None = None,
     quick: bool = False,
     report_only: bool = False,
     out: str | None = None,

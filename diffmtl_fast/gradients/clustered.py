@@ -25,7 +25,9 @@ from .batch import BatchLayout, check_cluster
 from .engine import Engine, EngineName, Memory
 from .fully_sharded import FullyShardedEngine
 from .loss_check import refuse_scaled
-from .parameters import refuse_hooks
+from .measuring import Repeat
+from .model_state import ModelState
+from .parameters import grads_set_aside, refuse_hooks
 from .plain_pass import collect_plain
 from .step import Step
 from .stores import Jacobian, Rows, Store
@@ -178,6 +180,7 @@ class ClusteredMTL(nn.Module):
         self._accumulation: Accumulation | None = None
         self._syncing = True
         self._step: Step | None = None  # that waits for its backward
+        self._calls = threading.RLock()  # held by the thread whose call runs
 
     def forward(self, *args: Any, cluster: Tensor | None = None, **kwargs: Any) -> Any:
         """Call the model.
@@ -207,19 +210,28 @@ class ClusteredMTL(nn.Module):
         if cluster is None or not torch.is_grad_enabled():
             return self.module(*args, **kwargs)
         self._meet_other_processes()
-        with self._replicas.telling_before_losses() if self._syncing else nullcontext():
+        telling = self._replicas.telling_before_losses() if self._syncing else nullcontext()
+        with self._one_thread(), telling:
             return self._forward_by_cluster(cluster, args, kwargs)
 
     def _forward_by_cluster(self, cluster: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         check_cluster(cluster, self.num_clusters)
         self._refuse_other_threads()
         self._refuse_lost_gradients()
-        layout = BatchLayout(cluster, self.num_clusters) if self._needs_gradients_by_cluster() else None
-        step = self._continue_or_begin(layout)
+        measured = self._measures_beside()
+        needed = measured or self._needs_gradients_by_cluster()
+        layout = BatchLayout(cluster, self.num_clusters) if needed else None
+        step = self._continue_or_begin(layout, measured)
         self._engine.meet(cluster, step.by_cluster, args, kwargs)
         self._step = None  # a forward that fails leaves no step to finish
-        if step.by_cluster and layout is not None:
+        if layout is not None and step.only is None:
             refuse_hooks(self.module, self._engine.parameters)
+        if layout is not None and step.measured:
+            repeat = Repeat(self.module, layout, args, kwargs)
+            output = step.watch(self.module(*args, **kwargs))
+            done = step.begin_pass(layout.clusters)
+            done.repeat, done.outputs = repeat, repeat.note(output)
+        elif step.by_cluster and layout is not None:
             output = self._engine.forward(step, layout, args, kwargs)
         else:
             output = step.watch(self.module(*args, **kwargs))
@@ -229,12 +241,14 @@ class ClusteredMTL(nn.Module):
         self._step = step
         return output
 
-    def _continue_or_begin(self, layout: BatchLayout | None) -> Step:
+    def _continue_or_begin(self, layout: BatchLayout | None, measured: bool) -> Step:
         """Return the step of this forward: that of the last one, if they can share a backward."""
         only = None
-        if layout is not None:
+        if layout is not None and not measured:
             only = self._replicas.only_cluster(layout.clusters.sizes(layout.batch_size))
-        by_cluster, changed = layout is not None and only is None, False
+        by_cluster, changed = layout is not None and only is None and not measured, False
+        if measured:
+            changed = self._engine.begin(self.module)
         if by_cluster:
             if isinstance(self._engine, FullyShardedEngine) and self._accumulates():
                 raise ValueError(
@@ -250,9 +264,11 @@ class ClusteredMTL(nn.Module):
                     "memory='full', with jacobian_dtype=torch.bfloat16 to halve it"
                 )
             changed = self._engine.begin(self.module)
-        if self._step is None or changed or (self._step.by_cluster, self._step.only) != (by_cluster, only):
-            return Step(by_cluster, only)
-        return self._step
+        kind = (by_cluster, only, measured)
+        before = self._step
+        if before is None or changed or (before.by_cluster, before.only, before.measured) != kind:
+            return Step(*kind)
+        return before
 
     def _meet_other_processes(self) -> None:
         """Find the processes that train together; at their first step they settle that they do the same."""
@@ -301,6 +317,12 @@ class ClusteredMTL(nn.Module):
             TypeError, ValueError: the loss is not as stated.
             RuntimeError: no forward with a cluster preceded.
         """
+        with self._one_thread():
+            self._backward(loss, cluster, scaler)
+
+    def _backward(
+        self, loss: Tensor | None, cluster: Tensor | None, scaler: torch.amp.GradScaler | None
+    ) -> None:
         if loss is None:
             self._meet_other_processes()
         if not self._syncing:
@@ -330,7 +352,7 @@ class ClusteredMTL(nn.Module):
                     step, losses, present, scale, _scaled(objective, scale), accumulated, factors
                 )
             else:
-                self._backward_losses(losses, present, scale)
+                self._backward_losses(step, losses, present, scale, _scaled(objective, scale))
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -452,7 +474,7 @@ class ClusteredMTL(nn.Module):
         if self.last is None:
             refuse_scaled(loss)
         self._step = None  # a failure from here on does not block the next step
-        if step.by_cluster:
+        if step.by_cluster or step.measured:
             step.keep_passes_of(loss)
             if own:
                 self._engine.check_losses(step, loss)
@@ -469,17 +491,48 @@ class ClusteredMTL(nn.Module):
         asked = isinstance(weighting, GramianWeighting) and weighting.needs_gramian
         return asked or self.measure_gramian or self.drop_nonfinite or self._accumulates()
 
-    def _backward_losses(self, losses: Tensor, present: Tensor, scale: Tensor | None) -> None:
-        """One plain backward of the weighted loss."""
+    def _measures_beside(self) -> bool:
+        """Tell whether the Gramian is only looked at: it is then formed beside a step that stays the plain one.
+
+        Several processes form it in the step's own backward, whose collectives would otherwise double.
+        """
+        weighting = self.weighting
+        asked = isinstance(weighting, GramianWeighting) and weighting.needs_gramian
+        others = asked or self.drop_nonfinite or self._accumulates()
+        return self.measure_gramian and not others and not isinstance(self._replicas, Replicas)
+
+    def _backward_losses(
+        self, step: Step, losses: Tensor, present: Tensor, scale: Tensor | None, plain: Tensor
+    ) -> None:
+        """One plain backward of the weighted loss; the Gramian of the plain one, if it is measured."""
         if isinstance(self.weighting, GramianWeighting):
             weights = self._replicas.weights(self.weighting(None, present))
             objective = (weights * losses).sum() / present.sum()
         else:
             objective, weights = self._weigh_losses(losses, present)
             objective, weights = self._replicas.objective(objective, weights, losses, present)
+        slopes = [each.repeat.slopes(plain) for each in step.passes if each.repeat is not None]
         with self._replicas.adding_up(self._trainable()):
             _scaled(objective, scale).backward()
-        self.last = StepRecord(losses.detach(), weights.detach(), present, None)
+        gramian = None
+        if step.measured:
+            gramian = self._measure(step, slopes) * present.sum() ** 2
+            gramian = gramian if scale is None else gramian / scale.double() ** 2
+        self.last = StepRecord(losses.detach(), weights.detach(), present, gramian)
+
+    def _measure(self, step: Step, slopes: list[list[Tensor | None]]) -> Tensor:
+        """Return the Gramian of a plain step's gradients, from forwards that are repeated without consequences."""
+        again, before, repeated = Step(by_cluster=True), ModelState(self.module), []
+        try:
+            with torch.enable_grad(), grads_set_aside(self._trainable()):
+                for each, by_output in zip(step.passes, slopes, strict=True):
+                    assert each.repeat is not None
+                    repeated.append(each.repeat.objective(self._engine, again, by_output))
+                gramian: Tensor = self._collect(again, torch.stack(repeated).sum(), None).gramian()
+        finally:
+            before.restore()
+        self._engine.release()
+        return gramian
 
     def _backward_by_cluster(
         self,
@@ -572,6 +625,19 @@ class ClusteredMTL(nn.Module):
         if not bool(norm.isfinite()):
             self.weighting.load_state_dict(before)
 
+    @contextmanager
+    def _one_thread(self) -> Iterator[None]:
+        """Refuse a call while one of another thread runs."""
+        if not self._calls.acquire(blocking=False):
+            raise RuntimeError(
+                "expected one thread at a time in a ClusteredMTL, found a call while that of another thread runs; "
+                "give every thread a wrapper and a model of its own"
+            )
+        try:
+            yield
+        finally:
+            self._calls.release()
+
     def _refuse_other_threads(self) -> None:
         """Notice a forward while another thread's step waits for its backward: they would share one."""
         if self._step is not None and self._step.thread != threading.get_ident():
@@ -591,7 +657,11 @@ class ClusteredMTL(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Start anew when copied or pickled: a graph that waits for its backward is not the copy's."""
-        return self.__dict__ | {"_step": None, "_accumulation": None, "_replicas": Alone()}
+        return self.__dict__ | {"_step": None, "_accumulation": None, "_replicas": Alone(), "_calls": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Give a copy a lock of its own."""
+        super().__setstate__(state | {"_calls": threading.RLock()})
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the model's own state, under the model's own names.

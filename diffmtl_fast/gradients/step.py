@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .batch import Clusters
+from .measuring import Repeat
 from .stores import Store
 from .trees import flatten
 
@@ -29,6 +30,7 @@ class Pass:
         outputs: that a loss may be differentiated by, until the loss is checked.
         uses: how many operations each parameter took part in, by position.
         recomputes: whether activations are packed away, to be recomputed or fetched in backward.
+        repeat: what forms the cluster gradients of a plain forward afterwards; None where its graph does.
     """
 
     def __init__(self, step: Step, clusters: Clusters, number: int) -> None:
@@ -37,6 +39,7 @@ class Pass:
         self.outputs: list[Tensor] = []
         self.uses: Counter[int] = Counter()
         self.recomputes = False
+        self.repeat: Repeat | None = None
 
 
 class Step:
@@ -45,18 +48,19 @@ class Step:
     Args:
         by_cluster: whether the graph can tell the clusters apart; otherwise it is the plain model's.
         only: the cluster of all samples, whose gradient a backward of the plain model forms.
+        measured: whether the graph is the plain model's, and the cluster gradients are formed beside it.
 
     Attributes:
         cluster: int64 [B], of the last forward; None until one has succeeded.
-        passes: the forwards whose graphs can tell the clusters apart.
+        passes: the forwards whose clusters can be told apart.
         store: what takes per-cluster gradients now; None in any backward but `ClusteredMTL.backward`'s own, where
             the graph behaves like the plain model's.
         bypassed: whether such another backward has come by.
         thread: the thread that it belongs to.
     """
 
-    def __init__(self, by_cluster: bool, only: int | None = None) -> None:
-        self.by_cluster, self.only = by_cluster, only
+    def __init__(self, by_cluster: bool, only: int | None = None, measured: bool = False) -> None:
+        self.by_cluster, self.only, self.measured = by_cluster, only, measured
         self.cluster: Tensor | None = None
         self.passes: list[Pass] = []
         self.store: Store | None = None
@@ -64,7 +68,7 @@ class Step:
         self.thread = threading.get_ident()
 
     def begin_pass(self, clusters: Clusters) -> Pass:
-        """Start a forward whose graph can tell the clusters apart."""
+        """Start a forward whose clusters can be told apart."""
         self.passes.append(Pass(self, clusters, len(self.passes)))
         return self.passes[-1]
 

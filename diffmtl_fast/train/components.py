@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -120,18 +121,32 @@ def build_model(config: Config, data: Data, device: torch.device, last_time: flo
         model = model.to(device)
     batch = _pair(data).to(device)
     images = batch.x
-    arguments = build_conditioning(config, data, device).arguments(batch.conditioning)
+    # The last sample also without its condition, for which there has to be one class more.
+    dropped = torch.tensor([False, True], device=device) if config.conditioning.dropout else None
+    arguments = build_conditioning(config, data, device).arguments(batch.conditioning, dropped)
     with blame("model"):
+        model.state_dict()
         told = torch.tensor([0, last_time], device=device)
         output = prediction(denoise(model, images, told, arguments))
-    if output.shape != images.shape:
-        raise UserError(
-            f"model: expected an output of the images' shape {list(images.shape)}, found {list(output.shape)}"
-        )
-    if not output.is_floating_point() or not output.requires_grad:
-        found = f"{output.dtype}, {'with' if output.requires_grad else 'without'} a gradient"
-        raise UserError(f"model: expected a floating-point output with a gradient, found one of {found}")
+    refuse_output(output, images)
+    if not output.requires_grad:
+        raise UserError("model: expected an output with a gradient, found one without")
+    if not output.isfinite().all():
+        raise UserError("model: expected a finite output, found NaN or infinity")
     return model
+
+
+def refuse_output(output: Tensor, images: Tensor) -> None:
+    """Refuse a prediction that is not floating point of the images' shape.
+
+    Raises:
+        UserError: it is such.
+    """
+    if output.shape != images.shape or not output.is_floating_point():
+        raise UserError(
+            f"model: expected a floating-point output of the images' shape {list(images.shape)}, found "
+            f"{output.dtype} {list(output.shape)}"
+        )
 
 
 def _prepared(model: nn.Module, options: Compute) -> nn.Module:
@@ -450,12 +465,16 @@ def resolve_device(name: str) -> torch.device:
 
 
 def _pair(data: Data) -> Batch:
-    """Two samples, of the first and the last class where they are in memory."""
+    """Two samples, of the first and the last class."""
     if isinstance(data, ImageData) and data.train_labels is not None:
         chosen = torch.stack([data.train_labels.argmin(), data.train_labels.argmax()])
         return Batch(data.train[chosen], data.train_labels[chosen])
     with blame("data"):
-        return next(batches(data.training, EpochOrder(len(data.training), 2, 0), augment=False))
+        found = next(batches(data.training, EpochOrder(len(data.training), 2, 0), augment=False))
+        held = found.conditioning
+        if isinstance(held, Tensor) and held.dim() == 1 and data.num_classes:
+            return replace(found, conditioning=held.new_tensor([0, data.num_classes - 1]))
+        return found
 
 
 def build_conditioning(config: Config, data: Data, device: torch.device) -> Conditioning:

@@ -14,11 +14,15 @@ from .._extras import require
 from .._number_types import (
     NonNegativeFloat,
     NonNegativeInt,
+    Number,
     PositiveFloat,
     PositiveInt,
     Seed,
     Size,
+    SizeOrZero,
     UnitFloat,
+    Workers,
+    bounded,
 )
 from ..weighting import METHODS
 from .ema import exponent
@@ -64,7 +68,7 @@ class Clusters:
     min_size: PositiveInt | None = None
     max_size: PositiveInt | None = None
     affinity: str | None = None
-    clip: list[float] | None = None
+    clip: list[Number] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ class Timesteps:
         | None
     ) = None
     args: dict[str, Any] = field(default_factory=dict)
-    interval: list[int] | None = None
+    interval: list[NonNegativeInt] | None = None
 
 
 @dataclass(frozen=True)
@@ -119,10 +123,10 @@ class Curriculum:
 
     order: Literal["none", "easy_to_hard", "hard_to_easy"] = "none"
     clusters: Clusters = field(default_factory=lambda: Clusters(k=20))
-    patience: int | None = 200
-    max_length: int | list[int] | None = None
-    smoothing: float = 0.0
-    min_delta: float = 0.0
+    patience: PositiveInt | None = 200
+    max_length: PositiveInt | list[PositiveInt] | None = None
+    smoothing: UnitFloat = 0.0
+    min_delta: NonNegativeFloat = 0.0
     sampling: Literal["union", "clusters", "tasks"] | None = None
 
 
@@ -239,7 +243,7 @@ class Sampling:
     """
 
     scheduler: Component = field(default_factory=lambda: Component("auto"))
-    steps: PositiveInt = 50
+    steps: Size = 50
     batch_size: Size = 360
     guidance: NonNegativeFloat = 1.0
     sigma_rel: PositiveFloat | None = None
@@ -259,7 +263,7 @@ class Evaluation:
         validation_samples: how many
     """
 
-    num_samples: NonNegativeInt = 360
+    num_samples: SizeOrZero = 360
     features: Component = field(default_factory=lambda: Component("auto"))
     num_real: PositiveInt = 10_000
     validation_every: NonNegativeInt = 0
@@ -308,7 +312,7 @@ def _with_methods(cls: _Class) -> _Class:
     for method in METHODS.values():
         for option in method.options:
             name = f"{method.name}_{option.name}"
-            cls.__annotations__[name] = option.type
+            cls.__annotations__[name] = bounded(option.type)
             setattr(cls, name, option.default)
             lines.append(f"        {name}: {option.about} ({method.name})\n")
     cls.__doc__ = f"{(cls.__doc__ or '').rstrip()}\n{''.join(lines)}    "
@@ -368,7 +372,7 @@ class Config:
     model: Component = field(default_factory=Component)
     scheduler: Component = field(default_factory=Component)
     data: Component = field(default_factory=Component)
-    workers: NonNegativeInt = 0
+    workers: Workers = 0
     unreadable: NonNegativeInt = 100
     conditioning: Conditioning = field(default_factory=Conditioning)
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -450,8 +454,12 @@ def read_values(path: Path) -> dict[str, Any]:
     """
     import yaml
 
+    from .yaml_text import check_text
+
     try:
-        values = yaml.safe_load(path.read_text())
+        text = path.read_text(encoding="utf-8")
+        check_text(text, str(path))
+        values = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:

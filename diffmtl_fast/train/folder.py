@@ -50,8 +50,12 @@ class RunFolder:
         """Whether there is a run.
 
         Raises:
-            UserError: the path is no folder, or one that holds something else.
+            UserError: the path is no folder, or one that holds something else, or is not text.
         """
+        try:
+            str(self).encode()
+        except UnicodeEncodeError as error:  # safetensors would write to it, and then not read it
+            raise UserError(f"run folder {self}: expected a path in UTF-8, found other bytes") from error
         try:
             entries = [entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")]
         except FileNotFoundError:
@@ -66,6 +70,12 @@ class RunFolder:
                 f"run folder {self}: expected a run or nothing, found other files and no config.yaml"
             )
         return False
+
+    @property
+    def iteration(self) -> int | None:
+        """Of the newest checkpoint, intact or not; None if there is none."""
+        found = checkpoint.checkpoints(self.checkpoints)
+        return checkpoint.iteration(found[-1]) if found else None
 
     def create(self) -> None:
         """Make the folder.
@@ -113,13 +123,16 @@ class RunFolder:
     @contextlib.contextmanager
     def _lock_file(self, reason: OSError) -> Iterator[None]:
         """Keep a second process out by a file, where the file system has no locks."""
-        path = self.path / ".lock-file"
+        path, host = self.path / ".lock-file", platform.node()
         print(
             f"run folder {self}: no locks here ({reason.strerror}); {path} stands in for one", file=sys.stderr
         )
+        held = path.read_text().split(" on ") if path.exists() else []
+        if held[1:] == [host] and held[0].isdecimal() and not _runs(int(held[0])):
+            path.unlink()  # of a process that was killed
         try:
             with path.open("x") as file:
-                file.write(f"{os.getpid()} on {platform.node()}")
+                file.write(f"{os.getpid()} on {host}")
         except FileExistsError as error:
             raise UserError(
                 f"run folder {self}: process {path.read_text()} is training in it, or was killed; in that case "
@@ -206,3 +219,14 @@ class RunFolder:
         outputs = [self.model, self.samples, self.clusters, self.training]
         outputs += [self.uncertainty] if config.method == CONTINUOUS else []
         return [*outputs, self.metrics] if config.evaluation.num_samples else outputs
+
+
+def _runs(process: int) -> bool:
+    """Whether there is a process of this number on this machine."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # it is another user's
+    return True

@@ -38,6 +38,7 @@ from .components import (
     build_weighting,
     denoise,
     prediction,
+    refuse_output,
     resolve_device,
 )
 from .config import Config
@@ -72,8 +73,9 @@ class Trainer:
         self.clusters = build_clusters(config.clusters, log_snr, number, distribution=self.noise.distribution)
         self.timesteps = build_timesteps(config, self.clusters, log_snr, number)
         self.model = build_model(config, self.data, self.device, self.noise.last_time)
-        self.ema = Ema(self.model, config.ema_decay)
-        self.power_ema = PowerEma(self.model, config.sigma_rels)
+        with blame("model: cannot be copied"):
+            self.ema = Ema(self.model, config.ema_decay)
+            self.power_ema = PowerEma(self.model, config.sigma_rels)
         self._in_shards = config.compute.sharding != "none"
         self.sharded = self._in_shards and launched.world() > 1
         if self.sharded:
@@ -134,7 +136,8 @@ class Trainer:
             TrainingDiverged: a loss or a weight is not finite; the checkpoints before it stay.
             Interrupted: `stop` was set.
         """
-        self.model.train()
+        with blame("model"):
+            self.model.train()
         begun = time.perf_counter() - self.seconds
         total = self.config.iterations
         while self.iteration < total:
@@ -256,13 +259,8 @@ class Trainer:
                 with other clusters.
         """
         state = checkpoint.load_state(path)
-        if state["device"] != self.device.type:
-            raise UserError(
-                f"device: expected {state['device']}, on which {path} was written, found {self.device.type}"
-            )
-        data = self.data.fingerprint()
-        if state.get("data", data) != data:
-            raise UserError(f"data: expected those of {path}, {state['data']}, found {data}")
+        with blame(f"checkpoint {path}: {checkpoint.STATE} does not fit"):
+            self._refuse_other_run(path, state)
         if self._in_shards:
             shards = self._shards()
             checkpoint.load_shards(path, shards)
@@ -272,11 +270,20 @@ class Trainer:
             checkpoint.load_module(path, "ema", self.ema.model)
         if self.config.sigma_rels:
             checkpoint.load_module(path.parent / POWER_EMA, path.name, self.power_ema.models)
+        with blame(f"checkpoint {path}: {checkpoint.STATE} does not fit"):
+            self._load_state(state, history)
+
+    def _refuse_other_run(self, path: Path, state: dict[str, Any]) -> None:
+        if state["device"] != self.device.type:
+            raise UserError(
+                f"device: expected {state['device']}, on which {path} was written, found {self.device.type}"
+            )
+        data = self.data.fingerprint()
+        if state.get("data", data) != data:
+            raise UserError(f"data: expected those of {path}, {state['data']}, found {data}")
         saved = type(self.clusters).from_dict(state["clusters"])
         if saved.probabilities.tolist() != self.clusters.probabilities.tolist():  # of another affinity, say
             raise UserError(f"clusters: expected those of {path}, {saved}, found {self.clusters}")
-        with blame(f"checkpoint {path}: {checkpoint.STATE} does not fit"):
-            self._load_state(state, history)
 
     def _load_state(self, state: dict[str, Any], history: History) -> None:
         if not self._in_shards:
@@ -358,7 +365,9 @@ class Trainer:
             else:
                 with blame("model"):  # it may be one that cannot be split by cluster
                     output = denoise(self.mtl, noisy, told, arguments, cluster=cluster)
-        loss = self.process.loss(prediction(output), images, noise, t)
+        predicted = prediction(output)
+        refuse_output(predicted, images)
+        loss = self.process.loss(predicted, images, noise, t)
         weight = self.timesteps.weight(t)
         if isinstance(self.weighting, ContinuousUncertainty):
             levels = self.process.log_snr(t)
@@ -389,11 +398,21 @@ class Trainer:
             place = launched.rank(), launched.world()
             order = EpochOrder(len(items), config.batch_size, config.seed, seen, *place)
             self._batches = batches(items, order, workers=config.workers, pin=self.device.type == "cuda")
-        with blame("data", (ValueError, RuntimeError)):
+        with blame("data"):
             batch = next(self._batches)
+            self._refuse_conditions(batch)
         with blame("unreadable"):
             self.unreadable.add(batch.unreadable)
         return batch.to(self.device)
+
+    def _refuse_conditions(self, batch: Batch) -> None:
+        """Refuse classes that the data do not have, before a GPU looks for them in an embedding."""
+        found, classes = batch.conditioning, self.data.num_classes
+        if not isinstance(found, Tensor) or found.dim() != 1 or not classes:
+            return
+        low, high = found.min().item(), found.max().item()
+        if found.is_floating_point() or low < 0 or high >= classes:
+            raise ValueError(f"expected integer classes 0 ... {classes - 1}, found {low} to {high}")
 
     def _dropped(self) -> Tensor | None:
         """Which samples lose their condition, bool [B]; None for none."""

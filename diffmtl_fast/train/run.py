@@ -95,6 +95,11 @@ def _train(config: Config, run: RunFolder, resume: bool, chosen: Path | str | No
     if begun:
         _check_same(config, run)
         last = run.checkpoint(chosen)
+        if last is None and run.model.exists():
+            raise UserError(
+                f"run folder {run}: expected a checkpoint of this finished run, found none, and training anew "
+                "would delete its model; --run-dir names another folder"
+            )
         if last is not None and not _draws_otherwise(config, run) and _complete(config, run, last, outputs):
             print(f"{run} is already complete")
             return
@@ -162,6 +167,8 @@ def rehearse(trainer: Trainer) -> None:
         if callable(save) and not config.compute.lora:
             with blame("model: save_pretrained"):
                 save(Path(folder) / "model")
+                if not (Path(folder) / "model").exists():
+                    raise ValueError("expected a file or folder where it was told to write, found none")
         with blame("samples.png"):
             run_plots.samples(Path(folder) / "samples.png", pictures, labels, "rehearsal")
         if config.evaluation.validation_every:

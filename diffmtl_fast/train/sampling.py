@@ -39,6 +39,8 @@ def build_sampler(config: Sampling, scheduler: Any, clip: bool = True) -> Any:
         options = ({"clip_sample": False} if cuts else {}) | config.scheduler.args
         sampler = sampler_class.from_config(scheduler.config, **options)
         sampler.set_timesteps(config.steps)
+        if len(sampler.timesteps) == 0:
+            raise ValueError(f"expected timesteps of {type(sampler).__name__}, found none")
     return sampler
 
 

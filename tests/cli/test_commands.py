@@ -432,3 +432,93 @@ def test_analyze_negative_transfer_and_difficulty(tiny, tmp_path, capsys):
     assert (found[0]["sampling_steps"], found[1]["fraction"]) == (2, 0.5)
     for name in ("negative-transfer", "convergence", "relative-entropy"):
         assert (tmp_path / f"run/analysis/{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+BOMB = "a: &a [0, 0, 0, 0, 0, 0, 0, 0, 0, 0]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]\n"
+    for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB, "expected at most 100000 values, found "),
+        ("model: {args: {" + ", ".join(BOMB.splitlines()) + "}}", "expected at most 100000 values, found "),
+        ("iterations: 5\nseed: 1\niterations: 7", "expected every option once, found iterations twice"),
+        ("clusters: {k: 3, k: 4}", "expected every option once, found k twice"),
+        ("model: {args: &a {b: *a}}", "expected values that end, found one that contains itself"),
+    ],
+)
+def test_texts_that_hold_too_much_or_a_name_twice(tmp_path, capsys, text, message):
+    (tmp_path / "bad.yaml").write_text(text)
+    assert refused(capsys, "train", "--config", "bad.yaml").startswith(f"config: bad.yaml: {message}")
+    assert refused(capsys, "train", "--config=bad.yaml").startswith(f"config: bad.yaml: {message}")
+    assert message in refused(capsys, "study", "--config", "bad.yaml", "--quick")
+    if "*" in text and "\n" not in text:
+        value = text.removeprefix("model: {args: ").removesuffix("}")
+        assert refused(capsys, "train", "--model.args", value).startswith(f"model.args: {message}")
+
+
+def shell(command, **environment):
+    program = f"{sys.executable} -m diffmtl_fast.cli"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
+    environment = {name: value for name, value in environment.items() if value is not None}
+    command = ["bash", "-c", command.replace("diffmtl-fast", program)]
+    return subprocess.run(command, capture_output=True, env=environment, timeout=120)
+
+
+def test_output_that_takes_nothing_or_no_such_letters(tmp_path):
+    for unbuffered in ("1", None):
+        found = shell("diffmtl-fast cluster > /dev/full", PYTHONUNBUFFERED=unbuffered)
+        assert found.stderr.startswith(b"error: standard output")
+        assert found.stderr.count(b"\n") == 1
+        assert found.returncode == 2
+    found = shell("diffmtl-fast cluster --k 2", PYTHONIOENCODING="ascii", HOME=None)
+    assert (found.returncode, found.stderr) == (0, b"")
+    assert b"cost 1457.77739" in found.stdout
+
+
+def test_paths_that_are_no_text(tiny, tmp_path, capsys):
+    name = os.fsdecode(b"run\xff")
+    for command in ("train", "sample", "evaluate"):
+        assert "expected a path in UTF-8" in refused(capsys, command, "--run-dir", name)
+    assert main(["cluster", "--plot", f"{name}.png"]) == 0
+    assert {os.fsencode(path.name) for path in tmp_path.iterdir()} == {b"tiny.yaml", b"run\xff.png"}
+
+
+@pytest.mark.parametrize("out", ["pipe.png", "folder.png", "nowhere/a.png", "file/a.png"])
+def test_where_nothing_can_be_written_is_told_before_the_work(tiny, tmp_path, capsys, monkeypatch, out):
+    os.mkfifo("pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").touch()
+    assert refused(capsys, "sample", "--run-dir", "none", "--out", out).startswith(
+        f"out: cannot write {out} ("
+    )
+    assert refused(capsys, "evaluate", "--run-dir", "none", "--out", out).startswith(
+        f"out: cannot write {out} ("
+    )
+
+
+def test_damaged_checkpoints_of_a_run_that_is_evaluated(tiny, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["train", "--config", tiny, "--run-dir", "run", "--evaluation.num_samples", "20"]) == 0
+    metrics = (run / "metrics.json").read_bytes()
+    assert main(["evaluate", "--run-dir", "run"]) == 0
+    assert (run / "metrics.json").read_bytes() == metrics
+    older, newest = sorted((run / "checkpoints").iterdir())
+    (newest / "ema.safetensors").write_bytes(b"damaged")
+    capsys.readouterr()
+    assert main(["evaluate", "--run-dir", "run"]) == 0
+    assert f"going back to {older.name}" in capsys.readouterr().err
+    assert (
+        run / "metrics.json"
+    ).read_bytes() == metrics  # of the newest, which those of an older one do not replace
+    assert "is corrupt: ema.safetensors" in refused(
+        capsys, "evaluate", "--run", "run", "--checkpoint", newest.name
+    )
+    assert "is corrupt: ema.safetensors" in refused(capsys, "analyze", "affinity", "--run", "run")
+    (older / "manifest.json").write_bytes(b"{")
+    for command in (["evaluate"], ["sample"], ["analyze", "negative-transfer"]):
+        assert "the older ones are corrupt too" in refused(capsys, *command, "--run", "run")
+    assert "is corrupt: manifest.json" in refused(capsys, "analyze", "affinity", "--run", "run")

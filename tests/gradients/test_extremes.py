@@ -114,27 +114,60 @@ def test_dropping_needs_the_rows_of_a_jacobian(device):
         step("pcgrad", device, drop_nonfinite=True, memory="lean")
 
 
-@pytest.mark.parametrize("name", ["uw", "famo", "nash"])
-def test_measuring_changes_no_random_number_and_no_update_but_for_rounding(name, device):
+MEASURED = {
+    "grouped": {},
+    "sliced": {"engine": "sliced"},
+    "lean": {"memory": "lean"},
+    "bfloat16": {"jacobian_dtype": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize("how", [*MEASURED, "autocast", "unsorted", "scaled"])
+@pytest.mark.parametrize("name", ["uw", "famo", "dwa", "rlw", "nash"])
+def test_measuring_changes_no_bit_of_an_update_and_no_random_number(name, how, device):
     def train(measure):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.2), nn.Linear(16, 8)).to(device)
+        model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.2), nn.LayerNorm(16), nn.Linear(16, 8)).to(
+            device
+        )
         weighting = METHODS[name].build(K, device, seed=0)
         if name == "nash":
             weighting.update_every = 4
-        mtl = dm.ClusteredMTL(model, K, weighting)
+        mtl = dm.ClusteredMTL(model, K, weighting, **MEASURED.get(how, {}))
         optimizer = torch.optim.SGD(dm.param_groups(model, weighting, lr=0.1, weight_decay=0.0))
-        for i in range(8):
+        scaler = torch.amp.GradScaler(device.type, init_scale=256.0) if how == "scaled" else None
+        cluster = torch.arange(B, device=device) // (B // K)
+        for i in range(6):
             mtl.measure_gramian = measure and i % 2 == 1
             x, y = torch.randn(2, B, 8, device=device)
             optimizer.zero_grad()
-            mtl.backward(dm.ops.sample_mse(mtl(x, cluster=torch.arange(B, device=device) // (B // K)), y))
-            optimizer.step()
-        return torch.cat([p.detach().flatten() for p in model.parameters()]), torch.randn(4, device=device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=how == "autocast"):
+                output = mtl(x, cluster=cluster.flip(0) if how == "unsorted" else cluster)
+            mtl.backward(dm.ops.sample_mse(output, y), scaler=scaler)
+            assert mtl.last.gramian is not None or not mtl.measure_gramian
+            optimizer.step() if scaler is None else (scaler.step(optimizer), scaler.update())
+        state = [*model.parameters(), *weighting.state_dict().values(), torch.randn(4, device=device)]
+        return [each.detach().clone() for each in state if isinstance(each, torch.Tensor)]
 
-    plain, measured = train(False), train(True)
-    assert torch.equal(measured[1], plain[1])
-    assert_near(measured[0], plain[0])
+    for plain, measured in zip(train(False), train(True), strict=True):
+        torch.testing.assert_close(measured, plain, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_measured_gramian_is_that_of_the_masks_that_were_drawn(device):
+    """Of the plain forward's own dropout: it is repeated with its random numbers."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.Linear(16, 8)).to(device).double()
+    x, y = torch.randn(2, B, 8, device=device, dtype=torch.float64)
+    cluster = torch.arange(B, device=device) // (B // K)
+    mtl = dm.ClusteredMTL(model, K, dm.Equal())
+    mtl.measure_gramian = True
+    torch.manual_seed(1)
+    mtl.backward(dm.ops.sample_mse(mtl(x, cluster=cluster), y))
+    torch.manual_seed(1)
+    losses = dm.ops.cluster_mean(dm.ops.sample_mse(model(x), y), cluster, K)
+    rows = [torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for loss in losses]
+    jacobian = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    assert_near(mtl.last.gramian, jacobian @ jacobian.T)
 
 
 def test_threads_that_share_a_wrapper_are_refused(device):
@@ -156,6 +189,29 @@ def test_threads_that_share_a_wrapper_are_refused(device):
     assert "expected the steps of one thread" in refused[0]
     mtl.backward(loss)  # the thread whose step it is goes on
     copy.deepcopy(mtl)(x, cluster=cluster)
+
+
+@pytest.mark.parametrize("call", ["forward", "backward"])
+def test_threads_that_call_a_wrapper_at_once_are_refused(device, call):
+    class Waits(Denoiser):
+        began, go = threading.Event(), threading.Event()
+
+        def forward(self, x):
+            self.began.set()
+            assert self.go.wait(30)
+            return super().forward(x)
+
+    mtl = dm.ClusteredMTL(Waits().to(device), K, dm.Equal())
+    x, cluster = torch.randn(B, 8, device=device), torch.arange(B, device=device) // (B // K)
+    done = []
+    thread = threading.Thread(target=lambda: done.append(mtl(x, cluster=cluster)))
+    thread.start()
+    assert mtl.module.began.wait(30)
+    with pytest.raises(RuntimeError, match="a call while that of another thread runs"):
+        mtl(x, cluster=cluster) if call == "forward" else mtl.backward(torch.ones(B))
+    mtl.module.go.set()
+    thread.join()
+    assert done[0].shape == x.shape
 
 
 def test_a_mean_over_the_inputs_is_exact_in_a_sorted_batch_and_refused_in_another(device):

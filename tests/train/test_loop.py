@@ -15,6 +15,7 @@ import torch
 
 from diffmtl_fast import weighting
 from diffmtl_fast._errors import TrainingDiverged, UserError
+from diffmtl_fast._progress import NoProgress
 from diffmtl_fast.clustering import NoiseClustering
 from diffmtl_fast.data import Batch
 from diffmtl_fast.diffusion import LOSS_WEIGHTS, log_snr
@@ -151,6 +152,20 @@ def test_measuring_cosines_keeps_no_jacobian(tiny, tmp_path):
     shapes = {tuple(p.shape) for p in trainer.model.parameters()}
     rows = [each for each in held if each.shape[0] == 3 and tuple(each.shape[1:]) in shapes]
     assert not [each for each in rows if each.numel() >= 3 * largest]
+
+
+@pytest.mark.parametrize("method", ["uw", "famo", "nash", "pcgrad", PLAIN])
+def test_logs_and_measurements_change_no_bit_of_a_run(tiny, tmp_path, method):
+    (tmp_path / "checkpoints").mkdir()
+
+    def weights(**logging):
+        trainer = Trainer(tiny(method=method, nash_update_every=3, optimizer={"clip": 0.5}, logging=logging))
+        trainer.fit(tmp_path / "checkpoints", History(tmp_path / "log.jsonl"), NoProgress())
+        return [*trainer.model.state_dict().values(), trainer.generator.get_state(), torch.get_rng_state()]
+
+    without = weights(every=6, cosines_every=0)
+    for found, expected in zip(weights(every=1, cosines_every=2), without, strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_continuous_uncertainty_is_the_three_lines_of_the_guide(tiny, tmp_path, device):

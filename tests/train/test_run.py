@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import hashlib
 import json
 import os
+import platform
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -219,6 +225,49 @@ def test_a_bad_option_leaves_no_folder(tiny, run):
 def test_only_one_process_at_a_time(tiny, run):
     run.create()
     with run.lock(), pytest.raises(UserError, match="another process"):
+        train(tiny(), run, resume=True)
+
+
+def test_a_lock_file_of_a_process_that_was_killed_is_taken_over(tiny, run, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    run.create()
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    file = run.path / ".lock-file"
+    file.write_text(f"{gone.pid} on {platform.node()}")
+    with run.lock():
+        assert file.read_text() == f"{os.getpid()} on {platform.node()}"
+        with pytest.raises(UserError, match=f"process {os.getpid()} on"), run.lock():
+            raise AssertionError("not reached")
+    assert not file.exists()
+
+
+def test_a_finished_run_without_checkpoints_is_left_alone(tiny, run):
+    train(tiny(), run)
+    shutil.rmtree(run.checkpoints)
+    before = sorted(path.name for path in run.path.iterdir())
+    with pytest.raises(UserError, match="training anew would delete its model"):
+        train(tiny(), run, resume=True)
+    assert sorted(path.name for path in run.path.iterdir()) == before
+
+
+@pytest.mark.parametrize("part", ["device", "clusters", "optimizer", "generator", "history", "timesteps"])
+def test_a_state_without_a_part_is_one_error(tiny, run, kill, part):
+    continued = kill(4)
+    with pytest.raises(Killed):
+        train(tiny(), run)
+    continued()
+    last = checkpoint.checkpoints(run.checkpoints)[-1]
+    state = torch.load(last / "state.pt", weights_only=True)
+    del state[part]
+    torch.save(state, last / "state.pt")
+    manifest = json.loads((last / "manifest.json").read_text())
+    manifest["sha256"]["state.pt"] = hashlib.sha256((last / "state.pt").read_bytes()).hexdigest()
+    (last / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=rf"state\.pt does not fit: KeyError: '{part}'"):
         train(tiny(), run, resume=True)
 
 
