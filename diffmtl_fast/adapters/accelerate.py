@@ -17,8 +17,8 @@ def prepare(accelerator: Accelerator, mtl: ClusteredMTL) -> ClusteredMTL:
 
     The model is moved to the accelerator's device, runs in its mixed precision, and is the one that
     ``accelerator.save_state``, ``load_state`` and their hooks see, with the weighting's state beside it. It is not
-    put into `DistributedDataParallel`: the wrapper adds up the gradients of all processes itself. Optimizers, loaders
-    and schedulers are prepared as usual.
+    put into `DistributedDataParallel`: the wrapper adds up the gradients of all processes itself. Optimizers,
+    loaders and schedulers are prepared as usual.
 
     Args:
         accelerator: an `accelerate.Accelerator`.
