@@ -98,6 +98,11 @@ def function_apply(function: type[torch.autograd.Function]) -> Callable[..., Any
     return apply
 
 
+def function_of(node: Any) -> Any:
+    """Return the `torch.autograd.Function` whose backward a node is. Replaced by None: it then runs in slices."""
+    return getattr(node, "_forward_cls", None)
+
+
 def saved_tensors_are_packed() -> bool:
     """Whether hooks pack saved tensors, as non-reentrant checkpoints and offloading do.
 
@@ -134,6 +139,11 @@ def make_subclass(cls: type[_Class], data: Tensor, requires_grad: bool = False) 
     """Return a leaf of a subclass that shares the memory of `data`. Replaced by `data.as_subclass(cls)`."""
     made: _Class = Tensor._make_subclass(cls, data, requires_grad)
     return made
+
+
+def is_view(tensor: Tensor) -> bool:
+    """Tell whether autograd knows a tensor as a view of another one. Replaced by True: slices then."""
+    return tensor._is_view()
 
 
 def version(tensor: Tensor) -> int:

@@ -1,8 +1,12 @@
-"""A loop of Hugging Face Accelerate, with mixed precision and accumulation; the lines marked with < differ."""
+"""A loop of Hugging Face Accelerate, with mixed precision, accumulation and EMA; the lines marked with < differ.
+
+accelerate launch --num_processes 2 accelerate_loop.py --mixed-precision bf16
+"""
 
 from __future__ import annotations
 
 import argparse
+import copy
 
 import torch
 from accelerate import Accelerator
@@ -34,6 +38,7 @@ def train(args: argparse.Namespace) -> tuple[dm.ClusteredMTL, list[float]]:
     alphas = torch.cumprod(1 - torch.linspace(1e-4, 0.02, args.timesteps, dtype=torch.float64), 0)
     alpha, sigma = alphas.sqrt().float(), (1 - alphas).sqrt().float()
     model = Denoiser(args.width, args.hidden, args.timesteps)
+    ema = copy.deepcopy(model).requires_grad_(False).to(accelerator.device)
 
     clusters = dm.cluster_snr(torch.log(alphas / (1 - alphas)), k=args.clusters)  # <
     mtl = dm.ClusteredMTL(model, num_clusters=clusters.k, weighting=dm.PCGrad())  # <
@@ -45,7 +50,7 @@ def train(args: argparse.Namespace) -> tuple[dm.ClusteredMTL, list[float]]:
         t, cluster = clusters.sample(len(x0), device=accelerator.device)  # < was: t = torch.randint(...)
         noise = torch.randn_like(x0)
         noisy = alpha.to(t.device)[t, None] * x0 + sigma.to(t.device)[t, None] * noise
-        with accelerator.accumulate(mtl):
+        with accelerator.accumulate(mtl):  # < was: model
             pred = mtl(noisy, t, cluster=cluster)  # < was: model(noisy, t)
             loss = dm.ops.sample_mse(pred, noise)  # < was: mse_loss(pred, noise); one per sample
             adapter.backward(accelerator, mtl, loss)  # < was: accelerator.backward(loss.mean())
@@ -53,6 +58,9 @@ def train(args: argparse.Namespace) -> tuple[dm.ClusteredMTL, list[float]]:
                 accelerator.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            for average, parameter in zip(ema.parameters(), model.parameters(), strict=True):
+                average.lerp_(parameter.detach(), 1 - args.ema)
         losses.append(loss.detach().mean())
     return mtl, torch.stack(losses).tolist()
 
@@ -67,6 +75,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--timesteps", type=int, default=1000)
     parser.add_argument("--clusters", type=int, default=5)
     parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--ema", type=float, default=0.999)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--accumulate", type=int, default=2, help="batches of an optimizer step")
     parser.add_argument("--mixed-precision", default="no", choices=["no", "bf16", "fp16"])

@@ -42,7 +42,7 @@ def train(args: argparse.Namespace) -> tuple[dm.ClusteredMTL, list[float]]:
     torch.manual_seed(args.seed)
     model = Velocity(args.width, args.hidden).to(args.device)
 
-    clusters = dm.cluster_noise(UniformTime(), k=args.clusters)  # <
+    clusters = dm.cluster_noise(UniformTime(data_at=1), k=args.clusters)  # <
     mtl = dm.ClusteredMTL(model, num_clusters=clusters.k, weighting=dm.PCGrad())  # <
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0)
     history = []

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 def prepare(accelerator: Accelerator, mtl: ClusteredMTL) -> ClusteredMTL:
     """Give a wrapper to an accelerator, in the place of ``accelerator.prepare(model)``.
 
-    It is moved to the accelerator's device and runs in its mixed precision, and ``accelerator.save_state`` and
-    ``load_state`` keep the weighting's state beside the model's. It is not put into `DistributedDataParallel`: it
-    adds up the gradients of all processes itself. Optimizers, loaders and schedulers are prepared as usual.
+    The model is moved to the accelerator's device, runs in its mixed precision, and is the one that
+    ``accelerator.save_state``, ``load_state`` and their hooks see, with the weighting's state beside it. It is not
+    put into `DistributedDataParallel`: the wrapper adds up the gradients of all processes itself. Optimizers,
+    loaders and schedulers are prepared as usual.
 
     Args:
         accelerator: an `accelerate.Accelerator`.
@@ -25,20 +26,31 @@ def prepare(accelerator: Accelerator, mtl: ClusteredMTL) -> ClusteredMTL:
 
     Returns:
         The wrapper.
+
+    Raises:
+        ValueError: the accelerator would compile the model.
     """
-    prepared: ClusteredMTL = accelerator.prepare_model(mtl, evaluation_mode=True)
+    backend = accelerator.state.dynamo_plugin.backend.value
+    if backend != "NO":
+        raise ValueError(
+            f"dynamo_backend: expected none, found {backend}; compile by ClusteredMTL(..., compile=True)"
+        )
+    accelerator.prepare_model(mtl.module, evaluation_mode=True)
     accelerator.register_for_checkpointing(mtl.weighting)
-    return prepared
+    return mtl.to(accelerator.device) if accelerator.device_placement else mtl
 
 
 def backward(accelerator: Accelerator, mtl: ClusteredMTL, loss: Tensor) -> None:
     """Run ``mtl.backward`` in the place of ``accelerator.backward``.
 
-    The losses are divided by the number of accumulated batches, and float16's scaler is passed on.
+    float16's scaler is passed on. Where every batch is weighed by itself, losses are divided by the number of
+    accumulated batches. In several processes ``accelerator.accumulate(mtl)`` has the batches weighed as one, by
+    `ClusteredMTL.no_sync`, whose losses are means over all of them already.
 
     Args:
         accelerator: that has prepared the wrapper.
         mtl: the wrapper.
         loss: losses of the samples, [B].
     """
-    mtl.backward(loss / accelerator.gradient_accumulation_steps, scaler=accelerator.scaler)
+    parts = 1 if mtl.accumulates else accelerator.gradient_accumulation_steps
+    mtl.backward(loss / parts, scaler=accelerator.scaler)

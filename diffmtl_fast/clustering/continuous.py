@@ -158,7 +158,7 @@ class NoiseClustering:
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold; :meth:`from_dict` reads them back."""
         return {
-            "distribution": {"name": self.distribution.name, **asdict(self.distribution)},
+            "distribution": {"name": self.distribution.name, **_settings(self.distribution)},
             "probabilities": self.probabilities.tolist(),
             "cost": None if math.isnan(self.cost) else self.cost,
         }
@@ -177,7 +177,7 @@ class NoiseClustering:
         if name not in DISTRIBUTIONS:
             raise ValueError(f"distribution: expected one of {', '.join(DISTRIBUTIONS)}, found {name!r}")
         expected = {parameter.name for parameter in fields(DISTRIBUTIONS[name])}
-        if set(parameters) != expected:
+        if not expected - {"data_at"} <= set(parameters) <= expected:
             raise ValueError(
                 f"distribution: expected the parameters {sorted(expected)} of {name}, found {sorted(parameters)}"
             )
@@ -215,6 +215,11 @@ class NoiseClustering:
         if key not in self._on_device:
             self._on_device[key] = torch.tensor(self.probabilities.tolist(), dtype=torch.float64).to(device)
         return self._on_device[key]
+
+
+def _settings(distribution: NoiseDistribution) -> dict[str, Any]:
+    """A distribution's parameters; ``data_at`` where it is not 0."""
+    return {name: value for name, value in asdict(distribution).items() if name != "data_at" or value}
 
 
 def cluster_noise(

@@ -2,19 +2,21 @@
 
 Conventions: x = x_0 + σ ε with the log-SNR −2 ln σ, and x_t = (1 − t) x_0 + t ε with 2 ln((1 − t) / t). Every
 method works on tensors of any shape, in float64 where accuracy counts; densities are defined inside the range
-of the levels.
+of the levels. ``data_at=1`` is for flow matching with the data at t = 1, as in SiT, x_t = t x_0 + (1 − t) ε: every
+distribution of times t becomes that of 1 − t, so that a shift or a mean means as much noise as it does without.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from typing import ClassVar, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
+from .._data_at import DataAt, check_data_at
 from .._extras import require
 from .._mode_time import check_mode_scale, mode_density, mode_share, mode_time
 
@@ -40,18 +42,64 @@ class _Sigma:
         return torch.exp(-0.5 * log_snr)
 
 
+@dataclass(frozen=True, repr=False)
 class _Time:
-    """The levels are times in (0, 1)."""
+    """The levels are times in (0, 1), with the data at one end: at 1 they are what is left of 1 by those at 0."""
 
-    levels: ClassVar[str] = "times"
+    data_at: DataAt = field(default=0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_data_at(self.data_at)
+
+    def __repr__(self) -> str:
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "data_at" or self.data_at}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in given.items())})"
+
+    @property
+    def levels(self) -> str:
+        """What the levels are."""
+        return "times" if self.data_at == 0 else "times with the data at 1"
+
+    def _noise(self, time: Tensor) -> Tensor:
+        """The share of noise at a time, and the time at a share."""
+        return time if self.data_at == 0 else 1.0 - time
 
     def log_snr(self, level: Tensor) -> Tensor:
-        """2 ln((1 − t) / t)."""
-        return 2.0 * (torch.log1p(-level) - level.log())
+        """2 ln((1 − t) / t), where the data are at t = 0."""
+        return self._log_snr(self._noise(level))
 
     def at_log_snr(self, log_snr: Tensor) -> Tensor:
         """t of a log-SNR."""
+        return self._noise(self._at_log_snr(log_snr))
+
+    def quantile(self, probability: Tensor) -> Tensor:
+        """t below which this share of the training times lies."""
+        return self._noise(self._quantile(self._noise(probability)))
+
+    def cdf(self, level: Tensor) -> Tensor:
+        """Share of the training times below t."""
+        return self._noise(self._cdf(self._noise(level)))
+
+    def density(self, level: Tensor) -> Tensor:
+        """Probability per unit of t."""
+        return self._density(self._noise(level))
+
+    # The same where the data are at t = 0.
+
+    def _log_snr(self, level: Tensor) -> Tensor:
+        return 2.0 * (torch.log1p(-level) - level.log())
+
+    def _at_log_snr(self, log_snr: Tensor) -> Tensor:
         return torch.sigmoid(-0.5 * log_snr)
+
+    def _quantile(self, probability: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _cdf(self, level: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _density(self, level: Tensor) -> Tensor:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -82,26 +130,23 @@ class LogNormalSigma(_Sigma):
         return _normal_density(level.log(), self.mean, self.std) / level
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class UniformTime(_Time):
     """Flow matching with t ~ U(0, 1)."""
 
     name: ClassVar[str] = "uniform_time"
 
-    def quantile(self, probability: Tensor) -> Tensor:
-        """t below which this share of the training times lies."""
+    def _quantile(self, probability: Tensor) -> Tensor:
         return probability.clone()
 
-    def cdf(self, level: Tensor) -> Tensor:
-        """Share of the training times below t."""
+    def _cdf(self, level: Tensor) -> Tensor:
         return level.clamp(0.0, 1.0)
 
-    def density(self, level: Tensor) -> Tensor:
-        """Probability per unit of t."""
+    def _density(self, level: Tensor) -> Tensor:
         return torch.ones_like(level)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ShiftedTime(_Time):
     """Flow matching with t = s u / (1 + (s − 1) u), u ~ U(0, 1): more noise for larger images, by the shift s.
 
@@ -115,23 +160,21 @@ class ShiftedTime(_Time):
     shift: float = 3.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_spread(0.0, "shift", self.shift)
 
-    def quantile(self, probability: Tensor) -> Tensor:
-        """t below which this share of the training times lies."""
+    def _quantile(self, probability: Tensor) -> Tensor:
         return self.shift * probability / (1.0 + (self.shift - 1.0) * probability)
 
-    def cdf(self, level: Tensor) -> Tensor:
-        """Share of the training times below t."""
+    def _cdf(self, level: Tensor) -> Tensor:
         inside = level.clamp(0.0, 1.0)
         return inside / (self.shift - (self.shift - 1.0) * inside)
 
-    def density(self, level: Tensor) -> Tensor:
-        """Probability per unit of t."""
+    def _density(self, level: Tensor) -> Tensor:
         return self.shift / (self.shift - (self.shift - 1.0) * level) ** 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LogitNormalTime(_Time):
     """Flow matching with logit(t) ~ N(mean, std²) (Esser et al., ICML 2024, arXiv 2403.03206).
 
@@ -144,22 +187,20 @@ class LogitNormalTime(_Time):
     std: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_spread(self.mean, "std", self.std)
 
-    def quantile(self, probability: Tensor) -> Tensor:
-        """t below which this share of the training times lies."""
+    def _quantile(self, probability: Tensor) -> Tensor:
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(probability))
 
-    def cdf(self, level: Tensor) -> Tensor:
-        """Share of the training times below t."""
+    def _cdf(self, level: Tensor) -> Tensor:
         return torch.special.ndtr((torch.logit(level) - self.mean) / self.std)
 
-    def density(self, level: Tensor) -> Tensor:
-        """Probability per unit of t."""
+    def _density(self, level: Tensor) -> Tensor:
         return _normal_density(torch.logit(level), self.mean, self.std) / (level * (1.0 - level))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ModeTime(_Time):
     """SD3's times with heavy tails around a mode: t = 1 − u − mode_scale (cos²(π u / 2) − 1 + u), u ~ U(0, 1).
 
@@ -177,18 +218,16 @@ class ModeTime(_Time):
     mode_scale: float = 1.29
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_mode_scale(self.mode_scale)
 
-    def quantile(self, probability: Tensor) -> Tensor:
-        """t below which this share of the training times lies."""
+    def _quantile(self, probability: Tensor) -> Tensor:
         return mode_time(probability, self.mode_scale)
 
-    def cdf(self, level: Tensor) -> Tensor:
-        """Share of the training times below t."""
+    def _cdf(self, level: Tensor) -> Tensor:
         return mode_share(level.clamp(0.0, 1.0), self.mode_scale).to(level.dtype)
 
-    def density(self, level: Tensor) -> Tensor:
-        """Probability per unit of t."""
+    def _density(self, level: Tensor) -> Tensor:
         return mode_density(level, self.mode_scale).to(level.dtype)
 
 
@@ -198,27 +237,25 @@ class _Laplace:
     mean: float
     scale: float
 
-    def log_snr(self, level: Tensor) -> Tensor:
-        raise NotImplementedError
+    if TYPE_CHECKING:
 
-    def at_log_snr(self, log_snr: Tensor) -> Tensor:
-        raise NotImplementedError
+        def _log_snr(self, level: Tensor) -> Tensor: ...
 
-    def quantile(self, probability: Tensor) -> Tensor:
-        """Level below which this share of the training levels lies."""
+        def _at_log_snr(self, log_snr: Tensor) -> Tensor: ...
+
+    def _quantile(self, probability: Tensor) -> Tensor:
         upper = probability > 0.5
         tail = torch.where(upper, 1.0 - probability, probability)
         distance = -self.scale * torch.log(2.0 * tail)  # low levels have a high log-SNR
-        return self.at_log_snr(self.mean + torch.where(upper, -distance, distance))
+        return self._at_log_snr(self.mean + torch.where(upper, -distance, distance))
 
-    def cdf(self, level: Tensor) -> Tensor:
-        """Share of the training levels below this one."""
-        distance = (self.log_snr(level) - self.mean) / self.scale
+    def _cdf(self, level: Tensor) -> Tensor:
+        distance = (self._log_snr(level) - self.mean) / self.scale
         tail = 0.5 * torch.exp(-distance.abs())
         return torch.where(distance > 0, tail, 1.0 - tail)
 
     def _log_snr_density(self, level: Tensor) -> Tensor:
-        distance = (self.log_snr(level) - self.mean) / self.scale
+        distance = (self._log_snr(level) - self.mean) / self.scale
         return torch.exp(-distance.abs()) / (2.0 * self.scale)
 
 
@@ -238,13 +275,23 @@ class LaplaceSigma(_Sigma, _Laplace):
     def __post_init__(self) -> None:
         _check_spread(self.mean, "scale", self.scale)
 
+    _log_snr, _at_log_snr = _Sigma.log_snr, _Sigma.at_log_snr
+
+    def quantile(self, probability: Tensor) -> Tensor:
+        """σ below which this share of the training levels lies."""
+        return self._quantile(probability)
+
+    def cdf(self, level: Tensor) -> Tensor:
+        """Share of the training levels below σ."""
+        return self._cdf(level)
+
     def density(self, level: Tensor) -> Tensor:
         """Probability per unit of σ."""
         return self._log_snr_density(level) * 2.0 / level
 
 
-@dataclass(frozen=True)
-class LaplaceTime(_Time, _Laplace):
+@dataclass(frozen=True, repr=False)
+class LaplaceTime(_Laplace, _Time):
     """Times whose log-SNR follows Laplace(mean, scale) (Hang et al., ICCV 2025, arXiv 2407.03297: mean 0,
     scale 0.5).
 
@@ -257,14 +304,14 @@ class LaplaceTime(_Time, _Laplace):
     scale: float = 0.5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_spread(self.mean, "scale", self.scale)
 
-    def density(self, level: Tensor) -> Tensor:
-        """Probability per unit of t."""
+    def _density(self, level: Tensor) -> Tensor:
         return self._log_snr_density(level) * 2.0 / (level * (1.0 - level))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class BetaTime(_Time):
     """Flow matching with t ~ Beta(a, b), t = 1 pure noise; for example Beta(1.5, 1) (Black et al., arXiv
     2410.24164).
@@ -286,14 +333,14 @@ class BetaTime(_Time):
     name: ClassVar[str] = "beta_time"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not (_BETA_LEAST <= self.a <= _BETA_MOST and _BETA_LEAST <= self.b <= _BETA_MOST):
             raise ValueError(
                 f"expected a and b from {_BETA_LEAST} to {_BETA_MOST:g}, found a={self.a}, b={self.b}"
             )
         require("scipy.special", "train")
 
-    def quantile(self, probability: Tensor) -> Tensor:
-        """t below which this share of the training times lies."""
+    def _quantile(self, probability: Tensor) -> Tensor:
         logits, slopes = _beta_knots(self.a, self.b, probability.device)
         p = probability.double()
         asked = torch.log(p) - torch.log1p(-p)
@@ -311,13 +358,11 @@ class BetaTime(_Time):
         ended = torch.where(asked == inside, middle, middle + beyond)
         return torch.sigmoid(ended).to(probability.dtype)
 
-    def cdf(self, level: Tensor) -> Tensor:
-        """Share of the training times below t; computed on the host."""
-        inside = level.detach().double().cpu().clamp(0.0, 1.0).numpy()
+    def _cdf(self, level: Tensor) -> Tensor:
+        inside = level.detach().double().cpu().clamp(0.0, 1.0).numpy()  # SciPy computes on the host
         return torch.as_tensor(require("scipy.special", "train").betainc(self.a, self.b, inside)).to(level)
 
-    def density(self, level: Tensor) -> Tensor:
-        """Probability per unit of t."""
+    def _density(self, level: Tensor) -> Tensor:
         log_density = torch.special.xlogy(self.a - 1, level) + torch.special.xlog1py(self.b - 1, -level)
         return torch.exp(log_density - _log_beta(self.a, self.b))
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._host import upload
+from ..clustering import NoiseClustering
 from ..clustering.drawing import random_integers
 from ._levels import (
     Clustering,
@@ -64,8 +65,8 @@ class DifficultyCurriculum(TimestepSampler):
             ``"tasks"``: equally many from each task, as far as it lies in the phase, and from all of them
             after phase N, which is the ordinary training of multi-task methods.
         tasks: the clustering whose index `sample` returns, of the same levels; default `clusters`.
-        noisiest: which of the clusters is the noisiest. ``"first"`` for timesteps in the order of decreasing
-            noise.
+        noisiest: which of the clusters is the noisiest. By default the last; the first where `clusters` are of a
+            distribution with ``data_at=1``. Say ``"first"`` for timesteps in the order of decreasing noise.
         generator: source of randomness; see `TimestepSampler`.
         process_group: processes that train together; see `TimestepSampler`.
 
@@ -102,7 +103,7 @@ class DifficultyCurriculum(TimestepSampler):
         order: Order = "easy_to_hard",
         sampling: Sampling = "union",
         tasks: Clustering | None = None,
-        noisiest: Noisiest = "last",
+        noisiest: Noisiest | None = None,
         generator: torch.Generator | None = None,
         process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
@@ -111,6 +112,7 @@ class DifficultyCurriculum(TimestepSampler):
         check_clustering("tasks", tasks)
         super().__init__(tasks, generator=generator, process_group=process_group)
         check_same_levels(clusters, tasks)
+        noisiest = _noisiest(clusters) if noisiest is None else noisiest
         _check_pacing(clusters.k, patience, max_length, smoothing, min_delta)
         for name, value, choices in (
             ("order", order, Order),
@@ -247,6 +249,14 @@ class DifficultyCurriculum(TimestepSampler):
             f"smoothing={self.smoothing}, min_delta={self.min_delta}, order={self.order!r}, "
             f"sampling={self.sampling!r}"
         )
+
+
+def _noisiest(clusters: Clustering) -> Noisiest:
+    """Tell which cluster is the noisiest, as far as the levels say it."""
+    if isinstance(clusters, NoiseClustering):
+        low, high = clusters.distribution.log_snr(torch.tensor([0.25, 0.75], dtype=torch.float64)).tolist()
+        return "last" if low > high else "first"
+    return "last"
 
 
 def _strata(

@@ -184,7 +184,7 @@ def _cell_probabilities(
 ) -> Tensor:
     """P(t), float64 [T]; see `DistributionSampler`."""
     if log_snr is None:
-        if distribution.levels != "times":
+        if distribution.levels == "σ":
             raise ValueError(
                 f"log_snr: expected that of the timesteps, [{num_timesteps}], for a distribution of "
                 f"{distribution.levels}, found none"

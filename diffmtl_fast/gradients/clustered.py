@@ -250,12 +250,12 @@ class ClusteredMTL(nn.Module):
         if measured:
             changed = self._engine.begin(self.module)
         if by_cluster:
-            if isinstance(self._engine, FullyShardedEngine) and self._accumulates():
+            if isinstance(self._engine, FullyShardedEngine) and self.accumulates:
                 raise ValueError(
                     "no_sync(): expected a model that is not sharded, found one in fully_shard, whose processes "
                     "meet in every backward; leave it out, and every backward weighs its own batch"
                 )
-            if self.memory == "lean" and self._accumulates():
+            if self.memory == "lean" and self.accumulates:
                 raise ValueError("memory='lean': expected no no_sync(), found it; use memory='full'")
             if self.memory == "lean" and isinstance(self._replicas, Replicas):
                 raise ValueError(
@@ -368,7 +368,9 @@ class ClusteredMTL(nn.Module):
         finally:
             self._syncing = before
 
-    def _accumulates(self) -> bool:
+    @property
+    def accumulates(self) -> bool:
+        """Whether the next backward belongs to batches that are weighed as one; see `no_sync`."""
         return not self._syncing or self._accumulation is not None
 
     def _accumulate(
@@ -489,7 +491,7 @@ class ClusteredMTL(nn.Module):
     def _needs_gradients_by_cluster(self) -> bool:
         weighting = self.weighting
         asked = isinstance(weighting, GramianWeighting) and weighting.needs_gramian
-        return asked or self.measure_gramian or self.drop_nonfinite or self._accumulates()
+        return asked or self.measure_gramian or self.drop_nonfinite or self.accumulates
 
     def _measures_beside(self) -> bool:
         """Tell whether the Gramian is only looked at: it is then formed beside a step that stays the plain one.

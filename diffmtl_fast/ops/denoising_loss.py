@@ -8,13 +8,13 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from .._data_at import DataAt, check_data_at
 from ._checks import accumulation_dtype, check_floating, check_pair, check_same_device, check_weight
 from ._library import define_op, refuse_autograd, register_autograd
 from .add_noise import check_noise
 from .philox import is_seed, philox_normal_plain
 
 Prediction: TypeAlias = Literal["epsilon", "x0", "v", "velocity", "sample", "v_prediction"]
-DataAt: TypeAlias = Literal[0, 1]
 
 _DIFFUSERS = {"sample": "x0", "v_prediction": "v"}  # diffusers' names
 
@@ -164,8 +164,7 @@ def denoising_loss(
         raise TypeError(f"noise: expected the dtype of x0, {x0.dtype}, found {noise.dtype}")
     if huber_delta is not None:
         _check_delta(huber_delta)
-    if data_at not in (0, 1):
-        raise ValueError(f"data_at: expected 0 or 1, found {data_at!r}")
+    check_data_at(data_at)
     prediction = _DIFFUSERS.get(prediction, prediction)  # type: ignore[assignment]
     if data_at == 1 and prediction != "velocity":
         raise ValueError(f"data_at: expected 0 for prediction {prediction!r}, which has no times, found 1")

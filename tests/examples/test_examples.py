@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 
 import diffmtl_fast as dm
+from diffmtl_fast import diffusion
 from diffmtl_fast.gradients import ClusterJacobian
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -19,6 +25,10 @@ def load(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def reset_accelerate():
+    pytest.importorskip("accelerate.state").AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def assert_exact(model, batch=10, width=16, clusters=5):
@@ -40,16 +50,18 @@ def assert_exact(model, batch=10, width=16, clusters=5):
     [
         ("plain_loop", ["--device", "cpu"]),
         ("accelerate_loop", ["--cpu"]),
-        ("accelerate_loop", ["--cpu", "--mixed-precision", "bf16"]),
+        ("accelerate_loop", ["--cpu", "--mixed-precision", "bf16", "--steps", "150"]),
     ],
 )
 def test_the_loss_falls_and_gradients_are_exact(name, options):
     if name == "accelerate_loop":
-        state = pytest.importorskip("accelerate.state")
-        state.AcceleratorState._reset_state(reset_partial_state=True)
+        reset_accelerate()
     example = load(name)
     mtl, losses = example.train(example.parse(options))
     assert sum(losses[-20:]) < 0.7 * sum(losses[:20])
+    if name == "accelerate_loop":  # without autocast
+        accelerate_utils = pytest.importorskip("accelerate.utils")
+        accelerate_utils.extract_model_from_parallel(mtl.module, keep_fp32_wrapper=False)
     assert_exact(mtl.module)
 
 
@@ -124,6 +136,72 @@ def test_losses_of_the_fused_ops_fall_and_their_gradients_are_the_eager_ones():
     expected = torch.autograd.grad((weight * squares).mean(), list(model.parameters()))
     found = torch.autograd.grad(example.sample_losses(model, x0, seed, t).mean(), list(model.parameters()))
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+
+
+def small_batch(shape):
+    """Data, noise and timesteps, one sample of clusters 0, 1 and 3, two of 2 and 4."""
+    return torch.randn(8, *shape), torch.randn(8, *shape), torch.tensor([0, 0, 150, 400, 500, 700, 900, 999])
+
+
+CLUSTER = torch.tensor([0, 0, 1, 2, 2, 3, 4, 4])
+
+
+def test_losses_of_diffusers_unconditional_fall_and_their_gradients_are_exact(tmp_path):
+    reset_accelerate()
+    example = load("diffusers_unconditional")
+    mtl, losses = example.train(example.parse(["--cpu", "--steps", "30", "--output", str(tmp_path)]))
+    assert falls(losses)
+    pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path)
+    averaged = list(pipeline.unet.parameters())
+    assert all(
+        torch.equal(p.cpu(), q) for p, q in zip(mtl.module.parameters(), averaged, strict=True)
+    )  # EMA's
+    batch = (pipeline.scheduler, *small_batch((3, 8, 8)))
+    assert_cluster_gradients(mtl.module, example.sample_losses, batch, CLUSTER, 5)
+
+
+def test_losses_of_diffusers_text_to_image_fall_and_their_gradients_are_exact(tmp_path):
+    reset_accelerate()
+    example = load("diffusers_text_to_image")
+    args = example.parse(["--cpu", "--steps", "30", "--output", str(tmp_path)])
+    mtl, losses = example.train(args)
+    assert falls(losses)
+    diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+    scheduler = diffusers.DDPMScheduler(beta_schedule="scaled_linear")
+    weights = diffusion.scheduler_weights(scheduler, "min_snr", gamma=5.0)
+    snr = diffusers.training_utils.compute_snr(scheduler, torch.arange(1000))  # what the script does
+    torch.testing.assert_close(weights, snr.clamp(max=5.0) / snr, rtol=1e-4, atol=1e-6)
+    batch = (scheduler, weights, (*small_batch((4, 8, 8)), torch.randn(8, 8, 16)))
+    assert_cluster_gradients(mtl.module, example.sample_losses, batch, CLUSTER, 5)
+
+
+PROCESS = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+import accelerate_loop as example
+mtl, losses = example.train(example.parse(["--cpu", "--steps", "40", "--mixed-precision", "bf16"]))
+torch.save((mtl.module.state_dict(), losses), sys.argv[2])
+"""
+
+
+def test_two_processes_of_the_accelerate_loop_stay_together(tmp_path):
+    processes = []
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for rank in range(2):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+        variables = os.environ | {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", PROCESS, str(EXAMPLES), str(tmp_path / f"{rank}.pt")]
+        processes.append(
+            subprocess.Popen(command, env=variables | {name: str(value) for name, value in place.items()})
+        )
+    assert [process.wait(timeout=240) for process in processes] == [0, 0]
+    (first, losses), (second, others) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert losses != others  # data of their own
+    assert falls(losses)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
 
 
 @pytest.mark.parametrize("batch", [1, 4])

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..._torch import DisableTorchFunctionSubclass, make_subclass, tree_flatten, tree_unflatten, version
+from ..._torch import (
+    DisableTorchFunctionSubclass,
+    function_of,
+    make_subclass,
+    tree_flatten,
+    tree_unflatten,
+    version,
+)
 from ..step import nodes
 from ..uncompiled import uncompiled
 
@@ -43,11 +50,7 @@ class ClusterParameter(Tensor):
         value: Tensor, origins: tuple[int, ...], source: tuple[Call, int] | None, engine: GroupedEngine
     ) -> ClusterParameter:
         """Wrap a tensor; the handle shares its memory."""
-        handle: ClusterParameter = make_subclass(ClusterParameter, value.detach(), True)
-        handle.value, handle.origins, handle.source, handle.engine = value, origins, source, engine
-        with DisableTorchFunctionSubclass():
-            handle.register_post_accumulate_grad_hook(_refuse_gradient)
-        return handle
+        return _become(make_subclass(ClusterParameter, value.detach(), True), value, origins, source, engine)
 
     @classmethod
     def __torch_function__(
@@ -55,11 +58,12 @@ class ClusterParameter(Tensor):
     ) -> Any:
         """Hand the operation to the engine."""
         if torch.compiler.is_compiling():
-            return uncompiled(_operate, _REASON)(func, args, kwargs or {})
-        return _operate(func, args, kwargs or {})
+            return uncompiled(operate, _REASON)(func, args, kwargs or {})
+        return operate(func, args, kwargs or {})
 
 
-def _operate(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def operate(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Hand an operation with handles among its arguments to the engine."""
     with DisableTorchFunctionSubclass():
         for handle in args:  # where they nearly always are
             if isinstance(handle, ClusterParameter):
@@ -77,8 +81,8 @@ def _refuse_gradient(handle: Tensor) -> None:
     handle.engine.refuse_unseen(handle)
 
 
-def find_unseen(tensors: Iterable[Tensor], visited: set[Any]) -> ClusterParameter | None:
-    """Return a handle at which the tensors' graphs end, if there is one.
+def find_unseen(tensors: Iterable[Tensor], visited: set[Any]) -> tuple[ClusterParameter, Any] | None:
+    """Return a handle at which the tensors' graphs end, if there is one, and the Function that was applied to it.
 
     Its use was not seen by the engine: `torch.autograd.Function.apply` and functions bound from C++ take a handle
     for the tensor that it shares memory with.
@@ -89,10 +93,25 @@ def find_unseen(tensors: Iterable[Tensor], visited: set[Any]) -> ClusterParamete
     """
     for tensor in tensors:
         for node in nodes(tensor, visited):
-            leaf = getattr(node, "variable", None)
-            if isinstance(leaf, ClusterParameter):
-                return leaf
+            for before, _ in node.next_functions:
+                leaf = getattr(before, "variable", None)
+                if isinstance(leaf, ClusterParameter):
+                    return leaf, function_of(node)
     return None
+
+
+def _become(
+    handle: Tensor,
+    value: Tensor,
+    origins: tuple[int, ...],
+    source: tuple[Call, int] | None,
+    engine: GroupedEngine,
+) -> ClusterParameter:
+    assert isinstance(handle, ClusterParameter)
+    handle.value, handle.origins, handle.source, handle.engine = value, origins, source, engine
+    with DisableTorchFunctionSubclass():
+        handle.register_post_accumulate_grad_hook(_refuse_gradient)
+    return handle
 
 
 class Call:
@@ -193,6 +212,52 @@ def derive(call: Call, result: Any, engine: GroupedEngine) -> Any:
     return tree_unflatten(wrapped, spec)
 
 
+def write(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], engine: GroupedEngine
+) -> Any:
+    """Let a call write to its first argument: a constant, which is a handle from then on, or such a handle."""
+    target, *rest = args
+    before = target.detach().clone()
+    if written(target):
+        before = ClusterParameter.make(target.value, target.origins, target.source, engine)
+    call = Call(_Written(func), (before, *rest), kwargs)
+    value = call.run(_value)
+    with torch.no_grad():
+        target.copy_(value)
+    origins = tuple(dict.fromkeys(o for h in find_handles((call.args, kwargs)) for o in h.origins))
+    if not written(target):
+        target.__class__ = ClusterParameter
+        with DisableTorchFunctionSubclass():
+            target.requires_grad_()
+    return _become(target, value, origins, (call, 0), engine)
+
+
+class _Written:
+    """What a function that writes to its first argument makes of it, as a new tensor."""
+
+    def __init__(self, func: Callable[..., Any]) -> None:
+        self._func = func
+
+    def __call__(self, target: Tensor, *rest: Any, **kwargs: Any) -> Tensor:
+        """Return it."""
+        copy = target.clone()
+        self._func(copy, *rest, **kwargs)
+        return copy
+
+
+def written(handle: Any) -> bool:
+    """Tell whether a handle was a constant that parameters were written to."""
+    return (
+        isinstance(handle, ClusterParameter)
+        and handle.source is not None
+        and isinstance(handle.source[0].func, _Written)
+    )
+
+
+def _value(handle: ClusterParameter) -> Tensor:
+    return handle.value
+
+
 def evaluate(handle: ClusterParameter, parameters: Mapping[int, Tensor]) -> Tensor:
     """Compute a handle's value again from other values of its parameters."""
     results: dict[int, list[Any]] = {}
@@ -226,20 +291,24 @@ def _refuse_changes(handle: ClusterParameter) -> None:
 
 def pull_back(handle: ClusterParameter, gradients: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     """Turn gradients [K, ...] of a derived tensor into those of its parameters, in the order of its origins."""
-    num = gradients.shape[0]
     _refuse_changes(handle)
     # This small graph is no part of the model's: a checkpoint around the model must not pack its tensors.
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
-        leaves = [
-            parameters[o].detach().expand(num, *parameters[o].shape).requires_grad_() for o in handle.origins
-        ]
+        leaves = {o: parameters[o].detach().requires_grad_() for o in handle.origins}
+        out = evaluate(handle, leaves)
 
-        def compute(*values: Tensor) -> Tensor:
-            return evaluate(handle, dict(zip(handle.origins, values, strict=True)))
+        def of_cluster(gradient: Tensor) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(
+                out,
+                list(leaves.values()),
+                gradient,
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
 
-        out = torch.vmap(compute)(*leaves)
-        found = torch.autograd.grad(out, leaves, gradients.to(out.dtype), allow_unused=True)
-    return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
+        found = torch.vmap(of_cluster)(gradients.to(out.dtype))
+    return list(found)
 
 
 def _itself(tensor: Tensor) -> Tensor:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..._torch import saved_tensors_are_packed
+from ..._torch import is_view, saved_tensors_are_packed
 from ..model_state import writes_in_place
 from ..parameters import module_name
 from ..rules import PER_SAMPLE, NoClusterRule, Registered, RuleContext, registry
 from ..rules.broadcast import BROADCASTING, JOINING, LIKE, REPEATING
+from ..rules.contraction import as_contraction, contract
 from .cluster_parameter import (
     Call,
     ClusterParameter,
@@ -24,10 +25,13 @@ from .cluster_parameter import (
     pull_back,
     repeatable,
     substitute,
+    write,
+    written,
 )
 from .delivery import Use, run_forward
 from .node import apply
-from .operation import NoRows, Operation, Unverified
+from .operation import NoRows, Operation, Unseen, Unverified
+from .own_functions import can_be_seen
 
 if TYPE_CHECKING:
     from .grouped_engine import GroupedEngine
@@ -58,6 +62,8 @@ class Dispatch:
             return func(*substitute(args, _value), **substitute(kwargs, _value))
 
     def _operate(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func is torch.einsum and not kwargs and (operands := as_contraction(*args)):
+            func, args = contract, operands
         if self._engine.probe is not None:
             self.check_seen((args, kwargs))
             if self._engine.probe.alike is not None:
@@ -196,11 +202,11 @@ class Dispatch:
 
     def _derive(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation on parameters and constants alone: it gives a handle, or a batch of copies."""
-        if writes_in_place(func) and not isinstance(args[0], ClusterParameter):
-            operation = Operation(
-                (func, "into a constant"), self._engine.owners(find_handles((args, kwargs)))
-            )
-            raise NoRows(operation, f"{_name(func)} writes a parameter into a tensor that is none")
+        if writes_in_place(func) and (written(args[0]) or not isinstance(args[0], ClusterParameter)):
+            if torch.is_grad_enabled() and (written(args[0]) or _is_memory_of_its_own(args[0])):
+                return write(func, args, kwargs, self._engine)
+            operation = Operation((func, "into a view"), self._engine.owners(find_handles((args, kwargs))))
+            raise NoRows(operation, f"{_name(func)} writes a parameter into a part of a tensor that is none")
         result = func(*substitute(args, _value), **substitute(kwargs, _value))
         if not _has_tensor(result):
             return result
@@ -238,11 +244,19 @@ class Dispatch:
                 raise NoClusterRule(f"no gradient can be pulled back to its parameters: {error}") from error
 
     def check_seen(self, arguments: Any) -> None:
-        """Look whether a handle was used unseen on the way to an operation's arguments, or to the outputs."""
+        """Look whether a handle was used unseen on the way to an operation's arguments, or to the outputs.
+
+        Raises:
+            NoRows: one was.
+            Unseen: one was, in a Function that can be seen.
+        """
         assert self._engine.probe is not None
         tensors = itertools.chain(find_tensors(arguments), find_handles(arguments))
-        handle = find_unseen(tensors, self._engine.probe.visited)
-        if handle is not None:
+        found = find_unseen(tensors, self._engine.probe.visited)
+        if found is not None:
+            handle, function = found
+            if can_be_seen(function) and function not in self._engine.functions:
+                raise Unseen(function)
             key = self._key("unseen", 1, (handle,))
             raise NoRows(
                 Operation(key, self._engine.owners([handle])),
@@ -273,6 +287,11 @@ def _name(func: Any) -> str:
 
 def _value(handle: ClusterParameter) -> Tensor:
     return handle.value
+
+
+def _is_memory_of_its_own(tensor: Any) -> bool:
+    """Tell whether a tensor is none that others see a part of, or that autograd knows."""
+    return type(tensor) is Tensor and tensor.is_leaf and not tensor.requires_grad and not is_view(tensor)
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from .dispatch import Dispatch
 from .module_slices import ModuleSlices
 from .noise_check import Probe, Verification
 from .operation import CannotGroup, NoRows, Unverified
+from .own_functions import Function, seen
 
 
 class GroupedEngine:
@@ -46,6 +47,7 @@ class GroupedEngine:
         values: what the handles stand for: the parameters, or in checks other values of them.
         verified: the operations that a check has found to be exact.
         constant: operations on tensors that are no batch, and how that was found out.
+        functions: that are applied to parameters.
         layout: of the forward that is running; None outside of one.
         forward_pass: the forward that is running; None in checks.
         probe: while a check's forward is running.
@@ -66,6 +68,7 @@ class GroupedEngine:
         )
         self.verified: set[tuple[Any, ...]] = set()
         self.constant: dict[tuple[Any, ...], str] = {}
+        self.functions: set[Function] = set()
         self._training: tuple[bool, ...] = ()
         self.layout: BatchLayout | None = None
         self.forward_pass: Pass | None = None
@@ -135,7 +138,11 @@ class GroupedEngine:
         if forward_pass is not None:
             self._last = layout, forward_pass
         try:
-            with installed(self.slots, self.handles), forwards_replaced(self.slices.forwards()):
+            with (
+                installed(self.slots, self.handles),
+                forwards_replaced(self.slices.forwards()),
+                seen(self.functions),
+            ):
                 yield
         finally:
             self.layout, self.forward_pass = before

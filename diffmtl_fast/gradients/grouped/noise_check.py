@@ -17,7 +17,7 @@ from ..model_state import BufferSlot, ModelState
 from ..parameters import module_name
 from ..trees import copied, flatten, map_tensors, replace_rows
 from .cluster_parameter import find_handles
-from .operation import CannotGroup, Differentiated, NoRows, Operation
+from .operation import CannotGroup, Differentiated, NoRows, Operation, Unseen
 
 if TYPE_CHECKING:
     from .grouped_engine import GroupedEngine
@@ -105,14 +105,22 @@ class Verification:
             CannotGroup: only slices of the whole model would be.
         """
         with self._probing(given) as state:
-            while True:
-                try:
-                    self._check(layout, given, state)
-                    return
-                except NoRows as error:
-                    self._give_way(error, layout, given, state)
-                except Differentiated:
-                    self._differentiates = True
+            while not self._settles(layout, given, state):
+                pass
+
+    def _settles(self, layout: BatchLayout, given: _Given, state: ModelState) -> bool:
+        """Check once; where something has to be run in another way, tell that it has to be checked again."""
+        try:
+            try:
+                self._check(layout, given, state)
+                return True
+            except NoRows as error:
+                self._give_way(error, layout, given, state)
+        except Differentiated:
+            self._differentiates = True
+        except Unseen as error:
+            self._engine.functions.add(error.function)
+        return False
 
     def spot_check(self, layout: BatchLayout, given: _Given, disturbed: Tensor) -> NoRows | None:
         """Look again, with noise in some samples, bool [B], whether it stays there.
@@ -127,6 +135,8 @@ class Verification:
                 return error
             except Differentiated:
                 self._differentiates = True
+            except Unseen as error:  # seen from the next whole check on
+                return NoRows(Operation(("unseen",), []), str(error))
         return None
 
     @contextmanager

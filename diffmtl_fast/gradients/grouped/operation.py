@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..rules import NoClusterRule
@@ -41,6 +42,14 @@ class NoRows(NoClusterRule):
     def __init__(self, operation: Operation, why: str) -> None:
         super().__init__(why)
         self.operation = operation
+
+
+class Unseen(RuntimeError):
+    """A Function was applied to parameters unseen; it can be seen from now on."""
+
+    def __init__(self, function: type[torch.autograd.Function]) -> None:
+        super().__init__(f"{function.__qualname__} takes a parameter")
+        self.function = function
 
 
 class Unverified(RuntimeError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import convolution, embedding, linear, normalisation  # each registers its rules
+from . import contraction, convolution, embedding, linear, normalisation  # each registers its rules
 from .broadcast import PER_SAMPLE
 from .registry import (
     RULES,
@@ -22,6 +22,7 @@ __all__ = [
     "Registered",
     "RuleContext",
     "WrongRule",
+    "contraction",
     "convolution",
     "embedding",
     "linear",

@@ -57,7 +57,7 @@ def scripted_scale(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return torch.tanh(x * w)
 
 
-# Functions that no tensor subclass sees.
+# Functions that no tensor subclass sees; those of parameters alone are shown to the engine.
 add("autograd-function", written(lambda m, x: Scale.apply(x, m.w).sin(), w=(4,)), rows(4), slices=NO_RULE)
 add(
     "autograd-function-after-linear",
@@ -69,13 +69,11 @@ add(
     "autograd-function-of-a-parameter",
     written(lambda m, x: F.linear(x, Twice.apply(m.w)), w=(5, 4)),
     rows(4),
-    slices=NO_RULE,
 )
 add(
     "straight-through",
     written(lambda m, x: F.linear(x, Straight.apply(m.w)), w=(5, 4)),
     rows(4),
-    slices=NO_RULE,
 )
 add(
     "straight-through-by-detach",
@@ -576,7 +574,6 @@ add(
         lambda m, x: torch.einsum("bi,noi->bno", x, torch.stack([m.a.weight, m.b.weight])), a=linear, b=linear
     ),
     rows(4),
-    slices=NO_RULE,
 )
 add("weights-flattened", written(lambda m, x: F.linear(x, m.w[:20].view(5, 4), m.w[20:]), w=(25,)), rows(4))
 add("deep-copied-child", chain(square, nn.Tanh, lambda: copy.deepcopy(square())), rows(4))

@@ -339,13 +339,13 @@ add(
     rows(3, 4),
     refused="depend|mixed|row|no rule for addbmm",
 )
-add("einsum", written(lambda m, x: torch.einsum("bi,io->bo", x, m.w), w=(4, 5)), rows(4), slices=NO_RULE)
+add("einsum", written(lambda m, x: torch.einsum("bi,io->bo", x, m.w), w=(4, 5)), rows(4))
 add(
-    "einsum-heads",
-    written(lambda m, x: torch.einsum("bnd,hde->bhne", x, m.w), w=(2, 4, 3)),
+    "einsum-weight-first",
+    written(lambda m, x: torch.einsum("io, ...i -> ...o", m.w, x), w=(4, 5)),
     rows(3, 4),
-    slices=NO_RULE,
 )
+add("einsum-heads", written(lambda m, x: torch.einsum("bnd,hde->bhne", x, m.w), w=(2, 4, 3)), rows(3, 4))
 add(
     "einsum-two",
     written(lambda m, x: torch.einsum("bi,io,o->bo", x, m.w, m.v), w=(4, 5), v=(5,)),
