@@ -174,6 +174,11 @@ def default_store() -> Any:
     return torch.distributed.distributed_c10d._get_default_store()
 
 
+def timeout_of(group: Any, device: torch.device) -> Any:
+    """Return how long the exchanges of a process group take at most. Replaced by None, PyTorch's own default."""
+    return group._get_backend(device).options._timeout
+
+
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """Return the dictionary that holds a module's own parameters. Replaced by `setattr` and `getattr`."""
     return module._parameters
@@ -325,6 +330,7 @@ __all__ = [
     "sharded_compute_dtypes",
     "sharded_gradients_summed",
     "sparse_values",
+    "timeout_of",
     "tree_flatten",
     "tree_unflatten",
     "unsafe_view",

@@ -103,7 +103,7 @@ class FullySharded(Replicas):
         if found is not None:
             raise found
 
-    def telling_before_gradients(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+    def telling_before_gradients(self, gradients: Any) -> AbstractContextManager[None]:
         """Tell nobody: the other ranks wait for something else in the model's backward."""
         return nullcontext()
 
