@@ -15,6 +15,7 @@ from typing import Literal, TypeAlias, get_args
 
 from .._figures import new_figure, save
 from .buckets import LIMIT
+from .sharded_jacobian import MOST_UNDER_WAY
 
 #: How gradients of clusters are formed and added up; "plain" ones are those of a step without clusters.
 Mode: TypeAlias = Literal["plain replicated", "replicated", "cluster-parallel", "plain sharded", "sharded"]
@@ -94,9 +95,10 @@ class Cost:
 def cost(mode: Mode, job: Job, cluster: Cluster | None = None) -> Cost:
     """Estimate a step.
 
-    Sharded modes and plain replicas exchange while they compute, so that the longer one of the two counts; the
-    other modes exchange afterwards. An all-to-all has a message for every other process, sent together; the other
-    collectives have log2 W, one after the other. Shards of a replica are taken to lie in one machine if they fit.
+    All modes exchange gradients while they compute, so that the longer one of the two counts; replicas with
+    clusters give each other the update afterwards. An all-to-all has a message for every other process, sent
+    together; the other collectives have log2 W, one after the other. Shards of a replica are taken to lie in one
+    machine if they fit.
 
     Args:
         mode: how gradients are added up.
@@ -122,20 +124,17 @@ def _replicated(mode: Mode, job: Job, cluster: Cluster) -> Cost:
     size, rows = job.processes, job.num_clusters
     whole, row = _WORD * job.parameters, job.jacobian_bytes * job.parameters
     share, hops = _share(size), _hops(size)
-    buckets = math.ceil(whole / LIMIT)
-    memory: float = _HELD * whole
+    bandwidth, buckets = _bandwidth(size, cluster), math.ceil(whole / LIMIT)
+    waiting, memory = hops * buckets * cluster.latency, float(_HELD * whole)
     if mode == "plain replicated":
-        sent, memory = 2 * whole * share, memory + min(whole, LIMIT)
-        waiting = 2 * hops * buckets * cluster.latency
-    else:
-        rows_sent = rows if mode == "replicated" else job.on_a_rank
-        sent = (rows_sent * row + whole) * share
-        memory += (rows_sent + rows / size) * row
-        messages = math.ceil(rows_sent * row / LIMIT) * (size - 1)
-        waiting = messages * cluster.message + hops * buckets * cluster.latency
-    exchange = sent / _bandwidth(size, cluster) + waiting
-    seconds = max(job.compute, exchange) if mode == "plain replicated" else job.compute + exchange
-    return Cost(sent, 0.0, memory, seconds)
+        seconds = max(job.compute, 2 * whole * share / bandwidth + 2 * waiting)
+        return Cost(2 * whole * share, 0.0, memory + min(whole, LIMIT), seconds)
+    sent = (rows if mode == "replicated" else job.on_a_rank) * row
+    messages = math.ceil(sent / LIMIT) * (size - 1)
+    memory += sent + rows * row / size + whole + 2 * min(sent, MOST_UNDER_WAY * LIMIT)
+    exchange = sent * share / bandwidth + messages * cluster.message
+    seconds = max(job.compute, exchange) + whole * share / bandwidth + waiting
+    return Cost((sent + whole) * share, 0.0, memory, seconds)
 
 
 def _sharded(mode: Mode, job: Job, cluster: Cluster) -> Cost:

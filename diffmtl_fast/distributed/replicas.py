@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import ops
 from .._host import upload
 from .._torch import data_parallel_processes, fully_sharded_modules
+from .arrivals import PlainArrivals
 from .buckets import Workspace
 from .gradient_sums import GradientSums
 from .ranks import Ranks
@@ -142,7 +143,7 @@ class Replicas(Alone):
 
     def __init__(self, ranks: Ranks, num_clusters: int) -> None:
         self.ranks = ranks
-        self._workspace = Workspace()
+        self._workspace, self._arrivals = Workspace(), PlainArrivals()
         self._count = 2 * num_clusters + len(self._SETTINGS) + 1
         self._held: list[list[int]] = []  # of every rank, the clusters that it has samples of in this step
         self._most = num_clusters  # clusters of a rank, as the log was told
@@ -244,11 +245,10 @@ class Replicas(Alone):
         before = [p.grad for p in parameters]
         for parameter in parameters:
             parameter.grad = None
-        sums = GradientSums(parameters, self.ranks)
+        sums = GradientSums(parameters, self.ranks, self._workspace, self._arrivals)
         try:
-            with self.telling_before_gradients(sums):
+            with self.telling_before_gradients(sums), sums.taking():
                 yield
-                _refuse_sparse(parameters)
             found = sums.finish()
         except BaseException:
             for parameter, old in zip(parameters, before, strict=True):
@@ -266,11 +266,3 @@ class Replicas(Alone):
         """Return what reads the sum of the rows that the ranks have, times each rank's own factors [K]."""
         rows = cast("Jacobian | Rows", store)
         return ShardedJacobian(rows, self.ranks, self._held, self._workspace, factors)
-
-
-def _refuse_sparse(parameters: Sequence[nn.Parameter]) -> None:
-    if any(p.grad is not None and p.grad.is_sparse for p in parameters):
-        raise ValueError(
-            "model: expected dense gradients, found a sparse one, which is not added up between processes; make "
-            "its embedding with sparse=False"
-        )

@@ -17,6 +17,9 @@ from .ranks import Ranks, Started
 if TYPE_CHECKING:
     from ..gradients.stores import Jacobian, Rows
 
+#: Buckets that may be under way: where the network is slower than the backward, this bounds their memory.
+MOST_UNDER_WAY = 4
+
 
 @dataclass(frozen=True)
 class _Bucket:
@@ -120,7 +123,9 @@ class ShardedJacobian:
             self._fill(parts, positions)
         exchange = self._ranks.start_exchange(parts, received, rows)
         self._under_way.append(_Bucket(positions, parts, received, exchange))
-        while self._under_way and self._under_way[0].exchange.is_over():
+        while self._under_way and (
+            len(self._under_way) > MOST_UNDER_WAY or self._under_way[0].exchange.is_over()
+        ):
             self._add_up(self._under_way.pop(0))
 
     def _finish(self) -> None:

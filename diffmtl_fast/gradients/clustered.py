@@ -17,7 +17,17 @@ from torch import Tensor, nn
 
 from .._host import upload
 from .._torch import fully_sharded_modules, sparse_values
-from ..distributed import Alone, Ranks, Replicas, ShardedJacobian, find_group, refuse_outer_wrapper, settle
+from ..distributed import (
+    Alone,
+    Arrivals,
+    PlainArrivals,
+    Ranks,
+    Replicas,
+    ShardedJacobian,
+    find_group,
+    refuse_outer_wrapper,
+    settle,
+)
 from ..weighting import GramianWeighting, LossWeighting
 from . import diagnostics
 from .accumulation import Accumulation, tally
@@ -26,9 +36,9 @@ from .engine import Engine, EngineName, Memory
 from .fully_sharded import FullyShardedEngine
 from .loss_check import refuse_scaled
 from .parameters import refuse_hooks
-from .plain_pass import PlainPass
+from .plain_pass import collect_plain
 from .step import Step
-from .stores import Arrivals, Jacobian, Rows
+from .stores import Jacobian, Rows
 from .uncompiled import uncompiled
 
 _logger = logging.getLogger("diffmtl_fast")
@@ -175,7 +185,7 @@ class ClusteredMTL(nn.Module):
         if fully_sharded_modules(model):
             _refuse_with_shards(engine, memory)
             self._engine = FullyShardedEngine(model, num_clusters, shared, jacobian_dtype)
-        self._plain_pass = PlainPass()
+        self._plain_arrivals = PlainArrivals()
         self._accumulation: Accumulation | None = None
         self._syncing = True
         self._step: Step | None = None  # that waits for its backward
@@ -411,7 +421,7 @@ class ClusteredMTL(nn.Module):
                 self._engine.jacobian_in_use = not self._syncing
             self._engine.collect(step, objective, store)
         elif step.only is not None:
-            self._plain_pass.collect(self._trainable(), objective, store, step.only)
+            collect_plain(self._trainable(), objective, store, step.only, self._plain_arrivals)
 
     def _tell_arrivals(self, step: Step, store: Any, gradients: Any) -> None:
         """Let what is exchanged with other processes leave while the backward goes on."""
@@ -421,7 +431,7 @@ class ClusteredMTL(nn.Module):
         if step.by_cluster and isinstance(self._engine, Engine):
             expected = self._engine.expected(step)
         elif step.only is not None:
-            expected = self._plain_pass.expected(self._trainable())
+            expected = self._plain_arrivals.expected(self._trainable())
         store.arrivals = Arrivals(expected, gradients.complete)
 
     def _trainable(self) -> list[nn.Parameter]:

@@ -12,6 +12,7 @@ from programs import K
 from diffmtl_fast.distributed.cost_model import Cluster, Job, cost, draw
 
 EVERYWHERE, ONE_EACH, TWO_EACH = [[0, 1, 2, 3, 4]] * 4, [[2], [0], [4], [2]], [[2, 0], [0], [4, 3], [2]]
+TWO_TWO = [[2, 0], [0, 1], [4, 3], [2, 4]]
 
 
 @pytest.mark.parametrize(
@@ -20,6 +21,8 @@ EVERYWHERE, ONE_EACH, TWO_EACH = [[0, 1, 2, 3, 4]] * 4, [[2], [0], [4], [2]], [[
         ("plain replicated", EVERYWHERE, "", 2),
         ("replicated", EVERYWHERE, "", 2),
         ("replicated", EVERYWHERE, "", 4),
+        ("cluster-parallel", ONE_EACH, "", 2),
+        ("cluster-parallel", TWO_TWO, "", 4),
         ("plain sharded", EVERYWHERE, "fsdp", 2),
         ("plain sharded", EVERYWHERE, "hsdp", 4),
         ("sharded", EVERYWHERE, "fsdp", 4),
@@ -59,7 +62,7 @@ def test_shards_need_less_memory_and_large_groups_more_time():
     # With no latency the time of an exchange is that of its bytes.
     ideal = Cluster(latency=0.0, message=0.0)
     found = cost("cluster-parallel", jobs[-1], ideal)
-    assert found.seconds == pytest.approx(jobs[-1].compute + found.bytes_sent / ideal.between)
+    assert found.seconds == pytest.approx(jobs[-1].compute + found.bytes_sent / 2 / ideal.between)
 
 
 @pytest.mark.parametrize(

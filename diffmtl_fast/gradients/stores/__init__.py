@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from .arrivals import Arrivals
 from .base import Deferred, Gradients, Store
 from .jacobian import Jacobian
 from .lean_gramian import LeanGramian
 from .rows import Rows
 
-__all__ = ["Arrivals", "Deferred", "Gradients", "Jacobian", "LeanGramian", "Rows", "Store"]
+__all__ = ["Deferred", "Gradients", "Jacobian", "LeanGramian", "Rows", "Store"]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ... import ops
+from ...distributed.arrivals import Arrivals
 from ...ops.gram import gram_at_any_scale
-from .arrivals import Arrivals
 from .base import Deferred
 
 _ALIGNMENT = 64  # elements from one parameter's block to the next are a multiple of this: whole cache lines

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .arrivals import Arrivals
+from ...distributed.arrivals import Arrivals
 from .jacobian import add_to_grads
 
 
