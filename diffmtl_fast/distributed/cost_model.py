@@ -141,21 +141,30 @@ def _sharded(mode: Mode, job: Job, cluster: Cluster) -> Cost:
     size, rows = job.processes // job.replicas, job.num_clusters
     plain, several = mode == "plain sharded", job.replicas > 1
     whole, part = _WORD * job.parameters, _WORD * job.parameters / job.groups
-    passes = 1 if plain else rows if several else job.on_a_rank
+    row = job.jacobian_bytes * job.parameters / size
+    passes = 1 if plain else job.on_a_rank
+    alike = plain or passes == rows  # all ranks run the same cluster at a time
     reduced = passes * whole * _share(size)
-    between = passes * 2 * whole / size * _share(job.replicas)
     gathers = (2 - job.kept) * reduced
-    memory = _HELD * whole / size + 3 * part + job.kept * whole
-    hops = passes * job.groups * (3 * _hops(size) + 2 * _hops(job.replicas))
-    waiting = hops * cluster.latency
-    if not plain:
-        memory += rows * job.jacobian_bytes * job.parameters / size
-        if not several and passes < rows:  # all-to-all in the reduce-scatter's place
-            memory += part
-            each = (size - 1) * cluster.message - _hops(size) * cluster.latency
-            waiting += passes * job.groups * each
-    exchange = (reduced + gathers) / _bandwidth(size, cluster) + between / _bandwidth(job.processes, cluster)
-    return Cost(reduced + between, gathers, memory, max(job.compute, exchange + waiting))
+    memory = _HELD * whole / size + 3 * part + job.kept * whole + (0 if plain else rows * row)
+    waiting = passes * job.groups * 3 * _hops(size) * cluster.latency
+    between, far = 0.0, _bandwidth(job.processes, cluster)
+    afterwards = 0.0
+    if alike:
+        between = passes * 2 * whole / size * _share(job.replicas)
+        waiting += passes * job.groups * 2 * _hops(job.replicas) * cluster.latency + between / far
+    else:  # all-to-all in the reduce-scatter's place
+        memory += part
+        each = (size - 1) * cluster.message - _hops(size) * cluster.latency
+        waiting += passes * job.groups * each
+    if several and not alike:  # replicas add up the rows of all their clusters
+        sent = min(rows, passes * size) * row
+        between = (sent + whole / size) * _share(job.replicas)
+        memory += rows * row / job.replicas + whole / size + 2 * min(sent, MOST_UNDER_WAY * LIMIT)
+        messages = math.ceil(sent / LIMIT) * (job.replicas - 1)
+        afterwards = between / far + messages * cluster.message + _hops(job.replicas) * cluster.latency
+    exchange = (reduced + gathers) / _bandwidth(size, cluster) + waiting
+    return Cost(reduced + between, gathers, memory, max(job.compute, exchange) + afterwards)
 
 
 def _share(size: int) -> float:
@@ -181,6 +190,7 @@ def draw(path: Path) -> None:
         "FSDP2, five clusters a rank": ("sharded", 5, 0),
         "FSDP2, one cluster a rank": ("sharded", 1, 0),
         "HSDP over machines of 8": ("sharded", 5, 8),
+        "HSDP, one cluster a rank": ("sharded", 1, 8),
     }
     sizes = [2**exponent for exponent in range(3, 13)]
     figure = new_figure(12, 4)
