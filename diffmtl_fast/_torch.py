@@ -7,6 +7,7 @@ import of the package or the call fails with the missing name, and the replaceme
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -184,6 +185,11 @@ def default_store() -> Any:
     return torch.distributed.distributed_c10d._get_default_store()
 
 
+def timeout_of(group: Any, device: torch.device) -> Any:
+    """Return how long the exchanges of a process group take at most. Replaced by None, PyTorch's own default."""
+    return group._get_backend(device).options._timeout
+
+
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """Return the dictionary that holds a module's own parameters. Replaced by `setattr` and `getattr`."""
     return module._parameters
@@ -244,6 +250,15 @@ def unsharded_parameters(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Pa
                 yield parameter.sharded_param, parameter._unsharded_param
 
 
+def _without_replicas(mesh_info: Any) -> Any:
+    """Return FSDP2's description of a mesh as one of shards alone, which are not reduced any further."""
+    from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo
+
+    found = copy.copy(mesh_info)
+    found.__class__ = FSDPMeshInfo
+    return found
+
+
 @contextmanager
 def sharded_gradients_summed(model: nn.Module, reduce_scatter: Any = None) -> Iterator[None]:
     """Let FSDP2 add gradients up instead of averaging them, those of unused parameters too, as zeros.
@@ -254,17 +269,20 @@ def sharded_gradients_summed(model: nn.Module, reduce_scatter: Any = None) -> It
     Args:
         model: the model.
         reduce_scatter: what takes the reduce-scatter's place, if anything; see `set_custom_reduce_scatter`.
+            Nothing is then reduced between replicas.
     """
     settings = {
         "gradient_divide_factor": 1.0,
         "force_sum_reduction_for_comms": True,
         "reduce_scatter_unused_params": True,
     }
-    if reduce_scatter is not None:
-        settings["_reduce_scatter_comm"] = reduce_scatter
     groups = sharded_groups(model)
+    if reduce_scatter is not None:
+        settings |= {"_reduce_scatter_comm": reduce_scatter, "mesh_info": None}
     before = [{name: getattr(group, name) for name in settings if hasattr(group, name)} for group in groups]
     for group in groups:
+        if reduce_scatter is not None:
+            settings["mesh_info"] = _without_replicas(group.mesh_info)
         vars(group).update(settings)
     try:
         yield
@@ -335,6 +353,7 @@ __all__ = [
     "sharded_compute_dtypes",
     "sharded_gradients_summed",
     "sparse_values",
+    "timeout_of",
     "tree_flatten",
     "tree_unflatten",
     "unsafe_view",

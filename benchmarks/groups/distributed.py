@@ -24,7 +24,7 @@ import diffmtl_fast as dm
 from benchmarks.benchmark import Benchmark, Options
 from benchmarks.harness import Candidate, GateError
 from benchmarks.models import MODELS, TITLES, Case
-from benchmarks.names import DDP_STEP, PARALLEL_PCGRAD, REPLICATED_PCGRAD, Group
+from benchmarks.names import DDP_STEP, PARALLEL_PCGRAD, REPLICATED_PCGRAD, TYPICAL_K, Group
 from benchmarks.reference import Batch
 from benchmarks.report.results import Role
 
@@ -41,22 +41,23 @@ PLAIN, BACKWARDS, ALL_REDUCED, REPLICATED, PARALLEL = WAYS
 
 
 def benchmarks(options: Options) -> Iterator[Benchmark]:
-    """Yield the cases of this group: as many clusters as processes, where no process has more than one."""
+    """Yield the cases of this group: as many clusters as processes, of which none has more than one, and five."""
     if options.gpu:  # two processes need two
         return
-    model, batch = options.pick("tiny", "dit"), options.batch or options.pick(8, 40)
-    yield Benchmark(
-        Group.DISTRIBUTED,
-        f"{TITLES[model]}, K = {RANKS}, batch {batch}, {RANKS} processes",
-        WAYS,
-        partial(_candidates, model, batch),
-        options.pick(2, 7),
-        {"title": TITLES[model], "k": RANKS, "batch": batch, "model": model},
-    )
+    model, batch = options.pick("tiny", "dit"), options.batch or options.pick(20, 40)
+    for k in (RANKS, TYPICAL_K):
+        yield Benchmark(
+            Group.DISTRIBUTED,
+            f"{TITLES[model]}, K = {k}, batch {batch}, {RANKS} processes",
+            WAYS,
+            partial(_candidates, model, batch, k),
+            options.pick(2, 7),
+            {"title": TITLES[model], "k": k, "batch": batch, "model": model},
+        )
 
 
-def _candidates(model: str, batch: int) -> list[Candidate]:
-    processes = cache(lambda: Processes(model, batch))
+def _candidates(model: str, batch: int, k: int) -> list[Candidate]:
+    processes = cache(lambda: Processes(model, batch, k))
 
     def error(way: str) -> float:
         found, wanted = processes().call(way), processes().call(ALL_REDUCED)
@@ -76,14 +77,14 @@ def _candidates(model: str, batch: int) -> list[Candidate]:
 class Processes:
     """Two processes that take the same step at the same time."""
 
-    def __init__(self, model: str, batch: int) -> None:
+    def __init__(self, model: str, batch: int, k: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
         self._connections: list[Connection] = []
         started = []
         for rank in range(RANKS):
             here, there = context.Pipe()
-            args = (there, rank, str(Path(self._folder.name) / "meeting"), model, batch)
+            args = (there, rank, str(Path(self._folder.name) / "meeting"), model, batch, k)
             started.append(context.Process(target=_serve, args=args, daemon=True))
             started[-1].start()
             there.close()
@@ -101,12 +102,12 @@ class Processes:
         return float(norms[0])
 
 
-def _serve(connection: Connection, rank: int, meeting: str, model: str, batch: int) -> None:
+def _serve(connection: Connection, rank: int, meeting: str, model: str, batch: int, k: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=RANKS)
     torch.manual_seed(0)
-    case = MODELS[model](batch, RANKS)
-    steps = _steps(case, rank)
+    case = MODELS[model](batch, k)
+    steps = _steps(case, rank, k)
     while True:
         way = connection.recv()
         case.model.zero_grad(set_to_none=True)
@@ -115,11 +116,19 @@ def _serve(connection: Connection, rank: int, meeting: str, model: str, batch: i
         connection.send(float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0)
 
 
-def _steps(case: Case, rank: int) -> dict[str, Callable[[], object]]:
-    size = len(case.batch.target) // RANKS
-    parallel = case.batch.narrow(rank * size, size)  # the batch is sorted: one cluster
+class FixedOrder(dm.PCGrad):
+    """PCGrad whose orders are no matter of chance."""
+
+    def draw_order(self, k: int, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Return every task's others in their own order."""
+        return torch.stack([torch.tensor([j for j in range(k) if j != i]) for i in range(k)])
+
+
+def _steps(case: Case, rank: int, k: int) -> dict[str, Callable[[], object]]:
+    share, size = len(case.batch.target) // RANKS, len(case.batch.target) // k
+    parallel = case.batch.narrow(rank * share, share)  # the batch is sorted: of the fewest clusters
     half = size // RANKS
-    parts = [case.batch.narrow(k * size + rank * half, half) for k in range(RANKS)]
+    parts = [case.batch.narrow(i * size + rank * half, half) for i in range(k)]
     mixed = Batch(
         tuple(torch.cat(inputs) for inputs in zip(*(part.inputs for part in parts), strict=True)),
         torch.cat([part.target for part in parts]),
@@ -128,8 +137,8 @@ def _steps(case: Case, rank: int) -> dict[str, Callable[[], object]]:
     model = case.model
     parameters = list(model.parameters())
     replicas = nn.parallel.DistributedDataParallel(copy.deepcopy(model))
-    weighting = dm.PCGrad()
-    mtl = dm.ClusteredMTL(model, RANKS, weighting, engine="grouped")
+    weighting = FixedOrder()
+    mtl = dm.ClusteredMTL(model, k, weighting, engine="grouped")
 
     def plain() -> None:
         replicas.zero_grad(set_to_none=True)
@@ -138,15 +147,15 @@ def _steps(case: Case, rank: int) -> dict[str, Callable[[], object]]:
     def jacobian(each: bool) -> None:
         rows = []
         for part in parts:
-            found = torch.autograd.grad(case.losses(model, part).mean() / RANKS, parameters)
+            found = torch.autograd.grad(case.losses(model, part).mean() / (k * RANKS), parameters)
             rows.append(torch.cat([g.flatten() for g in found]))
             if each:
                 dist.all_reduce(rows[-1])
         both = torch.stack(rows)
         if not each:
             dist.all_reduce(both)
-        weights = weighting(both @ both.T, torch.ones(RANKS, dtype=torch.bool))
-        direction = weights @ both / RANKS
+        weights = weighting(both @ both.T, torch.ones(k, dtype=torch.bool))
+        direction = weights @ both
         for p, part in zip(parameters, direction.split([p.numel() for p in parameters]), strict=True):
             p.grad = part.view_as(p)
 

@@ -5,8 +5,21 @@
 
 from __future__ import annotations
 
+from .arrivals import Arrivals, PlainArrivals, refuse_sparse
 from .ranks import Ranks
 from .replicas import Alone, Replicas, find_group, refuse_outer_wrapper
 from .settling import settle
+from .sharded_jacobian import ShardedJacobian
 
-__all__ = ["Alone", "Ranks", "Replicas", "find_group", "refuse_outer_wrapper", "settle"]
+__all__ = [
+    "Alone",
+    "Arrivals",
+    "PlainArrivals",
+    "Ranks",
+    "Replicas",
+    "ShardedJacobian",
+    "find_group",
+    "refuse_outer_wrapper",
+    "refuse_sparse",
+    "settle",
+]

@@ -15,6 +15,7 @@ from typing import Literal, TypeAlias, get_args
 
 from .._figures import new_figure, save
 from .buckets import LIMIT
+from .sharded_jacobian import MOST_UNDER_WAY
 
 #: How gradients of clusters are formed and added up; "plain" ones are those of a step without clusters.
 Mode: TypeAlias = Literal["plain replicated", "replicated", "cluster-parallel", "plain sharded", "sharded"]
@@ -94,9 +95,10 @@ class Cost:
 def cost(mode: Mode, job: Job, cluster: Cluster | None = None) -> Cost:
     """Estimate a step.
 
-    Sharded modes and plain replicas exchange while they compute, so that the longer one of the two counts; the
-    other modes exchange afterwards. An all-to-all has a message for every other process, sent together; the other
-    collectives have log2 W, one after the other. Shards of a replica are taken to lie in one machine if they fit.
+    All modes exchange gradients while they compute, so that the longer one of the two counts; replicas with
+    clusters give each other the update afterwards. An all-to-all has a message for every other process, sent
+    together; the other collectives have log2 W, one after the other. Shards of a replica are taken to lie in one
+    machine if they fit.
 
     Args:
         mode: how gradients are added up.
@@ -122,41 +124,47 @@ def _replicated(mode: Mode, job: Job, cluster: Cluster) -> Cost:
     size, rows = job.processes, job.num_clusters
     whole, row = _WORD * job.parameters, job.jacobian_bytes * job.parameters
     share, hops = _share(size), _hops(size)
-    buckets = math.ceil(whole / LIMIT)
-    memory: float = _HELD * whole
+    bandwidth, buckets = _bandwidth(size, cluster), math.ceil(whole / LIMIT)
+    waiting, memory = hops * buckets * cluster.latency, float(_HELD * whole)
     if mode == "plain replicated":
-        sent, memory = 2 * whole * share, memory + min(whole, LIMIT)
-        waiting = 2 * hops * buckets * cluster.latency
-    else:
-        rows_sent = rows if mode == "replicated" else job.on_a_rank
-        sent = (rows_sent * row + whole) * share
-        memory += (rows_sent + rows / size) * row
-        messages = math.ceil(rows_sent * row / LIMIT) * (size - 1)
-        waiting = messages * cluster.message + hops * buckets * cluster.latency
-    exchange = sent / _bandwidth(size, cluster) + waiting
-    seconds = max(job.compute, exchange) if mode == "plain replicated" else job.compute + exchange
-    return Cost(sent, 0.0, memory, seconds)
+        seconds = max(job.compute, 2 * whole * share / bandwidth + 2 * waiting)
+        return Cost(2 * whole * share, 0.0, memory + min(whole, LIMIT), seconds)
+    sent = (rows if mode == "replicated" else job.on_a_rank) * row
+    messages = math.ceil(sent / LIMIT) * (size - 1)
+    memory += sent + rows * row / size + whole + 2 * min(sent, MOST_UNDER_WAY * LIMIT)
+    exchange = sent * share / bandwidth + messages * cluster.message
+    seconds = max(job.compute, exchange) + whole * share / bandwidth + waiting
+    return Cost((sent + whole) * share, 0.0, memory, seconds)
 
 
 def _sharded(mode: Mode, job: Job, cluster: Cluster) -> Cost:
     size, rows = job.processes // job.replicas, job.num_clusters
     plain, several = mode == "plain sharded", job.replicas > 1
     whole, part = _WORD * job.parameters, _WORD * job.parameters / job.groups
-    passes = 1 if plain else rows if several else job.on_a_rank
+    row = job.jacobian_bytes * job.parameters / size
+    passes = 1 if plain else job.on_a_rank
+    alike = plain or passes == rows  # all ranks run the same cluster at a time
     reduced = passes * whole * _share(size)
-    between = passes * 2 * whole / size * _share(job.replicas)
     gathers = (2 - job.kept) * reduced
-    memory = _HELD * whole / size + 3 * part + job.kept * whole
-    hops = passes * job.groups * (3 * _hops(size) + 2 * _hops(job.replicas))
-    waiting = hops * cluster.latency
-    if not plain:
-        memory += rows * job.jacobian_bytes * job.parameters / size
-        if not several and passes < rows:  # all-to-all in the reduce-scatter's place
-            memory += part
-            each = (size - 1) * cluster.message - _hops(size) * cluster.latency
-            waiting += passes * job.groups * each
-    exchange = (reduced + gathers) / _bandwidth(size, cluster) + between / _bandwidth(job.processes, cluster)
-    return Cost(reduced + between, gathers, memory, max(job.compute, exchange + waiting))
+    memory = _HELD * whole / size + 3 * part + job.kept * whole + (0 if plain else rows * row)
+    waiting = passes * job.groups * 3 * _hops(size) * cluster.latency
+    between, far = 0.0, _bandwidth(job.processes, cluster)
+    afterwards = 0.0
+    if alike:
+        between = passes * 2 * whole / size * _share(job.replicas)
+        waiting += passes * job.groups * 2 * _hops(job.replicas) * cluster.latency + between / far
+    else:  # all-to-all in the reduce-scatter's place
+        memory += part
+        each = (size - 1) * cluster.message - _hops(size) * cluster.latency
+        waiting += passes * job.groups * each
+    if several and not alike:  # replicas add up the rows of all their clusters
+        sent = min(rows, passes * size) * row
+        between = (sent + whole / size) * _share(job.replicas)
+        memory += rows * row / job.replicas + whole / size + 2 * min(sent, MOST_UNDER_WAY * LIMIT)
+        messages = math.ceil(sent / LIMIT) * (job.replicas - 1)
+        afterwards = between / far + messages * cluster.message + _hops(job.replicas) * cluster.latency
+    exchange = (reduced + gathers) / _bandwidth(size, cluster) + waiting
+    return Cost(reduced + between, gathers, memory, max(job.compute, exchange) + afterwards)
 
 
 def _share(size: int) -> float:
@@ -182,6 +190,7 @@ def draw(path: Path) -> None:
         "FSDP2, five clusters a rank": ("sharded", 5, 0),
         "FSDP2, one cluster a rank": ("sharded", 1, 0),
         "HSDP over machines of 8": ("sharded", 5, 8),
+        "HSDP, one cluster a rank": ("sharded", 1, 8),
     }
     sizes = [2**exponent for exponent in range(3, 13)]
     figure = new_figure(12, 4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .._torch import sharded_gradients_summed, unsharded_parameters
 from .ranks import Ranks
 from .replicas import Replicas
+from .sharded_jacobian import ShardedJacobian
 
 if TYPE_CHECKING:
     from ..gradients.stores import Gradients, Jacobian
@@ -35,6 +36,7 @@ class FullySharded(Replicas):
         parameters: the trainable parameters.
         shards: the processes that hold the shards of one replica.
         replicated: whether there are several such replicas (HSDP).
+        own_shards: which of all ranks the processes of `shards` are, in their order.
 
     Raises:
         ValueError: a parameter is not sharded, or not by `fully_shard` alone, or by processes other than `ranks`.
@@ -54,12 +56,19 @@ class FullySharded(Replicas):
         self.parameters = parameters
         self.shards = Ranks(mesh.get_group(dimension), ranks.device)
         self.replicated = mesh.ndim > 1
+        places = dist.get_process_group_ranks(ranks.group)
+        self.own_shards = [places.index(each) for each in dist.get_process_group_ranks(self.shards.group)]
         self.counts = torch.zeros(ranks.size, num_clusters, dtype=torch.int64)
         self._within_model = False
+        self._members: list[list[int]] = []  # of every replica, its ranks
         if self.replicated:
-            replicas = Ranks(mesh.get_group(1 - dimension), ranks.device)
+            self._replicas = Ranks(mesh.get_group(1 - dimension), ranks.device)
+            self._replicas.open_own_group()
             with torch.no_grad():
-                replicas.broadcast_([local(parameter) for parameter in model.parameters()])
+                self._replicas.broadcast_([local(parameter) for parameter in model.parameters()])
+            rows = mesh.mesh.transpose(0, 1 - dimension).tolist()
+            for each in dist.get_process_group_ranks(self._replicas.group):
+                self._members.append([places.index(member) for row in rows if each in row for member in row])
 
     def meet(self, cluster: Tensor, by_cluster: bool, wish: int) -> int:
         """Exchange what this forward is about to do; the model's own collectives follow.
@@ -103,9 +112,10 @@ class FullySharded(Replicas):
         if found is not None:
             raise found
 
-    def telling_before_gradients(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+    @contextmanager
+    def telling_before_gradients(self, gradients: Any) -> Iterator[None]:
         """Tell nobody: the other ranks wait for something else in the model's backward."""
-        return nullcontext()
+        yield
 
     @contextmanager
     def adding_up(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
@@ -132,6 +142,12 @@ class FullySharded(Replicas):
         """Return what reads the shards of all ranks, in a `ShardStore`; factors are of `no_sync` alone."""
         return ShardReader(store, self)
 
+    def sum_of_replicas(self, jacobian: Jacobian) -> ShardedJacobian:
+        """Return what reads the sum of the Jacobians that the replicas have of this rank's shards."""
+        there = self.counts > 0
+        held = [there[members].any(0).nonzero().flatten().tolist() for members in self._members]
+        return ShardedJacobian(jacobian, self._replicas, held, self._workspace)
+
 
 class ShardStore:
     """The Jacobian of this rank's shards.
@@ -144,6 +160,7 @@ class ShardStore:
     Attributes:
         used: for every parameter, whether the last backward gave it a gradient on this rank.
         taken: for every parameter, whether its gradients have come here.
+        of_replica: whether the rows are those of this rank's replica, and not the sums of all replicas.
     """
 
     keeps_graph = False
@@ -155,6 +172,7 @@ class ShardStore:
         self.positions = {position: index for index, position in enumerate(positions)}
         self.used = [False] * len(parameters)
         self.taken = [False] * len(parameters)
+        self.of_replica = False
 
     def take(self, k: int) -> None:
         """Take the parameters' ``.grad`` away, as a row."""
@@ -182,6 +200,7 @@ class ShardReader:
     def __init__(self, store: ShardStore, ranks: FullySharded) -> None:
         self._store, self._ranks = store, ranks
         self._reached: list[bool] = []
+        self._rows: Gradients | None = None
 
     def gramian(self) -> Tensor:
         """Return J Jᵀ, float64 [K, K], at any scale."""
@@ -191,7 +210,8 @@ class ShardReader:
         number = ranks.counts.shape[1]
         gramian = torch.zeros(number, number, dtype=torch.float64, device=ranks.ranks.device)
         if store.jacobian is not None:
-            gramian += store.jacobian.gramian()
+            self._rows = ranks.sum_of_replicas(store.jacobian) if store.of_replica else store.jacobian
+            gramian += self._rows.gramian()
         return self._add_up(gramian)
 
     def _add_up(self, value: Tensor) -> Tensor:
@@ -201,24 +221,21 @@ class ShardReader:
 
     def drop(self, clusters: Tensor) -> None:
         """Set the gradients of some clusters, bool [K], to zero."""
-        if self._store.jacobian is not None:
-            self._store.jacobian.drop(clusters)
+        if self._rows is not None:
+            self._rows.drop(clusters)
 
     def update(self, weights: Tensor, backward: Callable[[Tensor], None]) -> Tensor:
         """Add the shards of Σ_k w_k g_k to those of the parameters' ``.grad``; see `Store.update`."""
-        store, square = self._store, weights.new_zeros((), dtype=torch.float64)
+        store, square = self._store, None
         for parameter, reached in zip(store.parameters, self._reached, strict=True):
             if reached and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        if store.jacobian is not None:
-            blocks = {}
+        if store.jacobian is not None and self._rows is not None:
             for position, index in store.positions.items():
                 grad = store.parameters[position].grad
                 store.jacobian.parameters[index].grad = None if grad is None else local(grad)
-                if self._reached[position]:
-                    blocks[index] = store.jacobian.filled(index)
-            square = square + store.jacobian.add_to_grads(blocks, weights)
-        return self._add_up(square)
+            square = self._rows.update(weights, backward)
+        return self._add_up(weights.new_zeros((), dtype=torch.float64) if square is None else square)
 
 
 class ClusterReduceScatter:
@@ -231,7 +248,7 @@ class ClusterReduceScatter:
         store: what takes them.
 
     Attributes:
-        clusters: the cluster of every rank in the backward that runs; -1 for a rank without one.
+        clusters: the cluster of every rank of this replica in the backward that runs; -1 for a rank without one.
     """
 
     def __init__(self, store: ShardStore, size: int) -> None:

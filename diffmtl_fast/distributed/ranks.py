@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._torch import default_store
+from .._host import upload
+from .._torch import default_store, timeout_of
 from .buckets import in_buckets
 
 _logger = logging.getLogger("diffmtl_fast")
@@ -22,6 +25,22 @@ _logger = logging.getLogger("diffmtl_fast")
 GRACE = 2.0
 #: Seconds after which a rank that waits looks whether others have failed.
 LOOK = 0.5
+
+# Of a process group, the one of the same processes that exchanges gradients.
+_own_groups: MutableMapping[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Started:
+    """An exchange that goes on while the host does other things, in the group that `Ranks.open_own_group` makes.
+
+    Attributes:
+        is_over: tells whether `wait` would return at once.
+        wait: waits for it; of an accelerator its stream does, and the host does not.
+    """
+
+    is_over: Callable[[], bool]
+    wait: Callable[[], None]
 
 
 class Ranks:
@@ -44,6 +63,23 @@ class Ranks:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         # Of every rank, where it says in the processes' store that an exchange has failed.
         self._failed = [f"diffmtl_fast/{group.group_name}/failed/{rank}" for rank in range(self.size)]
+        self._own: dist.ProcessGroup | None = None
+
+    def open_own_group(self) -> None:
+        """Make the group that exchanges gradients during backwards, in which others may use the given one."""
+        if self.group not in _own_groups:
+            members, timeout = dist.get_process_group_ranks(self.group), timeout_of(self.group, self.device)
+
+            def make() -> None:
+                _own_groups[self.group] = dist.new_group(
+                    members,
+                    timeout=timeout,
+                    backend=dist.get_backend(self.group),
+                    use_local_synchronization=True,
+                )
+
+            self._together(make)
+        self._own = _own_groups[self.group]
 
     # Small things, and errors.
 
@@ -80,10 +116,37 @@ class Ranks:
         self._together(lambda: dist.all_gather(list(rows), own, group=self.group, async_op=True))
         rows = rows.cpu()
         if bool(rows[:, -1].any()):
-            told = self.gather_objects(failure)
-            errors = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(told) if text is not None)
-            raise RuntimeError(f"expected a step of all ranks, found that some failed in it: {errors}")
+            self._raise_failures(failure)
         return rows[:, :-1]
+
+    def add_with_flags(
+        self, numbers: Tensor, flags: Sequence[bool], failure: str | None = None
+    ) -> tuple[Tensor, list[bool]]:
+        """Add numbers up and exchange flags, in one exchange that the host waits for once.
+
+        Args:
+            numbers: [n].
+            flags: as many on all ranks.
+            failure: the error of this rank, which all others get to know.
+
+        Returns:
+            The sums over the ranks, float64 [n], and for every flag whether any rank has it.
+
+        Raises:
+            RuntimeError: a rank failed, this one or another.
+        """
+        told = upload(torch.tensor([*flags, failure is not None], dtype=torch.float64), self.device)
+        both = torch.cat([numbers.to(self.device, torch.float64), told])
+        self._together(lambda: dist.all_reduce(both, group=self.group, async_op=True))
+        found = (both[len(numbers) :] > 0).tolist()
+        if found.pop():
+            self._raise_failures(failure)
+        return both[: len(numbers)], found
+
+    def _raise_failures(self, failure: str | None) -> NoReturn:
+        told = self.gather_objects(failure)
+        errors = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(told) if text is not None)
+        raise RuntimeError(f"expected a step of all ranks, found that some failed in it: {errors}")
 
     def _together(self, collective: Callable[[], Any]) -> None:
         try:
@@ -149,28 +212,38 @@ class Ranks:
             for tensor, part in zip(members, flat.split([t.numel() for t in members]), strict=True):
                 tensor.copy_(part.view(tensor.shape))
 
-    def exchange(self, parts: Tensor, rows: Sequence[int]) -> Sequence[Tensor]:
-        """Give every rank its part, and return what all ranks have for this one.
+    def start_exchange(self, parts: Tensor, received: Tensor, rows: Sequence[int]) -> Started:
+        """Give every rank its part, and get what all ranks have for this one; see `Started`.
 
         An all-to-all, whose sum in rank order moves no more than a reduce-scatter (that of gloo moves twice as
         much), and of which every rank may have a number of rows of its own.
 
         Args:
             parts: [ranks, rows of this rank, n], contiguous.
+            received: [rows of all ranks, n], contiguous, to be overwritten.
             rows: of every rank.
-
-        Returns:
-            Of every rank, [its rows, n].
         """
         width = parts.shape[2]
-        received = torch.empty(sum(rows) * width, dtype=parts.dtype, device=parts.device)
         sizes, own = [count * width for count in rows], [parts[0].numel()] * self.size
-        self._together(
+        return self._start(
             lambda: dist.all_to_all_single(
-                received, parts.view(-1), sizes, own, group=self.group, async_op=True
+                received.view(-1), parts.view(-1), sizes, own, group=self._own, async_op=True
             )
         )
-        return [part.view(-1, width) for part in received.split(sizes)]
+
+    def start_sum(self, tensor: Tensor) -> Started:
+        """Overwrite a tensor by its sum over the ranks; see `Started`."""
+        return self._start(lambda: dist.all_reduce(tensor, group=self._own, async_op=True))
+
+    def start_gather(self, part: Tensor, parts: Tensor) -> Started:
+        """Write every rank's tensor to parts, [ranks, ...]; see `Started`."""
+        return self._start(lambda: dist.all_gather(list(parts), part, group=self._own, async_op=True))
+
+    def _start(self, collective: Callable[[], Any]) -> Started:
+        started: list[Any] = []
+        self._together(lambda: started.append(collective()))
+        (work,) = started
+        return Started(work.is_completed, lambda: self._together(lambda: work))
 
     def gather(self, part: Tensor) -> Tensor:
         """Return every rank's tensor, [ranks, ...]."""

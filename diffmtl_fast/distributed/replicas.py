@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from .. import ops
 from .._host import upload
 from .._torch import data_parallel_processes, fully_sharded_modules
+from .arrivals import PlainArrivals
+from .buckets import Workspace
+from .gradient_sums import GradientSums
 from .ranks import Ranks
 from .scaled import Scaled
 from .sharded_jacobian import ShardedJacobian
@@ -72,7 +75,7 @@ class Alone:
         """Do nothing."""
         return nullcontext()
 
-    def telling_before_gradients(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+    def telling_before_gradients(self, gradients: Gradients) -> AbstractContextManager[None]:
         """Do nothing."""
         return nullcontext()
 
@@ -140,6 +143,7 @@ class Replicas(Alone):
 
     def __init__(self, ranks: Ranks, num_clusters: int) -> None:
         self.ranks = ranks
+        self._workspace, self._arrivals = Workspace(), PlainArrivals()
         self._count = 2 * num_clusters + len(self._SETTINGS) + 1
         self._held: list[list[int]] = []  # of every rank, the clusters that it has samples of in this step
         self._most = num_clusters  # clusters of a rank, as the log was told
@@ -148,9 +152,21 @@ class Replicas(Alone):
         """Tell the other ranks of an error inside, where they come to `losses`."""
         return self.ranks.telling(self._count)
 
-    def telling_before_gradients(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
-        """Tell the other ranks of an error inside, where they come to exchange the parameters' gradients."""
-        return self.ranks.telling(len(parameters))
+    @contextmanager
+    def telling_before_gradients(self, gradients: Any) -> Iterator[None]:
+        """Tell the other ranks of an error inside, where they come to exchange the parameters' gradients.
+
+        Args:
+            gradients: what has more to exchange: `fail` takes part in that, and tells.
+        """
+        try:
+            yield
+        except Exception as error:
+            try:
+                gradients.fail(error)
+            except RuntimeError as lost:  # as it must: all ranks fail together, or the others are gone
+                _logger.debug("rank %d told of its error: %s", self.ranks.rank, lost)
+            raise
 
     def losses(
         self,
@@ -229,19 +245,16 @@ class Replicas(Alone):
         before = [p.grad for p in parameters]
         for parameter in parameters:
             parameter.grad = None
+        sums = GradientSums(parameters, self.ranks, self._workspace, self._arrivals)
         try:
-            with self.telling_before_gradients(parameters):
+            with self.telling_before_gradients(sums), sums.taking():
                 yield
-                _refuse_sparse(parameters)
-            reached = self.ranks.share(torch.tensor([p.grad is not None for p in parameters])).any(0).tolist()
-            found = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-            self.ranks.add_([grad for grad, there in zip(found, reached, strict=True) if there])
+            found = sums.finish()
         except BaseException:
             for parameter, old in zip(parameters, before, strict=True):
                 parameter.grad = old
             raise
-        for parameter, old, grad, there in zip(parameters, before, found, reached, strict=True):
-            new = grad if there else None
+        for parameter, old, new in zip(parameters, before, found, strict=True):
             parameter.grad = new if old is None else old if new is None else old.add_(new)
 
     def only_cluster(self, counts: Sequence[int]) -> int | None:
@@ -251,12 +264,5 @@ class Replicas(Alone):
 
     def reader(self, store: Store | Rows, factors: Tensor | None = None) -> Gradients:
         """Return what reads the sum of the rows that the ranks have, times each rank's own factors [K]."""
-        return ShardedJacobian(cast("Jacobian | Rows", store), self.ranks, self._held, factors)
-
-
-def _refuse_sparse(parameters: Sequence[nn.Parameter]) -> None:
-    if any(p.grad is not None and p.grad.is_sparse for p in parameters):
-        raise ValueError(
-            "model: expected dense gradients, found a sparse one, which is not added up between processes; make "
-            "its embedding with sparse=False"
-        )
+        rows = cast("Jacobian | Rows", store)
+        return ShardedJacobian(rows, self.ranks, self._held, self._workspace, factors)

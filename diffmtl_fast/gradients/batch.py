@@ -55,6 +55,11 @@ class Clusters:
         bounds, _ = self._in_rows(rows)
         return [end - begin for begin, end in pairwise(bounds)]
 
+    @property
+    def present(self) -> list[int]:
+        """The clusters that have samples."""
+        return [k for k, (begin, end) in enumerate(pairwise(self.bounds)) if begin < end]
+
     def spans(self, rows: int) -> Iterator[tuple[int, int, int]]:
         """Yield (cluster, begin, end) of every present cluster, in rows.
 

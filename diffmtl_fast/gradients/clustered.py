@@ -17,7 +17,17 @@ from torch import Tensor, nn
 
 from .._host import upload
 from .._torch import fully_sharded_modules, sparse_values
-from ..distributed import Alone, Ranks, Replicas, find_group, refuse_outer_wrapper, settle
+from ..distributed import (
+    Alone,
+    Arrivals,
+    PlainArrivals,
+    Ranks,
+    Replicas,
+    ShardedJacobian,
+    find_group,
+    refuse_outer_wrapper,
+    settle,
+)
 from ..weighting import GramianWeighting, LossWeighting
 from . import diagnostics
 from .accumulation import Accumulation, tally
@@ -30,7 +40,7 @@ from .model_state import ModelState
 from .parameters import grads_set_aside, refuse_hooks
 from .plain_pass import collect_plain
 from .step import Step
-from .stores import Jacobian, Rows, Store
+from .stores import Jacobian, Rows
 from .uncompiled import uncompiled
 
 _logger = logging.getLogger("diffmtl_fast")
@@ -177,6 +187,7 @@ class ClusteredMTL(nn.Module):
         if fully_sharded_modules(model):
             _refuse_with_shards(engine, memory)
             self._engine = FullyShardedEngine(model, num_clusters, shared, jacobian_dtype)
+        self._plain_arrivals = PlainArrivals()
         self._accumulation: Accumulation | None = None
         self._syncing = True
         self._step: Step | None = None  # that waits for its backward
@@ -389,9 +400,8 @@ class ClusteredMTL(nn.Module):
         _refuse_other_scale(accumulated, scaler is not None)
         objective = loss.sum() / accumulated.unit
         try:
-            accumulated.store = self._collect(
-                step, objective if scaler is None else scaler.scale(objective), accumulated
-            )
+            accumulated.store = self._store(step, accumulated)
+            self._collect(step, objective if scaler is None else scaler.scale(objective), accumulated.store)
         except Exception as error:
             accumulated.failed = f"{type(error).__name__}: {error}"
             raise
@@ -414,29 +424,39 @@ class ClusteredMTL(nn.Module):
             _refuse_other_scale(accumulated, scaled)
         return accumulated
 
-    def _collect(self, step: Step, objective: Tensor, accumulated: Accumulation | None) -> Any:
-        """Run a backward, and return what has taken its gradients, besides those accumulated before."""
+    def _store(self, step: Step, accumulated: Accumulation | None) -> Any:
+        """Return what takes the gradients of a step's backward, beside those accumulated before."""
         if isinstance(self._engine, FullyShardedEngine):
-            shards = self._engine.store(step)
-            self._engine.collect(step, objective, shards)
-            return shards
-        store: Store | Rows
+            return self._engine.store(step)
+        if not step.by_cluster:
+            if accumulated is not None and accumulated.store is not None:
+                return accumulated.store
+            return Rows(self._trainable(), self.num_clusters, self._engine.dtype)
+        if accumulated is not None and isinstance(accumulated.store, Jacobian):
+            accumulated.refuse_another(self._engine.jacobian)
+            return accumulated.store
+        fresh = self._engine.store(step)
+        return fresh if accumulated is None else accumulated.take(fresh)
+
+    def _collect(self, step: Step, objective: Tensor, store: Any) -> None:
+        """Run a backward whose gradients go to a store."""
         if step.by_cluster:
-            if accumulated is not None and isinstance(accumulated.store, Jacobian):
-                store = accumulated.store
-                accumulated.refuse_another(self._engine.jacobian)
-            else:
-                fresh = self._engine.store(step)
-                store = fresh if accumulated is None else accumulated.take(fresh)
-            self._engine.jacobian_in_use = not self._syncing
+            if isinstance(self._engine, Engine):
+                self._engine.jacobian_in_use = not self._syncing
             self._engine.collect(step, objective, store)
-            return store
-        store = Rows(self._trainable(), self.num_clusters, self._engine.dtype)
-        if accumulated is not None and accumulated.store is not None:
-            store = accumulated.store
-        if step.only is not None:
-            collect_plain(self._trainable(), objective, store, step.only)
-        return store
+        elif step.only is not None:
+            collect_plain(self._trainable(), objective, store, step.only, self._plain_arrivals)
+
+    def _tell_arrivals(self, step: Step, store: Any, gradients: Any) -> None:
+        """Let what is exchanged with other processes leave while the backward goes on."""
+        if not isinstance(gradients, ShardedJacobian):
+            return
+        expected: Mapping[int, int] = {}
+        if step.by_cluster and isinstance(self._engine, Engine):
+            expected = self._engine.expected(step)
+        elif step.only is not None:
+            expected = self._plain_arrivals.expected(self._trainable())
+        store.arrivals = Arrivals(expected, gradients.complete)
 
     def _trainable(self) -> list[nn.Parameter]:
         return [p for p in self.module.parameters() if p.requires_grad]
@@ -555,9 +575,11 @@ class ClusteredMTL(nn.Module):
                 _scaled(weighted, scale).backward(inputs=self._engine.leaves)
 
         # Row k of J is the gradient of L_k / n: the form in which the losses enter the published methods.
-        with self._replicas.telling_before_gradients(self._trainable()):
-            store = self._collect(step, objective, accumulated)
+        store = self._store(step, accumulated)
         gradients = self._replicas.reader(store, factors)
+        with self._replicas.telling_before_gradients(gradients):
+            self._tell_arrivals(step, store, gradients)
+            self._collect(step, objective, store)
         gramian = gradients.gramian() * number**2
         if scale is not None:
             gramian = gramian / scale.double() ** 2

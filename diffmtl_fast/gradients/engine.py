@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -158,6 +158,7 @@ class Engine:
 
     def meet_others(self, ranks: Ranks) -> Replicas:
         """Return what these ranks, which train together, exchange in a step."""
+        ranks.open_own_group()
         return Replicas(ranks, self.num_clusters)
 
     def meet(self, cluster: Tensor, by_cluster: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -281,6 +282,17 @@ class Engine:
                 "checkpoint), a call without cluster= does not take part in the weighting, and parameters must be "
                 "used as attributes of their modules"
             )
+
+    def expected(self, step: Step) -> Mapping[int, int]:
+        """Return how many gradients a store gets for each parameter in a step's backward, where that is known."""
+        if self.compiled is not None:  # they come together, after it
+            return {}
+        positions = range(len(self.parameters))
+        if self.grouped is None:
+            slices = {k for each in step.passes for k in each.clusters.present}
+            return dict.fromkeys(positions, len(slices))
+        uses, in_slices = step.uses, self.grouped.slices.positions
+        return {position: uses[position] for position in positions if position not in in_slices}
 
     def during_backward(self) -> Any:
         """Return a context that keeps the stand-ins in place, where checkpoints are recomputed."""

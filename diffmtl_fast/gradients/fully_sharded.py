@@ -187,7 +187,7 @@ class FullyShardedEngine:
         lists = [row.nonzero().flatten().tolist() for row in there]
         present = there.any(0).nonzero().flatten().tolist()
         most = max(len(each) for each in lists)
-        if self.ranks.replicated or most == len(present):
+        if most == len(present):
             return [[k] * len(lists) for k in present]
         return [[each[i] if i < len(each) else -1 for each in lists] for i in range(most)]
 
@@ -363,6 +363,7 @@ class FullyShardedEngine:
             )
         uniform = all(len(set(clusters)) == 1 for clusters in rounds)
         scatter = None if uniform else ClusterReduceScatter(store, self.ranks.shards.size)
+        store.of_replica = scatter is not None and self.ranks.replicated
         with (
             step.collecting(cast("Store", store)),  # nothing asks it for more than whether it is there
             grads_set_aside(self.parameters),
@@ -372,7 +373,7 @@ class FullyShardedEngine:
         ):
             for clusters, backward in zip(rounds, _backwards(parts, objective), strict=True):
                 if scatter is not None:
-                    scatter.clusters = clusters
+                    scatter.clusters = [clusters[rank] for rank in self.ranks.own_shards]
                 backward()
                 if scatter is None:
                     store.take(clusters[0])

@@ -183,7 +183,8 @@ class Counted(TorchDispatchMode):
     """Counts what a rank sends, by the best algorithm of every collective (a ring), and by what it is for."""
 
     _KINDS = {
-        "allgather": ("gather", 1, 0),
+        "_allgather_base": ("gather", 1, 0),  # of FSDP2
+        "allgather": ("rest", 1, 0),
         "reduce_scatter": ("reduce", 1, 1),
         "alltoall": ("reduce", 1, 1),
         "allreduce": ("rest", 2, 0),
@@ -197,9 +198,7 @@ class Counted(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name()
         if name.startswith("c10d::"):
-            (kind, factor, position), *_ = [
-                v for n, v in self._KINDS.items() if n in name.replace("_base", "")
-            ]
+            (kind, factor, position), *_ = [v for n, v in self._KINDS.items() if n in name]
             size = _group_size(args)
             self.bytes[kind] += factor * (size - 1) / size * _size(args[position])
         return func(*args, **(kwargs or {}))

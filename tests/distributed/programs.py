@@ -19,6 +19,7 @@ from torch.nn.utils import parameters_to_vector
 
 import diffmtl_fast as dm
 from benchmarks.reference import cluster_gradients
+from diffmtl_fast.distributed.buckets import Departures
 
 K = 5
 #: by name, the clusters of the samples of every rank, for two ranks and for four
@@ -298,6 +299,35 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted).abs().max() / wanted.abs().max())
 
 
+def departures(layout: Any, weighting: str = "pcgrad", **options: Any) -> tuple[list[int], Outcome, Outcome]:
+    """Take steps with small buckets; return how many left in the backward, and after it, and what came out.
+
+    The second outcome is that of the same steps where all buckets wait for the end of the backward.
+    """
+    left = [0, 0]
+
+    def counted(method: str, index: int) -> Any:
+        plain = getattr(Departures, method)
+
+        def call(self: Departures, *args: Any) -> None:
+            before = self._sent
+            plain(self, *args)
+            left[index] += self._sent - before
+
+        return mock.patch.object(Departures, method, call)
+
+    def step_again() -> Outcome:
+        left[:] = 0, 0
+        return train(layout, weighting, bucket=2000, backwards=2, **options)
+
+    with counted("complete", 0), counted("flush", 1):
+        with mock.patch.object(Departures, "complete"):
+            late = step_again()
+        assert left[0] == 0
+        early = step_again()
+    return left, early, late
+
+
 class Trouble(nn.Module):
     """Does something to one rank in forward or in backward: an error, death, a long sleep, mixed samples.
 
@@ -340,6 +370,8 @@ def stumble(kind: str, rank: int, weighting: str = "pcgrad", again: bool = False
             output = output.flatten()
         if mine == "death":
             os._exit(1)
+        if mine == "death in backward":
+            output.register_hook(lambda gradient: os._exit(1))
         if mine == "sleep":
             time.sleep(8)
         mtl.backward(dm.ops.sample_mse(output, batch.target.view(output.shape)))

@@ -84,9 +84,9 @@ def test_a_rank_whose_model_is_refused_makes_all_fail(on_ranks):
     assert "found that some failed in it: rank 0: ValueError: model: expected each sample's output" in other
 
 
-@pytest.mark.parametrize(("ranks", "dead"), [(2, 1), (4, 3)])
-def test_a_rank_that_dies_ends_the_others_by_name(fresh_pool, ranks, dead):
-    for rank, found in enumerate(fresh_pool(ranks, timeout=20).results(stumble, "death", dead)):
+@pytest.mark.parametrize(("ranks", "dead", "kind"), [(2, 1, "death in backward"), (4, 3, "death")])
+def test_a_rank_that_dies_ends_the_others_by_name(fresh_pool, ranks, dead, kind):
+    for rank, found in enumerate(fresh_pool(ranks, timeout=20).results(stumble, kind, dead)):
         if rank == dead:
             assert found is None
         else:

@@ -49,7 +49,7 @@ def test_four_ranks(on_ranks, weighting, layout, kind):
 def test_ranks_of_one_or_two_clusters(on_ranks, weighting, layout, kind):
     found = on_ranks(4, train, layout, weighting, kind=kind, backwards=2)
     assert_exact(found, expected(layout, 4, weighting, backwards=2), 1e-5)
-    if kind == "fsdp" and weighting in ("pcgrad", "nash"):
+    if weighting in ("pcgrad", "nash"):
         passes = max(len(set(clusters)) for clusters in layout)
         assert any(f"{passes} forward and backward passes" in line for line in found[0].messages)
 

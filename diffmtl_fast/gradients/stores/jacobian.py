@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import ops
+from ...distributed.arrivals import Arrivals
 from ...ops.gram import gram_at_any_scale
 from .base import Deferred
 
@@ -28,6 +29,7 @@ class Jacobian:
 
     Attributes:
         blocks: of every parameter, [K, *shape]; rows that nothing was written to hold anything, see `filled`.
+        arrivals: hears of all gradients until `clear`, if somebody wants to know.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Jacobian:
         self._written = [[False] * self.num_clusters for _ in self.blocks]
         self._lent: set[int] = set()
         self._poisoned = False
+        self.arrivals: Arrivals | None = None
 
     def poison(self) -> None:
         """Lend memory full of NaN until `clear`."""
@@ -61,6 +64,7 @@ class Jacobian:
         """Take the gradients that the lent block now holds."""
         self._lent.remove(position)
         self._written[position] = [True] * self.num_clusters
+        self._tell(position)
 
     def take_back(self, position: int) -> None:
         """Take a lent block back that holds nothing of worth."""
@@ -80,6 +84,7 @@ class Jacobian:
         else:
             block.copy_(gradients)
         self._written[position] = [True] * self.num_clusters
+        self._tell(position)
 
     def add_row(self, position: int, k: int, gradient: Tensor) -> None:
         """Add the gradient [*shape] of a parameter for one cluster."""
@@ -90,6 +95,11 @@ class Jacobian:
         else:
             row.copy_(gradient)
         self._written[position][k] = True
+        self._tell(position)
+
+    def _tell(self, position: int) -> None:
+        if self.arrivals is not None:
+            self.arrivals.note(position)
 
     def _refuse_lent(self, position: int) -> None:
         if position in self._lent:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ...distributed.arrivals import Arrivals
 from .jacobian import add_to_grads
 
 
@@ -17,6 +18,9 @@ class Rows:
         parameters: the trainable parameters.
         num_clusters: K.
         dtype: of the stored gradients; default each parameter's own.
+
+    Attributes:
+        arrivals: hears of all gradients, if somebody wants to know.
     """
 
     def __init__(
@@ -26,6 +30,7 @@ class Rows:
         self.num_clusters = num_clusters
         self._dtype = dtype
         self._rows: dict[tuple[int, int], Tensor] = {}
+        self.arrivals: Arrivals | None = None
 
     def add_row(self, position: int, k: int, gradient: Tensor) -> None:
         """Take the gradient [*shape] of a parameter for one cluster, or add it to what is there."""
@@ -33,6 +38,8 @@ class Rows:
             self._rows[position, k].add_(gradient)
         else:
             self._rows[position, k] = gradient.to(self._dtype or gradient.dtype)
+        if self.arrivals is not None:
+            self.arrivals.note(position)
 
     @property
     def touched(self) -> list[bool]:
