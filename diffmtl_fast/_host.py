@@ -13,6 +13,14 @@ from ._torch import version
 # Of clusters on an accelerator: how often they had been written to, and their counts.
 _counts: MutableMapping[Tensor, tuple[int, list[int]]] = WeakTensorKeyDictionary()
 
+# The devices whose values the host reads without waiting.
+_READABLE = {"cpu"}
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether the host can read a tensor without waiting for an accelerator."""
+    return tensor.device.type in _READABLE
+
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a tensor on a device; the host does not wait for a copy from its own memory to a GPU."""
