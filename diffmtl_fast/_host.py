@@ -13,10 +13,24 @@ from ._torch import version
 # Of clusters on an accelerator: how often they had been written to, and their counts.
 _counts: MutableMapping[Tensor, tuple[int, list[int]]] = WeakTensorKeyDictionary()
 
+# The devices whose values the host reads without waiting, and those that copy from pinned memory by themselves.
+_READABLE = {"cpu"}
+_PINS = {"cuda"}
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether the host can read a tensor without waiting for an accelerator."""
+    return tensor.device.type in _READABLE
+
+
+def pins(device: torch.device) -> bool:
+    """Whether a device copies from pinned memory without the host waiting for it."""
+    return device.type in _PINS
+
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a tensor on a device; the host does not wait for a copy from its own memory to a GPU."""
-    if tensor.device.type == "cpu" and device.type == "cuda":
+    if tensor.device.type == "cpu" and pins(device):
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._host import on_host
 from .costs import AbsoluteDeviation, SquaredDeviation, as_integer
 from .distributions import DISTRIBUTIONS, NoiseDistribution
 from .drawing import hand_over, places, random_integers
@@ -87,7 +88,7 @@ class NoiseClustering:
             raise TypeError(f"level: expected a floating-point tensor, found {type(level).__name__}")
         if not level.is_floating_point():
             raise TypeError(f"level: expected a floating-point tensor, found {level.dtype}")
-        if level.device.type == "cpu" and level.isnan().any():
+        if on_host(level) and level.isnan().any():
             raise ValueError("level: expected noise levels, found NaN")
         return torch.bucketize(level, self._edges(level.device, level.dtype)[1:-1], right=True)
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._host import on_host
 from .drawing import clusters_of_rank, hand_over, places, random_integers
 
 # Uniform integers are drawn below this and reduced modulo an interval's size: the bias is below 2^-34.
@@ -87,7 +88,7 @@ class IntervalClustering:
             raise TypeError(f"t: expected an integer tensor, found {type(t).__name__}")
         if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
             raise TypeError(f"t: expected an integer tensor, found {t.dtype}")
-        if t.device.type == "cpu" and t.numel():
+        if on_host(t) and t.numel():
             low, high = (int(bound) for bound in t.aminmax())
             if low < 0 or high >= self.num_timesteps:
                 found = low if low < 0 else high

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._extras import require
+from .._host import upload
 from .items import Conditions
 
 
@@ -25,7 +26,7 @@ class Conditioning:
 
         Args:
             values: of the samples; see `Conditions`.
-            dropped: bool [B] on their device, the samples that lose their condition; None for none.
+            dropped: bool [B] on the host, the samples that lose their condition; None for none.
         """
         return {}
 
@@ -44,7 +45,9 @@ class Classes(Conditioning):
     def arguments(self, values: Conditions, dropped: Tensor | None = None) -> dict[str, Any]:
         """The classes int64 [B]."""
         assert isinstance(values, Tensor)
-        return {self.argument: values if dropped is None else values.masked_fill(dropped, self.num_classes)}
+        if dropped is not None:
+            values = values.masked_fill(upload(dropped, values.device), self.num_classes)
+        return {self.argument: values}
 
 
 class Embeddings(Conditioning):
@@ -61,7 +64,9 @@ class Embeddings(Conditioning):
         """The embeddings."""
         assert isinstance(values, Tensor)
         if dropped is not None:
-            values = values.masked_fill(dropped.view(-1, *[1] * (values.dim() - 1)), 0.0)
+            values = values.masked_fill(
+                upload(dropped, values.device).view(-1, *[1] * (values.dim() - 1)), 0.0
+            )
         return {self.argument: values}
 
 
@@ -112,11 +117,10 @@ class Text(Conditioning):
             values = ["" if gone else text for text, gone in zip(values, dropped.tolist(), strict=True)]
         tokens = self._tokenizer(
             values, padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
-        ).to(self._encoder.device)
-        hidden = self._encoder(
-            input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
-        ).last_hidden_state
-        return {self.argument: hidden} | ({self.mask: tokens["attention_mask"]} if self.mask else {})
+        )
+        ids, mask = (upload(tokens[name], self._encoder.device) for name in ("input_ids", "attention_mask"))
+        hidden = self._encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        return {self.argument: hidden} | ({self.mask: mask} if self.mask else {})
 
 
 def times_keyword(model: Any) -> str | None:

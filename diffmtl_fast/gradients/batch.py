@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._host import known_counts, upload
+from .._host import known_counts, on_host, upload
 from .trees import map_tensors, replace_rows
 
 
@@ -154,7 +154,7 @@ def check_cluster(cluster: Tensor, k: int) -> None:
     counts = known_counts(cluster)
     if counts is not None:
         _refuse_outside(*_ends(counts), k)
-    elif cluster.device.type == "cpu":
+    elif on_host(cluster):
         low, high = cluster.aminmax()
         _refuse_outside(int(low), int(high), k)
 

@@ -155,11 +155,11 @@ def kernels_in(*modules: ModuleType) -> dict[str, Kernel]:
 
 
 def register_kernels(dispatch_key: str, kernels: dict[str, Kernel]) -> None:
-    """Use kernels instead of the plain definitions on one device (`"CPU"` or `"CUDA"`)."""
+    """Use kernels on one device (`"CPU"` or `"CUDA"`) instead of what was used there before."""
     if dispatch_key == "CPU":
         _CPU.update(kernels)
     for name, kernel in kernels.items():
-        _LIBRARY.impl(name, kernel, dispatch_key)
+        _LIBRARY.impl(name, kernel, dispatch_key, allow_override=True)
 
 
 def call(op: Callable[..., Any], name: str, tensor: Tensor, *args: Any) -> Any:

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._host import on_host
 from ._checks import accumulation_dtype, check_cluster, check_floating
 from ._library import define_op, refuse_autograd, register_autograd
 
 
 def _membership(cluster: Tensor, k: int) -> Tensor:
     """Return the bool mask [k, B] of which sample belongs to which cluster."""
-    if cluster.device.type == "cpu":  # reading the values of an accelerator's tensor would stall it
+    if on_host(cluster):
         for index in cluster[(cluster < 0) | (cluster >= k)].tolist()[:1]:
             raise ValueError(f"cluster: expected indices in 0..{k - 1}, found {index}")
     return cluster == torch.arange(k, device=cluster.device).unsqueeze(1)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._host import on_host
 from ._checks import accumulation_dtype, check_jacobian
 from ._layout import as_matrix
 from ._library import define_op, register_autograd
@@ -84,7 +85,7 @@ def gram_at_any_scale(jacobian: Sequence[Tensor]) -> Tensor:
     Returns:
         G, float64 [K, K], exactly symmetric, with the rounding of J's own dtypes, float32 at least.
     """
-    if jacobian[0].device.type == "cpu":
+    if on_host(jacobian[0]):
         found = gram(jacobian).double()
         squares = found.diagonal()
         for k in (~((squares > _LEAST_SQUARE) & (squares < _MOST_SQUARE))).nonzero().flatten().tolist():

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from .._host import on_host
 from ._checks import check_present, check_same_device, check_square
 from ._gramians import unit_gramian
 from ._library import define_op, refuse_autograd
@@ -57,7 +58,7 @@ def _minimise_barrier(matrix: Tensor, active: Tensor, unit: float) -> Tensor:
         length = torch.where(last, 1.0, _line_search(matrix, counted, step, descent, unit / n, n))
         beta = beta + torch.where(descent > 0, length * step, 0)
         # Reading this stalls an accelerator, so only the CPU leaves early; further steps change nothing.
-        if matrix.device.type == "cpu" and last:
+        if on_host(matrix) and last:
             break
     return beta
 

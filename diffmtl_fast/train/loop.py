@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from .. import ops
 from .._errors import Interrupted, TrainingDiverged, UserError, blame
 from .._files import replacing
+from .._host import pins
 from .._progress import Progress
 from .._torch import foreach_div_
 from ..clustering.drawing import hand_over
@@ -176,11 +177,10 @@ class Trainer:
         self.power_ema.update(self.model)
         losses, timesteps = (torch.cat(parts) for parts in zip(*drawn, strict=True))
         losses, timesteps = launched.gathered(losses), launched.gathered(timesteps)
-        if self.config.loss.nonfinite == "drop":
-            counted = losses.isfinite()
-            losses, timesteps = losses[counted], timesteps[counted]
-        if len(losses):
-            self.timesteps.update(losses, timesteps)
+        if self.config.loss.nonfinite == "drop" and isinstance(self.timesteps, DifficultyCurriculum):
+            finite = losses.isfinite()  # other samplers leave out what is not by themselves
+            losses = torch.where(finite, losses, 0).sum() / finite.sum()
+        self.timesteps.update(losses, timesteps)
         self.iteration += 1
 
     def save(self, folder: Path, history: History) -> Path:
@@ -397,7 +397,7 @@ class Trainer:
             items, seen = self.data.training, self.iteration * config.accumulate
             place = launched.rank(), launched.world()
             order = EpochOrder(len(items), config.batch_size, config.seed, seen, *place)
-            self._batches = batches(items, order, workers=config.workers, pin=self.device.type == "cuda")
+            self._batches = batches(items, order, workers=config.workers, pin=pins(self.device))
         with blame("data"):
             batch = next(self._batches)
             self._refuse_conditions(batch)
@@ -415,11 +415,11 @@ class Trainer:
             raise ValueError(f"expected integer classes 0 ... {classes - 1}, found {low} to {high}")
 
     def _dropped(self) -> Tensor | None:
-        """Which samples lose their condition, bool [B]; None for none."""
+        """Which samples lose their condition, bool [B] on the host; None for none."""
         share, count = self.config.conditioning.dropout, self.config.batch_size
         if share == 0:
             return None
-        return torch.rand(count, generator=self.generator, device=self.device) < share
+        return torch.rand(count, generator=self.host_generator) < share
 
     def _record_plain(
         self, history: History, loss: Tensor, weight: Tensor, t: Tensor, log_var: Tensor | None = None

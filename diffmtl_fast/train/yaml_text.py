@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from .errors import UserError
+from .._errors import UserError
 
 #: Of a text, aliases counted as often as they are used.
 MOST_VALUES = 100_000

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._host import on_host
+
 
 def mask_of(losses: Tensor, present: Tensor | None) -> Tensor:
     """The mask of the present clusters, bool [K]; all where none is given."""
@@ -22,7 +24,7 @@ def log_losses(losses: Tensor, present: Tensor) -> Tensor:
         ValueError: a loss is negative (looked for on the CPU, where looking costs no synchronisation).
     """
     kept = torch.where(present, losses, 1)
-    if losses.device.type == "cpu" and bool((kept < 0).any()):
+    if on_host(losses) and bool((kept < 0).any()):
         raise ValueError(f"losses: expected at least 0 (their logarithm is taken), found {float(kept.min())}")
     return kept.clamp(min=torch.finfo(losses.dtype).tiny).log()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._host import on_host
+
 # Up to here all supports are tried at once: one batch of 2^K small inverses, and no iterations.
 ENUMERATED = 6
 # Steps of the active-set method per unknown: each enters and leaves the support, and some do so again.
@@ -69,7 +71,7 @@ class NonnegativeQuadratic:
             slope, steepest = torch.where(support, 0, x @ self.matrix + linear).min(1, keepdim=True)
             entering = at_minimum & (slope < threshold)
             # Reading this stalls an accelerator, so only the CPU leaves early; further steps change nothing.
-            if linear.device.type == "cpu" and not (entering | ~at_minimum).any():
+            if on_host(linear) and not (entering | ~at_minimum).any():
                 break
             support = support | (entering & self.identity[steepest.squeeze(1)])
             factor, _ = torch.linalg.cholesky_ex(self._restricted(support))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._host import on_host
 from ..ops._gramians import UnitGramian, relative_norms
 from ._from_gramian import UnitGramianWeighting
 from ._nonnegative import NonnegativeQuadratic
@@ -70,7 +71,7 @@ class CAGrad(UnitGramianWeighting):
             step = (distance - radius) * distance / (u @ inverse)
             worst = worst - torch.where(distance > radius, step, 0)
             # Reading this stalls an accelerator, so only the CPU leaves early; further steps change nothing.
-            if norms.device.type == "cpu" and not distance > radius * (1 + CONVERGED):
+            if on_host(norms) and not distance > radius * (1 + CONVERGED):
                 break
         return 1 + number * u / norms
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._host import on_host
 from ..ops._gramians import UnitGramian, relative_norms
 from ._from_gramian import UnitGramianWeighting
 from ._registry import register
@@ -80,7 +81,7 @@ def _newton(matrix: Tensor, pull: Tensor, power: float) -> Tensor:
         slopes = (tried @ matrix - pull * tried**-power) @ step
         moved = tried.index_select(0, slopes.abs().argmin(0, keepdim=True)).squeeze(0)
         # Reading this stalls an accelerator, so only the CPU leaves early; further steps change nothing.
-        converged = beta.device.type == "cpu" and bool((step.abs() <= CONVERGED * beta).all())
+        converged = on_host(beta) and bool((step.abs() <= CONVERGED * beta).all())
         beta = moved
         if converged:
             break

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._host import upload
 from ._generator import DrawsNumbers
 from ._interface import LossWeighting, check_losses
 from ._losses import mask_of, masked_softmax
@@ -36,5 +37,5 @@ class RLW(DrawsNumbers, LossWeighting):
         check_losses(losses)
         present = mask_of(losses, present)
         drawn = torch.randn(losses.shape, generator=self.generator, device=self.source(losses.device))
-        shares = masked_softmax(drawn.to(losses), present)
+        shares = masked_softmax(upload(drawn, losses.device).to(losses.dtype), present)
         return (shares * torch.where(present, losses, 0)).sum()

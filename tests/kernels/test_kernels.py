@@ -11,33 +11,18 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from triton.runtime import interpreter
 
 from diffmtl_fast.kernels import clusters as cluster_kernels
 from diffmtl_fast.kernels import settings
 from diffmtl_fast.ops import PLAIN, _library, cuda
 from diffmtl_fast.ops.cuda import launches, layers, uploads
 
+pytestmark = pytest.mark.usefixtures("products_of_bfloat16")
+
 LAUNCHERS = cuda.kernels()
 DEVICE = os.environ.get("DIFFMTL_TEST_DEVICE", "cpu")
 DTYPES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 SHAPES = [(1, 1), (3, 5, 7), (2, 4096), (5, 4097), (2, 3, 41, 97)]
-
-
-@pytest.fixture(autouse=True)
-def _products_of_bfloat16(monkeypatch):
-    """Widen bfloat16 operands of a product for Triton's interpreter, which takes their bits for integers."""
-    create_dot = interpreter.InterpreterBuilder.create_dot
-
-    def widened(operand):
-        if operand.dtype.scalar != tl.bfloat16:
-            return operand
-        return interpreter.TensorHandle((operand.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-    def widening(self, a, b, *args):
-        return create_dot(self, widened(a), widened(b), *args)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", widening)
 
 
 def draw(shape, dtype, generator):

@@ -1,160 +1,58 @@
-"""A step, once its checks are over, reads nothing that an accelerator would have to be waited for."""
+"""A step, once its checks are over, waits for the accelerator nowhere.
+
+On a GPU PyTorch refuses every wait itself; elsewhere `tests/accelerator.py` stands in for one and notes them.
+"""
 
 from __future__ import annotations
 
-import sys
-from collections import Counter
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import diffmtl_fast as dm
-from diffmtl_fast import _host
-from diffmtl_fast.clustering import drawing, intervals
-from diffmtl_fast.curriculum import timestep_sampler
+from diffmtl_fast.train import loop
 from diffmtl_fast.train.config import PLAIN
 from diffmtl_fast.train.history import History
 from diffmtl_fast.train.loop import Trainer
+from tests.accelerator import DEVICE, Accelerator, accelerator
 
-PACKAGE = Path(dm.__file__).parent
-OPTIMIZERS = Path(torch.optim.__file__).parent
-FUNCTIONS = {
-    *(torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.nonzero),
-    *(torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.__float__, torch.Tensor.__index__),
-    *(torch.Tensor.__array__, torch.Tensor.__contains__, torch.equal, torch.allclose),
-}
-# Their result, or its shape, depends on values.
-OPERATORS = {
-    *("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "bincount"),
-    *("_unique", "_unique2", "unique_dim", "unique_consecutive", "histogram"),
-}
-#: Functions of the package that may read in a step, and why.
-ON_THE_HOST = {
-    "clustering/intervals.py assign": "of levels on the CPU alone, where samplers draw",
-    # On the CPU alone; that no weighting reads what is elsewhere is tested by tensors without values.
-    "ops/gram.py gram_at_any_scale": "sees whether squares are in range",
-    "weighting/_losses.py log_losses": "refuses negative losses",
-    "weighting/_nonnegative.py minimise": "leaves a finished loop",
-    "weighting/cagrad.py weigh": "leaves a finished loop",
-    "weighting/fairgrad.py _newton": "leaves a finished loop",
+#: Weightings that wait once in a step, and where.
+WAITS = {
+    # PyTorch has no eigenvalues whose routine's verdict the host does not read.
+    "aligned_mtl": "weighting/aligned.py weigh: _linalg_eigh",
+    "imtl_g": "weighting/imtl.py weigh: _linalg_eigh",
 }
 
 
-class _Functions(TorchFunctionMode):
-    def __init__(self, note):
-        super().__init__()
-        self.note = note
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in FUNCTIONS:
-            self.note(function.__name__)
-        return function(*args, **(kwargs or {}))
-
-
-class _Operators(TorchDispatchMode):
-    def __init__(self, note):
-        super().__init__()
-        self.note = note
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        name = op.overloadpacket.__name__
-        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
-        masked = any(index is not None and index.dtype == torch.bool for index in indices)
-        counted = name == "repeat_interleave" and "output_size" not in (kwargs or {})
-        if name in OPERATORS or masked or counted:
-            self.note(name)
-        return op(*args, **(kwargs or {}))
-
-
-class Reads:
-    """Counts what reads values, by the function of the package that does so."""
-
-    def __init__(self):
-        self.found = Counter()
-        self._modes = _Functions(self._note), _Operators(self._note)
-
-    def __enter__(self):
-        for mode in self._modes:
-            mode.__enter__()
-        return self.found
-
-    def __exit__(self, *error):
-        for mode in reversed(self._modes):
-            mode.__exit__(*error)
-
-    def _note(self, what):
-        frame = sys._getframe()
-        while frame is not None:
-            path, name = Path(frame.f_code.co_filename), frame.f_code.co_name
-            if path.is_relative_to(OPTIMIZERS) or name == "drawn_counts":  # of counters and draws on the host
-                return
-            if path.is_relative_to(PACKAGE) and not name.startswith("<"):
-                site = f"{path.relative_to(PACKAGE)} {name}"
-                break
-            frame = frame.f_back
-        else:
-            site = "outside"
-        if site not in ON_THE_HOST:
-            self.found[f"{site}: {what}"] += 1
+@pytest.fixture
+def there(device, monkeypatch):
+    """A GPU, or what stands in for one."""
+    if device.type == "cuda":
+        yield device
+        return
+    with accelerator(monkeypatch):
+        yield DEVICE
 
 
 @contextmanager
-def no_reads(device):
-    """Refuse reads: on a GPU every wait for it, elsewhere what would wait for one."""
+def no_waits(device, but=None):
+    """Refuse what the host would wait for the accelerator for, `but` for what comes from one place."""
     if device.type == "cuda":
+        if but is not None:
+            pytest.skip(f"waits in {but}")
         torch.cuda.set_sync_debug_mode("error")
         try:
             yield
         finally:
             torch.cuda.set_sync_debug_mode("default")
         return
-    with Reads() as found:
-        yield
-    assert not found
-
-
-@pytest.fixture(autouse=True)
-def _as_if_uploaded(monkeypatch):
-    """Know the counts of clusters that stay on the CPU, too, as of those that go to a GPU."""
-
-    def hand_over(level, cluster, device):
-        level, there = drawing.hand_over(level, cluster, device)
-        if device.type == "cpu":
-            _host._counts[there] = there._version, drawn_counts(cluster)
-        return level, there
-
-    for module in (intervals, timestep_sampler):
-        monkeypatch.setattr(module, "hand_over", hand_over)
-
-
-def drawn_counts(cluster):
-    return cluster.bincount().tolist()
-
-
-READERS = {
-    "tolist": lambda x: x.tolist(),
-    "item": lambda x: x[0].item(),
-    "bool": lambda x: bool(x.sum()),
-    "if": lambda x: 1 if x.sum() > 0 else 0,
-    "int": lambda x: int(x.sum()),
-    "float": lambda x: float(x.sum()),
-    "index": lambda x: [0, 1][x[0].long()],
-    "cpu": lambda x: x.cpu(),
-    "numpy": lambda x: x.numpy(),
-    "nonzero": lambda x: x.nonzero(),
-    "mask": lambda x: x[x > 0],
-    "masked_select": lambda x: x.masked_select(x > 0),
-    "unique": lambda x: x.unique(),
-    "bincount": lambda x: x.long().bincount(),
-    "repeats": lambda x: x.repeat_interleave(x.long()),
-    "equal": lambda x: torch.equal(x, x + 1),
-    "gradient": lambda x: _Reading.apply(x.clone().requires_grad_()).sum().backward(),
-}
+    waits = Accelerator.current.waits
+    waits.clear()
+    yield
+    assert set(waits) == ({but} if but else set()), waits
 
 
 class _Reading(torch.autograd.Function):
@@ -167,53 +65,219 @@ class _Reading(torch.autograd.Function):
         return grad * grad.sum().item()
 
 
+READERS = {
+    "tolist": lambda x: x.tolist(),
+    "item": lambda x: x[0].item(),
+    "bool": lambda x: bool(x.sum()),
+    "if": lambda x: 1 if x.sum() > 0 else 0,
+    "int": lambda x: int(x.sum()),
+    "float": lambda x: float(x.sum()),
+    "index": lambda x: [0, 1][x[0].long()],
+    "cpu": lambda x: x.cpu(),
+    "nonzero": lambda x: x.nonzero(),
+    "mask": lambda x: x[x > 0],
+    "masked_select": lambda x: x.masked_select(x > 0),
+    "unique": lambda x: x.unique(),
+    "bincount": lambda x: x.long().bincount(),
+    "repeats": lambda x: x.repeat_interleave(x.long()),
+    "equal": lambda x: torch.equal(x, x + 1),
+    "gradient": lambda x: _Reading.apply(x.clone().requires_grad_()).sum().backward(),
+    "made of a list": lambda x: torch.tensor([1.0, 2.0], device=x.device),
+    "new of a list": lambda x: x.new_tensor([1.0, 2.0]),
+    "pageable": lambda x: torch.ones(2).to(x.device, non_blocking=True),
+    "pinned, but waited for": lambda x: torch.ones(2).pin_memory().to(x.device),
+    "copied into": lambda x: x.copy_(torch.ones(2)),
+    "indices of the host": lambda x: x[torch.tensor([1])],
+    "a list of indices": lambda x: x[[1, 0]],
+    "eigenvalues": lambda x: torch.linalg.eigvalsh(x.diag()),
+    "solved": lambda x: torch.linalg.solve((x + 1).diag(), x),
+    "drawn by weight": lambda x: x.multinomial(1),
+}
+
+
 @pytest.mark.parametrize("name", READERS)
-def test_reads_are_found(name):
-    with Reads() as found:
-        READERS[name](torch.tensor([1.0, 0.0]))
-    assert found
+def test_waits_are_found(name, there):
+    x = torch.arange(2, 0, -1, device=there).float() - 1  # 1, 0
+    with pytest.raises((AssertionError, RuntimeError)), no_waits(there):
+        READERS[name](x)
+
+
+def test_what_is_no_wait_is_none(there):
+    x = torch.arange(2, device=there).float()
+    with no_waits(there):
+        torch.ones(2).pin_memory().to(there, non_blocking=True)
+        x[torch.arange(1, device=there)] += torch.tensor(
+            3.0
+        )  # a number of the host's goes along with the launch
+        torch.linalg.cholesky_ex(torch.eye(2, device=there))
+        x.repeat_interleave(torch.ones_like(x).long(), output_size=2)
+
+
+def test_operands_on_two_devices_are_refused(there):
+    with pytest.raises(
+        RuntimeError, match=r"expected all tensors to be on the same device|Expected all tensors"
+    ):
+        torch.ones(2, device=there) + torch.ones(2)
 
 
 class Denoiser(nn.Module):
-    def __init__(self):
+    def __init__(self, recompute=False):
         super().__init__()
+        self.recompute = recompute
         self.time = nn.Embedding(20, 8)
         self.conv, self.norm, self.last = nn.Conv2d(1, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.Linear(8, 1)
+        self.shift = nn.Parameter(torch.zeros(8, 1, 1))
 
     def forward(self, x, t):
-        h = self.norm(self.conv(x) + self.time(t)[:, :, None, None])
+        return checkpoint(self.denoise, x, t, use_reentrant=False) if self.recompute else self.denoise(x, t)
+
+    def denoise(self, x, t):
+        h = self.norm(self.conv(x) + self.time(t)[:, :, None, None]) + self.shift
         return self.last(h.relu().movedim(1, -1)).movedim(-1, 1)
 
 
-@pytest.mark.parametrize("memory", ["full", "lean"])
-@pytest.mark.parametrize("method", dm.weighting.METHODS)
-def test_the_loop_of_the_readme(method, memory, device):
-    weighting = dm.weighting.METHODS[method].build(5, device, 0)
-    model, clusters = Denoiser().to(device), dm.cluster_timesteps(20, 5)
-    mtl = dm.ClusteredMTL(model, num_clusters=5, weighting=weighting, memory=memory)
+def plain_step(mtl, noise, t, cluster):
+    mtl.backward(dm.ops.sample_mse(mtl(noise + 1, t, cluster=cluster), noise))
+
+
+def measured_step(mtl, noise, t, cluster):
+    mtl.measure_gramian = True
+    plain_step(mtl, noise, t, cluster)
+    assert mtl.last.cosines.shape == (5, 5)
+    assert mtl.last.conflicts.shape == ()
+
+
+def clipped_step(mtl, noise, t, cluster):
+    plain_step(mtl, noise, t, cluster)
+    torch.nn.utils.clip_grads_with_norm_(mtl.parameters(), 1.0, mtl.last.grad_norm)
+
+
+def self_conditioned_step(mtl, noise, t, cluster):
+    with torch.no_grad():
+        guess = mtl(noise, t)
+    losses = [dm.ops.sample_mse(mtl(noise + i * guess, t, cluster=cluster), noise) for i in range(2)]
+    mtl.backward(sum(losses) / 2)
+
+
+def accumulated_step(mtl, noise, t, cluster):
+    with mtl.no_sync():
+        plain_step(mtl, noise, t, cluster)
+    plain_step(mtl, noise, t, cluster)
+
+
+def one_cluster_step(mtl, noise, t, cluster):
+    whole = dm.cluster_timesteps(20, 1).sample(len(noise), device=noise.device)[1]
+    plain_step(mtl, noise, t, whole)
+
+
+WAYS = {
+    **{(name, way): {} for name in dm.weighting.METHODS for way in ("full",)},
+    **{(name, "lean"): {"memory": "lean"} for name in ("uw", "pcgrad", "nash")},
+    **{(name, "sliced"): {"engine": "sliced"} for name in ("uw", "pcgrad", "nash")},
+    **{(name, "drop"): {"drop_nonfinite": True} for name in ("uw", "pcgrad")},
+    ("pcgrad", "half"): {"jacobian_dtype": torch.bfloat16},
+}
+STEPS = {
+    "measured": ("uw", measured_step, {}),
+    "clipped": ("pcgrad", clipped_step, {}),
+    "self-conditioned": ("pcgrad", self_conditioned_step, {}),
+    "self-conditioned, lean": ("pcgrad", self_conditioned_step, {"memory": "lean"}),
+    "accumulated": ("pcgrad", accumulated_step, {}),
+    "one cluster": ("pcgrad", one_cluster_step, {}),
+    "recomputed": ("pcgrad", plain_step, {"recompute": True}),
+    "recomputed, lean": ("pcgrad", plain_step, {"recompute": True, "memory": "lean"}),
+}
+
+
+def train(method, there, options, step):
+    options = dict(options)
+    weighting = dm.weighting.METHODS[method].build(5, there, 0)
+    model = Denoiser(options.pop("recompute", False)).to(there)
+    clusters = dm.cluster_timesteps(20, 5)
+    mtl = dm.ClusteredMTL(model, num_clusters=5, weighting=weighting, **options)
     optimizer = torch.optim.AdamW(dm.param_groups(model, weighting, lr=1e-4, weight_decay=0.0))
 
-    def step():
-        noise = torch.randn(12, 1, 4, 4, device=device)
-        t, cluster = clusters.sample(12, device=device)
-        loss = dm.ops.sample_mse(mtl(noise + 1, t, cluster=cluster), noise)
+    def iterate():
+        noise = torch.randn(12, 1, 4, 4, device=there)
         optimizer.zero_grad()
-        mtl.backward(loss)
+        step(mtl, noise, *clusters.sample(12, device=there))
         optimizer.step()
 
     for _ in range(2):  # with the checks of the first steps
-        step()
-    with no_reads(device):
+        iterate()
+    with no_waits(there, WAITS.get(method)):
         for _ in range(2):
-            step()
+            iterate()
 
 
-@pytest.mark.parametrize("method", [PLAIN, *dm.weighting.METHODS])
-def test_a_step_of_the_trainer(tiny, tmp_path, method, device):
-    trainer, history = Trainer(tiny(method=method)), History(tmp_path / "log.jsonl")
+@pytest.mark.parametrize(("method", "way"), WAYS, ids=["-".join(way) for way in WAYS])
+def test_the_loop_of_the_readme(method, way, there):
+    train(method, there, WAYS[method, way], plain_step)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_of_another_kind(name, there):
+    method, step, options = STEPS[name]
+    train(method, there, options, step)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_clusters_that_the_host_does_not_know_are_read_once(there, cut):
+    mtl = dm.ClusteredMTL(Denoiser().to(there), num_clusters=5, weighting=dm.PCGrad())
+    noise, cluster = torch.randn(12, 1, 4, 4, device=there), torch.arange(12, device=there) * 5 // 12
+    for _ in range(3):
+        seen = cluster[:10] if cut else cluster
+        if there == DEVICE:
+            Accelerator.current.waits.clear()
+        plain_step(mtl, noise[: len(seen)], seen, seen)
+    if there == DEVICE:
+        assert Accelerator.current.waits == {"gradients/batch.py _sort: _local_scalar_dense": 6 + 1}
+
+
+UNCONDITIONED = {"conditioning": {"dropout": 0.5}, "model": {"args": {"num_class_embeds": 11}}}
+RUNS = [
+    {"method": PLAIN},
+    {"method": PLAIN, "process": "edm"},
+    {"method": "uw", "process": "flow"},
+    {"method": "pcgrad"},
+    {"method": "famo", "optimizer": {"clip": 1.0}, "accumulate": 2},
+    {"method": "nash", "optimizer": {"clip": 1.0}, "compute": {"memory": "lean"}},
+    {"method": "nash", "optimizer": {"clip": 1.0}, "compute": {"engine": "sliced"}},
+    {"method": "uw", "loss": {"nonfinite": "drop"}},
+    {"method": "uw", **UNCONDITIONED},
+    {"method": "continuous_uncertainty"},
+    *(
+        {"method": PLAIN, "timesteps": {"sampler": s}}
+        for s in ("second_moment", "loss", "speed", "stratified")
+    ),
+    {"method": "pcgrad", "timesteps": {"sampler": "range", "args": {"min_timestep": 3}}},
+    {"method": "uw", "timesteps": {"sampler": "logit_normal"}},
+    {"method": PLAIN, "curriculum": {"order": "easy_to_hard"}},
+    {"method": "uw", "curriculum": {"order": "easy_to_hard"}, "loss": {"nonfinite": "drop"}},
+]
+
+
+@pytest.mark.parametrize("changes", RUNS, ids=str)
+def test_a_step_of_the_trainer(tiny, tmp_path, changes, there, monkeypatch):
+    if there == DEVICE:
+        own = loop.batches
+
+        def batches(*args, pin, **options):
+            return (batch.pin_memory() if pin else batch for batch in own(*args, **options))
+
+        monkeypatch.setattr(loop, "resolve_device", torch.device)
+        monkeypatch.setattr(loop, "batches", batches)
+    trainer = Trainer(tiny(**changes, device=str(there)))
+    history = History(tmp_path / "log.jsonl")
     for _ in range(2):
         trainer.step(history)
-    with no_reads(device):
+    with no_waits(there):
         for _ in range(2):
             trainer.step(history)
+    if there == DEVICE:  # a line of the log is what waits, in its own functions
+        history.flush(trainer.iteration)
+        assert {place.split(":")[0] for place in Accelerator.current.waits} <= {
+            f"train/history.py {name}" for name in ("check", "_plain", "_masked_mean", "flush")
+        }
+        assert Accelerator.current.waits
     history.close()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..._host import on_host
 from ..._torch import DisableTorchFunctionSubclass, compiled_graphs
 from ..batch import BatchLayout, Clusters
 from ..parameters import Slot, installed
@@ -113,7 +114,7 @@ class CompiledEngine:
             assert count is not None
             assert self._step is not None
             if self._step.store is None:
-                if count.device.type == "cpu" and not stand_in.accumulate and float(count) != 1:
+                if on_host(count) and not stand_in.accumulate and float(count) != 1:
                     raise self._overwritten([self.names[position]])
                 self._bypass(position, stand_in)
             else:
@@ -156,10 +157,8 @@ class CompiledEngine:
     def _refuse_overwritten(self, arrived: list[tuple[int, int, Tensor]]) -> None:
         self._steps += 1
         alone = [each for each in arrived if each[1] not in self.shared]
-        device = self.parameters[0].device
-        if not alone or (
-            device.type != "cpu" and self._steps > _READ_BACK and self._steps % _READ_BACK_EVERY
-        ):
+        read = self._steps <= _READ_BACK or self._steps % _READ_BACK_EVERY == 0
+        if not alone or not (read or on_host(self.parameters[0])):
             return
         counts = torch.stack([count for _, _, count in alone]).tolist()
         wrong = [self.names[p] for (_, p, _), count in zip(alone, counts, strict=True) if count != 1]
