@@ -35,6 +35,10 @@ bool in_cache_lines(const Numbers& out, Int inputs) {
   return address % kLine == 0 && out.stride * size % kLine == 0 && inputs * size % kLine == 0;
 }
 
+struct Cluster {
+  Int index, begin, end;  // rows
+};
+
 void add_blocks(const Wgrad& wgrad, const Cluster& cluster, Int parts, std::vector<WgradBlock>& blocks) {
   const auto [index, begin, end] = cluster;
   const Int rows = end - begin;
@@ -53,17 +57,17 @@ void add_blocks(const Wgrad& wgrad, const Cluster& cluster, Int parts, std::vect
 
 }  // namespace
 
-void cluster_wgrad(const Handle& grad, const Handle& x, const std::vector<Cluster>& clusters, Int outputs, Int inputs,
+void cluster_wgrad(const Handle& grad, const Handle& x, const std::vector<Int>& offsets, Int longest, Int outputs, Int inputs,
                    const Handle& out, bool add, int threads) {
   Wgrad wgrad{Numbers(grad), Numbers(x), Numbers(out), outputs, inputs, add, false};
   check_one_dtype("cluster_wgrad", wgrad.grad.dtype, wgrad.x.dtype);
+  std::vector<Cluster> clusters;
+  for (std::size_t k = 0; k + 1 < offsets.size(); ++k)
+    if (offsets[k + 1] - offsets[k] <= longest) clusters.push_back({static_cast<Int>(k), offsets[k], offsets[k + 1]});
   const Int count = static_cast<Int>(clusters.size());
   wgrad.past_caches = !add && count * wgrad.bytes() >= kBytesPastCaches && in_cache_lines(wgrad.out, inputs);
-  Int products = 0, longest = 0;
-  for (const auto& [index, begin, end] : clusters) {
-    products += (end - begin) * outputs * inputs;
-    longest = std::max(longest, end - begin);
-  }
+  Int products = 0;
+  for (const auto& [index, begin, end] : clusters) products += (end - begin) * outputs * inputs;
   // A product takes about the time of half a byte.
   threads = useful_threads(threads, count * wgrad.bytes() + products / 2);
   std::vector<WgradBlock> blocks;

@@ -7,11 +7,9 @@
 
 namespace diffmtl::cpu {
 
-// (index, first row, row behind the last one)
-using Cluster = std::tuple<Int, Int, Int>;
-
-// grad: [rows, outputs]; x: [rows, inputs], of the same type; out: [clusters, outputs, inputs].
-void cluster_wgrad(const Handle& grad, const Handle& x, const std::vector<Cluster>& clusters, Int outputs, Int inputs,
+// grad: [rows, outputs]; x: [rows, inputs], of the same type; out: [clusters, outputs, inputs]. offsets: of the clusters'
+// first rows, and the end; clusters of more than `longest` rows are left out.
+void cluster_wgrad(const Handle& grad, const Handle& x, const std::vector<Int>& offsets, Int longest, Int outputs, Int inputs,
                    const Handle& out, bool add, int threads);
 
 // values: [rows, columns]; out: [clusters, columns]. offsets: of the clusters' first rows, and the end.

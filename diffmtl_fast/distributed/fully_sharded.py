@@ -146,7 +146,7 @@ class ShardStore:
         taken: for every parameter, whether its gradients have come here.
     """
 
-    keeps_graph = False
+    keeps_graph = takes_offers = False
 
     def __init__(
         self, parameters: Sequence[nn.Parameter], jacobian: Jacobian | None, positions: Sequence[int]

@@ -51,7 +51,7 @@ class ClusterParameter(Tensor):
 
     @classmethod
     def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Hand the operation to the engine."""
         if torch.compiler.is_compiling():
@@ -59,14 +59,14 @@ class ClusterParameter(Tensor):
         return _operate(func, args, kwargs or {})
 
 
-def _operate(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def _operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     with DisableTorchFunctionSubclass():
         for handle in args:  # where they nearly always are
             if isinstance(handle, ClusterParameter):
                 break
         else:
             handle = next(find_handles((args, kwargs)))
-        return handle.engine.dispatch.operate(func, args, dict(kwargs))
+        return handle.engine.dispatch.operate(func, args, kwargs)
 
 
 def _refuse_gradient(handle: Tensor) -> None:

@@ -70,13 +70,22 @@ def cluster_wgrad_out(grad_out: Tensor, x: Tensor, offsets: Tensor, out: Tensor,
     longest = _longest_own(x.dtype, out.dtype)
     bounds = host_offsets(offsets, x.shape[0])
     sizes = [end - begin for begin, end in pairwise(bounds)]
+    largest = max(sizes)
     with ContiguousClusters(out, accumulate) as (result, add):
-        if own := [(k, bounds[k], bounds[k + 1]) for k, size in enumerate(sizes) if size <= longest]:
-            rows = in_rows(grad_out), in_rows(x)
+        if largest <= longest or min(sizes) <= longest:
+            rows, values = in_rows(grad_out), in_rows(x)
             _C.cpu_cluster_wgrad(
-                *map(handle, rows), own, *out.shape[1:], handle(result), add, torch.get_num_threads()
+                handle(rows),
+                handle(values),
+                bounds,
+                longest,
+                out.shape[1],
+                out.shape[2],
+                handle(result),
+                add,
+                torch.get_num_threads(),
             )
-        for size, run in _runs(sizes):
+        for size, run in _runs(sizes) if largest > longest else ():
             if size > longest:
                 span = slice(bounds[run.start], bounds[run.stop])
                 a, b = (t[span].unflatten(0, (-1, size)) for t in (grad_out, x))
