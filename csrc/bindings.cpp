@@ -6,6 +6,7 @@
 #include <string>
 
 #include "clustering/choose_solver.hpp"
+#include "cpu/convolution.hpp"
 #include "cpu/instruction_sets.hpp"
 #include "cpu/jacobian.hpp"
 #include "cpu/layers.hpp"

@@ -54,6 +54,7 @@ template <class A, class B>
 constexpr bool kDirect = std::is_same_v<B, A> || std::is_same_v<B, ComputeOf<A>>;
 
 DIFFMTL_INLINE_LOOP Int smaller(Int a, Int b) { return b < a ? b : a; }
+DIFFMTL_INLINE_LOOP Int larger(Int a, Int b) { return a < b ? b : a; }
 
 template <class To, class From>
 DIFFMTL_INLINE_LOOP To bit_cast(const From& from) {

@@ -97,6 +97,21 @@ inline void solve_positive_definite(Matrix& a, Vec& b) {
   }
 }
 
+// The trace of A^-1, after `solve_positive_definite` has eliminated A; infinite where A is not positive definite.
+inline double inverse_trace(const Matrix& eliminated) {
+  const int n = eliminated.size;
+  Matrix rows(n);  // the elimination of the identity
+  double trace = 0;
+  for (int j = 0; j < n; ++j) {
+    const double pivot = eliminated[j][j];
+    if (!(pivot > 0)) return std::numeric_limits<double>::infinity();
+    rows[j][j] = 1;
+    trace += dot(rows[j], rows[j], j + 1) / pivot;
+    for (int i = j + 1; i < n; ++i) add_scaled(rows[i], -eliminated[j][i] / pivot, rows[j], j + 1);
+  }
+  return trace;
+}
+
 // The active clusters alone.
 struct ActiveGramian {
   explicit ActiveGramian(const UnitGramian& unit) : cosines(static_cast<int>(unit.active.size())), norms(unit.active.size()) {

@@ -1,7 +1,5 @@
 // The loops of the ops over a Jacobian, compiled for the instruction set of the including file.
 #pragma once
-#include <utility>  // for index_sequence, which is a type alone
-
 #include "vector.hpp"
 
 namespace diffmtl::cpu {
@@ -228,40 +226,6 @@ constexpr Int kMostLeftRows = 4;
 #endif
 template <class Compute>
 constexpr Int kLeftRows = kPanelRows<Compute> % kMostLeftRows == 0 ? kMostLeftRows : 3;
-
-// a and b become a0, b0, a1, b1, .. of the first half of their lanes, and of the second. (GCC knows Clang's builtin from
-// version 12 on.)
-template <class Compute, std::size_t... kLane>
-DIFFMTL_INLINE_LOOP void interleave(Vector<Compute>& a, Vector<Compute>& b, std::index_sequence<kLane...>) {
-  constexpr std::size_t kCount = sizeof...(kLane);
-#if defined(__clang__)
-  const Vector<Compute> low = __builtin_shufflevector(a, b, (kLane / 2 + kLane % 2 * kCount)...);
-  const Vector<Compute> high = __builtin_shufflevector(a, b, (kCount / 2 + kLane / 2 + kLane % 2 * kCount)...);
-#else
-  using Index = std::conditional_t<std::is_same_v<Compute, float>, std::int32_t, std::int64_t>;
-  typedef Index Indices __attribute__((vector_size(kVectorBytes)));
-  const Vector<Compute> low = __builtin_shuffle(a, b, Indices{(kLane / 2 + kLane % 2 * kCount)...});
-  const Vector<Compute> high = __builtin_shuffle(a, b, Indices{(kCount / 2 + kLane / 2 + kLane % 2 * kCount)...});
-#endif
-  a = low;
-  b = high;
-}
-
-// Rows become columns: interleaving the first half of them with the second moves one bit of a row's number into the
-// lane's, so as many rounds as it has bits move all.
-template <class Compute>
-DIFFMTL_INLINE_LOOP void transpose(Vector<Compute> (&rows)[kLanes<Compute>]) {
-  constexpr int kCount = kLanes<Compute>, kHalf = kCount / 2;
-  for (int round = 1; round < kCount; round *= 2) {
-    Vector<Compute> next[kCount];
-    for (int i = 0; i < kHalf; ++i) {
-      next[2 * i] = rows[i];
-      next[2 * i + 1] = rows[i + kHalf];
-      interleave<Compute>(next[2 * i], next[2 * i + 1], std::make_index_sequence<kCount>());
-    }
-    for (int i = 0; i < kCount; ++i) rows[i] = next[i];
-  }
-}
 
 // rows.count rows, at most a panel's, as [columns][panel]; zeros in the place of those that are missing.
 template <class Least, class T>

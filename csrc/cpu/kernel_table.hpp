@@ -1,5 +1,6 @@
 // The table of kernels, compiled for the instruction set of the including file.
 #pragma once
+#include "convolution_loops.hpp"
 #include "jacobian_loops.hpp"
 #include "layer_loops.hpp"
 #include "loss_loops.hpp"
@@ -47,8 +48,9 @@ constexpr Kernels make_kernels(const char* name) {
           DIFFMTL_PER_PAIR(wgrad),
           DIFFMTL_PER_PAIR(sum_rows),
           DIFFMTL_PER_DTYPE(group_norm),
-          DIFFMTL_PER_DTYPE(conv_plane),
-          {conv_tile<float>, conv_tile<double>},
+          DIFFMTL_PER_DTYPE(conv_strip),
+          {conv_products<float>, conv_products<double>},
+          {conv_weights<float>, conv_weights<double>},
           normals,
           box_muller_of_words};
 }

@@ -19,7 +19,7 @@ constexpr std::size_t kBytes[kDTypes] = {4, 8, 2, 2};
 
 constexpr int kMaxRows = 64;
 // Terms of sums are added up in the computing precision (float32, or float64 where an input is) within a block only;
-// those of products of matrices and of convolutions' planes by the lanes of a register.
+// those of products of matrices over all rows, and of convolutions over some samples or lines.
 constexpr Int kBlock = 1024;
 
 // Of an error e: e^2, with half its slope; or Huber's.
@@ -61,30 +61,43 @@ struct NormGroup {
   double* by_bias;
 };
 
-// The elements of one sample and channel as a convolution's weight gradient reads them: with the padding's zeros, apart by
-// their residues modulo the stride, and zeros behind them up to `length`.
-struct ConvPlane {
-  const void* data;
-  const Int* sizes;    // of the three spatial dimensions, and so on
-  const Int* strides;  // in elements
+// Channels of one sample of a convolution side by side, [positions][width], with the padding's zeros.
+struct ConvStrip {
+  const void* data;  // of the first channel
+  Int channels;      // zeros from there on up to the width
+  Int channel_stride;  // in elements, as the next ones are
+  const Int* strides;  // of the three spatial dimensions, and so on
+  const Int* sizes;
   const Int* padding;
-  const Int* steps;    // the convolution's stride
-  const Int* spans;    // of one residue's elements
-  Int length;
-  void* out;
+  const Int* extents;  // of the positions, which may end before the padding does
+  Int width;           // whole registers
+  void* out;           // in the computing type
 };
 
-// Weight gradients of some outputs of a convolution, summed over samples: products of planes, one of them shifted.
-struct ConvTile {
-  const void* grad;  // in the computing type: [samples, .., length], a row per output
-  Int grad_sample, length;  // length: whole registers
-  const void* x;
-  Int x_sample;
-  const Int* shifts;  // of every input channel and element of the kernel, into a sample
-  Int samples, outputs, inputs;
+// sums[row][tap][lane] = (add ? sums : 0) + the products of a row's element with a strip's registers, which the tap shifts,
+// summed over positions.
+struct ConvProducts {
+  const void* elements;   // in the computing type, as everything here
+  const Int* rows;        // where those of every row begin
+  const Int* row_steps;   // to the next sample, depth, line and column
+  const void* strips;
+  const Int* taps;        // where those of every tap begin
+  const Int* strip_steps;
+  const Int* sizes;  // how many samples, depths, lines and columns
+  Int row_count, tap_count, width;
   bool add;
-  void* out;  // [outputs, inputs] in the computing type
-  Int out_stride;
+  void* sums;
+  const void* results;  // prefetched: of every row tap_count * width elements that are written next; or null
+  Int result_stride;
+};
+
+// out[row][channel][tap] = (add ? out : 0) + sums[row][tap][channel], all in the computing type.
+struct ConvWeights {
+  const void* sums;
+  Int rows, taps, channels, width;
+  bool add;
+  void* out;
+  Int out_stride;  // from one row to the next
 };
 
 using MixKernel = void (*)(const void* a, double a_share, const void* b, double b_share, void* out, Int n);
@@ -118,8 +131,9 @@ struct Kernels {
   void (*sum_rows[kDTypes][kDTypes])(const void* rows, Int stride, Int count, Int columns, bool add, void* out);
   void (*group_norm[kDTypes])(const NormGroup& group);
   // Into float32, or float64 of float64; and by that type, kFloat32 or kFloat64.
-  void (*conv_plane[kDTypes])(const ConvPlane& plane);
-  void (*conv_tile[2])(const ConvTile& tile);
+  void (*conv_strip[kDTypes])(const ConvStrip& strip);
+  void (*conv_products[2])(const ConvProducts& products);
+  void (*conv_weights[2])(const ConvWeights& weights);
   // The noise of n elements of a sample from element `begin` on, a multiple of 4.
   void (*normals)(std::uint64_t seed, Int sample, Int begin, Int n, float* out);
   // Of given words, n a multiple of 16: for the tests, whose patience ends before the noise meets its extreme words.

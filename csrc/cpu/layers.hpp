@@ -1,6 +1,5 @@
 // The ops over layers, on memory that Python has checked.
 #pragma once
-#include <array>
 #include <optional>
 #include <vector>
 
@@ -8,25 +7,13 @@
 
 namespace diffmtl::cpu {
 
-// (index, first row, row behind the last one)
-using Cluster = std::tuple<Int, Int, Int>;
-
-using Sizes = std::array<Int, 3>;
-// (address, DType, sizes and strides of [samples, channels, depth, height, width])
-using Images = std::tuple<std::uintptr_t, int, std::array<Int, 5>, std::array<Int, 5>>;
-// (kernel, stride, padding, dilation)
-using Geometry = std::tuple<Sizes, Sizes, Sizes, Sizes>;
-
-// grad: [rows, outputs]; x: [rows, inputs], of the same type; out: [clusters, outputs, inputs].
-void cluster_wgrad(const Handle& grad, const Handle& x, const std::vector<Cluster>& clusters, Int outputs, Int inputs,
+// grad: [rows, outputs]; x: [rows, inputs], of the same type; out: [clusters, outputs, inputs]. offsets: of the clusters'
+// first rows, and the end; clusters of more than `longest` rows are left out.
+void cluster_wgrad(const Handle& grad, const Handle& x, const std::vector<Int>& offsets, Int longest, Int outputs, Int inputs,
                    const Handle& out, bool add, int threads);
 
 // values: [rows, columns]; out: [clusters, columns]. offsets: of the clusters' first rows, and the end.
 void cluster_sum(const Handle& values, const std::vector<Int>& offsets, Int columns, const Handle& out, bool add, int threads);
-
-// out: [clusters, outputs, inputs / groups * kernel] in float32, or float64 where the images are.
-void cluster_conv_wgrad(const Images& grad_images, const Images& x_images, const std::vector<Int>& bounds, Int groups,
-                        const Geometry& geometry, const Handle& out, bool add, int threads);
 
 // grad, x and by_x: [samples, channels, size] without gaps, of one type; mean and rstd: [samples, groups]; weight:
 // [channels]; by_weight and by_bias: float64 [samples, channels].

@@ -163,7 +163,7 @@ class ShardStore:
         of_replica: whether the rows are those of this rank's replica, and not the sums of all replicas.
     """
 
-    keeps_graph = False
+    keeps_graph = takes_offers = False
 
     def __init__(
         self, parameters: Sequence[nn.Parameter], jacobian: Jacobian | None, positions: Sequence[int]

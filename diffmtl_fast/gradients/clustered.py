@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -568,6 +568,9 @@ class ClusteredMTL(nn.Module):
     ) -> None:
         """Form the cluster gradients by one backward, weigh them, and add their combination to ``.grad``."""
         number = present.sum()
+        # The forward has just found them: a walk over the modules takes as long as some operations.
+        trainable = self._engine.parameters if step.by_cluster else self._trainable()
+        dtype = self._sum_dtype(trainable)
 
         def again(weights: Tensor) -> None:
             with self._engine.during_backward():
@@ -592,8 +595,7 @@ class ClusteredMTL(nn.Module):
             gradients.drop(dropped)
             losses = torch.where(dropped, 0, losses)
             gramian = torch.where(dropped.unsqueeze(0) | dropped.unsqueeze(1), 0, gramian)
-        dtype = self._sum_dtype()
-        weights = self._replicas.weights(self._weigh(losses, gramian, present, scale))
+        weights = self._replicas.weights(self._weigh(losses, gramian, present, scale, dtype))
         shares = weights if dropped is None else weights * (number / present.sum().clamp(min=1))
         square = gradients.update(shares.to(dtype), again)
         norm = None if square is None else square.sqrt().to(dtype)
@@ -602,9 +604,10 @@ class ClusteredMTL(nn.Module):
             self._engine.release()
         self.last = StepRecord(losses.detach(), weights.detach(), present, gramian, norm, dropped)
 
-    def _weigh(self, losses: Tensor, gramian: Tensor, present: Tensor, scale: Tensor | None) -> Tensor:
+    def _weigh(
+        self, losses: Tensor, gramian: Tensor, present: Tensor, scale: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
         """Ask the weighting for its weights [K]; in an overflowed step of a GradScaler, 1 without asking."""
-        dtype = self._sum_dtype()
         # Reading the flag costs no more than the scaler's own step, which reads its flag right after.
         if scale is not None and not bool(gramian.isfinite().all()):
             return present.to(dtype)
@@ -619,10 +622,10 @@ class ClusteredMTL(nn.Module):
             _scaled(objective, scale).backward(inputs=learned)
         return weights.detach()
 
-    def _sum_dtype(self) -> torch.dtype:
+    def _sum_dtype(self, trainable: Sequence[nn.Parameter]) -> torch.dtype:
         """Return the dtype that sums over stored gradients are trusted in: float32, or float64 where one is."""
         stored = self._engine.dtype
-        dtypes = {stored} if stored else {p.dtype for p in self._trainable()}
+        dtypes = {stored} if stored else {p.dtype for p in trainable}
         return torch.float64 if torch.float64 in dtypes else torch.float32
 
     def _weigh_losses(self, losses: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:

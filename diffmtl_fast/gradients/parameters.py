@@ -50,9 +50,10 @@ def find_slots(model: nn.Module) -> tuple[list[Slot], list[nn.Parameter]]:
             slots.append(Slot(module, name, position[id(parameter)]))
     if not parameters:
         raise ValueError("model: expected at least one parameter that requires a gradient, found none")
-    devices = {str(p.device) for p in parameters}
+    devices = {p.device for p in parameters}
     if len(devices) > 1:
-        raise ValueError(f"model: expected all trainable parameters on one device, found {sorted(devices)}")
+        found = sorted(str(device) for device in devices)
+        raise ValueError(f"model: expected all trainable parameters on one device, found {found}")
     return slots, parameters
 
 

@@ -168,8 +168,9 @@ def check_cluster(cluster: Tensor, k: int, values: Tensor) -> None:
 def check_square(name: str, matrix: Tensor) -> None:
     """Refuse anything but a floating-point [K, K] matrix with K >= 1."""
     check_floating(**{name: matrix})
-    if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or matrix.shape[0] == 0:
-        raise ValueError(f"{name}: expected shape [K, K] with K >= 1, found {list(matrix.shape)}")
+    shape = matrix.shape
+    if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
+        raise ValueError(f"{name}: expected shape [K, K] with K >= 1, found {list(shape)}")
 
 
 def check_present(present: Tensor, k: int) -> None:

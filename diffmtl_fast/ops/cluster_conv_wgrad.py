@@ -17,7 +17,7 @@ from ._checks import (
     check_same_device,
     host_offsets,
 )
-from ._library import define_op_with_out, refuse_autograd
+from ._library import call, define_op_with_out, refuse_autograd
 
 
 class Geometry(NamedTuple):
@@ -149,7 +149,7 @@ def cluster_conv_wgrad(
         return _cluster_conv_wgrad(grad_out, x, offsets, *geometry)
     shape = (offsets.shape[0] - 1, grad_out.shape[1], x.shape[1] // groups, *kernel)
     check_out(out, shape, grad_out=grad_out, x=x)
-    _cluster_conv_wgrad_out(grad_out, x, offsets, *geometry, out, accumulate)
+    call(_cluster_conv_wgrad_out, "cluster_conv_wgrad_out", grad_out, x, offsets, *geometry, out, accumulate)
     return out
 
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from ._checks import accumulation_dtype, check_floating, check_offsets, check_out, host_offsets
-from ._library import define_op_with_out, refuse_autograd
+from ._library import call, define_op_with_out, refuse_autograd
 
 
 def cluster_sum_out_plain(values: Tensor, offsets: Tensor, out: Tensor, accumulate: bool) -> None:
@@ -59,5 +59,5 @@ def cluster_sum(
             raise ValueError("accumulate: expected an out to add to, found none")
         return _cluster_sum(values, offsets)
     check_out(out, (offsets.shape[0] - 1, values.shape[1]), values=values)
-    _cluster_sum_out(values, offsets, out, accumulate)
+    call(_cluster_sum_out, "cluster_sum_out", values, offsets, out, accumulate)
     return out

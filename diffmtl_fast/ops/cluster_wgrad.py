@@ -14,7 +14,7 @@ from ._checks import (
     check_same_device,
     host_offsets,
 )
-from ._library import define_op_with_out, refuse_autograd
+from ._library import call, define_op_with_out, refuse_autograd
 
 
 def cluster_wgrad_out_plain(
@@ -71,12 +71,12 @@ def cluster_wgrad(
         raise ValueError(
             f"expected grad_out [N, O] and x [N, I], found {list(grad_out.shape)} and {list(x.shape)}"
         )
-    check_same_device(grad_out=grad_out, x=x)
     check_offsets(offsets, x)
     if out is None:
+        check_same_device(grad_out=grad_out, x=x)
         if accumulate:
             raise ValueError("accumulate: expected an out to add to, found none")
         return _cluster_wgrad(grad_out, x, offsets)
     check_out(out, (offsets.shape[0] - 1, grad_out.shape[1], x.shape[1]), grad_out=grad_out, x=x)
-    _cluster_wgrad_out(grad_out, x, offsets, out, accumulate)
+    call(_cluster_wgrad_out, "cluster_wgrad_out", grad_out, x, offsets, out, accumulate)
     return out

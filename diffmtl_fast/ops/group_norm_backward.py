@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from ._checks import accumulation_dtype, check_floating, check_same_device
-from ._library import define_op, refuse_autograd
+from ._library import call, define_op, refuse_autograd
 
 
 def group_norm_backward_plain(
@@ -89,4 +89,7 @@ def group_norm_backward(
         )
     if weight is not None and weight.shape != x.shape[1:2]:
         raise ValueError(f"weight: expected shape [{x.shape[1]}], found {list(weight.shape)}")
-    return _group_norm_backward(grad, x, mean, rstd, weight)
+    result: tuple[Tensor, Tensor, Tensor] = call(
+        _group_norm_backward, "group_norm_backward", grad, x, mean, rstd, weight
+    )
+    return result

@@ -26,19 +26,24 @@ GEOMETRIES = [
     (6, 6, (6, 6), 3, {"padding": 1, "groups": 6}),
     (3, 5, (9, 12), (3, 5), {"stride": (2, 1), "padding": (1, 4), "dilation": (2, 1)}),
     (2, 3, (7, 5), 4, {"stride": 3, "padding": 2}),
+    (70, 55, (5, 4), 3, {"padding": 1}),  # several strips of channels and blocks of the others
+    (130, 9, (6, 6), 1, {}),
+    (40, 40, (5, 5), 3, {"padding": 1, "groups": 2}),
+    (3, 20, (13, 12), 12, {"stride": 12}),  # more taps than are arranged at a time
+    (17, 5, (12, 13), 12, {"padding": 1}),
     (2, 3, (5, 4), 2, {"stride": 3}),  # some of the input is never read
     (2, 3, (5, 6, 4), 3, {"padding": 1}),
     (2, 4, (5, 6, 7), (2, 3, 1), {"stride": (2, 1, 3), "padding": (1, 0, 0), "groups": 2}),
 ]
 
 
-@pytest.fixture(params=["planes", "library", "groups"])
+@pytest.fixture(params=["kernel", "library", "groups"])
 def way(request, monkeypatch):
     """All ways that the CPU has; in groups where the clusters are of one size."""
 
-    def choose(grad_out, x, sizes, weight):
+    def choose(x, sizes, products, groups):
         fits = len(set(sizes)) == 1 and sizes[0]
-        return "planes" if request.param == "groups" and not fits else request.param
+        return "kernel" if request.param == "groups" and not fits else request.param
 
     monkeypatch.setattr(layers, "_conv_way", choose)
 
@@ -119,9 +124,9 @@ def test_into_the_columns_of_a_jacobian(dtype, out_dtype, accumulate, generator)
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("layout", ["channels_last", "every_second", "expanded", "out"])
 def test_layouts(layout, generator):
-    geometry = (4, 6, (8, 8), 3, {"padding": 1})
+    geometry = (20, 6, (8, 8), 3, {"padding": 1})
     grad_out, x, weight = inputs(5, geometry, torch.float32, generator)
-    offsets, out = offsets_of((2, 3)), torch.empty(2, 6, 4, 3, 3, device=x.device)
+    offsets, out = offsets_of((2, 3)), torch.empty(2, 6, 20, 3, 3, device=x.device)
     if layout == "channels_last":
         grad_out, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad_out, x))
     elif layout == "every_second":
@@ -129,7 +134,7 @@ def test_layouts(layout, generator):
     elif layout == "expanded":
         grad_out = grad_out[:1, :, :1, :1].expand(grad_out.shape)
     else:
-        out = torch.empty(2, 3, 3, 4, 6, device=x.device).permute(0, 4, 3, 1, 2)
+        out = torch.empty(2, 3, 3, 20, 6, device=x.device).permute(0, 4, 3, 1, 2)
     ops.cluster_conv_wgrad(grad_out, x, offsets, 3, padding=1, out=out)
     absolute = expected(grad_out.abs(), x.abs(), offsets, weight, {"padding": 1})
     assert_close(out, expected(grad_out, x, offsets, weight, {"padding": 1}), absolute, torch.float32)
@@ -222,16 +227,15 @@ def test_half_precision_accumulates_in_float32(monkeypatch):
 
 
 def test_the_way_is_chosen_by_the_work():
-    """Small ones in one call, of clusters of one size as groups; large ones by the library if it has the type."""
+    """Narrow groups in one call, of clusters of one size; large products by the library if it has an instruction."""
 
-    def chosen(sizes, channels, image, dtype=torch.float32):
-        x = torch.empty(sum(sizes), channels, image, image, dtype=dtype)
-        return layers._conv_way(x, x, sizes, 9 * channels**2)
+    def chosen(sizes, channels, groups=1, products=10**9, dtype=torch.float32):
+        return layers._conv_way(torch.empty(sum(sizes), channels, 8, 8, dtype=dtype), sizes, products, groups)
 
-    assert chosen((8, 8), 32, 8) == "groups"
-    assert chosen((7, 9), 32, 8) == "planes"
-    assert chosen((8, 8), 8, 20) == "planes"
-    assert chosen((8, 8), 128, 16) == chosen((7, 9), 128, 16) == "library"
-    assert chosen((8, 8), 128, 16, torch.float64) == "planes"
-    if not layers._library_multiplies(torch.float16):
-        assert chosen((8, 8), 32, 8, torch.float16) == "planes"
+    assert chosen((8, 8), 128) == chosen((7, 9), 128, 8) == "kernel"
+    assert chosen((8, 8), 128, 128) == "groups"
+    assert chosen((7, 9), 128, 128) == "library"
+    assert chosen((7, 9), 128, 128, dtype=torch.float64) == "kernel"
+    assert chosen((8, 8), 128, products=10**6, dtype=torch.bfloat16) == "kernel"
+    large = chosen((8, 8), 128, dtype=torch.bfloat16)
+    assert large == ("library" if layers._library_multiplies(torch.bfloat16) else "kernel")

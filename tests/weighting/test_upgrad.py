@@ -1,8 +1,9 @@
-"""UPGrad against projections by non-negative least squares on the gradients themselves, and against TorchJD."""
+"""UPGrad against projections on the gradients themselves: by non-negative least squares, and by trying all active sets."""
 
 from __future__ import annotations
 
-import pytest
+import itertools
+
 import torch
 from scipy.optimize import nnls
 
@@ -23,16 +24,28 @@ def test_upgrad_is_the_mean_of_the_projected_gradients(jacobians):
         assert (found - expected).norm() <= 3e-7
 
 
-def test_upgrad_is_torchjds(jacobians):
-    pytest.importorskip("quadprog")
-    module = pytest.importorskip("torchjd.aggregation")
-    projector = pytest.importorskip("torchjd.linalg").QuadprogProjector(norm_eps=0, reg_eps=1e-13)
-    theirs = module.UPGradWeighting(projector=projector)
-    for rows in jacobians(("ordinary", "duplicated"), number=30):
+def active_set_projected(rows, vector):
+    """The same by its definition: of all sets of active constraints, one that meets the KKT conditions."""
+    units = rows / rows.norm(dim=1, keepdim=True)
+    unit, found = vector / vector.norm(), []
+    for active in itertools.product((False, True), repeat=len(rows)):
+        chosen = units[torch.tensor(active)]
+        pull = torch.linalg.pinv(chosen @ chosen.T, rtol=1e-10) @ (chosen @ -unit)
+        direction = unit + pull @ chosen
+        violation = torch.cat([-pull, -(units @ direction), (chosen @ direction).abs()])
+        found.append((violation.amax(), direction))
+    violation, direction = min(found, key=lambda pair: pair[0])
+    assert violation <= 1e-9
+    return direction * vector.norm()
+
+
+def test_upgrad_meets_the_kkt_conditions(jacobians):
+    for rows in jacobians(("ordinary", "duplicated", "opposed"), number=36):
+        if len(rows) > 5:
+            continue
         found = dm.UPGrad()(rows @ rows.T) @ rows / len(rows)
-        torch.testing.assert_close(
-            found, theirs(rows @ rows.T) @ rows, rtol=1e-6, atol=1e-6 * rows.norm().item()
-        )
+        expected = torch.stack([active_set_projected(rows, row) for row in rows]).mean(0)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * rows.norm().item())
 
 
 def test_upgrad_without_conflicts_is_ordinary_training():

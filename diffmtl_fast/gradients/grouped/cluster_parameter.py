@@ -54,7 +54,7 @@ class ClusterParameter(Tensor):
 
     @classmethod
     def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Hand the operation to the engine."""
         if torch.compiler.is_compiling():
@@ -62,7 +62,7 @@ class ClusterParameter(Tensor):
         return operate(func, args, kwargs or {})
 
 
-def operate(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Hand an operation with handles among its arguments to the engine."""
     with DisableTorchFunctionSubclass():
         for handle in args:  # where they nearly always are
@@ -70,7 +70,7 @@ def operate(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
                 break
         else:
             handle = next(find_handles((args, kwargs)))
-        return handle.engine.dispatch.operate(func, args, dict(kwargs))
+        return handle.engine.dispatch.operate(func, args, kwargs)
 
 
 def _refuse_gradient(handle: Tensor) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..batch import BatchLayout, Clusters
 from ..rules import Registered, RuleContext
+from ..rules.registry import no_buffer
 from ..step import Pass
 from .cluster_parameter import ClusterParameter, pull_back
 
@@ -123,7 +124,9 @@ def _settle(
         else:
             target.take_back(handles[position].origins[0])
     rest = [i for i in handles if i not in settled and gradients[i] is not None]
-    memory = {block.untyped_storage().data_ptr() for block in loans.values()} if rest else ()
+    if not rest:
+        return settled
+    memory = {block.untyped_storage().data_ptr() for block in loans.values()}
     for position in rest:
         found = gradients[position]
         if found is not None and found.untyped_storage().data_ptr() in memory:
@@ -151,10 +154,9 @@ def run_backward(
         gradients = use.registered.rule.backward(context, grad, clusters)
     finally:
         context._lend = no_buffer
-    wanted = {i: handle for i, handle in use.handles.items() if context.needs_input_grad[i]}
-    use.registered.check_gradients(
-        gradients, {i: (clusters.num, *handle.value.shape) for i, handle in wanted.items()}
-    )
+    needed = context.needs_input_grad
+    expected = {i: (clusters.num, *handle.value.shape) for i, handle in use.handles.items() if needed[i]}
+    use.registered.check_gradients(gradients, expected)
     return gradients
 
 
@@ -162,17 +164,15 @@ def run_forward(
     registered: Registered, context: RuleContext, values: list[Any], handles: dict[int, ClusterParameter]
 ) -> Tensor:
     """Run a rule's forward with the parameters cast as its other arguments are."""
-    rule = registered.rule
+    device = values[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return registered.rule.forward(context, *values)
     for position in handles:
-        values[position] = rule.precision(values[position])
-    with no_autocast(values[0].device.type):
-        return rule.forward(context, *values)
+        values[position] = registered.rule.precision(values[position])
+    with torch.autocast(device, enabled=False):
+        return registered.rule.forward(context, *values)
 
 
 def no_autocast(device: str) -> Any:
     """Return a context without autocast."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
-def no_buffer(position: int) -> None:
-    """Lend no memory."""

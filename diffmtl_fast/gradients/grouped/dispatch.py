@@ -73,7 +73,7 @@ class Dispatch:
             if isinstance(values[0], Tensor) and not isinstance(values[0], ClusterParameter):
                 used = [value for value in values if isinstance(value, ClusterParameter)]
                 key = self._key(registered.rule, values[0], used)
-                if key in self._engine.constant:
+                if self._engine.constant and key in self._engine.constant:
                     return self._derive(func, args, kwargs)
                 return self._apply(registered, values, key)
         if func in LIKE and len(args) > 1 and isinstance(args[1], Tensor):
@@ -118,11 +118,13 @@ class Dispatch:
         """Run an operation by its rule."""
         assert self._engine.layout is not None
         handles = {i: v for i, v in enumerate(values) if isinstance(v, ClusterParameter)}
-        precision = registered.rule.precision
-        for i, value in enumerate(values):
-            if isinstance(value, Tensor) and i not in handles:
-                values[i] = precision(value)
-        plain = [handles[i].value if i in handles else v for i, v in enumerate(values)]
+        plain = list(values)
+        for i, handle in handles.items():
+            plain[i] = handle.value
+        if torch.is_autocast_enabled(plain[0].device.type):
+            for i, value in enumerate(plain):
+                if isinstance(value, Tensor) and i not in handles:
+                    plain[i] = registered.rule.precision(value)
         try:
             if self._engine.probe is not None:
                 if self._engine.probe.derivations:
@@ -138,7 +140,8 @@ class Dispatch:
             if not torch.is_grad_enabled() or saved_tensors_are_packed():
                 forward_pass.recomputes = True
             for handle in handles.values():
-                forward_pass.uses.update(handle.origins)
+                for origin in handle.origins:
+                    forward_pass.uses[origin] += 1
             recomputed = self._engine.recomputing
             return apply(
                 Use(registered, handles, self._engine.layout, self._engine, forward_pass, recomputed), plain
@@ -156,12 +159,8 @@ class Dispatch:
         """Name an operation and the shape of a sample's part in it."""
         assert self._engine.layout is not None
         used = [h.origins if h.source is None else (h.origins, h.shape) for h in handles]
-        return (
-            what,
-            tuple(used),
-            shape_per_sample(batch, self._engine.layout.batch_size),
-            self._engine.layout.batch_size == 1,
-        )
+        batch_size = self._engine.layout.batch_size
+        return what, tuple(used), shape_per_sample(batch, batch_size), batch_size == 1
 
     def _operation(self, key: tuple[Any, ...], arguments: Any) -> Operation:
         tensors = list(find_tensors(arguments))
@@ -274,7 +273,8 @@ def shape_per_sample(batch: Tensor | int, batch_size: int) -> tuple[float, ...]:
     """Return the shape of a sample's part of a batch, or of a number of rows."""
     if isinstance(batch, int):
         return (batch / batch_size,)
-    return (batch.shape[0] / batch_size, *batch.shape[1:]) if batch.dim() else ()
+    shape = batch.shape
+    return (shape[0] / batch_size, *shape[1:]) if shape else ()
 
 
 def _widest(tensors: Iterable[Tensor]) -> Tensor:

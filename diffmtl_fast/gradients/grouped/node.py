@@ -9,8 +9,10 @@ from torch import Tensor
 
 from ..._torch import function_apply, functorch_transforms_active
 from ..rules import RuleContext
+from ..rules.registry import no_buffer
+from ..stores import Store
 from .deferred_update import deferred_part
-from .delivery import Use, deliver, no_autocast, no_buffer, run_backward, run_forward
+from .delivery import Use, deliver, no_autocast, run_backward, run_forward
 
 
 class _Apply(torch.autograd.Function):
@@ -38,13 +40,19 @@ class _Apply(torch.autograd.Function):
             step.bypassed = True
             gradients = _plain_gradients(use, context, grad)
         else:
-            wanted = [handle for i, handle in use.handles.items() if context.needs_input_grad[i]]
-            positions = {origin for handle in wanted for origin in handle.origins}
-            tensors = [tensor for tensor in (grad, *context.saved_tensors) if tensor is not None]
-            store.offer(positions, tensors, lambda later: deferred_part(use, context, grad, later))
+            if store.takes_offers:
+                _offer(store, use, context, grad)
             gradients = deliver(use, context, grad, use.layout.clusters, store)
         context.saved_tensors = ()
         return None, *gradients
+
+
+def _offer(store: Store, use: Use, context: RuleContext, grad: Tensor) -> None:
+    """Tell the store what else could form the update of an operation's parameters."""
+    wanted = [handle for i, handle in use.handles.items() if context.needs_input_grad[i]]
+    positions = {origin for handle in wanted for origin in handle.origins}
+    tensors = [tensor for tensor in (grad, *context.saved_tensors) if tensor is not None]
+    store.offer(positions, tensors, lambda later: deferred_part(use, context, grad, later))
 
 
 _apply_node = function_apply(_Apply)

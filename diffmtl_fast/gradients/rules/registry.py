@@ -24,6 +24,10 @@ class WrongRule(TypeError, ValueError):
     """A rule's backward returned something else than `ClusterRule` says."""
 
 
+def no_buffer(position: int) -> None:
+    """Lend no memory."""
+
+
 class RuleContext:
     """What a rule's `forward` leaves for its `backward`.
 
@@ -43,7 +47,7 @@ class RuleContext:
 
     def __init__(self) -> None:
         self.to_save: tuple[Tensor | None, ...] = ()
-        self._lend: Callable[[int], Tensor | None] = lambda position: None
+        self._lend: Callable[[int], Tensor | None] = no_buffer
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         """Keep tensors, as `torch.autograd.Function` does."""
@@ -63,7 +67,7 @@ class ClusterRule:
 
     @staticmethod
     def precision(tensor: Tensor) -> Tensor:
-        """Cast an argument as autocast would for this operation; by default not at all."""
+        """Cast an argument as autocast, which is enabled, would for this operation; by default not at all."""
         return tensor
 
     @staticmethod
@@ -104,6 +108,11 @@ class Registered:
         self._names = [p.name for p in parameters]
         self._index = {name: i for i, name in enumerate(self._names)}
         self._defaults = [p.default for p in parameters]
+        # The last argument without a default: where it is given by position, none is missing.
+        self._required = max((i + 1 for i, d in enumerate(self._defaults) if d is inspect.Parameter.empty), default=0)
+
+    def __str__(self) -> str:
+        return f"rule {self.rule.__name__} of {self.operation.__name__}"
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """Return the rule's arguments for a call of the operation."""
@@ -114,11 +123,12 @@ class Registered:
         values = [*args, *self._defaults[len(args) :]]
         for name, value in kwargs.items():
             values[self._index[name]] = value
-        for name, value in zip(self._names, values, strict=True):
-            if value is inspect.Parameter.empty:
-                raise NoClusterRule(
-                    f"the rule of {self.operation.__name__} expects {name}, found no such argument"
-                )
+        if len(args) < self._required:
+            for name, value in zip(self._names, values, strict=True):
+                if value is inspect.Parameter.empty:
+                    raise NoClusterRule(
+                        f"the rule of {self.operation.__name__} expects {name}, found no such argument"
+                    )
         return values
 
     def check_gradients(self, gradients: Any, expected: dict[int, tuple[int, ...]]) -> None:
@@ -132,15 +142,15 @@ class Registered:
             WrongRule: it is not one gradient or None for every argument, or a parameter's gradients are missing or
                 have another shape.
         """
-        name, count = f"rule {self.rule.__name__} of {self.operation.__name__}", len(self._names)
+        count = len(self._names)
         if not isinstance(gradients, tuple) or len(gradients) != count:
             found = f"{len(gradients)}" if isinstance(gradients, tuple) else type(gradients).__name__
-            raise WrongRule(f"{name}: expected a tuple of {count} gradients, one per argument, found {found}")
+            raise WrongRule(f"{self}: expected a tuple of {count} gradients, one per argument, found {found}")
         for position, shape in expected.items():
             gradient = gradients[position]
             if gradient is None or gradient.shape != shape:
                 raise WrongRule(
-                    f"{name}: expected the gradients of {self._names[position]!r} by cluster, {list(shape)}, "
+                    f"{self}: expected the gradients of {self._names[position]!r} by cluster, {list(shape)}, "
                     f"found {None if gradient is None else list(gradient.shape)}"
                 )
 

@@ -39,9 +39,11 @@ class Store(Gradients, Protocol):
 
     Attributes:
         keeps_graph: whether `update` differentiates once more, so that the backward has to keep its graph.
+        takes_offers: whether it wants `offer` to be called.
     """
 
     keeps_graph: bool
+    takes_offers: bool
 
     def clear(self) -> None:
         """Forget the gradients of the last backward."""

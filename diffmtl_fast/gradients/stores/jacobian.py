@@ -54,8 +54,7 @@ class Jacobian:
     def lend(self, position: int) -> Tensor | None:
         """Lend a parameter's block if nothing of this step is in it yet, and it is contiguous."""
         block = self.blocks[position]
-        usable = block.numel() and block.is_contiguous()
-        if not usable or position in self._lent or any(self._written[position]):
+        if position in self._lent or True in self._written[position] or not (block.is_contiguous() and block.numel()):
             return None
         self._lent.add(position)
         return block.fill_(math.nan) if self._poisoned else block
@@ -109,7 +108,7 @@ class Jacobian:
             )
 
     # J itself forms the update: operations keep nothing for it, and nothing is differentiated again.
-    keeps_graph = False
+    keeps_graph = takes_offers = False
 
     def offer(
         self, positions: Collection[int], tensors: Sequence[Tensor], form: Callable[[set[int]], Deferred]

@@ -47,7 +47,7 @@ class LeanGramian:
         self._memory = {parameter.data_ptr() for parameter in parameters}  # kept anyway
         self._num_clusters = num_clusters
         self._uses = Counter(uses)
-        self.keeps_graph = keeps_graph
+        self.keeps_graph, self.takes_offers = keeps_graph, not keeps_graph
         self._dtype = dtype
         self._kept: dict[int, Tensor] = {}
         self._by_row = frozenset(by_row)
@@ -70,8 +70,6 @@ class LeanGramian:
         self, positions: Collection[int], tensors: Sequence[Tensor], form: Callable[[set[int]], Deferred]
     ) -> None:
         """Keep an operation's tensors for the parameters whose blocks are larger than these."""
-        if self.keeps_graph:
-            return
         size = sum(t.numel() * t.element_size() for t in tensors if t.data_ptr() not in self._memory)
         later = {position for position in positions if not self._keeps(position, size)}
         if later:

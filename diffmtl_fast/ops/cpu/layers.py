@@ -20,7 +20,7 @@ from ..cluster_conv_wgrad import Geometry, multiply_by_library
 from .handles import DTYPES, handle, optional_handle
 
 # Ways to a convolution's weight gradients: one grouped convolution, our kernel, one convolution per cluster.
-_ConvWay: TypeAlias = Literal["groups", "planes", "library"]
+_ConvWay: TypeAlias = Literal["groups", "kernel", "library"]
 
 
 @functools.cache
@@ -70,50 +70,45 @@ def cluster_wgrad_out(grad_out: Tensor, x: Tensor, offsets: Tensor, out: Tensor,
     longest = _longest_own(x.dtype, out.dtype)
     bounds = host_offsets(offsets, x.shape[0])
     sizes = [end - begin for begin, end in pairwise(bounds)]
+    largest = max(sizes)
     with ContiguousClusters(out, accumulate) as (result, add):
-        if own := [(k, bounds[k], bounds[k + 1]) for k, size in enumerate(sizes) if size <= longest]:
-            rows = in_rows(grad_out), in_rows(x)
+        if largest <= longest or min(sizes) <= longest:
+            rows, values = in_rows(grad_out), in_rows(x)
             _C.cpu_cluster_wgrad(
-                *map(handle, rows), own, *out.shape[1:], handle(result), add, torch.get_num_threads()
+                handle(rows),
+                handle(values),
+                bounds,
+                longest,
+                out.shape[1],
+                out.shape[2],
+                handle(result),
+                add,
+                torch.get_num_threads(),
             )
-        for size, run in _runs(sizes):
+        for size, run in _runs(sizes) if largest > longest else ():
             if size > longest:
                 span = slice(bounds[run.start], bounds[run.stop])
                 a, b = (t[span].unflatten(0, (-1, size)) for t in (grad_out, x))
                 _multiply(a.transpose(1, 2), b, result[run], add)
 
 
-def _conv_way(grad_out: Tensor, x: Tensor, sizes: Sequence[int], weight: int) -> _ConvWay:
+def _conv_way(x: Tensor, sizes: Sequence[int], products: int, groups: int) -> _ConvWay:
     """Choose the fastest way, as measured beside oneDNN.
 
-    Its calls take 0.1 ms, and it divides the work by samples: few of them or small images are slow. One call
-    serves clusters of one size, unless weights are large or channels few. It has no float64, and may have an
-    instruction for shorter numbers.
+    Our kernel reads every channel of a group beside others, which suits no narrow groups. oneDNN may have an
+    instruction for shorter numbers, but its calls take 0.1 ms; one call serves clusters of one size.
 
     Args:
-        grad_out: gradient by the output.
         x: input.
         sizes: samples of every cluster.
-        weight: number of weights.
+        products: of numbers, in the average cluster.
+        groups: into which the channels are divided.
     """
-    if (
-        x.dtype == torch.float64
-        or not torch.backends.mkldnn.is_available()
-        or not _library_multiplies(x.dtype)
-    ):
-        return "planes"
-    products = grad_out.numel() // grad_out.shape[1] // len(sizes) * weight  # of a cluster
-    if (
-        len(set(sizes)) == 1
-        and sizes[0]
-        and weight <= 40_000
-        and grad_out.is_contiguous()
-        and x.is_contiguous()
-    ):
-        few_channels = min(grad_out.shape[1], x.shape[1]) < 16
-        if products <= (1_000_000 if few_channels else 20_000_000):
-            return "groups"
-    return "planes" if products <= 5_000_000 else "library"
+    if x.dtype == torch.float64 or not torch.backends.mkldnn.is_available():
+        return "kernel"
+    if groups > 1 and x.shape[1] // groups < 16:
+        return "groups" if len(set(sizes)) == 1 and sizes[0] and x.is_contiguous() else "library"
+    return "library" if x.dtype.itemsize == 2 and products > 16_000_000 and _library_multiplies(x.dtype) else "kernel"
 
 
 def _multiply_in_groups(
@@ -128,7 +123,7 @@ def _multiply_in_groups(
     out.add_(found.view_as(out)) if accumulate else out.copy_(found.view_as(out))
 
 
-def _multiply_planes(
+def _multiply_by_kernel(
     grad_out: Tensor, x: Tensor, bounds: Sequence[int], geometry: Geometry, out: Tensor, accumulate: bool
 ) -> None:
     """Form the gradients of all clusters by our kernel, for three spatial dimensions."""
@@ -155,7 +150,7 @@ def _images(tensor: Tensor) -> tuple[int, int, list[int], list[int]]:
 
 _CONV_WAYS: dict[_ConvWay, Callable[..., None]] = {
     "groups": _multiply_in_groups,
-    "planes": _multiply_planes,
+    "kernel": _multiply_by_kernel,
     "library": multiply_by_library,
 }
 
@@ -168,7 +163,9 @@ def cluster_conv_wgrad_out(
     bounds = host_offsets(offsets, x.shape[0])
     if out.numel():
         sizes = [end - begin for begin, end in pairwise(bounds)]
-        multiply = _CONV_WAYS[_conv_way(grad_out, x, sizes, out[0].numel())]
+        groups = geometry[-1]
+        positions = grad_out.numel() // grad_out.shape[1] // len(sizes)
+        multiply = _CONV_WAYS[_conv_way(x, sizes, positions * out[0].numel(), groups)]
         multiply(grad_out, x, bounds, Geometry(*geometry), out, accumulate)
 
 

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from ..._native import _C
+from .._checks import FLOATING, ByDtype
 from .._library import run_plain
 from ..gradvac import LARGEST
 from ..nash import CONVERGED, LINE_SEARCH_STEPS, NEWTON_STEPS, ridge_unit
 from .handles import handle
 
 _METHODS = frozenset(_C.CPU_GRAMIAN_METHODS)
+# Asking PyTorch takes as long as the rest of a call's preparation.
+_UNITS = ByDtype({dtype: torch.finfo(dtype).eps for dtype in FLOATING})
 
 
 def _address(present: Tensor | None) -> int:
@@ -54,7 +57,7 @@ def gramian_weights(
     if method not in _METHODS:
         return run_plain("gramian_weights", f"no kernel for {method}", gramian, present, method, settings)
     gramian, present = gramian.contiguous(), None if present is None else present.contiguous()
-    k, unit = gramian.shape[0], torch.finfo(gramian.dtype).eps
+    k, unit = gramian.shape[0], _UNITS[gramian.dtype]
     weights = torch.empty(k, dtype=gramian.dtype)
     _C.cpu_gramian_weights(handle(gramian), k, _address(present), method, unit, settings, weights.data_ptr())
     return weights
