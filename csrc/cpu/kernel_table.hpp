@@ -49,6 +49,7 @@ constexpr Kernels make_kernels(const char* name) {
           DIFFMTL_PER_DTYPE(group_norm),
           DIFFMTL_PER_DTYPE(conv_plane),
           {conv_tile<float>, conv_tile<double>},
+          DIFFMTL_PER_DTYPE(conv_pixels),
           normals,
           box_muller_of_words};
 }

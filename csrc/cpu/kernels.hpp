@@ -87,6 +87,25 @@ struct ConvTile {
   Int out_stride;
 };
 
+// Weight gradients of some outputs of a convolution whose channels lie next to each other, summed over the pixels of
+// some samples. Sizes are of the three spatial dimensions, strides of samples and of them, all in elements.
+struct ConvPixels {
+  const void* grad;  // the first of the outputs
+  const Int* grad_sizes;
+  const Int* grad_strides;
+  const void* x;
+  const void* x_end;  // behind the last element that may be read
+  const Int* x_sizes;
+  const Int* x_strides;
+  const Int* kernel;
+  const Int* steps;  // the convolution's stride
+  const Int* padding;
+  const Int* dilation;
+  Int samples, outputs, inputs;
+  bool add;
+  void* out;  // [outputs, inputs, kernel] in the computing type
+};
+
 using MixKernel = void (*)(const void* a, double a_share, const void* b, double b_share, void* out, Int n);
 
 struct Kernels {
@@ -120,6 +139,8 @@ struct Kernels {
   // Into float32, or float64 of float64; and by that type, kFloat32 or kFloat64.
   void (*conv_plane[kDTypes])(const ConvPlane& plane);
   void (*conv_tile[2])(const ConvTile& tile);
+  // By the type of the images. scratch: conv_pixels_scratch(conv) bytes, aligned to 64.
+  void (*conv_pixels[kDTypes])(const ConvPixels& conv, void* scratch);
   // The noise of n elements of a sample from element `begin` on, a multiple of 4.
   void (*normals)(std::uint64_t seed, Int sample, Int begin, Int n, float* out);
   // Of given words, n a multiple of 16: for the tests, whose patience ends before the noise meets its extreme words.
@@ -135,6 +156,14 @@ constexpr Int kLongestRegister = 64;
 constexpr std::size_t wgrad_scratch(const WgradBlock& block) {
   constexpr Int kTiles = 256;
   return sizeof(double) * static_cast<std::size_t>((block.outputs + block.inputs + kTiles) * block.rows);
+}
+
+// Outputs of a tile, and about how many pixels are added up in registers.
+constexpr Int kPixelOutputs = 6;
+
+constexpr std::size_t conv_pixels_scratch(const ConvPixels& conv) {
+  const Int taps = conv.kernel[0] * conv.kernel[1] * conv.kernel[2];
+  return sizeof(double) * static_cast<std::size_t>((taps * (conv.inputs + kLongestRegister) + kBlock + conv.grad_sizes[2]) * kPixelOutputs);
 }
 
 // Null where the table was not compiled for this architecture.

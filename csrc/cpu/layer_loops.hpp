@@ -273,6 +273,125 @@ void conv_tile(const ConvTile& tile) {
   }
 }
 
+// Where channels lie next to each other, the gradient is a product of matrices whose rows are pixels: of one element of
+// the kernel, every output's gradient times the input's pixel that this element meets.
+
+// Output pixels [begin, end) of one dimension, at which an element of the kernel meets the input.
+struct Span {
+  Int begin, end, shift;  // input = output * step + shift
+};
+
+inline Span meeting(const ConvPixels& conv, int d, Int element) {
+  const Int shift = element * conv.dilation[d] - conv.padding[d], step = conv.steps[d];
+  const Int begin = shift < 0 ? (-shift + step - 1) / step : 0;
+  const Int end = shift >= conv.x_sizes[d] ? 0 : (conv.x_sizes[d] - 1 - shift) / step + 1;
+  return {begin, smaller(end, conv.grad_sizes[d]), shift};
+}
+
+// Adds up the products of n pixels in registers.
+template <int kVectors, bool kWhole, class Compute, class T>
+DIFFMTL_INLINE_LOOP void multiply_pixels(const Compute* grad, const T* x, Int step, Int n, Int inputs,
+                                         Vector<Compute> (&sums)[kPixelOutputs][kVectors]) {
+  for (Int i = 0; i < n; ++i, grad += kPixelOutputs, x += step) {
+    Vector<Compute> values[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      const T* from = x + v * kLanes<Compute>;
+      values[v] = kWhole ? load<Compute>(from) : load_first<Compute>(from, inputs - v * kLanes<Compute>);
+    }
+    for (int o = 0; o < kPixelOutputs; ++o)
+      for (int v = 0; v < kVectors; ++v) sums[o][v] += grad[o] * values[v];
+  }
+}
+
+// A row of pixels: sample, and two of the three coordinates.
+struct PixelRow {
+  Int sample, z, y;
+
+  void advance(const Int* sizes) {
+    if (++y < sizes[1]) return;
+    y = 0;
+    if (++z < sizes[0]) return;
+    z = 0;
+    ++sample;
+  }
+};
+
+// Adds the products of some rows of pixels, for one element of the kernel and kVectors registers of inputs.
+template <int kVectors, class Compute, class T>
+DIFFMTL_SHARED void multiply_rows(const ConvPixels& conv, const Span (&spans)[3], PixelRow row, Int rows, const Compute* grads,
+                                  Int first, Compute* out, Int out_stride) {
+  constexpr Int kWidth = kVectors * kLanes<Compute>;
+  const Int *strides = conv.x_strides, step = conv.steps[2] * strides[3], n = spans[2].end - spans[2].begin;
+  const Int inputs = smaller(kWidth, conv.inputs - first);
+  const T* const images = static_cast<const T*>(conv.x) + (spans[2].begin * conv.steps[2] + spans[2].shift) * strides[3] + first;
+  grads += spans[2].begin * kPixelOutputs;
+  Vector<Compute> sums[kPixelOutputs][kVectors] = {};
+  for (Int i = 0; i < rows; ++i, row.advance(conv.grad_sizes), grads += conv.grad_sizes[2] * kPixelOutputs) {
+    if (row.z < spans[0].begin || row.z >= spans[0].end || row.y < spans[1].begin || row.y >= spans[1].end || n <= 0) continue;
+    const Int z = row.z * conv.steps[0] + spans[0].shift, y = row.y * conv.steps[1] + spans[1].shift;
+    const T* const x = images + row.sample * strides[0] + z * strides[1] + y * strides[2];
+    // Lanes behind the last input are not used, and may hold what lies behind the pixel.
+    if (x + (n - 1) * step + kWidth <= static_cast<const T*>(conv.x_end)) {
+      multiply_pixels<kVectors, true>(grads, x, step, n, inputs, sums);
+    } else {
+      multiply_pixels<kVectors, false>(grads, x, step, n, inputs, sums);
+    }
+  }
+  for (int o = 0; o < kPixelOutputs; ++o)
+    for (int v = 0; v < kVectors; ++v) {
+      Compute* to = out + o * out_stride + v * kLanes<Compute>;
+      store<Compute>(to, load<Compute>(to) + sums[o][v]);
+    }
+}
+
+template <int kVectors, class Compute, class T, class... Args>
+inline void multiply_inputs(int vectors, const Args&... args) {
+  if constexpr (kVectors > 1) {
+    if (vectors < kVectors) return multiply_inputs<kVectors - 1, Compute, T>(vectors, args...);
+  }
+  multiply_rows<kVectors, Compute, T>(args...);
+}
+
+template <class T>
+void conv_pixels(const ConvPixels& conv, void* scratch) {
+  using Compute = ComputeOf<T>;
+  constexpr Int kLane = kLanes<Compute>, kCacheBytes = 1 << 18;  // of the second level, which the inputs' pixels fill
+  const Int* const kernel = conv.kernel;
+  const Int taps = kernel[0] * kernel[1] * kernel[2], stride = (conv.inputs + kLane - 1) / kLane * kLane;
+  Compute* const sums = static_cast<Compute*>(scratch);  // [taps, outputs, inputs]
+  Compute* const grads = sums + taps * kPixelOutputs * stride;
+  std::memset(sums, 0, sizeof(Compute) * static_cast<std::size_t>(taps * kPixelOutputs * stride));
+
+  const Int width = conv.grad_sizes[2], total = conv.samples * conv.grad_sizes[0] * conv.grad_sizes[1];
+  const Int pixels = smaller(kBlock, kCacheBytes / (conv.inputs * static_cast<Int>(sizeof(T)) * conv.steps[1] * conv.steps[2]));
+  const Int piece = pixels > width ? pixels / width : 1;
+  PixelRow row{0, 0, 0};
+  for (Int begin = 0; begin < total; begin += piece) {
+    const Int rows = smaller(piece, total - begin);
+    const PixelRow first_row = row;
+    Compute* to = grads;
+    for (Int i = 0; i < rows; ++i, row.advance(conv.grad_sizes)) {
+      const T* from = static_cast<const T*>(conv.grad) + row.sample * conv.grad_strides[0] + row.z * conv.grad_strides[1] +
+                      row.y * conv.grad_strides[2];
+      for (Int x = 0; x < width; ++x, from += conv.grad_strides[3], to += kPixelOutputs)
+        for (Int o = 0; o < kPixelOutputs; ++o) to[o] = o < conv.outputs ? static_cast<Compute>(to_number(from[o])) : 0;
+    }
+    for (Int tap = 0; tap < taps; ++tap) {
+      const Span spans[3] = {meeting(conv, 0, tap / (kernel[1] * kernel[2])), meeting(conv, 1, tap / kernel[2] % kernel[1]),
+                             meeting(conv, 2, tap % kernel[2])};
+      for (Int first = 0; first < stride; first += kTileInputs<Compute>) {
+        const int vectors = static_cast<int>(smaller(kTileVectors, (stride - first) / kLane));
+        multiply_inputs<kTileVectors, Compute, T>(vectors, conv, spans, first_row, rows, grads, first,
+                                                  sums + tap * kPixelOutputs * stride + first, stride);
+      }
+    }
+  }
+  Compute* out = static_cast<Compute*>(conv.out);
+  for (Int o = 0; o < conv.outputs; ++o)
+    for (Int i = 0; i < conv.inputs; ++i)
+      for (Int tap = 0; tap < taps; ++tap, ++out) *out = sums[(tap * kPixelOutputs + o) * stride + i] + (conv.add ? *out : 0);
+}
+
 // ---- Normalisations ------------------------------------------------------------------------------------------------
 
 // The sums over n elements of the gradient, and of it times what x is above the mean.

@@ -169,6 +169,58 @@ std::vector<std::vector<Piece>> divide(const std::vector<Int>& bounds, Int room,
   return runs;
 }
 
+// Images whose channels lie next to each other.
+struct Pixels {
+  explicit Pixels(const Images& images)
+      : data(reinterpret_cast<const void*>(std::get<0>(images))), channels(std::get<2>(images)[1]) {
+    const auto& [samples, _, depth, height, width] = std::get<2>(images);
+    const auto& steps = std::get<3>(images);
+    sizes = {depth, height, width};
+    strides = {steps[0], steps[2], steps[3], steps[4]};
+    last = (samples - 1) * steps[0] + (depth - 1) * steps[2] + (height - 1) * steps[3] + (width - 1) * steps[4] + channels - 1;
+  }
+
+  const void* data;
+  Int channels, last;  // last: of the elements
+  Sizes sizes;
+  std::array<Int, 4> strides;
+};
+
+// No copy of the images is made.
+void multiply_pixels(const Pixels& grad, const Pixels& x, DType dtype, const std::vector<Int>& bounds, Int groups,
+                     const Geometry& geometry, const Numbers& out, bool add, int threads) {
+  const Int inputs = x.channels / groups, outputs = grad.channels / groups, columns = inputs * product(std::get<0>(geometry));
+  const auto conv = [&](Int cluster, Int group, Int begin) {
+    const Int output = group * outputs + begin;
+    return ConvPixels{advance(grad.data, dtype, bounds[cluster] * grad.strides[0] + output),
+                      grad.sizes.data(),
+                      grad.strides.data(),
+                      advance(x.data, dtype, bounds[cluster] * x.strides[0] + group * inputs),
+                      advance(x.data, dtype, x.last + 1),
+                      x.sizes.data(),
+                      x.strides.data(),
+                      std::get<0>(geometry).data(),
+                      std::get<1>(geometry).data(),
+                      std::get<2>(geometry).data(),
+                      std::get<3>(geometry).data(),
+                      bounds[cluster + 1] - bounds[cluster],
+                      std::min(kPixelOutputs, outputs - begin),
+                      inputs,
+                      add,
+                      advance(const_cast<void*>(out.data), out.dtype, cluster * out.stride + output * columns)};
+  };
+  const Int count = static_cast<Int>(bounds.size()) - 1, tiles = ceil_div(outputs, kPixelOutputs);
+  // A product takes about the time of half a byte.
+  threads = useful_threads(threads, bounds.back() * product(grad.sizes) * grad.channels * columns / 2);
+  const std::size_t lines = conv_pixels_scratch(conv(0, 0, 0)) / sizeof(Line) + 1;
+  const std::unique_ptr<Line[]> scratch(new Line[lines * static_cast<std::size_t>(threads)]);
+  const auto multiply = kernels().conv_pixels[dtype];
+  parallel_for(count * groups * tiles, threads, [&](Int task, int thread) {
+    multiply(conv(task / (groups * tiles), task / tiles % groups, task % tiles * kPixelOutputs),
+             scratch.get() + lines * static_cast<std::size_t>(thread));
+  });
+}
+
 }  // namespace
 
 void cluster_conv_wgrad(const Images& grad_images, const Images& x_images, const std::vector<Int>& bounds, Int groups,
@@ -180,6 +232,9 @@ void cluster_conv_wgrad(const Images& grad_images, const Images& x_images, const
   check_one_dtype("cluster_conv_wgrad", static_cast<DType>(std::get<1>(grad_images)), dtype);
   check_one_dtype("cluster_conv_wgrad: out", accumulation_dtype(dtype, dtype), out.dtype);
   const auto& x_sizes = std::get<2>(x_images);
+  // Of few channels in a group most lanes of a register would have nothing to do.
+  if (std::get<3>(grad_images)[1] == 1 && std::get<3>(x_images)[1] == 1 && x_sizes[1] / groups >= lanes / 2)
+    return multiply_pixels(Pixels(grad_images), Pixels(x_images), dtype, bounds, groups, geometry, out, add, threads);
   const auto& grad_sizes = std::get<2>(grad_images);
   Sizes spans;
   for (int d = 0; d < 3; ++d) spans[d] = ceil_div(x_sizes[d + 2] + 2 * padding[d], steps[d]);

@@ -29,18 +29,20 @@ GEOMETRIES = [
     (2, 3, (5, 4), 2, {"stride": 3}),  # some of the input is never read
     (2, 3, (5, 6, 4), 3, {"padding": 1}),
     (2, 4, (5, 6, 7), (2, 3, 1), {"stride": (2, 1, 3), "padding": (1, 0, 0), "groups": 2}),
+    (70, 8, (9,), 3, {"padding": 1}),
+    (9, 7, (8, 9), 3, {"stride": 2, "padding": 1}),
+    (20, 13, (7, 12), (3, 2), {"stride": (1, 3), "padding": (3, 0), "dilation": (2, 1)}),
+    (36, 6, (8, 9), 3, {"padding": 1, "groups": 2}),
+    (17, 3, (5, 6, 4), (2, 3, 1), {"stride": (2, 1, 3), "padding": (1, 0, 0)}),
 ]
 
 
-@pytest.fixture(params=["planes", "library", "groups"])
+@pytest.fixture(params=["pixels", "planes", "library"])
 def way(request, monkeypatch):
-    """All ways that the CPU has; in groups where the clusters are of one size."""
-
-    def choose(grad_out, x, sizes, weight):
-        fits = len(set(sizes)) == 1 and sizes[0]
-        return "planes" if request.param == "groups" and not fits else request.param
-
-    monkeypatch.setattr(layers, "_conv_way", choose)
+    """All ways that the CPU has: channels next to each other, images, and PyTorch's convolutions."""
+    monkeypatch.setattr(layers, "_MANY_CHANNELS", 1 if request.param == "pixels" else 1000)
+    if request.param == "library":
+        monkeypatch.setattr(layers, "_multiply_images", layers.multiply_by_library)
 
 
 def draw(shape, dtype, generator):
@@ -221,17 +223,14 @@ def test_half_precision_accumulates_in_float32(monkeypatch):
     assert not ops.cluster_conv_wgrad(grad_out, x, offsets_of((2, 2)), 1).any()
 
 
-def test_the_way_is_chosen_by_the_work():
-    """Small ones in one call, of clusters of one size as groups; large ones by the library if it has the type."""
-
-    def chosen(sizes, channels, image, dtype=torch.float32):
-        x = torch.empty(sum(sizes), channels, image, image, dtype=dtype)
-        return layers._conv_way(x, x, sizes, 9 * channels**2)
-
-    assert chosen((8, 8), 32, 8) == "groups"
-    assert chosen((7, 9), 32, 8) == "planes"
-    assert chosen((8, 8), 8, 20) == "planes"
-    assert chosen((8, 8), 128, 16) == chosen((7, 9), 128, 16) == "library"
-    assert chosen((8, 8), 128, 16, torch.float64) == "planes"
-    if not layers._library_multiplies(torch.float16):
-        assert chosen((8, 8), 32, 8, torch.float16) == "planes"
+def test_large_products_of_short_numbers_are_the_librarys(monkeypatch):
+    """Which may have an instruction for them; small ones, and all others, are our kernel's."""
+    asked = []
+    monkeypatch.setattr(layers, "_library_multiplies", lambda dtype: True)
+    monkeypatch.setattr(layers, "multiply_by_library", lambda grad_out, *rest: asked.append(grad_out))
+    for dtype in (torch.float32, torch.bfloat16):
+        for channels in (8, 64):
+            x = torch.zeros(2, channels, 16, 16, dtype=dtype)
+            ops.cluster_conv_wgrad(x, x, offsets_of((1, 1)), 3, padding=1)
+    assert [tuple(x.shape) for x in asked] == [(2, 64, 16, 16)]
+    assert asked[0].dtype == torch.bfloat16

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ from .._layout import ContiguousClusters, in_rows
 from ..cluster_conv_wgrad import Geometry, multiply_by_library
 from .handles import DTYPES, handle, optional_handle
 
-# Ways to a convolution's weight gradients: one grouped convolution, our kernel, one convolution per cluster.
-_ConvWay: TypeAlias = Literal["groups", "planes", "library"]
+# Channels in a group from which on a convolution's kernel is quicker where they lie next to each other.
+_MANY_CHANNELS = 8
 
 
 @functools.cache
@@ -83,61 +83,18 @@ def cluster_wgrad_out(grad_out: Tensor, x: Tensor, offsets: Tensor, out: Tensor,
                 _multiply(a.transpose(1, 2), b, result[run], add)
 
 
-def _conv_way(grad_out: Tensor, x: Tensor, sizes: Sequence[int], weight: int) -> _ConvWay:
-    """Choose the fastest way, as measured beside oneDNN.
-
-    Its calls take 0.1 ms, and it divides the work by samples: few of them or small images are slow. One call
-    serves clusters of one size, unless weights are large or channels few. It has no float64, and may have an
-    instruction for shorter numbers.
-
-    Args:
-        grad_out: gradient by the output.
-        x: input.
-        sizes: samples of every cluster.
-        weight: number of weights.
-    """
-    if (
-        x.dtype == torch.float64
-        or not torch.backends.mkldnn.is_available()
-        or not _library_multiplies(x.dtype)
-    ):
-        return "planes"
-    products = grad_out.numel() // grad_out.shape[1] // len(sizes) * weight  # of a cluster
-    if (
-        len(set(sizes)) == 1
-        and sizes[0]
-        and weight <= 40_000
-        and grad_out.is_contiguous()
-        and x.is_contiguous()
-    ):
-        few_channels = min(grad_out.shape[1], x.shape[1]) < 16
-        if products <= (1_000_000 if few_channels else 20_000_000):
-            return "groups"
-    return "planes" if products <= 5_000_000 else "library"
-
-
-def _multiply_in_groups(
+def _multiply_images(
     grad_out: Tensor, x: Tensor, bounds: Sequence[int], geometry: Geometry, out: Tensor, accumulate: bool
 ) -> None:
-    """Form the gradients of clusters of one size as groups of one convolution, side by side in the channels."""
-    num = len(bounds) - 1
-    grad_out, x = (t.unflatten(0, (num, -1)).transpose(0, 1).flatten(1, 2) for t in (grad_out, x))
-    found = x.new_empty(1, num * out.shape[1], *out.shape[2:])
-    wider = geometry._replace(groups=num * geometry.groups)
-    multiply_by_library(grad_out, x, [0, x.shape[0]], wider, found, False)
-    out.add_(found.view_as(out)) if accumulate else out.copy_(found.view_as(out))
-
-
-def _multiply_planes(
-    grad_out: Tensor, x: Tensor, bounds: Sequence[int], geometry: Geometry, out: Tensor, accumulate: bool
-) -> None:
-    """Form the gradients of all clusters by our kernel, for three spatial dimensions."""
+    """Form a convolution's gradients of all clusters by our kernel, for three spatial dimensions."""
     missing = 5 - x.dim()
     ones, zeros = [1] * missing, [0] * missing
     stride, padding, dilation, groups = geometry
     # Of a dimension with one output the stride means nothing; copies have the stride's residues side by side.
     stride = [step if size > 1 else 1 for step, size in zip(stride, grad_out.shape[2:], strict=True)]
     whole = ([*ones, *out.shape[3:]], [*ones, *stride], [*zeros, *padding], [*ones, *dilation])
+    if out.shape[2] >= _MANY_CHANNELS:
+        grad_out, x = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (grad_out, x))
     images = _images(grad_out), _images(x)
     with ContiguousClusters(out, accumulate, accumulation_dtype(x)) as (result, add):
         _C.cpu_cluster_conv_wgrad(
@@ -153,23 +110,18 @@ def _images(tensor: Tensor) -> tuple[int, int, list[int], list[int]]:
     return tensor.data_ptr(), DTYPES[tensor.dtype], shape, strides
 
 
-_CONV_WAYS: dict[_ConvWay, Callable[..., None]] = {
-    "groups": _multiply_in_groups,
-    "planes": _multiply_planes,
-    "library": multiply_by_library,
-}
-
-
 def cluster_conv_wgrad_out(
     grad_out: Tensor, x: Tensor, offsets: Tensor, kernel_size: Sequence[int], *rest: Any
 ) -> None:
     """Run `cluster_conv_wgrad_out`."""
     *geometry, out, accumulate = rest
     bounds = host_offsets(offsets, x.shape[0])
-    if out.numel():
-        sizes = [end - begin for begin, end in pairwise(bounds)]
-        multiply = _CONV_WAYS[_conv_way(grad_out, x, sizes, out[0].numel())]
-        multiply(grad_out, x, bounds, Geometry(*geometry), out, accumulate)
+    if not out.numel():
+        return
+    products = grad_out.numel() // grad_out.shape[1] * out.numel() // len(out) ** 2  # of a cluster
+    short = x.dtype.itemsize == 2 and _library_multiplies(x.dtype)  # for which there may be an instruction
+    multiply = multiply_by_library if short and products > 5_000_000 else _multiply_images
+    multiply(grad_out, x, bounds, Geometry(*geometry), out, accumulate)
 
 
 def cluster_sum_out(values: Tensor, offsets: Tensor, out: Tensor, accumulate: bool) -> None:
