@@ -14,6 +14,7 @@ from ..batch import BatchLayout, Clusters
 from ..parameters import Slot, installed
 from ..step import Step
 from ..stores import Jacobian, Store
+from . import dispatch  # noqa: F401  which runs the operations on stand-ins
 from .stand_in import StandIn, batch
 
 # The number of operations that wrote to each block is read back in these steps, which waits for an accelerator.
@@ -56,6 +57,7 @@ class CompiledEngine:
         # Of the first forward that shares a backward, of the second, ...
         self._passes: list[list[StandIn]] = []
         self._step: Step | None = None
+        self._written = False  # whether shared blocks may hold gradients that have been delivered
         self._arrived: list[tuple[int, int, Tensor]] = []
         self._steps = 0
 
@@ -149,6 +151,7 @@ class CompiledEngine:
             RuntimeError: operations wrote over each other's gradients.
         """
         arrived, self._arrived = sorted(self._arrived, key=lambda each: each[:2]), []
+        self._written = True
         self._refuse_overwritten(arrived)
         for number, position, _ in arrived:  # those that are in the store's own memory first
             store.add(position, self._passes[number][position].block)
@@ -192,6 +195,24 @@ class CompiledEngine:
         with installed(self.slots, stand_ins):
             yield
 
+    def begin_other_backward(self, jacobian: Jacobian) -> None:
+        """Let a backward other than `ClusteredMTL.backward` find the shared blocks empty, as it leaves them.
+
+        Args:
+            jacobian: that the first of the forwards sharing a backward writes to.
+        """
+        if not self._written:
+            return
+        self._written = False
+        others = [[stand_in.block for stand_in in made] for made in self._passes[1:]]
+        for blocks in (jacobian.blocks, *others):
+            for position in self.shared:
+                blocks[position].zero_()
+
+    def release(self) -> None:
+        """Give the memory of all forwards back."""
+        self._passes = []
+
     def learn(self) -> None:
         """Find out in the next check, which is not compiled, how often each parameter is used."""
         self._learning = True
@@ -210,3 +231,4 @@ class CompiledEngine:
             used = {i for made in self._passes for i, stand_in in enumerate(made) if stand_in.uses > 1}
             self.values, self._passes, self._step = before
             self.shared, self._learning = shared | used, False
+            self._written = True

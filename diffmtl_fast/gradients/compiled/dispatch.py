@@ -15,7 +15,7 @@ from ..rules.autocast import lower_precision, norm_precision
 from ..rules.broadcast import BROADCASTING, JOINING, LIKE, REPEATING
 from ..rules.convolution import per_dimension
 from . import operations
-from .stand_in import Stacked, StandIn, batch, first_of, rows_of
+from .stand_in import Stacked, StandIn, batch, first_of, rows_of, run_by
 
 # Attributes that are tensors with a gradient; others say something about the parameter, or have none.
 _VIEWS = tuple([getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")])
@@ -32,6 +32,7 @@ _DETACHING = _functions(["detach"])
 _WRITING = _functions(name for name in dir(Tensor) if writes_in_place(getattr(Tensor, name)))
 
 
+@run_by
 def operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operation with stand-ins among its arguments.
 
