@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -244,7 +245,23 @@ class Engine:
     def _remember(self, step: Step, output: Any) -> Any:
         leaves = flatten(output)[0]
         step.passes[-1].outputs = [leaf for leaf in leaves if is_measured(leaf) and leaf.requires_grad]
+        if self.compiled is not None:
+            hook = partial(self._begin_backward, step, self.compiled, self._target)
+            for leaf in step.passes[-1].outputs:
+                leaf.register_hook(hook)
         return output
+
+    def _begin_backward(
+        self, step: Step, compiled: CompiledEngine, target: Jacobian, gradient: Tensor
+    ) -> None:
+        if step.store is not None:
+            return
+        if self.jacobian_in_use and target is self._jacobian:
+            raise RuntimeError(
+                "expected mtl.backward(loss) alone in no_sync(), found another backward, which would write over "
+                "the gradients of the first one; call it outside"
+            )
+        compiled.begin_other_backward(target)
 
     def check_losses(self, step: Step, losses: Tensor) -> None:
         """Refuse losses that depend on other samples' outputs, once for every kind of them.
@@ -392,6 +409,8 @@ class Engine:
     def release(self) -> None:
         """Give the Jacobian's memory back."""
         self._jacobian = self._second = None
+        if self.compiled is not None:
+            self.compiled.release()
 
     def _tell(self, engine: str, why: str) -> None:
         """Log what was chosen and why, once until it changes."""

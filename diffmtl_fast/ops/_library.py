@@ -56,7 +56,8 @@ def define_op(schema: str, *, plain: Callable[..., Any], fake: Callable[..., Any
     """
     name = schema.partition("(")[0]
     PLAIN[name] = plain
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    # Kernels read strides: a compiler need not bring what it has into the order that it was written in.
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
     _LIBRARY.impl(name, plain, "CompositeExplicitAutograd")
     torch.library.register_fake(f"diffmtl::{name}", fake, lib=_LIBRARY)
     op = getattr(torch.ops.diffmtl, name).default

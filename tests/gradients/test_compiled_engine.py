@@ -235,6 +235,46 @@ def test_any_other_backward_is_the_plain_models(device):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-10, msg=name)
 
 
+def test_a_plain_backward_after_that_of_another_forward(device):
+    """What a weight that is used twice has left in its block is not taken for the first forward's."""
+    model, x, y = make(device)
+    plain = copy.deepcopy(model)
+    mtl = dm.ClusteredMTL(compiled(model), K, dm.PCGrad())
+    cluster = torch.tensor(CLUSTERS["sorted"], device=device)
+    for _ in range(2):
+        first, second = mtl(x, y, cluster=cluster), mtl(x.flip(3), y, cluster=cluster)
+        mtl.backward(sample_losses(second))
+        model.zero_grad()
+        sample_losses(first).sum().backward()
+    sample_losses(plain(x, y)).sum().backward()
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-10, msg=name)
+
+
+def test_a_plain_backward_that_would_write_over_accumulated_gradients(device):
+    model, x, y = make(device)
+    mtl = dm.ClusteredMTL(compiled(model), K, dm.PCGrad())
+    cluster = torch.tensor(CLUSTERS["sorted"], device=device)
+    with mtl.no_sync():
+        first, second = mtl(x, y, cluster=cluster), mtl(x.flip(3), y, cluster=cluster)
+        mtl.backward(sample_losses(second))
+        with pytest.raises(RuntimeError, match="write over"):
+            sample_losses(first).sum().backward()
+
+
+def test_the_memory_of_a_measured_step_is_given_back(device):
+    model, *inputs = make(device)
+    mtl = dm.ClusteredMTL(compiled(model), K, dm.Equal())
+    cluster = torch.tensor(CLUSTERS["sorted"], device=device)
+    mtl.measure_gramian = True
+    mtl.backward(sample_losses(mtl(*inputs, cluster=cluster)) + sample_losses(mtl(*inputs, cluster=cluster)))
+    engine = mtl._engine
+    assert engine._jacobian is None
+    assert not engine.compiled._passes
+    step(mtl, inputs, [CLUSTERS["sorted"]])
+    assert mtl.last.gramian is not None
+
+
 def test_one_argument_compiles_the_model(device, caplog):
     model, *inputs = make(device)
     caplog.set_level(logging.INFO, "diffmtl_fast")

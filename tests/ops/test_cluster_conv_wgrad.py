@@ -34,6 +34,11 @@ GEOMETRIES = [
     (2, 3, (5, 4), 2, {"stride": 3}),  # some of the input is never read
     (2, 3, (5, 6, 4), 3, {"padding": 1}),
     (2, 4, (5, 6, 7), (2, 3, 1), {"stride": (2, 1, 3), "padding": (1, 0, 0), "groups": 2}),
+    (70, 8, (9,), 3, {"padding": 1}),
+    (9, 7, (8, 9), 3, {"stride": 2, "padding": 1}),
+    (20, 13, (7, 12), (3, 2), {"stride": (1, 3), "padding": (3, 0), "dilation": (2, 1)}),
+    (36, 6, (8, 9), 3, {"padding": 1, "groups": 2}),
+    (17, 3, (5, 6, 4), (2, 3, 1), {"stride": (2, 1, 3), "padding": (1, 0, 0)}),
 ]
 
 

@@ -15,6 +15,7 @@ from ..batch import BatchLayout, Clusters
 from ..parameters import Slot, installed
 from ..step import Step
 from ..stores import Jacobian, Store
+from . import dispatch  # noqa: F401  which runs the operations on stand-ins
 from .stand_in import StandIn, batch
 
 # The number of operations that wrote to each block is read back in these steps, which waits for an accelerator.
@@ -57,6 +58,7 @@ class CompiledEngine:
         # Of the first forward that shares a backward, of the second, ...
         self._passes: list[list[StandIn]] = []
         self._step: Step | None = None
+        self._written = False  # whether shared blocks may hold gradients that have been delivered
         self._arrived: list[tuple[int, int, Tensor]] = []
         self._steps = 0
 
@@ -150,6 +152,7 @@ class CompiledEngine:
             RuntimeError: operations wrote over each other's gradients.
         """
         arrived, self._arrived = sorted(self._arrived, key=lambda each: each[:2]), []
+        self._written = True
         self._refuse_overwritten(arrived)
         for number, position, _ in arrived:  # those that are in the store's own memory first
             store.add(position, self._passes[number][position].block)
@@ -191,6 +194,24 @@ class CompiledEngine:
         with installed(self.slots, stand_ins):
             yield
 
+    def begin_other_backward(self, jacobian: Jacobian) -> None:
+        """Let a backward other than `ClusteredMTL.backward` find the shared blocks empty, as it leaves them.
+
+        Args:
+            jacobian: that the first of the forwards sharing a backward writes to.
+        """
+        if not self._written:
+            return
+        self._written = False
+        others = [[stand_in.block for stand_in in made] for made in self._passes[1:]]
+        for blocks in (jacobian.blocks, *others):
+            for position in self.shared:
+                blocks[position].zero_()
+
+    def release(self) -> None:
+        """Give the memory of all forwards back."""
+        self._passes = []
+
     def learn(self) -> None:
         """Find out in the next check, which is not compiled, how often each parameter is used."""
         self._learning = True
@@ -209,3 +230,4 @@ class CompiledEngine:
             used = {i for made in self._passes for i, stand_in in enumerate(made) if stand_in.uses > 1}
             self.values, self._passes, self._step = before
             self.shared, self._learning = shared | used, False
+            self._written = True

@@ -15,7 +15,7 @@ from ..rules.autocast import lower_precision, norm_precision
 from ..rules.broadcast import BROADCASTING, JOINING, LIKE, REPEATING
 from ..rules.convolution import per_dimension
 from . import operations
-from .stand_in import Stacked, StandIn, batch, first_of, rows_of
+from .stand_in import Stacked, StandIn, batch, first_of, rows_of, run_by
 
 # Attributes that are tensors with a gradient; others say something about the parameter, or have none.
 _VIEWS = tuple([getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")])
@@ -32,6 +32,7 @@ _DETACHING = _functions(["detach"])
 _WRITING = _functions(name for name in dir(Tensor) if writes_in_place(getattr(Tensor, name)))
 
 
+@run_by
 def operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operation with stand-ins among its arguments.
 
@@ -286,30 +287,30 @@ def _group_norm(
     input: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> Tensor:
     x = norm_precision(input)
-    normal = F.group_norm(_wide(x), num_groups, None, None, eps)
-    return _affine(normal, x.dtype, weight, bias, channels=True)
+    wide = _wide(x)
+    w, w_key, w_block, w_add = _given(weight, lambda t: t.to(wide.dtype))
+    b, b_key, b_block, b_add = _given(bias, lambda t: t.to(wide.dtype))
+    return operations.GroupNorm.apply(
+        wide, w, w_key, w_block, b, b_key, b_block,
+        batch.offsets, batch.cluster.shape[0], (w_add, b_add), num_groups, eps,
+    ).to(x.dtype)  # fmt: skip
 
 
 def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _affine(normal: Tensor, dtype: torch.dtype, weight: Any, bias: Any, channels: bool = False) -> Tensor:
-    """Scale and shift what is normalised, by one value per channel or over the last dimensions."""
+def _affine(normal: Tensor, dtype: torch.dtype, weight: Any, bias: Any) -> Tensor:
+    """Scale and shift what is normalised."""
     if weight is not None:
-        normal = normal * _aligned(weight, normal, channels)
+        normal = normal * _aligned(weight, normal)
     if bias is not None:
-        normal = normal + _aligned(bias, normal, channels)
+        normal = normal + _aligned(bias, normal)
     return normal.to(dtype)
 
 
-def _aligned(parameter: Any, normal: Tensor, channels: bool) -> Tensor:
-    if _is_stand_in(parameter):
-        dims = 2 if channels else normal.dim()
-        values = _rows(parameter, dims, normal.shape[0])
-    else:
-        values = parameter.unsqueeze(0) if channels else parameter
-    return values.reshape(*values.shape, *[1] * (normal.dim() - 2)) if channels else values
+def _aligned(parameter: Any, normal: Tensor) -> Tensor:
+    return _rows(parameter, normal.dim(), normal.shape[0]) if _is_stand_in(parameter) else parameter
 
 
 def _embedding(

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..rules.normalisation import dense, memory_format
+
 _aten = torch.ops.aten
 _ours = torch.ops.diffmtl
 
@@ -173,6 +175,57 @@ class Convolution(torch.autograd.Function):
                 by_sample, in_rows(offsets, ctx.samples, x.shape[0]), bias_block, ctx.accumulate[1]
             )
         return by_x, None, by_weight, None, None, by_bias, *[None] * 9
+
+
+class GroupNorm(torch.autograd.Function):
+    """Normalisation over groups of channels, x [B, C, ...]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        weight_key: Tensor | None,
+        weight_block: Tensor | None,
+        bias: Tensor | None,
+        bias_key: Tensor | None,
+        bias_block: Tensor | None,
+        offsets: Tensor,
+        samples: int,
+        accumulate: tuple[bool, bool],
+        groups: int,
+        eps: float,
+    ) -> Tensor:
+        """Normalise."""
+        x = dense(x)
+        batch, channels = x.shape[:2]
+        size = x[0, 0].numel()
+        out, mean, rstd = _aten.native_group_norm(x, weight, bias, batch, channels, size, groups, eps)
+        ctx.save_for_backward(x, weight, mean, rstd, offsets)
+        ctx.blocks = weight_block, bias_block
+        ctx.samples, ctx.accumulate, ctx.shape = samples, accumulate, (batch, channels, size, groups)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        """Form the gradients of all clusters from two sums per sample and channel, which the input's shares."""
+        x, weight, mean, rstd, offsets = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=memory_format(x))
+        batch, channels, size, groups = ctx.shape
+        bounds = in_rows(offsets, ctx.samples, batch)
+        by_x, by_weight, by_bias = None, None, None
+        if ctx.needs_input_grad[0]:
+            # PyTorch's CPU kernel for channels_last fails where it is not asked for all three.
+            by_x = _aten.native_group_norm_backward(grad, x, mean, rstd, weight, *ctx.shape, [True] * 3)[0]
+        slope = grad.reshape(batch, channels, size).sum(2)
+        if ctx.needs_input_grad[2]:
+            along = torch.mul(grad, x).reshape(batch, channels, size).sum(2).view(batch, groups, -1)
+            above = along - slope.view(batch, groups, -1) * mean.view(batch, groups, 1)
+            rows = (above * rstd.view(batch, groups, 1)).view(batch, channels)
+            by_weight = _sums(rows, bounds, ctx.blocks[0], ctx.accumulate[0])
+        if ctx.needs_input_grad[5]:
+            by_bias = _sums(slope, bounds, ctx.blocks[1], ctx.accumulate[1])
+        return by_x, None, by_weight, None, None, by_bias, *[None] * 6
 
 
 class Embedding(torch.autograd.Function):

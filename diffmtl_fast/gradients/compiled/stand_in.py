@@ -6,14 +6,25 @@ into `dispatch`, and no subclass is left in the graph that it compiles.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..._torch import DisableTorchFunctionSubclass, make_subclass
 from ..batch import Clusters
+
+_Operate: TypeAlias = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+
+_operate: _Operate
+
+
+def run_by(operate: _Operate) -> _Operate:
+    """Run the operations on both classes by a function, which knows what they are."""
+    global _operate
+    _operate = operate
+    return operate
 
 
 class Dispatched(Tensor):
@@ -27,7 +38,7 @@ class Dispatched(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Hand the operation on."""
-        return dispatch.operate(func, args, dict(kwargs or {}))
+        return _operate(func, args, dict(kwargs or {}))
 
     def norm(self, *args: Any, **kwargs: Any) -> Any:
         """Call `torch.norm`."""
@@ -104,6 +115,3 @@ def first_of(stacked: Tensor) -> Tensor:
     """Return a `Stacked`'s value as an ordinary tensor [*shape]."""
     with DisableTorchFunctionSubclass():
         return torch.Tensor.select(stacked, 0, 0)
-
-
-from . import dispatch  # noqa: E402  which handles both classes

@@ -81,7 +81,7 @@ class GroupNorm(ClusterRule):
         """See `ClusterRule`."""
         batch, channels = input.shape[:2]
         ctx.shape = channels, math.prod(input.shape[2:]), num_groups
-        input = _dense(input)
+        input = dense(input)
         out, mean, rstd = torch.native_group_norm(
             input,
             weight,
@@ -110,7 +110,7 @@ class GroupNorm(ClusterRule):
             return by_samples if ctx.needs_input_grad[0] else None, None, *by_cluster, None
         # PyTorch's CPU kernel for channels_last writes the input's gradient even where it was not asked for.
         wanted = [True, *(ctx.needs_input_grad[i] for i in (2, 3))]
-        grad = grad.contiguous(memory_format=_memory_format(input))
+        grad = grad.contiguous(memory_format=memory_format(input))
 
         def run(begin: int, end: int) -> tuple[Tensor | None, ...]:
             span = slice(begin, end)
@@ -211,7 +211,8 @@ def _put(rows: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> N
             row.zero_() if gradient is None else row.copy_(gradient)
 
 
-def _memory_format(tensor: Tensor) -> torch.memory_format:
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """Return the order of a tensor's elements in memory; that of dimensions, if it is none of the usual ones."""
     for order in (torch.contiguous_format, torch.channels_last, torch.channels_last_3d):
         fits = order is torch.contiguous_format or tensor.dim() == (4 if order is torch.channels_last else 5)
         if fits and tensor.is_contiguous(memory_format=order):
@@ -219,5 +220,6 @@ def _memory_format(tensor: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def _dense(tensor: Tensor) -> Tensor:
-    return tensor.contiguous(memory_format=_memory_format(tensor))
+def dense(tensor: Tensor) -> Tensor:
+    """Return a tensor without gaps in memory, itself where it has none."""
+    return tensor.contiguous(memory_format=memory_format(tensor))
