@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,7 +124,10 @@ def load_module(path: Path, name: str, module: nn.Module) -> None:
 
 def save_shards(path: Path | None, shards: Mapping[str, Any]) -> None:
     """Write this process's part of state dicts; all processes call it, and the first one says where."""
-    distributed.save(dict(shards), checkpoint_id=launched.of_the_first(path), no_dist=launched.world() == 1)
+    with _one_or_many():
+        distributed.save(
+            dict(shards), checkpoint_id=launched.of_the_first(path), no_dist=launched.world() == 1
+        )
 
 
 def load_shards(path: Path, shards: dict[str, Any]) -> None:
@@ -134,8 +138,16 @@ def load_shards(path: Path, shards: dict[str, Any]) -> None:
     """
     tensors = [each for part in shards.values() for each in part.values() if isinstance(each, Tensor)]
     together = any(isinstance(each, DTensor) for each in tensors)
-    with blame(f"checkpoint {path}: {SHARDS} do not fit"):
+    with blame(f"checkpoint {path}: {SHARDS} do not fit"), _one_or_many():
         distributed.load(shards, checkpoint_id=path / SHARDS, no_dist=not together)
+
+
+@contextmanager
+def _one_or_many() -> Iterator[None]:
+    """Without PyTorch's warning that one process reads or writes alone, which is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 @contextmanager

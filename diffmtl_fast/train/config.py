@@ -511,10 +511,15 @@ def _build(cls: Any, typed: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
             raise UserError(f"{name}: expected a value, found null")
         if is_dataclass(types[name]):
             value = _build(types[name], value, given.get(name, {}))
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            value = value.real  # a plain number: YAML cannot write those of the types with a range
-        arguments[name] = given.get(name, value) if isinstance(value, dict) else value
+        arguments[name] = given.get(name, value) if isinstance(value, dict) else _plain(value)
     return cls(**arguments)
+
+
+def _plain(value: Any) -> Any:
+    """Plain numbers in the place of those of a type with a range, which YAML cannot write."""
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return value.real if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

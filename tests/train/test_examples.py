@@ -12,10 +12,11 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from diffmtl_fast._errors import UserError
 from diffmtl_fast.train import checkpoint, history
+from diffmtl_fast.train.components import build
 from diffmtl_fast.train.config import from_dict
 from diffmtl_fast.train.folder import RunFolder
 from diffmtl_fast.train.loop import Trainer
@@ -30,6 +31,7 @@ MODELS = {
     "edm_unet": SMALL_UNET,
     "flow_matching_unet": SMALL_UNET,
     "flow_matching_dit": SMALL_DIT,
+    "lora": SMALL_DIT,
     "latents_dit": {**SMALL_DIT, "sample_size": 4, "num_embeds_ada_norm": 3},
     "image_folder": {**SMALL_UNET, **BLOCKS, "sample_size": 8, "num_class_embeds": 3, "layers_per_block": 1},
     "text_to_image": {
@@ -96,6 +98,12 @@ def small(name, tmp_path, **changes):
     if name == "text_to_image":
         save_tiny_encoder(tmp_path / "text")
         values["conditioning"] |= {"encoder": str(tmp_path / "text"), "max_length": 6}
+    if name == "lora":
+        pytest.importorskip("peft")
+        base = {key: value for key, value in values.items() if key != "compute"}
+        values["compute"]["weights"] = str(tmp_path / "base.safetensors")
+        model = build("model", from_dict({**base, "sampling": {}}).model)
+        checkpoint.save_module(tmp_path / "base.safetensors", model)
     return from_dict(values | changes)
 
 
@@ -107,6 +115,21 @@ def test_every_example_trains_and_draws(tmp_path, name):
     assert [line["iteration"] for line in lines] == [1, 2]
     assert all(np.isfinite(line["loss"]) for line in lines)
     assert run.samples.exists()
+
+
+def test_adapters_of_an_example_change_its_base_no_more_than_they_say(tmp_path):
+    """The base stays, the pictures come from a power EMA, and what is saved are the adapters alone."""
+    config, run = small("lora", tmp_path), RunFolder(tmp_path / "run")
+    train(config, run)
+    assert config.accumulate * config.batch_size == 48
+    assert run.snapshots().keys() == {2}
+    adapters = load_file(run.model / "adapter_model.safetensors")
+    assert all("lora_" in name for name in adapters)
+    base = load_file(tmp_path / "base.safetensors")
+    last = load_file(checkpoint.checkpoints(run.checkpoints)[-1] / "model.safetensors")
+    frozen = {name.replace(".base_layer", ""): value for name, value in last.items() if "lora_" not in name}
+    assert frozen.keys() == base.keys()
+    assert all(torch.equal(frozen[name], base[name]) for name in base)
 
 
 def test_broken_files_are_named_and_counted(tmp_path, caplog):

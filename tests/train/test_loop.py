@@ -517,6 +517,28 @@ def test_bf16_is_autocast(tiny, tmp_path):
     assert lines[0]["loss"] == pytest.approx(exact[0]["loss"], rel=0.02)
 
 
+@pytest.mark.compile
+@pytest.mark.parametrize("method", ["vanilla", "nash"])
+def test_a_compiled_model_takes_the_same_step(tiny, tmp_path, monkeypatch, method):
+    (tmp_path / "my_project.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_project", raising=False)
+    config = replace(
+        tiny(method=method, iterations=2, logging={"every": 1}),
+        model=Component("my_project.Denoiser", {"width": 4}),
+        data=Component("my_project.images", {"count": 30}),
+    )
+    _, plain = fit(config, tmp_path / "plain")
+    compute = replace(config.compute, compile=True)
+    trainer, compiled = fit(replace(config, compute=compute), tmp_path / "compiled")
+    assert isinstance(trainer._run, torch._dynamo.OptimizedModule)
+    assert compiled[1]["loss"] == pytest.approx(plain[1]["loss"], rel=1e-4)
+
+
+def test_the_optimizer_is_fused(tiny):
+    assert Trainer(tiny()).optimizer.defaults["fused"]
+
+
 def test_gradients_are_clipped(tiny, tmp_path):
     config = tiny(method="vanilla", optimizer={"clip": 1e-3}, iterations=1)
     trainer, lines = fit(config, tmp_path / "run")
@@ -641,9 +663,11 @@ def test_fp16_scales_and_continues(tiny, tmp_path, method):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_norm_of_the_step_is_that_of_its_gradients(tiny, tmp_path, accumulate):
+def test_the_norm_of_the_step_is_that_of_its_gradients(tiny, tmp_path, monkeypatch, accumulate):
     config = tiny(method="pcgrad", optimizer={"clip": 1e-3}, accumulate=accumulate, logging={"every": 1})
-    trainer, lines = fit(replace(config, iterations=1), tmp_path / "run")
+    with monkeypatch.context() as patched:  # nothing measures it again
+        patched.delattr(torch.nn.utils, "clip_grad_norm_")
+        trainer, lines = fit(replace(config, iterations=1), tmp_path / "run")
     norm = torch.stack([p.grad.square().sum() for p in trainer.model.parameters()]).sum().sqrt()
     assert float(norm) == pytest.approx(1e-3, rel=1e-2)
     free = Trainer(replace(config, optimizer=replace(config.optimizer, clip=0.0)))
@@ -687,9 +711,36 @@ def test_batches_that_are_weighed_as_one_are_one_big_batch(tiny, tmp_path, monke
         )
 
 
-def test_weighing_a_step_wants_the_jacobian(tiny):
-    with pytest.raises(UserError, match=r"weigh_per: expected batch with compute\.memory lean"):
-        tiny(weigh_per="step", compute={"memory": "lean"})
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weigh_per": "step", "compute": {"memory": "lean"}}, "weigh_per: expected batch with compute.memory"),
+        ({"weigh_per": "step", "compute": {"sharding": "fsdp2"}}, "weigh_per: expected another than step with"),
+        ({"precision": "fp16", "compute": {"sharding": "fsdp2"}}, "precision: expected another than fp16 with"),
+        ({"sigma_rels": [0.1], "compute": {"sharding": "fsdp2"}}, "sigma_rels: expected [] with compute.sharding"),
+        ({"sigma_rels": [0.05, 0.3]}, "sigma_rels: sigma_rel: expected more than 0 and less"),
+        ({"sigma_rels": [0.1], "sampling": {"sigma_rel": 0.2}}, "sampling.sigma_rel: expected null, or at least"),
+    ],
+)  # fmt: skip
+def test_options_that_do_not_go_together(tiny, options, message):
+    with pytest.raises(UserError) as caught:
+        tiny(**options)
+    assert str(caught.value).startswith(message)
+
+
+def test_power_emas_of_a_stopped_run_continue_to_the_same_bits(tiny, tmp_path, device):
+    if device.type != "cpu":
+        pytest.skip("the same bits are promised on CPUs")
+    config = tiny(method="vanilla", iterations=4, sigma_rels=[0.05, 0.1])
+    whole, _ = fit(config, tmp_path / "whole")
+    log = History(tmp_path / "whole" / "log.jsonl")
+    resumed = Trainer(config)
+    resumed.load(tmp_path / "whole" / "iter-00000002", log)
+    (tmp_path / "again").mkdir()
+    resumed.fit(tmp_path / "again", log, Silent())
+    log.close()
+    assert same_weights(whole.power_ema.models, resumed.power_ema.models)
+    assert not same_weights(*whole.power_ema.models)
 
 
 @pytest.mark.parametrize(
@@ -699,6 +750,7 @@ def test_weighing_a_step_wants_the_jacobian(tiny):
         {"memory": "lean"},
         {"jacobian_dtype": "bfloat16"},
         {"channels_last": True},
+        {"checkpointing": True},
     ],
 )
 def test_ways_to_compute_the_same_step(tiny, tmp_path, compute):
