@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import diffmtl_fast as dm
 from benchmarks.benchmark import Benchmark, Options
+from benchmarks.groups.trainer_loop import loop_benchmark
 from benchmarks.harness import Candidate, GateError
 from benchmarks.models import Case
 from benchmarks.names import (
@@ -231,7 +232,8 @@ def benchmarks(options: Options) -> Iterator[Benchmark]:
                 clock=own_clock,
                 allowance=float("inf"),
                 warmup=0,
-            )
+            ),
+            loop_benchmark(options),
         ]
     )
 
