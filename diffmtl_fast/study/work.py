@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from .._files import remove, write_json
+from ..analysis import Judge
 from ..clustering import cluster_timesteps
 from ..train import checkpoint, run_analysis
 from ..train.components import build, build_scheduler, resolve_device
 from ..train.config import Clusters, Component, Evaluation
 from ..train.errors import UserError
-from ..train.evaluation import Judge, build_judge
+from ..train.evaluation import build_judge
 from ..train.experts import train_expert
 from ..train.folder import RunFolder
 from ..train.run import train
