@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import diffmtl_fast as dm
 from benchmarks.benchmark import Benchmark, Options
 from benchmarks.groups import trainer_step
+from benchmarks.groups.trainer_loop import loop_benchmark
 from benchmarks.harness import Candidate, GateError
 from benchmarks.models import Case
 from benchmarks.names import (
@@ -234,6 +235,7 @@ def benchmarks(options: Options) -> Iterator[Benchmark]:
                 warmup=0,
             ),
             *trainer_step.benchmarks(options),
+            loop_benchmark(options),
         ]
     )
 

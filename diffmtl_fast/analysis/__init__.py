@@ -12,6 +12,7 @@ from .difficulty import (
 )
 from .frechet import FrechetDistance
 from .inception import CleanInception, Inception
+from .judge import Judge
 from .negative_transfer import NegativeTransfer, SwitchedModel, negative_transfer
 from .plots import plot_affinity, plot_convergence, plot_negative_transfer, plot_relative_entropy
 from .projection import RandomProjection
@@ -22,6 +23,7 @@ __all__ = [
     "FrechetDistance",
     "GaussianFit",
     "Inception",
+    "Judge",
     "NegativeTransfer",
     "RandomProjection",
     "SwitchedModel",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from .autoencoder import Autoencoder
 from .conditioning import Classes, Conditioning, Embeddings, Text
-from .encode import encode
+from .encoding import encode
 from .images import ImageData, digits
 from .items import Batch, EpochOrder, Items, UnreadableSamples, batches
-from .latents import latents
+from .latent_files import latents
 from .sources import FileData, dataset, image_folder, tars
 
 __all__ = [

@@ -142,7 +142,8 @@ class Visits(Dataset[Batch]):
             ValueError: no sample can be read, or two differ in shape.
         """
         if isinstance(self.items, Memory):
-            return self.items.batch([visit % len(self.items) for visit in visits])
+            size = len(self.items)
+            return self.items.batch([visit % size for visit in visits])
         unreadable: dict[str, str] = {}
         found = [self._read(visit, unreadable) for visit in visits]
         shapes = {tuple(x.shape) for x, _ in found}

@@ -101,17 +101,17 @@ class Pictures:
         pillow = require("PIL.Image", "train")
         try:
             with file if isinstance(file, pillow.Image) else pillow.open(file) as opened:
-                turned = require("PIL.ImageOps", "train").exif_transpose(opened)
-                picture = self._plain(turned, pillow)
+                require("PIL.ImageOps", "train").exif_transpose(opened, in_place=True)
+                picture = self._plain(opened, pillow)
         except (OSError, ValueError, MemoryError):
             raise
         except Exception as error:  # decoders of damaged files raise struct.error, IndexError, anything
             raise ValueError(f"{type(error).__name__}: {error}") from error
         scale = self.size / min(picture.size)
         width, height = (max(self.size, round(side * scale)) for side in picture.size)
-        picture = picture.resize(
-            (width, height), pillow.Resampling.LANCZOS if scale < 1 else pillow.Resampling.BICUBIC
-        )
+        if (width, height) != picture.size:
+            kind = pillow.Resampling.LANCZOS if scale < 1 else pillow.Resampling.BICUBIC
+            picture = picture.resize((width, height), kind)
         left, top = (width - self.size) // 2, (height - self.size) // 2
         if source is not None and self.crop:
             left, top = source.randint(0, width - self.size), source.randint(0, height - self.size)

@@ -10,13 +10,13 @@ from typing import Any
 
 from .._errors import UserError
 from .._files import remove, write_json
-from ..analysis import run_analysis
+from ..analysis import Judge, run_analysis
 from ..analysis.run_experts import train_expert
 from ..clustering import cluster_timesteps
 from ..train import checkpoint
 from ..train.components import build, build_scheduler, resolve_device
 from ..train.config import Component, Evaluation
-from ..train.evaluation import Judge, build_judge
+from ..train.evaluation import build_judge
 from ..train.folder import RunFolder
 from ..train.run import train
 from ..train.trained_denoiser import load

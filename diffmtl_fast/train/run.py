@@ -21,8 +21,8 @@ from .._extras import require
 from .._figures import smooth
 from .._files import replacing
 from .._progress import NoProgress, open_progress
-from ..analysis import run_plots
-from ..data import EpochOrder, ImageData, batches
+from ..analysis import Judge, run_plots
+from ..data import EpochOrder, batches
 from ..data.items import Conditions
 from ..distributed import launched
 from ..weighting import ContinuousUncertainty
@@ -186,10 +186,8 @@ def rehearse(trainer: Trainer) -> None:
             if decode is not None:
                 train, test = decode(train), decode(test)
             with blame("evaluation"):
-                judge = evaluation.judge_by_classifier(
-                    ImageData(train, found, test, data.test_labels[few] % len(kinds))
-                )
-                evaluation.evaluate(judge, pictures, found[: len(labels)], config.seed)
+                judge = Judge.by_classifier(train, found, test, data.test_labels[few] % len(kinds))
+                judge.evaluate(pictures, found[: len(labels)], config.seed)
     model.train(training)
 
 

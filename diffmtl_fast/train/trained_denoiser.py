@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .._errors import UserError, blame
 from .._extras import require
 from .._files import replacing
-from ..analysis import run_plots
+from ..analysis import Judge, run_plots
 from ..data import Conditioning, EpochOrder, batches
 from ..data.items import Conditions
 from . import checkpoint, evaluation, sampling
@@ -88,7 +88,7 @@ class TrainedDenoiser:
         count = self._number_to_judge(num_samples)
         labels = sampling.balanced_labels(count, self.data.num_classes)
         pictures = self.draw(self._conditions(count) if labels is None else labels, count, self.config.seed)
-        figures = evaluation.evaluate(self.judge(), pictures, labels, self.config.seed)
+        figures = self.judge().evaluate(pictures, labels, self.config.seed)
         about = {"method": self.config.method, "iterations": self.iteration, "num_samples": count}
         return {**figures, **about, "sampling_steps": self.config.sampling.steps, "seed": self.config.seed}
 
@@ -106,7 +106,7 @@ class TrainedDenoiser:
             raise UserError("evaluation: expected data with labels, found none")
         return labels
 
-    def judge(self) -> evaluation.Judge:
+    def judge(self) -> Judge:
         """What compares pictures with the real ones, in the features that the configuration names."""
         return evaluation.build_judge(self.data, self.config.evaluation, self._device)
 

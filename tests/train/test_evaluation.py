@@ -14,7 +14,7 @@ from diffmtl_fast.analysis import CleanInception, FrechetDistance, Inception
 from diffmtl_fast.analysis.features import Classifier, precision_recall
 from diffmtl_fast.train.config import Component, Evaluation
 from diffmtl_fast.train.data import digits
-from diffmtl_fast.train.evaluation import build_features, build_judge, evaluate, judge_by_classifier
+from diffmtl_fast.train.evaluation import build_features, build_judge
 
 
 def test_precision_and_recall():
@@ -50,7 +50,9 @@ def test_classifier_knows_the_digits(data):
 
 
 def test_real_images_meet_the_floor_and_noise_the_ceiling(data):
-    figures = evaluate(judge_by_classifier(data), data.test, data.test_labels, seed=0)
+    figures = build_judge(data, Evaluation(), torch.device("cpu")).evaluate(
+        data.test, data.test_labels, seed=0
+    )
     assert figures["samples"] == figures["floor"]
     assert figures["floor"]["frechet_distance"] < 2.0
     assert figures["floor"]["precision"] > 0.85
@@ -65,7 +67,7 @@ def test_features_by_import_path(data):
         data, Evaluation(features=Component("torch.nn.Flatten"), num_real=1000), torch.device("cpu")
     )
     assert np.array_equal(judge.real, data.train[:1000].flatten(1).double().numpy())
-    figures = evaluate(judge, data.test, data.test_labels, seed=0)
+    figures = judge.evaluate(data.test, data.test_labels, seed=0)
     assert figures["samples"] == figures["floor"]
     assert set(figures["floor"]) == {"frechet_distance", "precision", "recall"}
     expected = FrechetDistance(judge.real)(data.test.flatten(1).double().numpy())

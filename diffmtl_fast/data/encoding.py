@@ -20,7 +20,7 @@ from .._progress import open_progress
 from .autoencoder import Autoencoder
 from .images import ImageData
 from .items import Batch, Conditions, Items, UnreadableSamples, as_it_is, read, stacked
-from .latents import INDEX
+from .latent_files import INDEX
 from .sources import FileData
 
 
