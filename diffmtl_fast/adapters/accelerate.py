@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -31,14 +33,30 @@ def prepare(accelerator: Accelerator, mtl: ClusteredMTL) -> ClusteredMTL:
     return prepared
 
 
-def backward(accelerator: Accelerator, mtl: ClusteredMTL, loss: Tensor) -> None:
-    """Run ``mtl.backward`` in the place of ``accelerator.backward``.
+@contextmanager
+def accumulate(accelerator: Accelerator, mtl: ClusteredMTL) -> Iterator[None]:
+    """Take the place of ``accelerator.accumulate(model)``, around forward, backward and the optimizer's step.
 
-    The losses are divided by the number of accumulated batches, and float16's scaler is passed on.
+    The batches of a step are weighed as one, and processes exchange gradients once; see `ClusteredMTL.no_sync`.
+
+    Args:
+        accelerator: that has prepared the wrapper.
+        mtl: the wrapper.
+    """
+    with accelerator.accumulate(mtl), nullcontext() if accelerator.sync_gradients else mtl.no_sync():
+        yield
+
+
+def backward(accelerator: Accelerator, mtl: ClusteredMTL, loss: Tensor) -> None:
+    """Run ``mtl.backward`` in the place of ``accelerator.backward``, with float16's scaler.
+
+    Within `accumulate` losses are means over the samples of all batches of a step. Where every batch is weighed by
+    itself they are divided by the number of batches.
 
     Args:
         accelerator: that has prepared the wrapper.
         mtl: the wrapper.
         loss: losses of the samples, [B].
     """
-    mtl.backward(loss / accelerator.gradient_accumulation_steps, scaler=accelerator.scaler)
+    batches = 1 if mtl.accumulates else accelerator.gradient_accumulation_steps
+    mtl.backward(loss / batches, scaler=accelerator.scaler)

@@ -20,6 +20,7 @@ from .._torch import fully_sharded_modules, sparse_values
 from ..distributed import (
     Alone,
     Arrivals,
+    GivenGroup,
     PlainArrivals,
     Ranks,
     Replicas,
@@ -177,7 +178,7 @@ class ClusteredMTL(nn.Module):
         self.drop_nonfinite = drop_nonfinite
         self.measure_gramian = False
         self.last: StepRecord | None = None
-        self._process_group = process_group
+        self._process_group = None if process_group is None else GivenGroup(process_group)
         self._replicas = Alone()
         self._engine: Engine | FullyShardedEngine = Engine(
             model, num_clusters, engine, memory, shared, jacobian_dtype
@@ -247,12 +248,12 @@ class ClusteredMTL(nn.Module):
             only = self._replicas.only_cluster(layout.clusters.sizes(layout.batch_size))
         by_cluster, changed = layout is not None and only is None, False
         if by_cluster:
-            if isinstance(self._engine, FullyShardedEngine) and self._accumulates():
+            if isinstance(self._engine, FullyShardedEngine) and self.accumulates:
                 raise ValueError(
                     "no_sync(): expected a model that is not sharded, found one in fully_shard, whose processes "
                     "meet in every backward; leave it out, and every backward weighs its own batch"
                 )
-            if self.memory == "lean" and self._accumulates():
+            if self.memory == "lean" and self.accumulates:
                 raise ValueError("memory='lean': expected no no_sync(), found it; use memory='full'")
             if self.memory == "lean" and isinstance(self._replicas, Replicas):
                 raise ValueError(
@@ -269,7 +270,8 @@ class ClusteredMTL(nn.Module):
         """Find the processes that train together; at their first step they settle that they do the same."""
         refuse_outer_wrapper(self)
         fully_sharded = isinstance(self._engine, FullyShardedEngine)
-        group = find_group(self._process_group, 1 if fully_sharded else 2)
+        given = None if self._process_group is None else self._process_group.group
+        group = find_group(given, 1 if fully_sharded else 2)
         if group is None:
             self._replicas = Alone()
             return
@@ -357,7 +359,9 @@ class ClusteredMTL(nn.Module):
         finally:
             self._syncing = before
 
-    def _accumulates(self) -> bool:
+    @property
+    def accumulates(self) -> bool:
+        """Whether the next backward belongs to a step of several, because of `no_sync`."""
         return not self._syncing or self._accumulation is not None
 
     def _accumulate(
@@ -487,7 +491,7 @@ class ClusteredMTL(nn.Module):
     def _needs_gradients_by_cluster(self) -> bool:
         weighting = self.weighting
         asked = isinstance(weighting, GramianWeighting) and weighting.needs_gramian
-        return asked or self.measure_gramian or self.drop_nonfinite or self._accumulates()
+        return asked or self.measure_gramian or self.drop_nonfinite or self.accumulates
 
     def _backward_losses(self, losses: Tensor, present: Tensor, scale: Tensor | None) -> None:
         """One plain backward of the weighted loss."""
@@ -613,7 +617,13 @@ class ClusteredMTL(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Start anew when copied or pickled: a graph that waits for its backward is not the copy's."""
-        return self.__dict__ | {"_step": None, "_accumulation": None, "_replicas": Alone()}
+        fresh = {
+            "_step": None,
+            "_accumulation": None,
+            "_replicas": Alone(),
+            "_plain_arrivals": PlainArrivals(),
+        }
+        return self.__dict__ | fresh
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the model's own state, under the model's own names.
