@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -40,17 +42,30 @@ def prepare(accelerator: Accelerator, mtl: ClusteredMTL) -> ClusteredMTL:
     return mtl.to(accelerator.device) if accelerator.device_placement else mtl
 
 
-def backward(accelerator: Accelerator, mtl: ClusteredMTL, loss: Tensor) -> None:
-    """Run ``mtl.backward`` in the place of ``accelerator.backward``.
+@contextmanager
+def accumulate(accelerator: Accelerator, mtl: ClusteredMTL) -> Iterator[None]:
+    """Take the place of ``accelerator.accumulate(model)``, around forward, backward and the optimizer's step.
 
-    float16's scaler is passed on. Where every batch is weighed by itself, losses are divided by the number of
-    accumulated batches. In several processes ``accelerator.accumulate(mtl)`` has the batches weighed as one, by
-    `ClusteredMTL.no_sync`, whose losses are means over all of them already.
+    The batches of a step are weighed as one, and processes exchange gradients once; see `ClusteredMTL.no_sync`.
+
+    Args:
+        accelerator: that has prepared the wrapper.
+        mtl: the wrapper.
+    """
+    with accelerator.accumulate(mtl), nullcontext() if accelerator.sync_gradients else mtl.no_sync():
+        yield
+
+
+def backward(accelerator: Accelerator, mtl: ClusteredMTL, loss: Tensor) -> None:
+    """Run ``mtl.backward`` in the place of ``accelerator.backward``, with float16's scaler.
+
+    Within `accumulate` losses are means over the samples of all batches of a step. Where every batch is weighed by
+    itself they are divided by the number of batches.
 
     Args:
         accelerator: that has prepared the wrapper.
         mtl: the wrapper.
         loss: losses of the samples, [B].
     """
-    parts = 1 if mtl.accumulates else accelerator.gradient_accumulation_steps
-    mtl.backward(loss / parts, scaler=accelerator.scaler)
+    batches = 1 if mtl.accumulates else accelerator.gradient_accumulation_steps
+    mtl.backward(loss / batches, scaler=accelerator.scaler)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from .arrivals import Arrivals, PlainArrivals, refuse_sparse
 from .ranks import Ranks
-from .replicas import Alone, Replicas, find_group, refuse_outer_wrapper
+from .replicas import Alone, GivenGroup, Replicas, find_group, refuse_outer_wrapper
 from .settling import settle
 from .sharded_jacobian import ShardedJacobian
 
 __all__ = [
     "Alone",
     "Arrivals",
+    "GivenGroup",
     "PlainArrivals",
     "Ranks",
     "Replicas",

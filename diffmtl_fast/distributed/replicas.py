@@ -28,6 +28,31 @@ if TYPE_CHECKING:
     from ..gradients.stores import Gradients, Jacobian, Rows, Store
 
 
+class GivenGroup:
+    """A process group that somebody chose: copies share it, and it stays in its process.
+
+    Args:
+        group: the process group.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GivenGroup:
+        return self
+
+    def __reduce__(self) -> str:
+        """Refuse to be pickled.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "process_group: expected none in a ClusteredMTL that is pickled, found one, which exists in its own "
+            "process alone; save mtl.state_dict() and mtl.weighting.state_dict()"
+        )
+
+
 def find_group(given: dist.ProcessGroup | None, at_least: int = 2) -> dist.ProcessGroup | None:
     """Return the process group of several processes to train with: the given one or the world; None where alone.
 

@@ -20,6 +20,7 @@ from .._torch import fully_sharded_modules, sparse_values
 from ..distributed import (
     Alone,
     Arrivals,
+    GivenGroup,
     PlainArrivals,
     Ranks,
     Replicas,
@@ -179,7 +180,7 @@ class ClusteredMTL(nn.Module):
         self.drop_nonfinite = drop_nonfinite
         self.measure_gramian = False
         self.last: StepRecord | None = None
-        self._process_group = process_group
+        self._process_group = None if process_group is None else GivenGroup(process_group)
         self._replicas = Alone()
         self._engine: Engine | FullyShardedEngine = Engine(
             model, num_clusters, engine, memory, shared, jacobian_dtype
@@ -285,7 +286,8 @@ class ClusteredMTL(nn.Module):
         """Find the processes that train together; at their first step they settle that they do the same."""
         refuse_outer_wrapper(self)
         fully_sharded = isinstance(self._engine, FullyShardedEngine)
-        group = find_group(self._process_group, 1 if fully_sharded else 2)
+        given = None if self._process_group is None else self._process_group.group
+        group = find_group(given, 1 if fully_sharded else 2)
         if group is None:
             self._replicas = Alone()
             return
@@ -381,7 +383,7 @@ class ClusteredMTL(nn.Module):
 
     @property
     def accumulates(self) -> bool:
-        """Whether the next backward belongs to batches that are weighed as one; see `no_sync`."""
+        """Whether the next backward belongs to a step of several, because of `no_sync`."""
         return not self._syncing or self._accumulation is not None
 
     def _accumulate(
@@ -684,7 +686,14 @@ class ClusteredMTL(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Start anew when copied or pickled: a graph that waits for its backward is not the copy's."""
-        return self.__dict__ | {"_step": None, "_accumulation": None, "_replicas": Alone(), "_calls": None}
+        fresh = {
+            "_step": None,
+            "_accumulation": None,
+            "_replicas": Alone(),
+            "_plain_arrivals": PlainArrivals(),
+            "_calls": None,
+        }
+        return self.__dict__ | fresh
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Give a copy a lock of its own."""

@@ -38,6 +38,20 @@ def test_the_state_of_the_weighting_comes_back(tmp_path):
         assert torch.equal(value, saved[name])
 
 
+def test_batches_of_a_step_are_weighed_as_one():
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 3), torch.randn(8, 3)
+    alone = dm.ClusteredMTL(copy.deepcopy(model), 2, dm.PCGrad())
+    alone.backward(alone(x, cluster=torch.cat([CLUSTER, CLUSTER])).square().mean(1))
+    mtl = adapter.prepare(accelerator, dm.ClusteredMTL(model, 2, dm.PCGrad()))
+    for part in x.split(4):
+        assert model.weight.grad is None
+        with adapter.accumulate(accelerator, mtl):
+            adapter.backward(accelerator, mtl, mtl(part, cluster=CLUSTER).square().mean(1))
+    torch.testing.assert_close(model.weight.grad, alone.module.weight.grad)
+
+
 def test_accumulated_steps_are_those_of_the_wrapper():
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
     torch.manual_seed(0)

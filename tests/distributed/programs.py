@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
+import pickle
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
@@ -326,6 +328,33 @@ def departures(layout: Any, weighting: str = "pcgrad", **options: Any) -> tuple[
         assert left[0] == 0
         early = step_again()
     return left, early, late
+
+
+def copies() -> tuple[list[dict[str, Tensor | None]], str]:
+    """Return the gradients of a wrapper with a process group, of its copy and of a pickled one, and an error."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    batch, found, error = batches("sorted", ranks, torch.float64)[rank], [], ""
+    for group in (dist.new_group(list(range(ranks))), None):
+        mtl = dm.ClusteredMTL(make_model(torch.float64), K, make_weighting("pcgrad"), process_group=group)
+        step(mtl, batch)
+        with pytest.raises(TypeError) if group is not None else nullcontext() as refused:
+            other = pickle.loads(pickle.dumps(mtl))
+        error = str(refused.value) if group is not None else error
+        for each in (mtl, copy.deepcopy(mtl) if group is not None else other):
+            each.zero_grad()
+            step(each, batch)
+            found.append(outcome(each).grads)
+    return found, error
+
+
+def clipped(layout: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the norm of a step, what PyTorch finds, and what is left after clipping by the former to its half."""
+    mtl = dm.ClusteredMTL(make_model(torch.float64), K, make_weighting("pcgrad"))
+    step(mtl, batches(layout, dist.get_world_size(), torch.float64)[dist.get_rank()])
+    parameters, norm = list(mtl.module.parameters()), mtl.last.grad_norm
+    theirs = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    nn.utils.clip_grads_with_norm_(parameters, 0.5 * float(norm), norm)
+    return norm, theirs, nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 class Trouble(nn.Module):

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from programs import LAYOUTS, assert_exact, expected, relative, train, train_for_some_time
+from programs import (
+    LAYOUTS,
+    assert_exact,
+    clipped,
+    copies,
+    expected,
+    relative,
+    train,
+    train_for_some_time,
+)
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 GROUPED, SLICED = {"engine": "grouped"}, {"engine": "sliced"}
@@ -99,6 +108,22 @@ def test_training_keeps_ranks_in_step(on_ranks, weighting):
     for name, value in found[0].items():
         assert torch.equal(value, found[1][name]), name
         assert (value - alone[name]).abs().max() <= 1e-6 * alone[name].abs().max().clamp(min=1e-3), name
+
+
+def test_copies_share_a_group_that_is_not_pickled(on_ranks):
+    for grads, error in on_ranks(2, copies):
+        assert error.startswith("process_group: expected none in a ClusteredMTL that is pickled, found one")
+        for other in grads[1:]:
+            for name, grad in grads[0].items():
+                assert grad is other[name] is None or torch.equal(grad, other[name]), name
+
+
+def test_the_norm_clips(on_ranks):
+    wanted = expected(UNEQUAL, 2, "pcgrad", torch.float64)
+    for norm, theirs, clipped_norm in on_ranks(2, clipped, UNEQUAL):
+        assert relative(norm, wanted.grad_norm) <= 1e-9
+        assert relative(theirs, wanted.grad_norm) <= 1e-9
+        assert abs(float(clipped_norm) / float(norm) - 0.5) <= 1e-5  # PyTorch adds 1e-6
 
 
 @pytest.mark.parametrize("weighting", ["uw", "pcgrad"])
