@@ -271,7 +271,7 @@ def sharded_gradients_summed(model: nn.Module, reduce_scatter: Any = None) -> It
         reduce_scatter: what takes the reduce-scatter's place, if anything; see `set_custom_reduce_scatter`.
             Nothing is then reduced between replicas.
     """
-    settings = {
+    settings: dict[str, Any] = {
         "gradient_divide_factor": 1.0,
         "force_sum_reduction_for_comms": True,
         "reduce_scatter_unused_params": True,

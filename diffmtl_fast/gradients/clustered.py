@@ -522,7 +522,7 @@ class ClusteredMTL(nn.Module):
         """
         weighting = self.weighting
         asked = isinstance(weighting, GramianWeighting) and weighting.needs_gramian
-        others = asked or self.drop_nonfinite or self._accumulates()
+        others = asked or self.drop_nonfinite or self.accumulates
         return self.measure_gramian and not others and not isinstance(self._replicas, Replicas)
 
     def _backward_losses(
@@ -552,7 +552,9 @@ class ClusteredMTL(nn.Module):
                 for each, by_output in zip(step.passes, slopes, strict=True):
                     assert each.repeat is not None
                     repeated.append(each.repeat.objective(self._engine, again, by_output))
-                gramian: Tensor = self._collect(again, torch.stack(repeated).sum(), None).gramian()
+                store = self._store(again, None)
+                self._collect(again, torch.stack(repeated).sum(), store)
+                gramian: Tensor = store.gramian()
         finally:
             before.restore()
         self._engine.release()

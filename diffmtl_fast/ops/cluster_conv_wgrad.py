@@ -109,9 +109,9 @@ def cluster_conv_wgrad(
         [K, O, I / groups, *kernel_size], zeros for an empty cluster; `out`, or a new tensor in the dtype of the
         inputs. Sums are formed in float32 at least. Autocast does not change it. Where PyTorch's own convolutions
         do the work — on accelerators, and on the CPU for groups of few channels and for large products of 16-bit
-        numbers that the processor has an instruction for — the result is rounded to the dtype of the inputs on its
-        way into `out`, and whether the same inputs give the same bits is theirs to say. An element of x that is not
-        finite may make all weights of its input channel, in its cluster, so.
+        numbers that the processor has an instruction for — the result is rounded to the dtype of the inputs on
+        its way into `out`, and whether the same inputs give the same bits is theirs to say. An element of x that
+        is not finite may make all weights of its input channel, in its cluster, so.
 
     Raises:
         TypeError: a dtype is not as stated.
