@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -539,102 +539,64 @@ def check(config: Config) -> Config:
     Raises:
         UserError: they do not.
     """
-    if config.loss.args and config.loss.weight == "none":
-        raise UserError(f"loss.args: expected none without a loss.weight, found {config.loss.args}")
-    if config.loss.nonfinite == "drop" and not config.balanced:
-        raise UserError(
-            f"loss.nonfinite: expected stop with method {config.method}, which knows no clusters, found drop"
-        )
-    if config.weigh_per == "step" and config.compute.memory == "lean":
-        raise UserError(
-            "weigh_per: expected batch with compute.memory lean, which keeps no Jacobian, found step"
-        )
-    if config.compute.sharding != "none":
-        for key, found in (("weigh_per", config.weigh_per), ("precision", config.precision)):
-            if found in ("step", "fp16"):
-                raise UserError(f"{key}: expected another than {found} with compute.sharding, found {found}")
-        if config.sigma_rels:
-            raise UserError(f"sigma_rels: expected [] with compute.sharding, found {config.sigma_rels}")
-        looks = {
-            "evaluation.validation_every": config.evaluation.validation_every,
-            "logging.pictures_every": config.logging.pictures_every,
-        }
-        for key, every in looks.items():
-            if every:  # the first process alone looks, and no process holds the averages
-                raise UserError(f"{key}: expected 0 with compute.sharding, found {every}")
     for key, widths in (("sigma_rels", config.sigma_rels), ("sampling", [config.sampling.sigma_rel])):
         for width in filter(None, widths):
             with blame(key):
                 exponent(width)
-    if config.sampling.sigma_rel is not None and len(set(config.sigma_rels)) < 2:
-        raise UserError(
-            "sampling.sigma_rel: expected null, or at least two sigma_rels that the run has kept, found "
-            f"{config.sampling.sigma_rel} with {config.sigma_rels}"
-        )
-    if config.evaluation.num_samples in range(1, NEIGHBOURS + 1):
-        raise UserError(
-            f"evaluation.num_samples: expected 0 or more than {NEIGHBOURS}, found {config.evaluation.num_samples}"
-        )
-    for key, every in (
-        ("evaluation.validation_every", config.evaluation.validation_every),
-        ("logging.pictures_every", config.logging.pictures_every),
-    ):
-        if every % config.logging.every:
-            raise UserError(
-                f"{key}: expected a multiple of logging.every {config.logging.every}, found {every}"
-            )
-    if config.logging.pictures_every and not (config.logging.tensorboard or config.logging.wandb):
-        raise UserError(
-            "logging.pictures_every: expected 0 without logging.tensorboard and logging.wandb, found "
-            f"{config.logging.pictures_every}"
-        )
-    _check_clusters("clusters", config.clusters)
-    _check_clusters("curriculum.clusters", config.curriculum.clusters)
-    if config.curriculum.order != "none" and config.timesteps.sampler is not None:
-        raise UserError(
-            "timesteps.sampler: expected null with a curriculum, which draws the timesteps, found "
-            f"{config.timesteps.sampler!r}"
-        )
-    _check_interval(config)
-    components = {
-        "model": config.model,
-        "scheduler": config.scheduler,
-        "data": config.data,
-        "sampling.scheduler": config.sampling.scheduler,
-        "evaluation.features": config.evaluation.features,
-    }
-    for key, component in components.items():
-        automatic = component.path == "auto" and key in ("sampling.scheduler", "evaluation.features")
-        if "." not in component.path and not automatic:
-            raise UserError(
-                f"{key}.path: expected an import path such as package.Class, found {component.path!r}"
-            )
+    for fits, key, expected, found in _rules(config):
+        if not fits:
+            raise UserError(f"{key}: expected {expected}, found {found}")
     return config
 
 
-def _check_clusters(key: str, clusters: Clusters) -> None:
-    clip = clusters.clip
-    if clip is not None and not (len(clip) == 2 and clip[0] < clip[1]):
-        raise UserError(f"{key}.clip: expected [low, high] with low < high, or null, found {clip!r}")
-    if (clusters.cost == "affinity") != (clusters.affinity is not None):
-        raise UserError(
-            f"{key}.affinity: expected a .npy or .json file with cost affinity and none with another cost, "
-            f"found {clusters.affinity!r} with cost {clusters.cost}"
-        )
-
-
-def _check_interval(config: Config) -> None:
-    interval = config.timesteps.interval
-    if interval is None:
-        return
-    if len(interval) != 2 or not 0 <= interval[0] < interval[1]:
-        raise UserError(
-            f"timesteps.interval: expected [first, end] with 0 <= first < end, found {interval!r}"
-        )
-    plain = config.method == PLAIN and config.curriculum.order == "none"
-    if not plain or config.timesteps.sampler not in (None, "uniform"):
-        raise UserError(
-            f"timesteps.interval: expected null, or method {PLAIN} without curriculum or sampler, found "
-            f"{interval!r} with method {config.method}, curriculum {config.curriculum.order}, "
-            f"sampler {config.timesteps.sampler}"
-        )
+def _rules(config: Config) -> Iterator[tuple[bool, str, str, Any]]:
+    """Whether options fit, the option that is at fault where they do not, and what was expected and found."""
+    c, loss, interval, sigma_rel = config, config.loss, config.timesteps.interval, config.sampling.sigma_rel
+    method, order, sampler = c.method, c.curriculum.order, c.timesteps.sampler
+    yield not loss.args or loss.weight != "none", "loss.args", "none without a loss.weight", loss.args
+    stop = f"stop with method {method}, which knows no clusters"
+    yield loss.nonfinite == "stop" or c.balanced, "loss.nonfinite", stop, loss.nonfinite
+    full = "batch with compute.memory lean, which keeps no Jacobian"
+    yield c.weigh_per == "batch" or c.compute.memory == "full", "weigh_per", full, c.weigh_per
+    if c.compute.sharding != "none":
+        yield c.weigh_per == "batch", "weigh_per", "batch with compute.sharding", c.weigh_per
+        yield c.precision != "fp16", "precision", "fp32 or bf16 with compute.sharding", c.precision
+        yield not c.sigma_rels, "sigma_rels", "[] with compute.sharding", c.sigma_rels
+    # While training, the first process alone looks, and no process of several in shards holds the averages.
+    every, sinks = c.logging.every, c.logging.tensorboard or c.logging.wandb
+    looks = {
+        "evaluation.validation_every": c.evaluation.validation_every,
+        "logging.pictures_every": c.logging.pictures_every,
+    }
+    for key, look in looks.items():
+        yield not look or c.compute.sharding == "none", key, "0 with compute.sharding", look
+        yield look % every == 0, key, f"a multiple of logging.every {every}", look
+    nowhere = "0 without logging.tensorboard and logging.wandb"
+    shown = c.logging.pictures_every
+    yield not shown or bool(sinks), "logging.pictures_every", nowhere, shown
+    kept = sigma_rel is None or len(set(c.sigma_rels)) > 1
+    two = "null, or at least two sigma_rels that the run has kept"
+    yield kept, "sampling.sigma_rel", two, f"{sigma_rel} with {c.sigma_rels}"
+    few = c.evaluation.num_samples
+    yield few not in range(1, NEIGHBOURS + 1), "evaluation.num_samples", f"0 or more than {NEIGHBOURS}", few
+    for key, clusters in (("clusters", c.clusters), ("curriculum.clusters", c.curriculum.clusters)):
+        clip, affinity, cost = clusters.clip, clusters.affinity, clusters.cost
+        bounds = clip is None or (len(clip) == 2 and clip[0] < clip[1])
+        yield bounds, f"{key}.clip", "[low, high] with low < high, or null", repr(clip)
+        file = "a .npy or .json file with cost affinity and none with another cost"
+        both = (cost == "affinity") == (affinity is not None)
+        yield both, f"{key}.affinity", file, f"{affinity!r} with cost {cost}"
+    drawn = "null with a curriculum, which draws the timesteps"
+    yield order == "none" or sampler is None, "timesteps.sampler", drawn, repr(sampler)
+    if interval is not None:
+        inside = len(interval) == 2 and 0 <= interval[0] < interval[1]
+        yield inside, "timesteps.interval", "[first, end] with 0 <= first < end", repr(interval)
+        plain = method == PLAIN and order == "none" and sampler in (None, "uniform")
+        alone = f"null, or method {PLAIN} without curriculum or sampler"
+        found = f"{interval!r} with method {method}, curriculum {order}, sampler {sampler}"
+        yield plain, "timesteps.interval", alone, found
+    parts = {"model": c.model, "scheduler": c.scheduler, "data": c.data}
+    choices = {"sampling.scheduler": c.sampling.scheduler, "evaluation.features": c.evaluation.features}
+    parts |= {key: part for key, part in choices.items() if part.path != "auto"}
+    for key, part in parts.items():
+        yield "." in part.path, f"{key}.path", "an import path such as package.Class", repr(part.path)

@@ -221,13 +221,9 @@ class Trainer:
                 "seconds": self.seconds,
                 "device": self.device.type,
                 "clusters": self.clusters.to_dict(),
-                "optimizer": self.optimizer.state_dict() if shards is None else None,
-                "schedule": None if self.schedule is None else self.schedule.state_dict(),
-                "scaler": None if self.scaler is None else self.scaler.state_dict(),
-                "weighting": None if self.weighting is None else self.weighting.state_dict(),
+                **{name: part.state_dict() for name, part in self._stateful().items()},
                 "ema_updates": self.ema.updates,
                 "unreadable": sorted(self.unreadable.names),
-                "timesteps": self.timesteps.state_dict(),
                 "history": history.state_dict(),
                 "generator": self.generator.get_state(),
                 "host_generator": None if self._one_generator else self.host_generator.get_state(),
@@ -237,6 +233,17 @@ class Trainer:
             self.config.checkpoints.keep,
             shards,
         )
+
+    def _stateful(self) -> dict[str, Any]:
+        """What has a state of its own, by name in ``state.pt``; the sharded optimizer's is in the shards."""
+        parts = {
+            "optimizer": None if self._in_shards else self.optimizer,
+            "schedule": self.schedule,
+            "scaler": self.scaler,
+            "weighting": self.weighting,
+            "timesteps": self.timesteps,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
 
     def _shards(self) -> dict[str, Any]:
         """What is sharded, as state dicts by name; those of the optimizer by the names of its parameters."""
@@ -286,13 +293,9 @@ class Trainer:
             raise UserError(f"clusters: expected those of {path}, {saved}, found {self.clusters}")
 
     def _load_state(self, state: dict[str, Any], history: History) -> None:
-        if not self._in_shards:
-            self.optimizer.load_state_dict(state["optimizer"])
-        for part, name in ((self.schedule, "schedule"), (self.scaler, "scaler")):
-            if part is not None:
+        for name, part in self._stateful().items():
+            with blame("curriculum") if name == "timesteps" else contextlib.nullcontext():
                 part.load_state_dict(state[name])
-        if self.weighting is not None:
-            self.weighting.load_state_dict(state["weighting"])
         self.ema.updates, self.power_ema.updates = state["ema_updates"], state["iteration"]
         if launched.rank() > 0:  # the saved ones are the first process's
             for generator in (self.generator, self.host_generator):
@@ -303,8 +306,6 @@ class Trainer:
                 self.host_generator.set_state(state["host_generator"])
             history.load_state_dict(state["history"], self.device)
         self.unreadable.names, self._batches = set(state["unreadable"]), None
-        with blame("curriculum"):
-            self.timesteps.load_state_dict(state["timesteps"])
         torch.set_rng_state(state["torch_rng"])
         if state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)

@@ -715,8 +715,8 @@ def test_batches_that_are_weighed_as_one_are_one_big_batch(tiny, tmp_path, monke
     ("options", "message"),
     [
         ({"weigh_per": "step", "compute": {"memory": "lean"}}, "weigh_per: expected batch with compute.memory"),
-        ({"weigh_per": "step", "compute": {"sharding": "fsdp2"}}, "weigh_per: expected another than step with"),
-        ({"precision": "fp16", "compute": {"sharding": "fsdp2"}}, "precision: expected another than fp16 with"),
+        ({"weigh_per": "step", "compute": {"sharding": "fsdp2"}}, "weigh_per: expected batch with compute"),
+        ({"precision": "fp16", "compute": {"sharding": "fsdp2"}}, "precision: expected fp32 or bf16 with compute"),
         ({"sigma_rels": [0.1], "compute": {"sharding": "fsdp2"}}, "sigma_rels: expected [] with compute.sharding"),
         ({"sigma_rels": [0.05, 0.3]}, "sigma_rels: sigma_rel: expected more than 0 and less"),
         ({"sigma_rels": [0.1], "sampling": {"sigma_rel": 0.2}}, "sampling.sigma_rel: expected null, or at least"),
