@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any, Literal
 
 from .._number_types import NonNegativeInt, PositiveInt, Seed, Size
@@ -46,7 +47,8 @@ def encode(
     from .._errors import blame
     from ..train.components import build, resolve_device
 
-    pictures: Any = build("data", data if isinstance(data, Component) else Component(**data))
+    source = data if isinstance(data, Component) else Component(**data)
+    pictures: Any = build("data", source)
     with blame("encode"):
         index = sources.encode(
             pictures,
@@ -61,6 +63,7 @@ def encode(
             workers=workers,
             unreadable=unreadable,
             seed=seed,
+            about={"source": asdict(source)},
         )
     count = sum(shard["count"] for shard in index["shards"])
     print(f"{out}: {count:,} latents {index['shape']}; {len(index['unreadable'])} pictures could not be read")

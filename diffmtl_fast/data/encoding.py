@@ -38,6 +38,7 @@ def encode(
     workers: int = 0,
     unreadable: int = 100,
     seed: int = 0,
+    about: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write the latents of all pictures, with their classes, captions or embeddings, and an index.
 
@@ -58,6 +59,7 @@ def encode(
         workers: processes that read ahead.
         unreadable: most pictures that may be left out because they cannot be read; each is named.
         seed: of the augmentation and of the draws from the posterior.
+        about: what else the index holds and has to be the same where a call goes on: options of the source.
 
     Returns:
         The index: what was asked for, ``shape`` of a latent, ``shards``, ``unreadable`` pictures, ``complete``.
@@ -76,6 +78,7 @@ def encode(
         "sample": sample,
         "dtype": str(dtype).removeprefix("torch."),
         "seed": seed,
+        **(about or {}),
     }
     index = _begun(folder, asked) or {**asked, "shards": [], "unreadable": {}, "complete": False}
     if index["complete"]:
@@ -84,6 +87,9 @@ def encode(
     skipped = UnreadableSamples(unreadable, index["unreadable"])
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
+    write_json(
+        folder / INDEX, index
+    )  # whatever happens to the first shard, the folder is known for what it is
     kinds = [("training", data.training, passes, seed), ("validation", data.validation, 1, None)]
     total = sum(times * len(items) for _, items, times, _ in kinds if items is not None)
     with contextlib.closing(open_progress(total, _pictures(index), unit="pictures")) as progress:
@@ -120,7 +126,7 @@ def _begun(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     Raises:
         ValueError: the folder holds something else, or was begun with other arguments.
     """
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or all(path.name.startswith(".") for path in folder.iterdir()):
         return None
     if not (folder / INDEX).is_file():
         raise ValueError(

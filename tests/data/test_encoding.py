@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from diffmtl_fast._files import write_json
 from diffmtl_fast.cli import main
 from diffmtl_fast.data import Autoencoder, EpochOrder, ImageData, batches, encode, image_folder, latents
 
@@ -165,6 +166,28 @@ def test_a_stopped_call_goes_on_to_the_same_bits(tmp_path, autoencoder, folder, 
         assert path.read_bytes() == (out / path.name).read_bytes()
 
 
+def test_a_shard_that_the_index_does_not_know_is_written_anew(tmp_path, autoencoder, folder, monkeypatch):
+    place, _ = autoencoder()
+    source = image_folder(str(folder), 8, held_out=0.0)
+    written = []
+
+    def killed(path, index):
+        written.append(path)
+        if len(written) == 2:  # the first shard is there, the index of it is not
+            raise KeyboardInterrupt
+        write_json(path, index)
+
+    monkeypatch.setattr("diffmtl_fast.data.encoding.write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        encode(source, place, str(tmp_path / "z"), shard_size=8)
+    assert (tmp_path / "z" / "training-00000.safetensors").exists()
+    (tmp_path / "z" / ".tmp-1-training-00001.safetensors").touch()
+    index = encode(source, place, str(tmp_path / "z"), shard_size=8)
+    assert [shard["count"] for shard in index["shards"]] == [7, 8, 4]
+    assert len(latents(str(tmp_path / "z")).training) == 19
+    assert not list((tmp_path / "z").glob(".tmp-*"))
+
+
 def test_captions_and_embeddings_are_kept(tmp_path, autoencoder):
     place, _ = autoencoder()
     for name, values in (("captions", [f"é {i}" for i in range(5)]), ("embeddings", torch.randn(5, 3, 2))):
@@ -226,6 +249,7 @@ def test_the_command(tmp_path, autoencoder, folder, capsys, monkeypatch):
     assert json.loads((tmp_path / "z" / "index.json").read_text())["complete"]
     for changes, message in (
         (["--unreadable", "0", "--out", "none"], "unreadable: expected at most 0 files"),
+        (["--data.args.flip", "true"], "source: expected {'path': 'diffmtl_fast.data.image_folder'"),
         (["--dtype", "float16"], "dtype: expected 'float32', as z was begun with, found 'float16'"),
         (["--out", "set"], "out: expected a new or empty folder"),
         (["--autoencoder", "set", "--out", "none2"], "found no config.json in set"),
