@@ -30,6 +30,7 @@ class Group(StrEnum):
 
 
 TYPICAL_K = 5  # clusters, as in the published experiments
+MANY_K = 20
 
 OURS = "diffmtl_fast"
 DDP_STEP = "step of DistributedDataParallel"

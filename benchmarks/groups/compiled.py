@@ -11,10 +11,10 @@ from dataclasses import replace
 
 from benchmarks.benchmark import Benchmark, Options
 from benchmarks.groups.step import benchmark, settings
-from benchmarks.names import TYPICAL_K, Group
+from benchmarks.names import MANY_K, TYPICAL_K, Group
 from benchmarks.step_implementations import compiled_ways
 
-KS = (TYPICAL_K, 20)
+KS = (TYPICAL_K, MANY_K)
 
 
 def benchmarks(options: Options) -> Iterator[Benchmark]:

@@ -18,7 +18,7 @@ import diffmtl_fast as dm
 from benchmarks.benchmark import Benchmark, Options
 from benchmarks.harness import Candidate, GateError, relative_error
 from benchmarks.models import MODELS, TITLES, Case
-from benchmarks.names import TYPICAL_K, Group
+from benchmarks.names import MANY_K, TYPICAL_K, Group
 from benchmarks.reference import (
     cluster_gradients,
     nash_residual,
@@ -182,11 +182,11 @@ def benchmarks(options: Options) -> Iterator[Benchmark]:
 def settings(options: Options) -> list[Setting]:
     """Return what to measure: the typical K of every model and batch size, and other K at the first batch size.
 
-    Unless everything is measured, other K are of one model alone.
+    Unless everything is measured, other K are of one model alone, and the largest of the UNet, too, for its goal.
     """
     large = ("dit-s2", "dit-b2") if options.gpu else ("dit", "unet", "diffusers-dit")
     models = options.models or options.pick(("tiny",), large)
-    ks = options.pick((TYPICAL_K,), (2, TYPICAL_K, 10, 20))
+    ks = options.pick((TYPICAL_K,), (2, TYPICAL_K, 10, MANY_K))
     batches = (
         (options.batch,) if options.batch else (256,) if options.gpu else options.pick((10,), (40,), (40, 20))
     )
@@ -194,7 +194,8 @@ def settings(options: Options) -> list[Setting]:
     return [
         Setting(model, batch, k, options.device, options.gpu)
         for model, batch, k in product(models, batches, ks)
-        if k == TYPICAL_K or (batch == batches[0] and (options.full or model == curve))
+        if k == TYPICAL_K
+        or (batch == batches[0] and (options.full or model == curve or (model == "unet" and k == MANY_K)))
     ]
 
 

@@ -17,6 +17,7 @@ from benchmarks.names import (
     GRAMIAN_WEIGHTS,
     KMEANS1D,
     LOOP,
+    MANY_K,
     NASH_WEIGHTS,
     OURS,
     PARALLEL_PCGRAD,
@@ -169,6 +170,10 @@ def _goals() -> Iterator[Goal]:
         title = f"{weighting} step / plain step"
         yield Goal(title, step, _engines(weighting), 1.15, 1.05, five, device="cpu")
         yield Goal(title, step, _engines(weighting), 1.10, 1.03, five, device="cuda")
+    for model, bar, stretch in (("dit", 1.15, 1.10), ("unet", 1.30, 1.20)):
+        title = f"{TITLES[model]}, K = {MANY_K}: PCGrad step / plain step"
+        many = {"k": MANY_K, "model": model, "batch": 40}
+        yield Goal(title, step, (engine_step("grouped", "PCGrad"),), bar, stretch, many, device="cpu")
     for title, way in (("UncertaintyWeighting", UNCERTAINTY), ("DifficultyCurriculum", CURRICULUM)):
         yield Goal(f"{title} step / plain step", step, (way,), 1.02, 1.01, five)
     for model, bars in _COMPILED_BARS.items():

@@ -219,7 +219,8 @@ def test_every_k_at_the_first_batch_size_and_the_typical_one_at_the_others() -> 
 def test_settings_follow_the_device() -> None:
     cpu, gpu = step.settings(Options("cpu")), step.settings(Options("cuda:1"))
     assert [(s.model, s.batch, s.k, s.autocast) for s in cpu] == [
-        *(("dit", 40, k, False) for k in (2, 5, 10, 20)), ("unet", 40, 5, False), ("diffusers-dit", 40, 5, False)
+        *(("dit", 40, k, False) for k in (2, 5, 10, 20)), *(("unet", 40, k, False) for k in (5, 20)),
+        ("diffusers-dit", 40, 5, False),
     ]  # fmt: skip
     assert [(s.model, s.batch, s.autocast) for s in gpu] == [("dit-s2", 256, True), ("dit-b2", 256, True)]
     assert [s.batch for s in step.settings(Options("cuda", batch=8))] == [8, 8]
