@@ -245,7 +245,7 @@ RUNS = [
     {"method": "nash", "optimizer": {"clip": 1.0}, "compute": {"engine": "sliced"}},
     {"method": "uw", "loss": {"nonfinite": "drop"}},
     {"method": "uw", **UNCONDITIONED},
-    {"method": "continuous_uncertainty"},
+    {"method": "continuous_uw"},
     *(
         {"method": PLAIN, "timesteps": {"sampler": s}}
         for s in ("second_moment", "loss", "speed", "stratified")
