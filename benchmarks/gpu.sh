@@ -8,15 +8,22 @@
 #   benchmarks/gpu.sh [FOLDER]          results, logs and report.md go there; default runs/gpu
 #
 # torch and what the `train` and `bench` extras name have to be installed; peers that are not are reported by name.
-# Every part has a time limit, and what an interrupted part had measured is kept. Variables, with their defaults:
+# Every part has a time limit, and what an interrupted part had measured is kept. All that there is to measure, and the
+# whole suite, natively and with CUDA graphs, take some hours:
+#
+#   TIME=14400 SCALE=full BATCH="256 64" MODELS="dit-s2 dit-b2 dit-l2 unet" TESTS=tests benchmarks/gpu.sh FOLDER
+#
+# Variables, with their defaults:
 #   PYTHON=python3  DEVICE=cuda  MODELS="dit-s2 dit-b2"  BATCH=256  SCALE=default  TIME=600 (seconds)
-#   TESTS="tests/kernels tests/ops tests/gradients"  INSTALL=1  SANITIZER=compute-sanitizer
+#   TESTS="tests/kernels tests/ops tests/gradients tests/train/test_synchronisation.py"  INSTALL=1  SANITIZER=compute-sanitizer
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-runs/gpu}
-python=${PYTHON:-python3} device=${DEVICE:-cuda} batch=${BATCH:-256} scale=${SCALE:-default} install=${INSTALL:-1}
+python=${PYTHON:-python3} device=${DEVICE:-cuda} scale=${SCALE:-default} install=${INSTALL:-1}
 read -ra models <<<"${MODELS:-dit-s2 dit-b2}"
-read -ra tests <<<"${TESTS:-tests/kernels tests/ops tests/gradients}"
+read -ra batches <<<"${BATCH:-256}"
+batch=${batches[0]}
+read -ra tests <<<"${TESTS:-tests/kernels tests/ops tests/gradients tests/train/test_synchronisation.py}"
 sanitizer=${SANITIZER:-compute-sanitizer}
 mkdir -p "$out" || exit 2
 out=$(cd "$out" && pwd)
@@ -78,8 +85,13 @@ cores=$(nproc)
 part required tests 110 "$python" -m pytest -q -p no:cacheprovider "${workers[@]}" "${tests[@]}"
 bench required roofline 80 --groups ops --no-memory
 for model in "${models[@]}"; do
-  bench required "step_$model" $((180 / ${#models[@]})) --groups step --models "$model"
+  for batch in "${batches[@]}"; do
+    name=step_$model
+    ((${#batches[@]} == 1)) || name+=_$batch
+    bench required "$name" $((180 / ${#models[@]} / ${#batches[@]})) --groups step --models "$model"
+  done
 done
+batch=${batches[0]}
 bench required weights 25 --groups weights --no-compile --no-memory
 bench required end_to_end 55 --groups training --no-compile --no-memory
 

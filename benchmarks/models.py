@@ -190,6 +190,12 @@ def dit_b2(batch_size: int, num_clusters: int) -> Case:
     return Case("DiT-B/2", model, _batch(4, 32, batch_size, num_clusters), num_clusters, {})
 
 
+def dit_l2(batch_size: int, num_clusters: int) -> Case:
+    """Return DiT-L/2 on latents of 32×32×4, without labels: width 1024, 24 layers, 256 tokens, 457M parameters."""
+    model = DiT(width=1024, depth=24, heads=16, channels=4, size=32)
+    return Case("DiT-L/2", model, _batch(4, 32, batch_size, num_clusters), num_clusters, {})
+
+
 def unet(batch_size: int, num_clusters: int) -> Case:
     """Return a diffusers UNet2DModel: two levels of 64 and 128 channels, attention in the lower, 16×16 images."""
     model = require("diffusers", "train").UNet2DModel(
@@ -298,6 +304,7 @@ MODELS: dict[str, Callable[[int, int], Case]] = {
     "sd3": sd3,
     "dit-s2": dit_s2,
     "dit-b2": dit_b2,
+    "dit-l2": dit_l2,
 }
 #: as tables call them
 TITLES = {
@@ -311,4 +318,5 @@ TITLES = {
     "sd3": "SD3Transformer2DModel",
     "dit-s2": "DiT-S/2",
     "dit-b2": "DiT-B/2",
+    "dit-l2": "DiT-L/2",
 }

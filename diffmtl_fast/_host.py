@@ -13,6 +13,9 @@ from ._torch import version
 # Of clusters on an accelerator: how often they had been written to, and their counts.
 _counts: MutableMapping[Tensor, tuple[int, list[int]]] = WeakTensorKeyDictionary()
 
+# What CUDA graphs upload: every replay reads it again.
+_READ_BY_GRAPHS: list[Tensor] = []
+
 # The devices whose values the host reads without waiting, and those that copy from pinned memory by themselves.
 _READABLE = {"cpu"}
 _PINS = {"cuda"}
@@ -31,6 +34,10 @@ def pins(device: torch.device) -> bool:
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a tensor on a device; the host does not wait for a copy from its own memory to a GPU."""
     if tensor.device.type == "cpu" and pins(device):
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            # Memory of PyTorch's, pinned or not, would go to others before a replay reads it.
+            _READ_BY_GRAPHS.append(tensor.clone())
+            return _READ_BY_GRAPHS[-1].to(device, non_blocking=True)
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 

@@ -59,6 +59,10 @@ class Remote(torch.Tensor):
     def __repr__(self):
         return f"Remote({self.values})"
 
+    def tolist(self):
+        Accelerator.current.note("_local_scalar_dense")
+        return self.values.tolist()
+
     def data_ptr(self):
         return self.values.data_ptr()
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import ops
 from .._host import upload
 from .._torch import data_parallel_processes, fully_sharded_modules
+from ..ops.cluster_mean import cluster_sizes
 from .arrivals import PlainArrivals
 from .buckets import Workspace
 from .gradient_sums import GradientSums
@@ -119,7 +120,7 @@ class Alone:
         this is of the batches together.
         """
         if earlier is not None:
-            counts = torch.bincount(cluster, minlength=num_clusters)
+            counts = cluster_sizes(cluster, num_clusters)
             totals = earlier + torch.stack(
                 [counts, ops.cluster_mean(loss.detach(), cluster, num_clusters) * counts]
             )
@@ -211,7 +212,7 @@ class Replicas(Alone):
             ValueError: ranks differ in what they are about to do, or none has samples.
         """
         local = ops.cluster_mean(loss, cluster, num_clusters)
-        counts = torch.bincount(cluster, minlength=num_clusters)
+        counts = cluster_sizes(cluster, num_clusters)
         sums = local.detach().double() * counts
         settings = counts.new_tensor([by_cluster, 1], dtype=torch.float64)
         if scale is not None:

@@ -71,6 +71,16 @@ def test_parts_run_in_order_and_tables_come_last(tmp_path: Path) -> None:
     assert "INCOMPLETE" not in parts
 
 
+def test_steps_are_timed_at_several_batch_sizes(tmp_path: Path) -> None:
+    done, calls = run(tmp_path, MODELS="one", INSTALL="0", BATCH="8 4")
+    assert done.returncode == 0, done.stderr
+    found = [re.search(r"--batch (\d+) .*--machine (\S+)", call) for call in calls if "--machine" in call]
+    assert [(m[2], m[1]) for m in found if m] == [
+        ("roofline", "8"), ("step_one_8", "8"), ("step_one_4", "4"), ("weights", "8"), ("end_to_end", "8"),
+        ("compiled_one", "8"),
+    ]  # fmt: skip
+
+
 def test_a_part_that_fails_or_hangs_does_not_stop_the_others(tmp_path: Path) -> None:
     begin = time.monotonic()
     done, _ = run(tmp_path, MODELS="one", INSTALL="0", BREAK="roofline", HANG="step_one", TIME="18")

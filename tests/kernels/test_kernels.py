@@ -12,6 +12,7 @@ import pytest
 import torch
 import triton.language as tl
 
+from diffmtl_fast import _host
 from diffmtl_fast.kernels import clusters as cluster_kernels
 from diffmtl_fast.kernels import settings
 from diffmtl_fast.ops import PLAIN, _library, cuda
@@ -500,7 +501,12 @@ def test_what_a_graph_uploads_is_kept_for_its_replays(monkeypatch):
     for _ in range(2):
         table, _, non_blocking = made(Gpu, 1, 2)
         assert non_blocking
-        assert uploads._READ_BY_GRAPHS.pop() is table  # ours is still there, whatever was uploaded before
+        assert _host._READ_BY_GRAPHS.pop() is table  # ours is still there, whatever was uploaded before
+    sizes = torch.tensor([1, 2])
+    table, _, _ = _host.upload(sizes, Gpu)  # of a step in the graph
+    assert _host._READ_BY_GRAPHS.pop() is table
+    sizes[0] = 9
+    assert table.tolist() == [1, 2]
     assert made.cached.cache_info().currsize == 0  # it belongs to the graph
 
 

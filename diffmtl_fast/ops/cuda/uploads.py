@@ -12,9 +12,6 @@ from torch import Tensor
 from ..._host import upload
 from .._checks import host_offsets
 
-# What a CUDA graph uploads: every replay reads it again.
-_READ_BY_GRAPHS: list[Tensor] = []
-
 
 class Uploaded:
     """A function that makes a table on the host, and then returns it on the device that is its first argument.
@@ -31,9 +28,7 @@ class Uploaded:
         if device.type != "cuda":
             return self.cached(device, 0, *key)
         if torch.cuda.is_current_stream_capturing():
-            # Memory allocated now belongs to the graph; a table that does not could be freed before a replay.
-            _READ_BY_GRAPHS.append(torch.from_numpy(self._make(*key)))
-            return _READ_BY_GRAPHS[-1].to(device, non_blocking=True)
+            return self._upload(device, 0, *key)  # memory allocated now belongs to the graph
         return self.cached(device, torch.cuda.current_stream(device).cuda_stream, *key)
 
     def _upload(self, device: torch.device, stream: int, *key: Hashable) -> Tensor:
