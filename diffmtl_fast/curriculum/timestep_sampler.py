@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .._host import upload
 from ..clustering.drawing import hand_over, places, random_integers
-from ..distributed import Ranks, find_group
+from ..distributed import GroupReference, Ranks, find_group
 from ._levels import Clustering, check_clustering
 
 _DRAW_RANGE = 2**52  # the midpoint of each of these many cells of (0, 1) is a float64
@@ -63,9 +63,10 @@ class TimestepSampler(nn.Module):
         check_clustering("clusters", clusters)
         self.tasks = clusters
         self.generator = generator
-        self._group = None if process_group is None else find_group(process_group)
+        given = None if process_group is None else GroupReference(process_group)
+        self._group = given if given is not None and find_group(given) is not None else None
         if self._group is not None:
-            self.generator = _common_generator(Ranks(self._group, torch.device("cpu")), generator)
+            self.generator = _common_generator(Ranks(self._group(), torch.device("cpu")), generator)
         self.register_buffer("_anchor", torch.empty(0), persistent=False)  # tells the device of the buffers
         self._anchor: Tensor
 
@@ -119,7 +120,7 @@ class TimestepSampler(nn.Module):
         return hand_over(level[order[own]], cluster[own].contiguous(), target)
 
     def _ranks(self, device: torch.device) -> Ranks | None:
-        return None if self._group is None else Ranks(self._group, device)
+        return None if self._group is None else Ranks(self._group(), device)
 
     def density(self, level: Tensor) -> Tensor:
         """How often the next `sample` draws a level.

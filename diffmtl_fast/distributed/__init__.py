@@ -6,15 +6,16 @@
 from __future__ import annotations
 
 from .arrivals import Arrivals, PlainArrivals, refuse_sparse
+from .group_reference import GroupReference
 from .ranks import Ranks
-from .replicas import Alone, GivenGroup, Replicas, find_group, refuse_outer_wrapper
+from .replicas import Alone, Replicas, find_group, refuse_outer_wrapper
 from .settling import settle
 from .sharded_jacobian import ShardedJacobian
 
 __all__ = [
     "Alone",
     "Arrivals",
-    "GivenGroup",
+    "GroupReference",
     "PlainArrivals",
     "Ranks",
     "Replicas",

@@ -18,6 +18,7 @@ from torch import Tensor
 from .._host import upload
 from .._torch import default_store, timeout_of
 from .buckets import in_buckets
+from .group_reference import GroupReference
 
 _logger = logging.getLogger("diffmtl_fast")
 
@@ -26,13 +27,13 @@ GRACE = 2.0
 #: Seconds after which a rank that waits looks whether others have failed.
 LOOK = 0.5
 
-# Of a process group, the one of the same processes that exchanges gradients.
-_own_groups: MutableMapping[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
+# Of a process group, the one of the same processes that is used here.
+_own_groups: MutableMapping[dist.ProcessGroup, GroupReference] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class Started:
-    """An exchange that goes on while the host does other things, in the group that `Ranks.open_own_group` makes.
+    """An exchange that goes on while the host does other things.
 
     Attributes:
         is_over: tells whether `wait` would return at once.
@@ -59,24 +60,37 @@ class Ranks:
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        self.group, self.device = group, device
+        self._group, self._own, self.device = GroupReference(group), GroupReference(group), device
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         # Of every rank, where it says in the processes' store that an exchange has failed.
         self._failed = [f"diffmtl_fast/{group.group_name}/failed/{rank}" for rank in range(self.size)]
-        self._own: dist.ProcessGroup | None = None
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The process group.
+
+        Raises:
+            RuntimeError: it was destroyed.
+        """
+        return self._group()
+
+    def are_of(self, group: dist.ProcessGroup) -> bool:
+        """Tell whether they are the processes of a group."""
+        return self._group.refers_to(group)
 
     def open_own_group(self) -> None:
-        """Make the group that exchanges gradients during backwards, in which others may use the given one."""
+        """Let all that follows go by a group of these processes' own, while others may use the given one."""
         if self.group not in _own_groups:
             members, timeout = dist.get_process_group_ranks(self.group), timeout_of(self.group, self.device)
 
             def make() -> None:
-                _own_groups[self.group] = dist.new_group(
+                own = dist.new_group(
                     members,
                     timeout=timeout,
                     backend=dist.get_backend(self.group),
                     use_local_synchronization=True,
                 )
+                _own_groups[self.group] = GroupReference(own)
 
             self._together(make)
         self._own = _own_groups[self.group]
@@ -86,7 +100,7 @@ class Ranks:
     def gather_objects(self, thing: Any) -> list[Any]:
         """Return every rank's object."""
         found: list[Any] = [None] * self.size
-        self._together(lambda: dist.all_gather_object(found, thing, group=self.group))
+        self._together(lambda: dist.all_gather_object(found, thing, group=self._own()))
         return found
 
     def share(self, numbers: Tensor) -> Tensor:
@@ -113,7 +127,7 @@ class Ranks:
         failed = torch.tensor([float(failure is not None)], dtype=torch.float64, device=self.device)
         own = torch.cat([numbers.to(self.device, torch.float64), failed])
         rows = torch.empty(self.size, len(own), dtype=torch.float64, device=self.device)
-        self._together(lambda: dist.all_gather(list(rows), own, group=self.group, async_op=True))
+        self._together(lambda: dist.all_gather(list(rows), own, group=self._own(), async_op=True))
         rows = rows.cpu()
         if bool(rows[:, -1].any()):
             self._raise_failures(failure)
@@ -137,7 +151,7 @@ class Ranks:
         """
         told = upload(torch.tensor([*flags, failure is not None], dtype=torch.float64), self.device)
         both = torch.cat([numbers.to(self.device, torch.float64), told])
-        self._together(lambda: dist.all_reduce(both, group=self.group, async_op=True))
+        self._together(lambda: dist.all_reduce(both, group=self._own(), async_op=True))
         found = (both[len(numbers) :] > 0).tolist()
         if found.pop():
             self._raise_failures(failure)
@@ -191,18 +205,18 @@ class Ranks:
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Return rank 0's tensor; all have its shape and dtype."""
         tensor = tensor.contiguous().clone()
-        self._together(lambda: dist.broadcast(tensor, group=self.group, group_src=0, async_op=True))
+        self._together(lambda: dist.broadcast(tensor, group=self._own(), group_src=0, async_op=True))
         return tensor
 
     def broadcast_(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite tensors by rank 0's."""
         self._in_buckets(
-            tensors, lambda flat: dist.broadcast(flat, group=self.group, group_src=0, async_op=True)
+            tensors, lambda flat: dist.broadcast(flat, group=self._own(), group_src=0, async_op=True)
         )
 
     def add_(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite tensors by their sums over the ranks."""
-        self._in_buckets(tensors, lambda flat: dist.all_reduce(flat, group=self.group, async_op=True))
+        self._in_buckets(tensors, lambda flat: dist.all_reduce(flat, group=self._own(), async_op=True))
 
     def _in_buckets(self, tensors: Sequence[Tensor], collective: Callable[[Tensor], Any]) -> None:
         for bucket in in_buckets((t.dtype, t.numel() * t.element_size()) for t in tensors):
@@ -227,17 +241,17 @@ class Ranks:
         sizes, own = [count * width for count in rows], [parts[0].numel()] * self.size
         return self._start(
             lambda: dist.all_to_all_single(
-                received.view(-1), parts.view(-1), sizes, own, group=self._own, async_op=True
+                received.view(-1), parts.view(-1), sizes, own, group=self._own(), async_op=True
             )
         )
 
     def start_sum(self, tensor: Tensor) -> Started:
         """Overwrite a tensor by its sum over the ranks; see `Started`."""
-        return self._start(lambda: dist.all_reduce(tensor, group=self._own, async_op=True))
+        return self._start(lambda: dist.all_reduce(tensor, group=self._own(), async_op=True))
 
     def start_gather(self, part: Tensor, parts: Tensor) -> Started:
         """Write every rank's tensor to parts, [ranks, ...]; see `Started`."""
-        return self._start(lambda: dist.all_gather(list(parts), part, group=self._own, async_op=True))
+        return self._start(lambda: dist.all_gather(list(parts), part, group=self._own(), async_op=True))
 
     def _start(self, collective: Callable[[], Any]) -> Started:
         started: list[Any] = []
@@ -249,6 +263,6 @@ class Ranks:
         """Return every rank's tensor, [ranks, ...]."""
         parts = torch.empty(self.size, *part.shape, dtype=part.dtype, device=part.device)
         self._together(
-            lambda: dist.all_gather(list(parts), part.contiguous(), group=self.group, async_op=True)
+            lambda: dist.all_gather(list(parts), part.contiguous(), group=self._own(), async_op=True)
         )
         return parts

@@ -18,6 +18,7 @@ from ..ops.cluster_mean import cluster_sizes
 from .arrivals import PlainArrivals
 from .buckets import Workspace
 from .gradient_sums import GradientSums
+from .group_reference import GroupReference
 from .ranks import Ranks
 from .scaled import Scaled
 from .sharded_jacobian import ShardedJacobian
@@ -29,32 +30,7 @@ if TYPE_CHECKING:
     from ..gradients.stores import Gradients, Jacobian, Rows, Store
 
 
-class GivenGroup:
-    """A process group that somebody chose: copies share it, and it stays in its process.
-
-    Args:
-        group: the process group.
-    """
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> GivenGroup:
-        return self
-
-    def __reduce__(self) -> str:
-        """Refuse to be pickled.
-
-        Raises:
-            TypeError: always.
-        """
-        raise TypeError(
-            "process_group: expected none in a ClusteredMTL that is pickled, found one, which exists in its own "
-            "process alone; save mtl.state_dict() and mtl.weighting.state_dict()"
-        )
-
-
-def find_group(given: dist.ProcessGroup | None, at_least: int = 2) -> dist.ProcessGroup | None:
+def find_group(given: GroupReference | None, at_least: int = 2) -> dist.ProcessGroup | None:
     """Return the process group of several processes to train with: the given one or the world; None where alone.
 
     Args:
@@ -66,7 +42,7 @@ def find_group(given: dist.ProcessGroup | None, at_least: int = 2) -> dist.Proce
     """
     if not (dist.is_available() and dist.is_initialized()):
         return None
-    group = dist.group.WORLD if given is None else given
+    group = dist.group.WORLD if given is None else given()
     size = dist.get_world_size(group)
     if size < 0:
         raise ValueError("process_group: expected a group that this process belongs to, found another")

@@ -20,7 +20,7 @@ from .._torch import fully_sharded_modules, sparse_values
 from ..distributed import (
     Alone,
     Arrivals,
-    GivenGroup,
+    GroupReference,
     PlainArrivals,
     Ranks,
     Replicas,
@@ -180,7 +180,7 @@ class ClusteredMTL(nn.Module):
         self.drop_nonfinite = drop_nonfinite
         self.measure_gramian = False
         self.last: StepRecord | None = None
-        self._process_group = None if process_group is None else GivenGroup(process_group)
+        self._process_group = None if process_group is None else GroupReference(process_group)
         self._replicas = Alone()
         self._engine: Engine | FullyShardedEngine = Engine(
             model, num_clusters, engine, memory, shared, jacobian_dtype
@@ -286,12 +286,11 @@ class ClusteredMTL(nn.Module):
         """Find the processes that train together; at their first step they settle that they do the same."""
         refuse_outer_wrapper(self)
         fully_sharded = isinstance(self._engine, FullyShardedEngine)
-        given = None if self._process_group is None else self._process_group.group
-        group = find_group(given, 1 if fully_sharded else 2)
+        group = find_group(self._process_group, 1 if fully_sharded else 2)
         if group is None:
             self._replicas = Alone()
             return
-        if isinstance(self._replicas, Replicas) and self._replicas.ranks.group is group:
+        if isinstance(self._replicas, Replicas) and self._replicas.ranks.are_of(group):
             return
         settings = {
             "num_clusters": self.num_clusters,
@@ -587,6 +586,7 @@ class ClusteredMTL(nn.Module):
         with self._replicas.telling_before_gradients(gradients):
             self._tell_arrivals(step, store, gradients)
             self._collect(step, objective, store)
+        store.arrivals = None
         gramian = gradients.gramian() * number**2
         if scale is not None:
             gramian = gramian / scale.double() ** 2

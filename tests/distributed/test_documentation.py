@@ -9,6 +9,12 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+DESTROY = "dist.destroy_process_group()"
+CHECKED = f"""
+_, own = map(weakref.ref, dist.distributed_c10d._world.pg_map)
+{DESTROY}
+assert own() is None
+"""
 
 
 def test_the_example_runs_under_torchrun(tmp_path):
@@ -17,6 +23,9 @@ def test_the_example_runs_under_torchrun(tmp_path):
         (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8"),
         flags=re.DOTALL,
     )
+    # Were the wrapper's group kept, its threads would go on until the end, and might abort the process.
+    block = f"import weakref\n{block.replace(DESTROY, CHECKED)}"
+    assert "assert" in block
     script = tmp_path / "train.py"
     script.write_text(block, encoding="utf-8")
     command = [
