@@ -1,9 +1,10 @@
-"""A LightningModule with manual optimisation; lines marked with < differ from one without tasks."""
+"""A LightningModule with automatic and one with manual optimisation; lines marked with < differ without tasks."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import diffmtl_fast as dm
+from diffmtl_fast.adapters.lightning import ClusteredBackward
 
 TOTAL = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)  # ᾱ
 
@@ -36,40 +38,50 @@ def sample_losses(call: Callable[..., Tensor], x0: Tensor, noise: Tensor, t: Ten
     return dm.ops.sample_mse(call(noisy, t), noise)  # < was: mse_loss(...); one per sample
 
 
-class Diffusion(lightning.LightningModule):
-    """Trains a denoiser."""
+class Diffusion(ClusteredBackward, lightning.LightningModule):  # < was: lightning.LightningModule
+    """Trains a denoiser; Lightning accumulates, clips and steps."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__()
-        self.automatic_optimization = False  # < `mtl.backward` takes the place of Lightning's
         self.lr, self.losses = args.lr, list[Tensor]()
         model = Denoiser(args.width, args.hidden)
         self.clusters = dm.cluster_snr(torch.log(TOTAL / (1 - TOTAL)), k=args.clusters)  # <
         self.mtl = dm.ClusteredMTL(model, self.clusters.k, dm.PCGrad())  # < was: self.model = model
 
-    def training_step(self, batch: list[Tensor], _: int) -> None:
-        """Take a step on data [B, width]."""
-        (x0,), optimizer = batch, self.optimizers()
+    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+        """Return the losses [B] of data [B, width]."""
+        (x0,) = batch
         t, cluster = self.clusters.sample(len(x0), device=self.device)  # < was: t = torch.randint(...)
-        loss = sample_losses(
-            lambda *x: self.mtl(*x, cluster=cluster), x0, torch.randn_like(x0), t
-        )  # < was: model
-        optimizer.zero_grad()
-        self.mtl.backward(loss)  # < was: self.manual_backward(loss.mean()), or return loss.mean()
-        optimizer.step()
+        call = partial(self.mtl, cluster=cluster)  # < was: self.model
+        loss = sample_losses(call, x0, torch.randn_like(x0), t)
         self.losses.append(loss.detach().mean())
         self.log("loss", self.losses[-1])
+        return loss  # < was: loss.mean()
 
     def configure_optimizers(self) -> Any:
         """Return AdamW."""
         return torch.optim.AdamW(dm.param_groups(self.mtl.module, self.mtl.weighting, lr=self.lr))
 
 
+class ManualDiffusion(Diffusion):
+    """The same with manual optimisation, as float16 and several optimizers need it."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], number: int) -> None:
+        """Take a step on data [B, width]."""
+        optimizer = self.optimizers()
+        loss = super().training_step(batch, number)
+        optimizer.zero_grad()
+        self.mtl.backward(loss)  # < was: self.manual_backward(loss.mean())
+        optimizer.step()
+
+
 def train(args: argparse.Namespace) -> tuple[dm.ClusteredMTL, list[float]]:
     """Train; return the wrapper and the mean loss of every step."""
     lightning.seed_everything(args.seed, verbose=False)
     data = torch.randn(args.steps * args.batch, 1).expand(-1, args.width).contiguous()  # your data
-    module = Diffusion(args)
+    module = ManualDiffusion(args) if args.manual else Diffusion(args)
     trainer = lightning.Trainer(
         max_steps=args.steps, accelerator=args.accelerator, devices=1, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
@@ -88,6 +100,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--clusters", type=int, default=5)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--manual", action="store_true", help="optimise by hand")
     parser.add_argument("--accelerator", default="auto", help="Lightning's")
     return parser.parse_args(arguments)
 

@@ -62,3 +62,26 @@ def test_accumulated_steps_are_those_of_the_wrapper():
     with accelerator.accumulate(mtl):
         adapter.backward(accelerator, mtl, mtl(x, cluster=CLUSTER).square().mean(1))
     assert torch.equal(model.weight.grad, alone.module.weight.grad)
+
+
+def test_batches_that_are_weighed_as_one_are_not_divided():
+    """What `accelerator.accumulate(mtl)` does in several processes."""
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 3), torch.randn(8, 3)
+    alone = dm.ClusteredMTL(copy.deepcopy(model), 2, dm.PCGrad())
+    alone.backward(alone(x, cluster=CLUSTER.repeat(2)).square().mean(1))
+    mtl = adapter.prepare(accelerator, dm.ClusteredMTL(model, 2, dm.PCGrad()))
+    with mtl.no_sync():
+        adapter.backward(accelerator, mtl, mtl(x[:4], cluster=CLUSTER).square().mean(1))
+    adapter.backward(accelerator, mtl, mtl(x[4:], cluster=CLUSTER).square().mean(1))
+    torch.testing.assert_close(model.weight.grad, alone.module.weight.grad)
+
+
+def test_hooks_of_scripts_see_the_bare_model(tmp_path):
+    accelerator = accelerate.Accelerator(cpu=True)
+    mtl = adapter.prepare(accelerator, dm.ClusteredMTL(nn.Linear(3, 3), 2, dm.PCGrad()))
+    seen = []
+    accelerator.register_save_state_pre_hook(lambda models, weights, folder: seen.extend(models))
+    accelerator.save_state(str(tmp_path))
+    assert seen == [mtl.module]

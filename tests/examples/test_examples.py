@@ -100,10 +100,11 @@ def test_losses_of_a_script_fall_and_their_gradients_are_exact(name, times):
     assert_cluster_gradients(mtl.module, example.sample_losses, example.draw(args, times), cluster, 5)
 
 
-def test_losses_of_the_lightning_module_fall_and_their_gradients_are_exact():
+@pytest.mark.parametrize("manual", [[], ["--manual"]])
+def test_losses_of_the_lightning_module_fall_and_their_gradients_are_exact(manual):
     pytest.importorskip("lightning")
     example = load("lightning_module")
-    mtl, losses = example.train(example.parse(["--accelerator", "cpu", "--steps", "60"]))
+    mtl, losses = example.train(example.parse(["--accelerator", "cpu", "--steps", "60", *manual]))
     assert falls(losses)
     batch = (torch.randn(10, 16), torch.randn(10, 16), torch.arange(10) * 90)
     assert_cluster_gradients(mtl.module, example.sample_losses, batch, torch.arange(10) % 5, 5)
