@@ -157,7 +157,7 @@ class Visits(Dataset[Batch]):
             index = (visit + step) % len(self.items)
             source = None if self.seed is None else random.Random(f"{self.seed} {visit}")
             try:
-                return self.items.item(index, source)
+                return sound(self.items.item(index, source))
             except UNREADABLE as error:
                 unreadable[self.items.name(index)] = str(error) or type(error).__name__
         raise ValueError(f"data: expected a readable sample, found none among {len(self.items)}")
@@ -220,6 +220,22 @@ def batches(
         generator=torch.Generator().manual_seed(order.seed),
     )
     return iter(loader)
+
+
+def sound(sample: Any) -> tuple[Tensor, Condition]:
+    """A sample as it is.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: it is not finite.
+    """
+    x = sample[0] if isinstance(sample, tuple) and len(sample) == 2 else None
+    if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.dim() != 3:
+        found = type(sample).__name__ if not isinstance(x, Tensor) else f"{x.dtype} {list(x.shape)}"
+        raise TypeError(f"expected samples (float32 [C, H, W], condition), found {found}")
+    if not x.isfinite().all():
+        raise ValueError("expected finite values, found NaN or infinity")
+    return sample
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -487,10 +487,17 @@ def _build(cls: Any, typed: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
             raise UserError(f"{name}: expected a value, found null")
         if is_dataclass(types[name]):
             value = _build(types[name], value, given.get(name, {}))
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            value = value.real  # a plain number: YAML cannot write those of the types with a range
+        else:
+            value = _plain(value)
         arguments[name] = given.get(name, value) if isinstance(value, dict) else value
     return cls(**arguments)
+
+
+def _plain(value: Any) -> Any:
+    """A value with plain numbers: YAML cannot write those of the types with a range."""
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return value.real if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

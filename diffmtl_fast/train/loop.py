@@ -30,6 +30,7 @@ from .components import (
     build_weighting,
     denoise,
     prediction,
+    refuse_classes,
     refuse_output,
     resolve_device,
 )
@@ -60,6 +61,8 @@ class Trainer:
         self.config = config
         self.device = resolve_device(config.device)
         self.data = build_data(config)
+        with blame("data"):
+            self._fingerprint = self.data.fingerprint()
         self.scheduler = build_scheduler(config)
         self.noise = Noise(config, self.scheduler, self.device)
         self.process = self.noise.process
@@ -186,7 +189,7 @@ class Trainer:
             {"model": self.model, "ema": self.ema.model},
             {
                 "iteration": self.iteration,
-                "data": self.data.fingerprint(),
+                "data": self._fingerprint,
                 "seconds": self.seconds,
                 "device": self.device.type,
                 "clusters": self.clusters.to_dict(),
@@ -226,7 +229,7 @@ class Trainer:
             raise UserError(
                 f"device: expected {state['device']}, on which {path} was written, found {self.device.type}"
             )
-        data = self.data.fingerprint()
+        data = self._fingerprint
         if state.get("data", data) != data:
             raise UserError(f"data: expected those of {path}, {state['data']}, found {data}")
         saved = type(self.clusters).from_dict(state["clusters"])
@@ -312,7 +315,7 @@ class Trainer:
             self._batches = batches(items, order, workers=config.workers, pin=self.device.type == "cuda")
         with blame("data"):
             batch = next(self._batches)
-            self._refuse_conditions(batch)
+            refuse_classes(batch, self.data)
         for name, reason in batch.unreadable.items():
             if name not in self.unreadable:
                 logging.getLogger("diffmtl_fast").warning(
@@ -325,15 +328,6 @@ class Trainer:
                     f"{name} ({reason})"
                 )
         return batch.to(self.device)
-
-    def _refuse_conditions(self, batch: Batch) -> None:
-        """Refuse classes that the data do not have, before a GPU looks for them in an embedding."""
-        found, classes = batch.conditioning, self.data.num_classes
-        if not isinstance(found, Tensor) or found.dim() != 1 or not classes:
-            return
-        low, high = found.min().item(), found.max().item()
-        if found.is_floating_point() or low < 0 or high >= classes:
-            raise ValueError(f"expected integer classes 0 ... {classes - 1}, found {low} to {high}")
 
     def _dropped(self) -> Tensor | None:
         """Which samples lose their condition, bool [B]; None for none."""

@@ -126,7 +126,9 @@ def rehearse(trainer: Trainer) -> None:
     Raises:
         UserError: the end of the run would fail.
     """
-    config, data = trainer.config, trainer.data.images(REHEARSED)
+    config = trainer.config
+    with blame("data"):
+        data = trainer.data.images(REHEARSED)
     kind = trainer.scheduler.config.get("prediction_type", "epsilon")
     signal = torch.as_tensor([] if trainer.process.continuous else trainer.scheduler.alphas_cumprod)
     if kind == "epsilon" and bool((signal == 0).any()):
@@ -166,7 +168,8 @@ def rehearse(trainer: Trainer) -> None:
             part = ImageData(data.train[some], found, data.test[few], data.test_labels[few] % len(kinds))
             with blame("evaluation"):
                 evaluation.evaluate(part, pictures, found[: len(labels)], config.seed)
-    trainer.model.train(training)
+    with blame("model"):
+        trainer.model.train(training)
 
 
 @contextlib.contextmanager
