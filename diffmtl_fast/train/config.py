@@ -32,6 +32,10 @@ PLAIN = "vanilla"
 CONTINUOUS = "continuous_uw"
 #: Most samples of a kind that metrics and analyses take into memory.
 IN_MEMORY = 10_000
+# What may differ when a run is resumed, because the iterations already done do not depend on it. A run may be
+# made longer unless its learning rates fall towards its end. Of the device the type alone counts, and Trainer.load
+# compares it.
+FREE_ON_RESUME = ("iterations", "device", "checkpoints.", "logging.", "sampling.", "evaluation.")
 # Of the k-nearest-neighbour precision and recall.
 NEIGHBOURS = 3
 
@@ -457,6 +461,20 @@ def differences(ours: Config, theirs: Config) -> dict[str, tuple[Any, Any]]:
     left, right = _flatten(to_dict(ours)), _flatten(to_dict(theirs))
     both = {key: (left.get(key), right.get(key)) for key in sorted(left.keys() | right.keys())}
     return {key: values for key, values in both.items() if values[0] != values[1]}
+
+
+def changed(config: Config, saved: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first option that training depends on and that has changed: its name, the old and the new value.
+
+    Args:
+        config: as it is now.
+        saved: as `to_dict` made it; options that it does not have, or has no more, are not compared.
+    """
+    now, then = _flatten(to_dict(config)), _flatten(saved)
+    for key in sorted(now.keys() & then.keys()):
+        if now[key] != then[key] and not key.startswith(FREE_ON_RESUME):
+            return key, then[key], now[key]
+    return None
 
 
 def _refuse_cycles(value: Any, within: tuple[int, ...]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ class History:
 
     def __init__(self, path: Path, tensorboard: Path | None = None, start: int = 0) -> None:
         self._file = path.open("ab")
+        self._sum = zlib.crc32(path.read_bytes()) if path.is_file() else 0  # of the file's bytes
         self._writer: Any = None
         if tensorboard is not None:
             summary = require("torch.utils.tensorboard", "train").SummaryWriter
@@ -118,8 +120,10 @@ class History:
             line["dropped"] = torch.stack(self._dropped).sum(0).tolist()
         line |= scalars
         with blame(f"{self._file.name}: cannot be written", (OSError,)):
-            self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+            written = json.dumps(line, allow_nan=False).encode() + b"\n"
+            self._file.write(written)
             self._file.flush()
+        self._sum = zlib.crc32(written, self._sum)
         with blame("logging.tensorboard"):
             self._to_tensorboard(line)
         for part in (self._losses, self._present, self._weights, self._cosines, self._norms, self._dropped):
@@ -127,12 +131,13 @@ class History:
         return line
 
     def state_dict(self) -> dict[str, Any]:
-        """What is collected but not yet written, and the length of the file."""
+        """What is collected but not yet written, and the length and the checksum of the file."""
         with blame(f"{self._file.name}: cannot be written", (OSError,)):
             self._file.flush()
             os.fsync(self._file.fileno())
         return {
             "bytes": self._file.tell(),
+            "crc32": self._sum,
             "losses": self._losses,
             "present": self._present,
             "weights": self._weights,
@@ -154,7 +159,11 @@ class History:
             )
         self._file.truncate(state["bytes"])
         self._file.seek(0, os.SEEK_END)
-        read(Path(self._file.name))
+        path = Path(self._file.name)
+        read(path)
+        self._sum = zlib.crc32(path.read_bytes())
+        if state.get("crc32", self._sum) != self._sum:
+            raise UserError(f"{path}: expected the lines that the checkpoint was saved with, found others")
         for part, saved in (
             (self._losses, state["losses"]),
             (self._present, state["present"]),

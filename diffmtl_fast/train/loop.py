@@ -34,7 +34,7 @@ from .components import (
     refuse_output,
     resolve_device,
 )
-from .config import Config
+from .config import Config, changed, to_dict
 from .ema import Ema
 from .errors import Interrupted, TrainingDiverged, UserError, blame
 from .history import History, describe
@@ -189,6 +189,7 @@ class Trainer:
             {"model": self.model, "ema": self.ema.model},
             {
                 "iteration": self.iteration,
+                "config": to_dict(self.config),
                 "data": self._fingerprint,
                 "seconds": self.seconds,
                 "device": self.device.type,
@@ -229,6 +230,10 @@ class Trainer:
             raise UserError(
                 f"device: expected {state['device']}, on which {path} was written, found {self.device.type}"
             )
+        other = changed(self.config, state.get("config", {}))
+        if other is not None:
+            key, then, now = other
+            raise UserError(f"{key}: expected {then!r}, with which {path} was written, found {now!r}")
         data = self._fingerprint
         if state.get("data", data) != data:
             raise UserError(f"data: expected those of {path}, {state['data']}, found {data}")

@@ -24,7 +24,7 @@ from ..data.items import Conditions
 from ..weighting import ContinuousUncertainty
 from . import checkpoint, evaluation, history, plots, processes
 from .components import in_timesteps
-from .config import NEIGHBOURS, Config, differences
+from .config import FREE_ON_RESUME, NEIGHBOURS, Config, differences
 from .errors import TrainingDiverged, UserError, blame
 from .folder import RunFolder
 from .history import History
@@ -33,10 +33,6 @@ from .sampling import draw
 from .titles import clusters_title, method_title
 from .trained_denoiser import TrainedDenoiser
 
-# What may differ when a run is resumed, because the iterations already done do not depend on it. A run may be
-# made longer unless its learning rates fall towards its end. Of the device the type alone counts, and Trainer.load
-# compares it.
-FREE_ON_RESUME = ("iterations", "device", "checkpoints.", "logging.", "sampling.", "evaluation.")
 # What else drawn pictures and their metrics depend on.
 _DRAWING = ("sampling.", "evaluation.")
 

@@ -27,7 +27,6 @@ from diffmtl_fast.train import checkpoint, history
 from diffmtl_fast.train.config import Config, to_dict
 from diffmtl_fast.train.data import ImageData, digits
 from diffmtl_fast.train.folder import RunFolder
-from diffmtl_fast.train.run import train
 
 sys.path.insert(0, str(Path(__file__).parent))
 import broken_parts
@@ -324,15 +323,39 @@ def test_damaged_checkpoints_are_gone_back_from(run_of, tmp_path, capsys):
         before = {p: p.read_bytes() for p in newest.iterdir()}
         damage(generator.choice(sorted(newest.iterdir())), generator)
         if {p: p.read_bytes() for p in newest.iterdir()} != before:
+            assert RunFolder(folder).checkpoint().name == "iter-00000004"
+            printed = capsys.readouterr().err
+            assert "is corrupt" in printed
+            assert "going back" in printed
             if i % 20 == 0:
                 status, printed = run_of(capsys, folder, "--resume")
                 assert status == 0, (i, printed)
-            else:  # without the pictures of the end
-                train(RunFolder(folder).read_config(), RunFolder(folder), resume=True, outputs=False)
-                printed = capsys.readouterr().err
-            assert "is corrupt" in printed
-            assert "going back" in printed
-        assert_same(weights(folder), expected)
+                assert_same(weights(folder), expected)
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "log.jsonl"])
+def test_a_damaged_configuration_or_log_is_one_line_or_the_same_run(run_of, tmp_path, capsys, name):
+    """A digit that became another one is found, too: checkpoints know both files."""
+    whole, folder, generator = tmp_path / "whole", tmp_path / "copy", random.Random(6)
+    trained(run_of, capsys, whole)
+    expected = (whole / name).read_bytes()
+    for _ in range(DAMAGED // 4 or 1):
+        shutil.copytree(whole, folder)
+        shutil.rmtree(checkpoint.checkpoints(folder / "checkpoints")[-1])  # there is something left to do
+        damage(folder / name, generator)
+        status = main(["train", "--run-dir", str(folder), "--resume"])
+        printed = capsys.readouterr().err
+        if status:
+            one_line(status, printed)
+        else:
+            assert_same(weights(folder), weights(whole))
+            if name == "log.jsonl":
+                lines = [history.read(path / name) for path in (folder, whole)]
+                assert [{**each, "seconds": 0} for each in lines[0]] == [
+                    {**each, "seconds": 0} for each in lines[1]
+                ]
+        assert (whole / name).read_bytes() == expected
         shutil.rmtree(folder)
 
 
@@ -355,16 +378,10 @@ def test_a_checkpoint_under_another_name_is_refused(run_of, tmp_path, capsys):
     assert "manifest.json is of iteration 6" in printed
 
 
-def test_data_that_changed_are_refused(run_of, tmp_path, capsys):
-    folder = tmp_path / "run"
-    trained(run_of, capsys, folder)
-    status, printed = run_of(capsys, folder, "--resume", "--iterations", "8")
-    assert status == 0, printed
-    text = folder / "config.yaml"
-    text.write_text(text.read_text().replace("diffmtl_fast.train.data.digits", "broken_parts.data"))
-    message = one_line(
-        main(["train", "--run-dir", str(folder), "--resume", "--iterations", "9"]), capsys.readouterr().err
-    )
+def test_data_that_changed_are_refused(run_of, tmp_path, capsys, monkeypatch):
+    trained(run_of, capsys, tmp_path / "run")
+    monkeypatch.setattr("diffmtl_fast.train.data.digits", broken_parts.data)
+    message = one_line(*run_of(capsys, tmp_path / "run", "--resume", "--iterations", "8"))
     assert message.startswith("data: expected those of")
 
 
