@@ -67,7 +67,7 @@ def compute_density_for_timestep_sampling(
     settings = {"mean": logit_mean, "std": logit_std} if weighting_scheme == "logit_normal" else {}
     settings |= {"mode_scale": mode_scale} if weighting_scheme == "mode" else {}
     given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
-    law = laws.get(weighting_scheme, UniformTime)(**given, **arguments)
+    law = laws.get(weighting_scheme, UniformTime)(**given | arguments)
     # Away from 0 and 1, where quantiles may be infinite.
     cells = torch.randint(2**52, (batch_size,), device=device, generator=generator)
     return law.quantile((cells.double() + 0.5) / 2**52).float()

@@ -177,7 +177,7 @@ def read(
     index = (visit + step) % len(items)
     source = None if seed is None else random.Random(f"{seed} {visit}")
     try:
-        return items.item(index, source)
+        return sound(items.item(index, source))
     except UNREADABLE as error:
         unreadable[items.name(index)] = str(error) or type(error).__name__
         return None
@@ -270,6 +270,22 @@ def batches(
         generator=torch.Generator().manual_seed(order.seed),
     )
     return iter(loader)
+
+
+def sound(sample: Any) -> tuple[Tensor, Condition]:
+    """A sample as it is.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: it is not finite.
+    """
+    x = sample[0] if isinstance(sample, tuple) and len(sample) == 2 else None
+    if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.dim() != 3:
+        found = type(sample).__name__ if not isinstance(x, Tensor) else f"{x.dtype} {list(x.shape)}"
+        raise TypeError(f"expected samples (float32 [C, H, W], condition), found {found}")
+    if not x.isfinite().all():
+        raise ValueError("expected finite values, found NaN or infinity")
+    return sample
 
 
 def as_it_is(batch: Any) -> Any:

@@ -464,6 +464,20 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def refuse_classes(batch: Batch, data: Data) -> None:
+    """Refuse classes that the data do not have, before a GPU looks for them in an embedding.
+
+    Raises:
+        ValueError: there are such.
+    """
+    found, classes = batch.conditioning, data.num_classes
+    if not isinstance(found, Tensor) or found.dim() != 1 or not classes:
+        return
+    low, high = found.min().item(), found.max().item()
+    if found.is_floating_point() or low < 0 or high >= classes:
+        raise ValueError(f"expected integer classes 0 ... {classes - 1}, found {low} to {high}")
+
+
 def _pair(data: Data) -> Batch:
     """Two samples, of the first and the last class."""
     if isinstance(data, ImageData) and data.train_labels is not None:
@@ -471,6 +485,11 @@ def _pair(data: Data) -> Batch:
         return Batch(data.train[chosen], data.train_labels[chosen])
     with blame("data"):
         found = next(batches(data.training, EpochOrder(len(data.training), 2, 0), augment=False))
+        if found.x.shape[1:] != data.shape:
+            raise ValueError(
+                f"expected samples of one shape, found {[*data.shape]} and {[*found.x.shape[1:]]}"
+            )
+        refuse_classes(found, data)
         held = found.conditioning
         if isinstance(held, Tensor) and held.dim() == 1 and data.num_classes:
             return replace(found, conditioning=held.new_tensor([0, data.num_classes - 1]))

@@ -33,6 +33,10 @@ PLAIN = "vanilla"
 CONTINUOUS = "continuous_uw"
 #: Most samples of a kind that metrics and analyses take into memory.
 IN_MEMORY = 10_000
+# What may differ when a run is resumed, because the iterations already done do not depend on it. A run may be
+# made longer unless its learning rates fall towards its end. Of the device the type alone counts, and Trainer.load
+# compares it.
+FREE_ON_RESUME = ("iterations", "device", "checkpoints.", "logging.", "sampling.", "evaluation.")
 # Of the k-nearest-neighbour precision and recall.
 NEIGHBOURS = 3
 
@@ -483,6 +487,20 @@ def differences(ours: Config, theirs: Config) -> dict[str, tuple[Any, Any]]:
     return {key: values for key, values in both.items() if values[0] != values[1]}
 
 
+def changed(config: Config, saved: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first option that training depends on and that has changed: its name, the old and the new value.
+
+    Args:
+        config: as it is now.
+        saved: as `to_dict` made it; options that it does not have, or has no more, are not compared.
+    """
+    now, then = _flatten(to_dict(config)), _flatten(saved)
+    for key in sorted(now.keys() & then.keys()):
+        if now[key] != then[key] and not key.startswith(FREE_ON_RESUME):
+            return key, then[key], now[key]
+    return None
+
+
 def _refuse_cycles(value: Any, within: tuple[int, ...]) -> None:
     """Refuse values that contain themselves, as aliases of YAML can."""
     if id(value) in within:
@@ -511,7 +529,9 @@ def _build(cls: Any, typed: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
             raise UserError(f"{name}: expected a value, found null")
         if is_dataclass(types[name]):
             value = _build(types[name], value, given.get(name, {}))
-        arguments[name] = given.get(name, value) if isinstance(value, dict) else _plain(value)
+        else:
+            value = _plain(value)
+        arguments[name] = given.get(name, value) if isinstance(value, dict) else value
     return cls(**arguments)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ class History:
         measure: Callable[[int], dict[str, Any]] | None = None,
     ) -> None:
         self._file = path.open("ab")
+        self._sum = zlib.crc32(path.read_bytes()) if path.is_file() else 0  # of the file's bytes
         self._sinks, self._measure = sinks, measure
         self._losses: list[Tensor] = []
         self._present: list[Tensor] = []
@@ -120,8 +122,10 @@ class History:
             line["dropped"] = torch.stack(self._dropped).sum(0).tolist()
         line |= scalars | ({} if self._measure is None else self._measure(iteration))
         with blame(f"{self._file.name}: cannot be written", (OSError,)):
-            self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+            written = json.dumps(line, allow_nan=False).encode() + b"\n"
+            self._file.write(written)
             self._file.flush()
+        self._sum = zlib.crc32(written, self._sum)
         for sink in self._sinks:
             sink.scalars(_scalars(line), iteration)
         for part in (self._losses, self._present, self._weights, self._cosines, self._norms, self._dropped):
@@ -129,12 +133,13 @@ class History:
         return line
 
     def state_dict(self) -> dict[str, Any]:
-        """What is collected but not yet written, and the length of the file."""
+        """What is collected but not yet written, and the length and the checksum of the file."""
         with blame(f"{self._file.name}: cannot be written", (OSError,)):
             self._file.flush()
             os.fsync(self._file.fileno())
         return {
             "bytes": self._file.tell(),
+            "crc32": self._sum,
             "losses": self._losses,
             "present": self._present,
             "weights": self._weights,
@@ -156,7 +161,11 @@ class History:
             )
         self._file.truncate(state["bytes"])
         self._file.seek(0, os.SEEK_END)
-        read(Path(self._file.name))
+        path = Path(self._file.name)
+        read(path)
+        self._sum = zlib.crc32(path.read_bytes())
+        if state.get("crc32", self._sum) != self._sum:
+            raise UserError(f"{path}: expected the lines that the checkpoint was saved with, found others")
         for part, saved in (
             (self._losses, state["losses"]),
             (self._present, state["present"]),

@@ -39,10 +39,11 @@ from .components import (
     build_weighting,
     denoise,
     prediction,
+    refuse_classes,
     refuse_output,
     resolve_device,
 )
-from .config import Config
+from .config import Config, changed, to_dict
 from .ema import POWER_EMA, Ema, PowerEma
 from .history import History, describe
 
@@ -67,6 +68,8 @@ class Trainer:
         self.config = config
         self.device = resolve_device(config.device)
         self.data = build_data(config)
+        with blame("data"):
+            self._fingerprint = self.data.fingerprint()
         self.scheduler = build_scheduler(config)
         self.noise = build_noise(config, self.scheduler, self.device)
         self.process = self.noise.process
@@ -217,7 +220,8 @@ class Trainer:
             {"model": self.model, "ema": self.ema.model} if shards is None else {},
             {
                 "iteration": self.iteration,
-                "data": self.data.fingerprint(),
+                "config": to_dict(self.config),
+                "data": self._fingerprint,
                 "seconds": self.seconds,
                 "device": self.device.type,
                 "clusters": self.clusters.to_dict(),
@@ -285,7 +289,11 @@ class Trainer:
             raise UserError(
                 f"device: expected {state['device']}, on which {path} was written, found {self.device.type}"
             )
-        data = self.data.fingerprint()
+        other = changed(self.config, state.get("config", {}))
+        if other is not None:
+            key, then, now = other
+            raise UserError(f"{key}: expected {then!r}, with which {path} was written, found {now!r}")
+        data = self._fingerprint
         if state.get("data", data) != data:
             raise UserError(f"data: expected those of {path}, {state['data']}, found {data}")
         saved = type(self.clusters).from_dict(state["clusters"])
@@ -401,19 +409,10 @@ class Trainer:
             self._batches = batches(items, order, workers=config.workers, pin=pins(self.device))
         with blame("data"):
             batch = next(self._batches)
-            self._refuse_conditions(batch)
+            refuse_classes(batch, self.data)
         with blame("unreadable"):
             self.unreadable.add(batch.unreadable)
         return batch.to(self.device)
-
-    def _refuse_conditions(self, batch: Batch) -> None:
-        """Refuse classes that the data do not have, before a GPU looks for them in an embedding."""
-        found, classes = batch.conditioning, self.data.num_classes
-        if not isinstance(found, Tensor) or found.dim() != 1 or not classes:
-            return
-        low, high = found.min().item(), found.max().item()
-        if found.is_floating_point() or low < 0 or high >= classes:
-            raise ValueError(f"expected integer classes 0 ... {classes - 1}, found {low} to {high}")
 
     def _dropped(self) -> Tensor | None:
         """Which samples lose their condition, bool [B] on the host; None for none."""

@@ -28,7 +28,7 @@ from ..distributed import launched
 from ..weighting import ContinuousUncertainty
 from . import checkpoint, evaluation, history
 from .components import build_decoder, build_model, in_timesteps
-from .config import NEIGHBOURS, PLAIN, Config, differences, to_dict
+from .config import FREE_ON_RESUME, NEIGHBOURS, PLAIN, Config, differences, to_dict
 from .folder import RunFolder
 from .history import History
 from .loop import Trainer
@@ -38,10 +38,6 @@ from .sinks import Sink, TensorBoard, WeightsAndBiases
 from .titles import clusters_title, method_title
 from .trained_denoiser import load, load_power_average
 
-# What may differ when a run is resumed, because the iterations already done do not depend on it. A run may be
-# made longer unless its learning rates fall towards its end. Of the device the type alone counts, and Trainer.load
-# compares it.
-FREE_ON_RESUME = ("iterations", "device", "checkpoints.", "logging.", "sampling.", "evaluation.")
 # What else drawn pictures and their metrics depend on.
 _DRAWING = ("sampling.", "evaluation.")
 
@@ -135,9 +131,11 @@ def rehearse(trainer: Trainer) -> None:
     Raises:
         UserError: the end of the run would fail.
     """
-    config, data, model = trainer.config, trainer.data.images(REHEARSED), trainer.model
+    config, model = trainer.config, trainer.model
     if trainer.sharded:  # whose forward is all processes'
         model = build_model(config, trainer.data, trainer.device)
+    with blame("data"):
+        data = trainer.data.images(REHEARSED)
     kind = trainer.scheduler.config.get("prediction_type", "epsilon")
     signal = torch.as_tensor([] if trainer.process.continuous else trainer.scheduler.alphas_cumprod)
     if kind == "epsilon" and bool((signal == 0).any()):
@@ -188,7 +186,8 @@ def rehearse(trainer: Trainer) -> None:
             with blame("evaluation"):
                 judge = Judge.by_classifier(train, found, test, data.test_labels[few] % len(kinds))
                 judge.evaluate(pictures, found[: len(labels)], config.seed)
-    model.train(training)
+    with blame("model"):
+        model.train(training)
 
 
 @contextlib.contextmanager

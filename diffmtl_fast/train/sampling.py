@@ -39,9 +39,24 @@ def build_sampler(config: Sampling, scheduler: Any, clip: bool = True) -> Any:
         options = ({"clip_sample": False} if cuts else {}) | config.scheduler.args
         sampler = sampler_class.from_config(scheduler.config, **options)
         sampler.set_timesteps(config.steps)
-        if len(sampler.timesteps) == 0:
-            raise ValueError(f"expected timesteps of {type(sampler).__name__}, found none")
+        _refuse_sampler(sampler, scheduler)
     return sampler
+
+
+def _refuse_sampler(sampler: Any, scheduler: Any) -> None:
+    if len(sampler.timesteps) == 0:
+        raise ValueError(f"expected timesteps of {type(sampler).__name__}, found none")
+    try:
+        found = (
+            "FlowMatching" if sampler.config.get("use_flow_sigmas") else type(noise_process(sampler)).__name__
+        )
+    except (TypeError, ValueError, AttributeError):
+        return  # one that no noise process of training is known of
+    expected = type(noise_process(scheduler)).__name__
+    if found != expected:
+        raise ValueError(
+            f"expected a sampler of the process of training, {expected}, found {type(sampler).__name__} of {found}"
+        )
 
 
 @torch.no_grad()
@@ -79,7 +94,8 @@ def draw(
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(tuple(shape), generator=generator)
-    model.eval()
+    with blame("model"):
+        model.eval()
     parts = []
     for start in range(0, len(noise), config.batch_size):
         part = slice(start, start + config.batch_size)
@@ -89,6 +105,11 @@ def draw(
         )
         with blame("sampling"):
             drawn = _denoise(model, sampler, noise[part].to(device), arguments, generator, config.guidance)
+            if drawn.shape != noise[part].shape:
+                raise ValueError(
+                    f"expected pictures {list(noise[part].shape)} of {type(sampler).__name__}, found "
+                    f"{list(drawn.shape)}"
+                )
             parts.append(drawn)
     pictures = torch.cat(parts)
     if not pictures.isfinite().all():

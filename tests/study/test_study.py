@@ -137,7 +137,7 @@ def test_command(tmp_path, monkeypatch, capsys, device):
     for arguments, message in (
         (["--study-dir", "none", "--report-only"], "none: expected a study, found no plan.json"),
         (["--study-dir", "s", "--seeds", "2", "--quick"], "seeds: expected 1, as in the study that is there"),
-        (["--study-dir", "s", "--jobs", "0"], "jobs: expected at least 1, found 0"),
+        (["--study-dir", "s", "--jobs", "0"], "jobs: expected an integer >= 1 and <= 1024, found 0"),
         (["--study-dir", "s", "--config", "none.yaml"], "none.yaml: cannot be read"),
     ):
         assert main(["study", *arguments]) == 2

@@ -27,7 +27,6 @@ from diffmtl_fast.train import checkpoint, history
 from diffmtl_fast.train.config import Config, to_dict
 from diffmtl_fast.train.data import ImageData, digits
 from diffmtl_fast.train.folder import RunFolder
-from diffmtl_fast.train.run import train
 
 sys.path.insert(0, str(Path(__file__).parent))
 import broken_parts
@@ -47,7 +46,11 @@ def run_of(tiny, tmp_path, monkeypatch):
 
     def run(capsys, folder, *arguments, **changes):
         path = tmp_path / "config.yaml"
-        own = {name: {"args": {}, **given} for name, given in changes.items() if "path" in (given or ())}
+        own = {
+            name: {"args": {}, **given}
+            for name, given in changes.items()
+            if isinstance(given, dict) and "path" in given
+        }
         values = to_dict(tiny(**{name: given for name, given in changes.items() if name not in own})) | own
         path.write_text(yaml.safe_dump(values))
         status = main(["train", "--config", str(path), "--run-dir", str(folder), *arguments])
@@ -76,7 +79,7 @@ def broken_components():
 
     def items(kind, **args):
         data = {"path": "broken_parts.files", "args": {"kind": kind, **args}}
-        return {"data": data, "model": {**OWN_MODEL, "args": {}}}
+        return {"data": data, "model": {**OWN_MODEL, "args": {}}, "unreadable": 5}
 
     for kind in ("none", "dict", "dict of sample", "int", "tuple", "list", "detached", "shape", "row",
                  "input", "complex", "integers", "mean", "frozen", "meta", "save",
@@ -91,11 +94,11 @@ def broken_components():
             ("data", "model"),
         )
     for kind in ("empty", "negative", "longer than it is", "float length", "none", "alone", "nan", "other shape",
-                 "bytes", "text", "integers", "double", "label out of range", "negative label",
+                 "text", "integers", "double", "label out of range", "negative label",
                  "label of another type", "float"):  # fmt: skip
-        yield items(kind), ("data", "unreadable")
+        yield items(kind), ("data", "unreadable", "conditioning")
     for kind in ("no config", "no number", "number of another type", "none", "empty", "matrix", "short", "nan",
-                 "text", "above one", "negative", "upwards"):  # fmt: skip
+                 "text", "above one", "negative"):  # fmt: skip
         yield (
             {"scheduler": {"path": "broken_parts.Schedule", "args": {"kind": kind}}},
             ("scheduler", "clusters"),
@@ -320,15 +323,39 @@ def test_damaged_checkpoints_are_gone_back_from(run_of, tmp_path, capsys):
         before = {p: p.read_bytes() for p in newest.iterdir()}
         damage(generator.choice(sorted(newest.iterdir())), generator)
         if {p: p.read_bytes() for p in newest.iterdir()} != before:
+            assert RunFolder(folder).checkpoint().name == "iter-00000004"
+            printed = capsys.readouterr().err
+            assert "is corrupt" in printed
+            assert "going back" in printed
             if i % 20 == 0:
                 status, printed = run_of(capsys, folder, "--resume")
                 assert status == 0, (i, printed)
-            else:  # without the pictures of the end
-                train(RunFolder(folder).read_config(), RunFolder(folder), resume=True, outputs=False)
-                printed = capsys.readouterr().err
-            assert "is corrupt" in printed
-            assert "going back" in printed
-        assert_same(weights(folder), expected)
+                assert_same(weights(folder), expected)
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "log.jsonl"])
+def test_a_damaged_configuration_or_log_is_one_line_or_the_same_run(run_of, tmp_path, capsys, name):
+    """A digit that became another one is found, too: checkpoints know both files."""
+    whole, folder, generator = tmp_path / "whole", tmp_path / "copy", random.Random(6)
+    trained(run_of, capsys, whole)
+    expected = (whole / name).read_bytes()
+    for _ in range(DAMAGED // 4 or 1):
+        shutil.copytree(whole, folder)
+        shutil.rmtree(checkpoint.checkpoints(folder / "checkpoints")[-1])  # there is something left to do
+        damage(folder / name, generator)
+        status = main(["train", "--run-dir", str(folder), "--resume"])
+        printed = capsys.readouterr().err
+        if status:
+            one_line(status, printed)
+        else:
+            assert_same(weights(folder), weights(whole))
+            if name == "log.jsonl":
+                lines = [history.read(path / name) for path in (folder, whole)]
+                assert [{**each, "seconds": 0} for each in lines[0]] == [
+                    {**each, "seconds": 0} for each in lines[1]
+                ]
+        assert (whole / name).read_bytes() == expected
         shutil.rmtree(folder)
 
 
@@ -351,16 +378,10 @@ def test_a_checkpoint_under_another_name_is_refused(run_of, tmp_path, capsys):
     assert "manifest.json is of iteration 6" in printed
 
 
-def test_data_that_changed_are_refused(run_of, tmp_path, capsys):
-    folder = tmp_path / "run"
-    trained(run_of, capsys, folder)
-    status, printed = run_of(capsys, folder, "--resume", "--iterations", "8")
-    assert status == 0, printed
-    text = folder / "config.yaml"
-    text.write_text(text.read_text().replace("diffmtl_fast.train.data.digits", "broken_parts.data"))
-    message = one_line(
-        main(["train", "--run-dir", str(folder), "--resume", "--iterations", "9"]), capsys.readouterr().err
-    )
+def test_data_that_changed_are_refused(run_of, tmp_path, capsys, monkeypatch):
+    trained(run_of, capsys, tmp_path / "run")
+    monkeypatch.setattr("diffmtl_fast.train.data.digits", broken_parts.data)
+    message = one_line(*run_of(capsys, tmp_path / "run", "--resume", "--iterations", "8"))
     assert message.startswith("data: expected those of")
 
 
@@ -389,36 +410,45 @@ def test_a_folder_without_locks_has_a_lock_of_its_own(run_of, tmp_path, capsys, 
     assert "17 on elsewhere" in message
 
 
-def test_killed_runs_lose_nothing(tiny, tmp_path, capsys):
+@pytest.fixture
+def forks():
+    made = killed_run.Forks()
+    yield made
+    made.close()
+
+
+def test_killed_runs_lose_nothing(tiny, tmp_path, forks):
     """Killed at any moment, and resumed, to the same bits; asked to stop, they save and say how to go on."""
-    config = tmp_path / "c.yaml"
-    config.write_text(yaml.safe_dump(to_dict(tiny(iterations=60 if WHOLE else 12))))
+    config, log, whole = tmp_path / "c.yaml", tmp_path / "printed", tmp_path / "whole"
+    config.write_text(yaml.safe_dump(to_dict(tiny(iterations=40 if WHOLE else 12))))
     options = ["train", "--config", str(config), "--resume", "--run-dir"]
-    assert main([*options, str(tmp_path / "whole")]) == 0
+    assert forks.run([*options, str(whole)], log) == 0, log.read_text()
     generator, kills, folder = random.Random(3), 0, tmp_path / "killed"
-    while kills < KILLS:
-        process = killed_run.start([*options, str(folder)], tmp_path / "printed")
+    outputs = True
+    while kills < KILLS or folder.exists():
+        process, ended = forks.start([*options, str(folder)], log, outputs or kills % 10 == 9), None
         found = checkpoint.checkpoints(folder / "checkpoints")
-        while process.is_alive() and checkpoint.checkpoints(folder / "checkpoints") == found:
-            time.sleep(0.002)
-        process.join(generator.random() * 0.5)
-        if process.is_alive():
-            asked = kills % 4 == 3
-            os.kill(process.pid, signal.SIGTERM if asked else signal.SIGKILL)
-            process.join()
-            printed = (tmp_path / "printed").read_text()
-            if process.exitcode == 130:
-                assert "--resume continues" in printed
-            else:  # asked before or after the loop, it ends as other processes do
-                assert process.exitcode in ((0, -signal.SIGTERM) if asked else (0, -signal.SIGKILL)), printed
+        while ended is None and checkpoint.checkpoints(folder / "checkpoints") == found:
+            time.sleep(0.02)
+            ended = forks.poll(process)
+        end, asked = time.monotonic() + generator.random() * 0.5, kills % 4 == 3
+        while kills < KILLS and ended is None and time.monotonic() < end:
+            time.sleep(0.005)
+            ended = forks.poll(process)
+        if kills < KILLS and ended is None:
             kills += 1
-        else:
-            assert process.exitcode == 0, (tmp_path / "printed").read_text()
-            assert_same_run(folder, tmp_path / "whole")
+            os.kill(process, signal.SIGTERM if asked else signal.SIGKILL)
+        while ended is None:
+            time.sleep(0.02)
+            ended = forks.poll(process)
+        printed = log.read_text()
+        assert ended in (0, 130, -signal.SIGTERM, -signal.SIGKILL), printed
+        assert ended != 130 or "--resume continues" in printed
+        outputs = ended == 0  # what is trained to its end gets its pictures
+        if (folder / "training.png").exists() and ended == 0:
+            print(f"{kills} kills", flush=True)
+            assert_same_run(folder, whole)
             shutil.rmtree(folder)
-    assert main([*options, str(folder)]) == 0
-    assert_same_run(folder, tmp_path / "whole")
-    capsys.readouterr()
 
 
 def assert_same_run(folder, expected):

@@ -192,7 +192,7 @@ def test_curriculum(tiny, method):
             "curriculum.clusters: k: expected",
         ),
         ({"curriculum": {"order": "easy_to_hard", "patience": None}}, "curriculum: expected patience or max"),
-        ({"curriculum": {"order": "easy_to_hard", "patience": 0}}, "curriculum: patience: expected"),
+        ({"curriculum": {"order": "easy_to_hard", "patience": 0}}, "curriculum.patience: expected"),
         ({"curriculum": {"order": "easy_to_hard", "max_length": [1]}}, "curriculum: max_length: expected"),
     ],
 )

@@ -51,11 +51,11 @@ CHOICES = ", ".join(f"'{name}'" for name in (CONTINUOUS, *METHODS))
                 {"method": "vanilla", "timesteps": {"interval": value}},
                 "timesteps.interval: expected [first, end]",
             )
-            for value in ([1], [2, 2], [-1, 3])
+            for value in ([1], [2, 2], [3, 1])
         ),
         *(
-            ({"timesteps": {"interval": value}}, "timesteps.interval: expected list[int] or null, found ")
-            for value in ([0, 2.0], [False, 3], 5)
+            ({"timesteps": {"interval": value}}, "timesteps.interval: expected [an integer >= 0 and ")
+            for value in ([0, 2.0], [False, 3], [-1, 3], 5)
         ),
         ({"timesteps": {"interval": [0, 9]}}, "timesteps.interval: expected null, or method vanilla"),
         (
