@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -9,9 +11,10 @@ from torch import nn
 import diffmtl_fast as dm
 from diffmtl_fast import _host
 from diffmtl_fast.ops import _library, cuda
-from tests.conftest import DEVICE
 
-pytestmark = pytest.mark.skipif(DEVICE != "interpreter", reason="of DIFFMTL_TEST_DEVICE=interpreter")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("DIFFMTL_TEST_DEVICE") != "interpreter", reason="of DIFFMTL_TEST_DEVICE=interpreter"
+)
 
 
 class Reached(Exception):
