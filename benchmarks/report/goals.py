@@ -228,7 +228,7 @@ def _goals() -> Iterator[Goal]:
         (PARALLEL_PCGRAD,),
         1.15,
         1.05,
-        two,
+        two | {"k": 2},  # one cluster in each process
         device="cpu",
     )
     yield Goal(
