@@ -299,6 +299,14 @@ def dynamo() -> ModuleType | None:
     return sys.modules.get("torch._dynamo")
 
 
+def at_fixed_address(tensor: Tensor) -> Tensor:
+    """Let CUDA graphs read and write a tensor where it is; without the mark they work on a copy of an input."""
+    loaded = dynamo()
+    if loaded is not None:
+        loaded.mark_static_address(tensor, guard=False)
+    return tensor
+
+
 def compiled_graphs() -> int:
     """Return how many graphs the compiler has made in this process. Replaced by a check before every step."""
     loaded = sys.modules.get("torch._dynamo.utils")

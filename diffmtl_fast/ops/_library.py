@@ -43,21 +43,25 @@ _CPU: dict[str, Kernel] = {}
 _MADE_OF: dict[str, tuple[str, Callable[[Kernel], Kernel]]] = {}
 
 
-def define_op(schema: str, *, plain: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+def define_op(
+    schema: str, *, plain: Callable[..., Any], fake: Callable[..., Any], any_layout: bool = False
+) -> Callable[..., Any]:
     """Define ``diffmtl::<schema>`` with its plain definition and its shape function.
 
     Args:
         schema: the op's schema without namespace, ``"gram(Tensor jacobian) -> Tensor"``.
         plain: the definition in plain PyTorch, used wherever no kernel is registered.
         fake: shape, dtype and device of the result, without data.
+        any_layout: whether a compiler may hand over inputs in another order in memory than they were traced in,
+            which saves copies: the strides of the result do not depend on theirs.
 
     Returns:
         The op, ``torch.ops.diffmtl.<name>.default``.
     """
     name = schema.partition("(")[0]
     PLAIN[name] = plain
-    # Kernels read strides: a compiler need not bring what it has into the order that it was written in.
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+    tags = [torch.Tag.pt2_compliant_tag, *([torch.Tag.flexible_layout] if any_layout else [])]
+    _LIBRARY.define(schema, tags=tuple(tags))
     _LIBRARY.impl(name, plain, "CompositeExplicitAutograd")
     torch.library.register_fake(f"diffmtl::{name}", fake, lib=_LIBRARY)
     op = getattr(torch.ops.diffmtl, name).default
@@ -97,11 +101,12 @@ def define_op_with_out(
 
     make_kernel_of(name, f"{name}_out", allocating)
     return (
-        define_op(f"{arguments}) -> Tensor", plain=allocating(plain), fake=empty),
+        define_op(f"{arguments}) -> Tensor", plain=allocating(plain), fake=empty, any_layout=True),
         define_op(
             f"{name}_out({rest}, Tensor(a!) out, bool accumulate) -> ()",
             plain=plain,
             fake=lambda *args: None,
+            any_layout=True,
         ),
     )
 

@@ -83,9 +83,16 @@ def test_every_use_of_a_parameter(clusters, frozen, device):
 
 
 def test_with_the_default_backend(device):
+    """In the mode that makes CUDA graphs where there is CUDA: they write into the Jacobian's own memory."""
     (model, *inputs), (plain, *_) = make(device, torch.float32), make(device, torch.float32)
-    mtl = assert_exact(compiled(model, backend="inductor"), *inputs, plain=plain, rtol=1e-4, steps=3)
+    fast = compiled(model, backend="inductor", mode="reduce-overhead")
+    mtl = assert_exact(fast, *inputs, plain=plain, rtol=1e-4, steps=4)
     assert engine_of(mtl) == "compiled"
+    for stand_in, block in zip(mtl._engine.compiled._passes[0], mtl._engine.jacobian.blocks, strict=True):
+        assert stand_in.block is block
+        assert block._dynamo_static_input_type == stand_in.value._dynamo_static_input_type == "unguarded"
+    if device.type == "cuda":
+        assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
 
 
 def test_autocast(device):
@@ -324,6 +331,51 @@ def test_without_a_rule_the_model_runs_in_slices(device):
     mtl = assert_exact(compiled(model, fullgraph=False), x, plain=copy.deepcopy(model))
     assert engine_of(mtl) == "sliced"
     assert "no rule for bilinear" in mtl._engine._told
+
+
+class Attending(nn.Module):
+    """Self attention, masked and not, and cross attention to more tokens of another width."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.own = nn.MultiheadAttention(4, 2, dropout, batch_first=True)
+        self.other = nn.MultiheadAttention(4, 2, dropout, kdim=6, vdim=6)
+        self.layer = nn.TransformerEncoderLayer(4, 2, 8, dropout, batch_first=True)
+
+    def forward(self, x, context, padded):
+        causal = nn.Transformer.generate_square_subsequent_mask(x.shape[1], dtype=x.dtype, device=x.device)
+        x = x + self.own(x, x, x, attn_mask=causal, is_causal=True, need_weights=False)[0]
+        x = x + self.own(x, 2 * x, x, average_attn_weights=False)[0]
+        kept = context.transpose(0, 1)
+        update, shares = self.other(x.transpose(0, 1), kept, kept, key_padding_mask=padded)
+        return self.layer(x + update.transpose(0, 1) * shares.square().sum(-1, keepdim=True))
+
+
+def test_attention(device):
+    torch.manual_seed(0)
+    model = Attending().to(device).double()
+    x, context = torch.randn(6, 3, 4, device=device).double(), torch.randn(6, 5, 6, device=device).double()
+    padded = torch.arange(5, device=device) > torch.arange(6, device=device).unsqueeze(1) + 1
+    mtl = assert_exact(compiled(model), x, context, padded, plain=copy.deepcopy(model))
+    assert engine_of(mtl) == "compiled"
+
+
+class Upsampling(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.ConvTranspose2d(16, 8, (2, 3), stride=2, padding=1, output_padding=1, groups=2)
+        self.last = nn.ConvTranspose1d(8, 3, 3, dilation=2, bias=False)
+
+    def forward(self, x):
+        return self.last(F.silu(self.first(x)).flatten(2))
+
+
+def test_transposed_convolutions(device):
+    torch.manual_seed(0)
+    model = Upsampling().to(device).double()
+    x = torch.randn(6, 16, 4, 3, dtype=torch.float64, device=device)
+    mtl = assert_exact(compiled(model), x, plain=copy.deepcopy(model))
+    assert engine_of(mtl) == "compiled"
 
 
 class Growing(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._host import on_host
-from ..._torch import DisableTorchFunctionSubclass, compiled_graphs
+from ..._torch import DisableTorchFunctionSubclass, at_fixed_address, compiled_graphs
 from ..batch import BatchLayout, Clusters
 from ..parameters import Slot, installed
 from ..step import Step
@@ -103,8 +103,8 @@ class CompiledEngine:
             self._passes.append(made)
         found = self._passes[number]
         for position, stand_in in enumerate(found):
-            if number == 0:
-                stand_in.block = jacobian.blocks[position]
+            if number == 0 and stand_in.block is not jacobian.blocks[position]:
+                stand_in.block = at_fixed_address(jacobian.blocks[position])
             stand_in.accumulate = position in self.shared
             if stand_in.accumulate:
                 stand_in.block.zero_()

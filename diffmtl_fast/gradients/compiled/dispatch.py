@@ -42,6 +42,8 @@ def operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     about = _name(func) == "__get__" and func not in _VIEWS
     if about or not torch.is_grad_enabled() or func in _DETACHING:
         return func(*_swap(args, _value), **_swap(kwargs, _value))
+    if func is F.multi_head_attention_forward:
+        return _attention(*args, **kwargs)
     rule = _RULES.get(func)
     if rule is not None and _is_batch(args[0] if args else kwargs.get("input")):
         return rule(*args, **kwargs)
@@ -251,17 +253,32 @@ def _convolution(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
+    output_padding: Any = None,  # of a transposed one
 ) -> Tensor:
     w, w_key, w_block, w_add = _given(weight, lower_precision)
     b, b_key, b_block, b_add = _given(bias, lower_precision)
     if input.dim() != w.dim():
         raise NoClusterRule("convolution: expected an input [B, in, ...]")
     stride, padding, dilation = per_dimension(w, stride, padding, dilation)
+    extra, *_ = per_dimension(w, output_padding or 0, 0, 1)
     return operations.Convolution.apply(
         lower_precision(input), w, w_key, w_block, b, b_key, b_block,
         batch.offsets, batch.host_offsets, batch.cluster.shape[0], (w_add, b_add),
-        stride, padding, dilation, groups,
+        stride, padding, dilation, groups, output_padding is not None, extra,
     )  # fmt: skip
+
+
+def _transposed_convolution(
+    input: Tensor,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Tensor:
+    return _convolution(input, weight, bias, stride, padding, dilation, groups, output_padding)
 
 
 def _layer_norm(
@@ -331,6 +348,86 @@ def _embedding(
     return operations.Embedding.apply(input, table, key, block, batch.cluster, num, padding_idx, add)
 
 
+# ----- Attention, of which the projections alone have parameters
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight: Any,
+    in_proj_bias: Any,
+    bias_k: Any,
+    bias_v: Any,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Any,
+    out_proj_bias: Any,
+    training: bool = True,
+    key_padding_mask: Any = None,
+    need_weights: bool = True,
+    attn_mask: Any = None,
+    use_separate_proj_weight: bool = False,
+    q_proj_weight: Any = None,
+    k_proj_weight: Any = None,
+    v_proj_weight: Any = None,
+    static_k: Any = None,
+    static_v: Any = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,  # tells what attn_mask is
+) -> tuple[Tensor, Tensor | None]:
+    """See `torch.nn.functional.multi_head_attention_forward`; samples lie along dimension 1."""
+    unknown = [each for each in (bias_k, bias_v, static_k, static_v) if each is not None]
+    if unknown or add_zero_attn or _is_stand_in(attn_mask):
+        raise NoClusterRule(
+            "multi_head_attention_forward: no rule for bias_k, add_zero_attn, static_k or a learned mask"
+        )
+    inputs = [each.transpose(0, 1) for each in (query, key, value)]
+    if query.dim() != 3 or [each for each in inputs if not _is_batch(each)]:
+        raise NoClusterRule("multi_head_attention_forward: expected inputs [L, B, E]")
+    if query is key and key is value and not use_separate_proj_weight:
+        projected = _linear(inputs[0], in_proj_weight, in_proj_bias).chunk(3, dim=-1)
+    else:
+        separate = (q_proj_weight, k_proj_weight, v_proj_weight)
+        weights = separate if use_separate_proj_weight else _thirds(in_proj_weight)
+        given = zip(inputs, weights, _thirds(in_proj_bias), strict=True)
+        projected = tuple([_linear(x, weight, bias) for x, weight, bias in given])
+    q, k, v = [each.unflatten(-1, (num_heads, -1)).transpose(1, 2) for each in projected]
+    mask, dropout = _attention_mask(attn_mask, key_padding_mask, q), dropout_p if training else 0.0
+    if need_weights:
+        scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
+        out, shares = weights @ v, weights.mean(1) if average_attn_weights else weights
+    else:
+        out, shares = F.scaled_dot_product_attention(q, k, v, mask, dropout), None
+    return _linear(out.transpose(1, 2).flatten(2), out_proj_weight, out_proj_bias).transpose(0, 1), shares
+
+
+def _thirds(parameter: Any) -> Any:
+    """Cut a parameter of three projections into theirs."""
+    if parameter is None:
+        return None, None, None
+    return operate(torch.chunk, (parameter, 3), {}) if _is_stand_in(parameter) else parameter.chunk(3)
+
+
+def _attention_mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """Return what is added to scores [B, heads, L, S]; None for nothing."""
+    batch_size, heads = q.shape[:2]
+    if attn_mask is not None and attn_mask.dim() == 3:
+        attn_mask = attn_mask.view(batch_size, heads, *attn_mask.shape[1:])
+    if key_padding_mask is not None:
+        key_padding_mask = key_padding_mask.view(batch_size, 1, 1, -1)
+    total = None
+    for mask in (attn_mask, key_padding_mask):
+        if mask is not None:
+            if mask.dtype == torch.bool:
+                mask = q.new_zeros(mask.shape).masked_fill(mask, float("-inf"))
+            total = mask if total is None else total + mask
+    return None if total is None else total.to(q.dtype)
+
+
 _RULES: dict[Any, Callable[..., Tensor]] = {
     F.linear: _linear,
     torch.matmul: _matmul,
@@ -339,6 +436,9 @@ _RULES: dict[Any, Callable[..., Tensor]] = {
     F.conv1d: _convolution,
     F.conv2d: _convolution,
     F.conv3d: _convolution,
+    F.conv_transpose1d: _transposed_convolution,
+    F.conv_transpose2d: _transposed_convolution,
+    F.conv_transpose3d: _transposed_convolution,
     F.layer_norm: _layer_norm,
     F.rms_norm: _rms_norm,
     F.group_norm: _group_norm,

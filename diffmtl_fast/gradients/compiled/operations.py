@@ -122,7 +122,7 @@ class Matmul(torch.autograd.Function):
 
 
 class Convolution(torch.autograd.Function):
-    """Cross-correlation over one to three dimensions, x [B, in, ...]."""
+    """Cross-correlation over one to three dimensions, x [B, in, ...], or, transposed, the backward of one."""
 
     @staticmethod
     def forward(
@@ -142,13 +142,17 @@ class Convolution(torch.autograd.Function):
         padding: Sequence[int],
         dilation: Sequence[int],
         groups: int,
+        transposed: bool,
+        output_padding: Sequence[int],
     ) -> Tensor:
         """Convolve."""
         ctx.save_for_backward(x, weight, offsets, host_offsets)
         ctx.blocks = weight_block, bias_block
         ctx.samples, ctx.accumulate = samples, accumulate
         ctx.stride, ctx.padding, ctx.dilation, ctx.groups = stride, padding, dilation, groups
-        return _aten.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+        ctx.transposed, ctx.output_padding = transposed, output_padding
+        geometry = stride, padding, dilation, transposed, output_padding
+        return _aten.convolution(x, weight, bias, *geometry, groups)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -158,11 +162,12 @@ class Convolution(torch.autograd.Function):
         by_x, by_weight, by_bias = None, None, None
         geometry = (ctx.stride, ctx.padding, ctx.dilation)
         if ctx.needs_input_grad[0]:
-            rest = (False, [0] * len(ctx.stride), ctx.groups, [True, False, False])
+            rest = (ctx.transposed, ctx.output_padding, ctx.groups, [True, False, False])
             by_x = _aten.convolution_backward(grad, x, weight, None, *geometry, *rest)[0]
         if ctx.needs_input_grad[2]:
             bounds = in_rows(host_offsets, ctx.samples, x.shape[0])
-            arguments = (grad, x, bounds, list(weight.shape[2:]), *geometry, ctx.groups)
+            ends = (x, grad) if ctx.transposed else (grad, x)
+            arguments = (*ends, bounds, list(weight.shape[2:]), *geometry, ctx.groups)
             if block is None:
                 by_weight = _ours.cluster_conv_wgrad(*arguments)
             else:
@@ -174,7 +179,7 @@ class Convolution(torch.autograd.Function):
             by_bias = _sums(
                 by_sample, in_rows(offsets, ctx.samples, x.shape[0]), bias_block, ctx.accumulate[1]
             )
-        return by_x, None, by_weight, None, None, by_bias, *[None] * 9
+        return by_x, None, by_weight, None, None, by_bias, *[None] * 11
 
 
 class GroupNorm(torch.autograd.Function):

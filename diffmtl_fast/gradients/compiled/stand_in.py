@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..._torch import DisableTorchFunctionSubclass, make_subclass
+from ..._torch import DisableTorchFunctionSubclass, at_fixed_address, make_subclass
 from ..batch import Clusters
 
 _Operate: TypeAlias = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -71,7 +71,8 @@ class StandIn(Dispatched):
     def make(value: Tensor, block: Tensor, accumulate: bool) -> StandIn:
         """Stand for a tensor; the stand-in shares its memory."""
         made: StandIn = make_subclass(StandIn, value.detach(), True)
-        made.value, made.block, made.accumulate, made.uses = value.detach(), block, accumulate, 0
+        made.value, made.block = at_fixed_address(value.detach()), at_fixed_address(block)
+        made.accumulate, made.uses = accumulate, 0
         made.anchor = torch.zeros((), device=value.device, requires_grad=True)
         return made
 

@@ -147,7 +147,8 @@ def _multiply_by_kernel(
 def _images(tensor: Tensor) -> tuple[int, int, list[int], list[int]]:
     """Give a tensor to a kernel for three spatial dimensions."""
     missing = 5 - tensor.dim()
-    shape, strides = list(tensor.shape), list(tensor.stride())
+    shape = list(tensor.shape)
+    strides = [stride if size > 1 else 1 for size, stride in zip(shape, tensor.stride(), strict=True)]
     shape[2:2], strides[2:2] = [1] * missing, [0] * missing
     return tensor.data_ptr(), DTYPES[tensor.dtype], shape, strides
 
