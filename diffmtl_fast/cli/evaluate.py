@@ -36,11 +36,10 @@ def evaluate(
     if target is not None:
         check_target("out", target)
     trained = load_run(run_dir, checkpoint, device, steps)
+    run = RunFolder(Path(run_dir))
     # Those of an older checkpoint, where the newest is corrupt, are not the run's own.
-    if (out, num, steps, checkpoint) == (None,) * 4 and trained.iteration == RunFolder(
-        Path(run_dir)
-    ).iteration:
-        target = Path(run_dir) / "metrics.json"
+    if (out, num, steps, checkpoint) == (None,) * 4 and trained.iteration == run.iteration:
+        target = run.metrics
     metrics = trained.evaluate(num)
     if target is not None:
         with writing("out", target) as aside:
