@@ -39,10 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
+    # Paths need not be text, nor need a terminal know every letter.
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(
-            stream, io.TextIOWrapper
-        ):  # paths need not be text, nor need a terminal know every letter
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         jsonargparse = require("jsonargparse", "train")
@@ -139,9 +138,7 @@ def _check_texts(arguments: list[str]) -> None:
 
     for before, argument in itertools.pairwise(["", *arguments]):
         name, _, value = argument.partition("=") if argument.startswith("--") else (before, "", argument)
-        with contextlib.suppress(
-            yaml.YAMLError, OSError, UnicodeDecodeError
-        ):  # the parser says what is wrong
+        with contextlib.suppress(yaml.YAMLError, OSError, UnicodeDecodeError):  # which the parser names
             if name == "--config" and Path(value).is_file():
                 check_text(Path(value).read_text(encoding="utf-8"), f"config: {value}")
             elif "*" in value:

@@ -38,10 +38,11 @@ def evaluate(
     if target is not None:
         check_target("out", target)
     trained = load_run(run_dir, checkpoint, device, steps=steps, sigma_rel=sigma_rel)
+    run = RunFolder(run_dir)
     # Those of an older checkpoint, where the newest is corrupt, are not the run's own.
-    newest = trained.iteration == RunFolder(run_dir).iteration
-    if newest and (out, num, steps, sigma_rel, checkpoint) == (None,) * 5:
-        target = Path(run_dir) / "metrics.json"
+    own = trained.iteration == run.iteration
+    if own and (out, num, steps, sigma_rel, checkpoint) == (None,) * 5:
+        target = run.metrics
     metrics = trained.evaluate(num)
     if target is not None:
         with writing("out", target) as aside:

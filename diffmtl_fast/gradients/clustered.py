@@ -132,7 +132,7 @@ class ClusteredMTL(nn.Module):
             ``mtl.weighting.state_dict()`` beside it.
         last: the `StepRecord` of the last `backward`; None before the first.
         measure_gramian: set it to form the Gramian in the next steps, for logging, although the weighting does
-            not need it. The update stays the weighting's.
+            not need it. The update stays what it is without, bit by bit in one process.
 
     Raises:
         TypeError: an argument has the wrong type, or the model is in `DataParallel`.

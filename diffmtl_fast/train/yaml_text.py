@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import yaml
@@ -44,10 +45,10 @@ def _count(node: Any, known: dict[Any, int | None], where: str) -> int:
     known[node] = None
     inner: list[Any] = []
     if isinstance(node, yaml.MappingNode):
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
-        if twice is not None:
-            raise UserError(f"{where}: expected every option once, found {twice} twice")
+        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for name, times in names.items():
+            if times > 1:
+                raise UserError(f"{where}: expected every option once, found {name} {times} times")
         inner = [each for pair in node.value for each in pair]
     elif isinstance(node, yaml.SequenceNode):
         inner = node.value

@@ -449,8 +449,8 @@ BOMB = "a: &a [0, 0, 0, 0, 0, 0, 0, 0, 0, 0]\n" + "".join(
     [
         (BOMB, "expected at most 100000 values, found "),
         ("model: {args: {" + ", ".join(BOMB.splitlines()) + "}}", "expected at most 100000 values, found "),
-        ("iterations: 5\nseed: 1\niterations: 7", "expected every option once, found iterations twice"),
-        ("clusters: {k: 3, k: 4}", "expected every option once, found k twice"),
+        ("iterations: 5\nseed: 1\niterations: 7", "expected every option once, found iterations 2 times"),
+        ("clusters: {k: 3, k: 4}", "expected every option once, found k 2 times"),
         ("model: {args: &a {b: *a}}", "expected values that end, found one that contains itself"),
     ],
 )

@@ -340,7 +340,7 @@ def test_a_damaged_configuration_or_log_is_one_line_or_the_same_run(run_of, tmp_
     whole, folder, generator = tmp_path / "whole", tmp_path / "copy", random.Random(6)
     trained(run_of, capsys, whole)
     expected = (whole / name).read_bytes()
-    for _ in range(DAMAGED // 4 or 1):
+    for _ in range(DAMAGED // 10 or 1):
         shutil.copytree(whole, folder)
         shutil.rmtree(checkpoint.checkpoints(folder / "checkpoints")[-1])  # there is something left to do
         damage(folder / name, generator)

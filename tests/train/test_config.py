@@ -55,7 +55,7 @@ CHOICES = ", ".join(f"'{name}'" for name in (CONTINUOUS, *METHODS))
         ),
         *(
             ({"timesteps": {"interval": value}}, "timesteps.interval: expected [an integer >= 0 and ")
-            for value in ([0, 2.0], [False, 3], [-1, 3], 5)
+            for value in ([0, 2.5], [False, 3], [-1, 3], 5)
         ),
         ({"timesteps": {"interval": [0, 9]}}, "timesteps.interval: expected null, or method vanilla"),
         (
