@@ -38,7 +38,8 @@ class LooksUpClusters(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("mtl").module, name)
+            mtl: Any = super().__getattr__("mtl")
+            return getattr(mtl.module, name)
 
 
 def stratified_sample(clusters: NoiseClustering) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:

@@ -29,7 +29,8 @@ class ClusteredBackward:
         wrappers = [module for module in self.modules() if isinstance(module, ClusteredMTL)]
         if len(wrappers) != 1:
             raise TypeError(f"module: expected one ClusteredMTL in it, found {len(wrappers)}")
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+        trainer: Any = self.trainer
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
             raise ValueError(
                 "precision: expected float32 or bfloat16, found float16, whose scaled losses would be weighed; "
                 "use manual optimisation with mtl.backward(loss, scaler=scaler)"
