@@ -6,6 +6,7 @@ what takes the place of ``loss.mean()``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def compute_density_for_timestep_sampling(
         ValueError: there is no such scheme, or an argument is out of range.
     """
     _check_scheme(weighting_scheme)
-    laws: dict[str, type[NoiseDistribution]] = {
+    laws: dict[str, Callable[..., NoiseDistribution]] = {
         "logit_normal": LogitNormalTime,
         "mode": ModeTime,
         "beta": BetaTime,

@@ -97,6 +97,42 @@ def test_modules_with_unseen_uses_run_in_slices(name, cluster, options, device):
     assert in_slices(mtl) == (None if options == WAYS["sliced"] else [] if alone else ["1"])
 
 
+class Written(nn.Module):
+    """Writes a parameter into a table: one that it makes in every forward, a view of it, or one that it keeps."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.p = kind, nn.Parameter(torch.randn(4))
+        self.register_buffer("kept", torch.zeros(4, 4), persistent=False)
+
+    def forward(self, x):
+        table = torch.zeros_like(self.kept)
+        if self.kind == "kept":
+            table = self.kept
+            table.detach_().zero_()
+        if self.kind == "a view":
+            table[1][:] = self.p
+        else:
+            table[1] = self.p
+            table[2] = 2 * self.p
+        return F.linear(x, table.T)
+
+
+@pytest.mark.parametrize("kind", ["made anew", "a view"])
+def test_parameters_written_into_constants(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), Written(kind), nn.Linear(4, 2)).double()
+    mtl = assert_exact(model, torch.randn(6, 4, dtype=torch.float64))
+    assert in_slices(mtl) == ([] if kind == "made anew" else ["1"])
+
+
+def test_a_buffer_that_parameters_are_written_into_stays_a_tensor():
+    model = nn.Sequential(nn.Linear(4, 4), Written("kept"), nn.Linear(4, 2)).double()
+    with pytest.raises(RuntimeError, match="inplace"):  # slices write to it one after the other
+        assert_exact(model, torch.randn(6, 4, dtype=torch.float64))
+    assert type(model[1].kept) is torch.Tensor
+
+
 def _argument_of_a_checkpoint(m, x):
     return checkpoint(torch.mul, x, m.p, use_reentrant=True) @ m.q
 

@@ -202,10 +202,12 @@ class Dispatch:
     def _derive(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation on parameters and constants alone: it gives a handle, or a batch of copies."""
         if writes_in_place(func) and (written(args[0]) or not isinstance(args[0], ClusterParameter)):
-            if torch.is_grad_enabled() and (written(args[0]) or _is_memory_of_its_own(args[0])):
+            if torch.is_grad_enabled() and (written(args[0]) or self._is_temporary(args[0])):
                 return write(func, args, kwargs, self._engine)
-            operation = Operation((func, "into a view"), self._engine.owners(find_handles((args, kwargs))))
-            raise NoRows(operation, f"{_name(func)} writes a parameter into a part of a tensor that is none")
+            operation = Operation(
+                (func, "into a constant"), self._engine.owners(find_handles((args, kwargs)))
+            )
+            raise NoRows(operation, f"{_name(func)} writes a parameter into a buffer or a part of a tensor")
         result = func(*substitute(args, _value), **substitute(kwargs, _value))
         if not _has_tensor(result):
             return result
@@ -220,6 +222,11 @@ class Dispatch:
                 copies = self._give_rows(handle, len(shape), shape[0], key)
                 return copies.repeat(1, *(n // m for n, m in zip(shape[1:], copies.shape[1:], strict=True)))
         return derive(Call(func, args, kwargs), result, self._engine)
+
+    def _is_temporary(self, tensor: Any) -> bool:
+        """Tell whether a tensor is a constant made in this forward, of which nobody sees a part."""
+        plain = type(tensor) is Tensor and tensor.is_leaf and not tensor.requires_grad
+        return plain and not is_view(tensor) and not self._engine.holds(tensor)
 
     def _like(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation that asks its second argument only for its shape or type."""
@@ -287,11 +294,6 @@ def _name(func: Any) -> str:
 
 def _value(handle: ClusterParameter) -> Tensor:
     return handle.value
-
-
-def _is_memory_of_its_own(tensor: Any) -> bool:
-    """Tell whether a tensor is none that others see a part of, or that autograd knows."""
-    return type(tensor) is Tensor and tensor.is_leaf and not tensor.requires_grad and not is_view(tensor)
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..._torch import own_buffers
 from ..batch import BatchLayout
 from ..model_state import ModelState
 from ..parameters import Slot, forwards_replaced, installed
@@ -69,6 +70,7 @@ class GroupedEngine:
         self.verified: set[tuple[Any, ...]] = set()
         self.constant: dict[tuple[Any, ...], str] = {}
         self.functions: set[Function] = set()
+        self._held: set[int] | None = None
         self._training: tuple[bool, ...] = ()
         self.layout: BatchLayout | None = None
         self.forward_pass: Pass | None = None
@@ -134,7 +136,7 @@ class GroupedEngine:
     def installed(self, layout: BatchLayout, forward_pass: Pass | None) -> Iterator[None]:
         """Let the model see the handles."""
         before = self.layout, self.forward_pass
-        self.layout, self.forward_pass = layout, forward_pass
+        self.layout, self.forward_pass, self._held = layout, forward_pass, None
         if forward_pass is not None:
             self._last = layout, forward_pass
         try:
@@ -167,6 +169,13 @@ class GroupedEngine:
         """Return the step of the last forward."""
         assert self._last is not None
         return self._last[1].step
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Tell whether a module of the model holds a tensor, which would outlive the forward."""
+        if self._held is None:
+            found = [v for m in self.model.modules() for v in (*own_buffers(m).values(), *vars(m).values())]
+            self._held = {id(value) for value in found if isinstance(value, Tensor)}
+        return id(tensor) in self._held
 
     def owners(self, handles: Iterable[ClusterParameter]) -> list[nn.Module]:
         """Return the modules whose parameters these are, or are computed from."""
