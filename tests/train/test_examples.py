@@ -15,9 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from diffmtl_fast._errors import UserError
+from diffmtl_fast.cli.runs import load_run
 from diffmtl_fast.train import checkpoint, history
 from diffmtl_fast.train.components import build
 from diffmtl_fast.train.config import from_dict
+from diffmtl_fast.train.ema import power_average
 from diffmtl_fast.train.folder import RunFolder
 from diffmtl_fast.train.loop import Trainer
 from diffmtl_fast.train.run import train
@@ -123,6 +125,10 @@ def test_adapters_of_an_example_change_its_base_no_more_than_they_say(tmp_path):
     train(config, run)
     assert config.accumulate * config.batch_size == 48
     assert run.snapshots().keys() == {2}
+    drawn = load_run(str(run.path), None, "cpu", steps=None, sigma_rel=0.12).model
+    expected = power_average(run.snapshots(), config.sigma_rels, 2, 0.12)
+    for name, parameter in drawn.named_parameters():
+        torch.testing.assert_close(parameter.double(), expected[name], rtol=1e-6, atol=1e-7)
     adapters = load_file(run.model / "adapter_model.safetensors")
     assert all("lora_" in name for name in adapters)
     base = load_file(tmp_path / "base.safetensors")

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import diffusers
 import pytest
 import torch
 
-from diffmtl_fast._errors import UserError
+from diffmtl_fast._errors import Interrupted, UserError
 from diffmtl_fast.analysis import run_plots
 from diffmtl_fast.train import checkpoint
 from diffmtl_fast.train.config import Sampling
@@ -63,6 +64,25 @@ def log(run):
 @pytest.fixture
 def run(tmp_path):
     return RunFolder(tmp_path / "runs" / "a")
+
+
+@pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(tiny, run, monkeypatch, number, word):
+    config, step = tiny(method="vanilla", iterations=5, checkpoints={"every": 50}), Trainer.step
+
+    def signalled(self, history):
+        step(self, history)
+        if self.iteration == 3:
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(Trainer, "step", signalled)
+    with pytest.raises(Interrupted, match=f"^{word} at iteration 3; --resume continues from there$"):
+        train(config, run, outputs=False)
+    assert signal.getsignal(number) is before
+    assert weights(run)[0] == "iter-00000003"
+    train(config, run, resume=True, outputs=False)
+    assert weights(run)[0] == "iter-00000005"
 
 
 def test_continuous_uncertainty_leaves_a_picture_of_what_it_learned(tiny, run, monkeypatch):
