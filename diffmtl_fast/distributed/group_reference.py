@@ -19,7 +19,8 @@ class GroupReference:
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = weakref.ref(group)
+        # What PyTorch gives processes outside of a group is none; `find_group` refuses it.
+        self._group = weakref.ref(group) if isinstance(group, dist.ProcessGroup) else lambda: group
 
     def __call__(self) -> dist.ProcessGroup:
         """Return the group.
