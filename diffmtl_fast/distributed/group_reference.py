@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -20,7 +21,9 @@ class GroupReference:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         # What PyTorch gives processes outside of a group is none; `find_group` refuses it.
-        self._group = weakref.ref(group) if isinstance(group, dist.ProcessGroup) else lambda: group
+        self._group: Callable[[], dist.ProcessGroup | None] = (
+            weakref.ref(group) if isinstance(group, dist.ProcessGroup) else lambda: group
+        )
 
     def __call__(self) -> dist.ProcessGroup:
         """Return the group.
