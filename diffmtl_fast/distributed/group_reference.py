@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -19,7 +20,10 @@ class GroupReference:
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = weakref.ref(group)
+        # What PyTorch gives processes outside of a group is none; `find_group` refuses it.
+        self._group: Callable[[], dist.ProcessGroup | None] = (
+            weakref.ref(group) if isinstance(group, dist.ProcessGroup) else lambda: group
+        )
 
     def __call__(self) -> dist.ProcessGroup:
         """Return the group.
