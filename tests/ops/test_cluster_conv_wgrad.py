@@ -227,7 +227,7 @@ def test_half_precision_accumulates_in_float32(monkeypatch):
 
 
 def test_the_way_is_chosen_by_the_work():
-    """Narrow groups in one call, of clusters of one size; large products by the library if it has an instruction."""
+    """Narrow groups in one call, of clusters of one size; much of short numbers by the library's instruction."""
 
     def chosen(sizes, channels, groups=1, products=10**9, dtype=torch.float32):
         return layers._conv_way(torch.empty(sum(sizes), channels, 8, 8, dtype=dtype), sizes, products, groups)

@@ -109,7 +109,9 @@ class Registered:
         self._index = {name: i for i, name in enumerate(self._names)}
         self._defaults = [p.default for p in parameters]
         # The last argument without a default: where it is given by position, none is missing.
-        self._required = max((i + 1 for i, d in enumerate(self._defaults) if d is inspect.Parameter.empty), default=0)
+        self._required = max(
+            (i + 1 for i, d in enumerate(self._defaults) if d is inspect.Parameter.empty), default=0
+        )
 
     def __str__(self) -> str:
         return f"rule {self.rule.__name__} of {self.operation.__name__}"

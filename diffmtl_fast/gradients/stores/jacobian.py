@@ -51,7 +51,11 @@ class Jacobian:
     def lend(self, position: int) -> Tensor | None:
         """Lend a parameter's block if nothing of this step is in it yet, and it is contiguous."""
         block = self.blocks[position]
-        if position in self._lent or True in self._written[position] or not (block.is_contiguous() and block.numel()):
+        if (
+            position in self._lent
+            or True in self._written[position]
+            or not (block.is_contiguous() and block.numel())
+        ):
             return None
         self._lent.add(position)
         return block.fill_(math.nan) if self._poisoned else block
