@@ -1,4 +1,4 @@
-"""UPGrad against projections of the gradients: by non-negative least squares, and by trying all active sets."""
+"""UPGrad against projections of the gradients themselves: by non-negative least squares, and by active sets."""
 
 from __future__ import annotations
 

@@ -108,11 +108,8 @@ def _conv_way(x: Tensor, sizes: Sequence[int], products: int, groups: int) -> _C
         return "kernel"
     if groups > 1 and x.shape[1] // groups < 16:
         return "groups" if len(set(sizes)) == 1 and sizes[0] and x.is_contiguous() else "library"
-    return (
-        "library"
-        if x.dtype.itemsize == 2 and products > 16_000_000 and _library_multiplies(x.dtype)
-        else "kernel"
-    )
+    by_library = x.dtype.itemsize == 2 and products > 16_000_000 and _library_multiplies(x.dtype)
+    return "library" if by_library else "kernel"
 
 
 def _multiply_in_groups(
