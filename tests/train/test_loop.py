@@ -144,9 +144,7 @@ def test_measuring_cosines_keeps_no_jacobian(tiny, tmp_path):
         gc.collect()
         return [each for each in gc.get_objects() if type(each) is torch.Tensor and each.dim() > 1]
 
-    others = (
-        tensors()
-    )  # such as those of failed tests, kept alive so that no new one takes the id of an old one
+    others = tensors()  # as failed tests leave; kept alive, so that no new one takes the id of an old one
     known = {id(each) for each in others}
     trainer = Trainer(tiny(method="uw", clusters={"k": 3}))
     trainer.model.train()
