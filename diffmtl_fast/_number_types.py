@@ -67,3 +67,15 @@ def bounded(annotation: Any) -> Any:
         return {int: Integer, float: Number}.get(annotation, annotation)
     inner = [bounded(part) for part in parts]
     return functools.reduce(operator.or_, inner) if origin in (Union, UnionType) else origin[tuple(inner)]
+
+
+def plain(value: Any) -> Any:
+    """Plain numbers, also within lists and dictionaries, in the place of those of a type with a range.
+
+    YAML cannot write the others.
+    """
+    if isinstance(value, list):
+        return [plain(each) for each in value]
+    if isinstance(value, dict):
+        return {name: plain(each) for name, each in value.items()}
+    return value.real if isinstance(value, int | float) and not isinstance(value, bool) else value

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch.optim import adam
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -216,6 +217,7 @@ def accelerator(monkeypatch):
         handle = cluster_parameter.ClusterParameter
         patched.setattr(handle, "__torch_dispatch__", Remote.__torch_dispatch__, raising=False)
         patched.setattr(_host, "_PINS", {DEVICE.type})
+        patched.setattr(adam, "_device_dtype_check_for_fused", lambda parameter: None)  # knows GPUs by name
         patched.setattr(torch, "is_autocast_enabled", lambda d="cuda": d != DEVICE.type and enabled(d))
         patched.setattr(
             torch, "get_autocast_dtype", lambda d: torch.bfloat16 if d == DEVICE.type else dtype(d)

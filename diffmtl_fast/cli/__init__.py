@@ -24,6 +24,7 @@ from typing import Any
 from .. import __version__
 from .._errors import TrainingDiverged, UserError, blame, readable
 from .._extras import require
+from .._number_types import plain
 
 DIVERGED, USAGE, INTERRUPTED = 1, 2, 130
 TRACEBACK = "--traceback"
@@ -127,7 +128,7 @@ def _parse(arguments: list[str]) -> tuple[Callable[..., Any], dict[str, Any]]:
     command, given = known[options.command][0], options[options.command]
     if isinstance(command, dict):
         command, given = command[given.subcommand][0], given[given.subcommand]
-    return command, given.as_dict()
+    return command, plain(given.as_dict())
 
 
 def _check_texts(arguments: list[str]) -> None:

@@ -23,6 +23,7 @@ from .._number_types import (
     UnitFloat,
     Workers,
     bounded,
+    plain,
 )
 from ..weighting import METHODS
 from .ema import exponent
@@ -530,16 +531,9 @@ def _build(cls: Any, typed: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
         if is_dataclass(types[name]):
             value = _build(types[name], value, given.get(name, {}))
         else:
-            value = _plain(value)
+            value = plain(value)
         arguments[name] = given.get(name, value) if isinstance(value, dict) else value
     return cls(**arguments)
-
-
-def _plain(value: Any) -> Any:
-    """Plain numbers in the place of those of a type with a range, which YAML cannot write."""
-    if isinstance(value, list):
-        return [_plain(each) for each in value]
-    return value.real if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -302,8 +302,9 @@ class Trainer:
 
     def _load_state(self, state: dict[str, Any], history: History) -> None:
         for name, part in self._stateful().items():
+            saved = state[name]
             with blame("curriculum") if name == "timesteps" else contextlib.nullcontext():
-                part.load_state_dict(state[name])
+                part.load_state_dict(saved)
         self.ema.updates, self.power_ema.updates = state["ema_updates"], state["iteration"]
         if launched.rank() > 0:  # the saved ones are the first process's
             for generator in (self.generator, self.host_generator):

@@ -18,7 +18,7 @@ class Noisy:
         return 10
 
     def item(self, index, source):
-        return torch.tensor([index, -1.0 if source is None else source.random()]), None
+        return torch.tensor([[[index, -1.0 if source is None else source.random()]]]), None
 
     def name(self, index):
         return str(index)

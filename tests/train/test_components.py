@@ -53,7 +53,7 @@ def test_build_refuses(path, args, message):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"out_channels": 2}, "model: expected an output of the images' shape"),
+        ({"out_channels": 2}, "model: expected a floating-point output of the images' shape"),
         ({"in_channels": 3}, "model: "),
         ({"num_class_embeds": None}, "model: "),
     ],
