@@ -50,7 +50,7 @@ def train(args: argparse.Namespace) -> tuple[dm.ClusteredMTL, list[float]]:
         t, cluster = clusters.sample(len(x0), device=accelerator.device)  # < was: t = torch.randint(...)
         noise = torch.randn_like(x0)
         noisy = alpha.to(t.device)[t, None] * x0 + sigma.to(t.device)[t, None] * noise
-        with accelerator.accumulate(mtl):  # < was: model
+        with adapter.accumulate(accelerator, mtl):  # < was: accelerator.accumulate(model)
             pred = mtl(noisy, t, cluster=cluster)  # < was: model(noisy, t)
             loss = dm.ops.sample_mse(pred, noise)  # < was: mse_loss(pred, noise); one per sample
             adapter.backward(accelerator, mtl, loss)  # < was: accelerator.backward(loss.mean())

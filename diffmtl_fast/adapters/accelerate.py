@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 from torch import Tensor
 
@@ -12,6 +13,8 @@ from ..gradients import ClusteredMTL
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+_accumulating: WeakSet[ClusteredMTL] = WeakSet()
 
 
 def prepare(accelerator: Accelerator, mtl: ClusteredMTL) -> ClusteredMTL:
@@ -52,8 +55,12 @@ def accumulate(accelerator: Accelerator, mtl: ClusteredMTL) -> Iterator[None]:
         accelerator: that has prepared the wrapper.
         mtl: the wrapper.
     """
-    with accelerator.accumulate(mtl), nullcontext() if accelerator.sync_gradients else mtl.no_sync():
-        yield
+    _accumulating.add(mtl)
+    try:
+        with accelerator.accumulate(mtl), nullcontext() if accelerator.sync_gradients else mtl.no_sync():
+            yield
+    finally:
+        _accumulating.discard(mtl)
 
 
 def backward(accelerator: Accelerator, mtl: ClusteredMTL, loss: Tensor) -> None:
@@ -67,5 +74,7 @@ def backward(accelerator: Accelerator, mtl: ClusteredMTL, loss: Tensor) -> None:
         mtl: the wrapper.
         loss: losses of the samples, [B].
     """
-    batches = 1 if mtl.accumulates else accelerator.gradient_accumulation_steps
+    # Under `accelerator.accumulate(mtl)` alone several processes accumulate by `no_sync`, one does not.
+    as_one = mtl in _accumulating or mtl.accumulates
+    batches = 1 if as_one else accelerator.gradient_accumulation_steps
     mtl.backward(loss / batches, scaler=accelerator.scaler)

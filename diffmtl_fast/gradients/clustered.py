@@ -36,7 +36,7 @@ from .batch import BatchLayout, check_cluster
 from .engine import Engine, EngineName, Memory
 from .fully_sharded import FullyShardedEngine
 from .loss_check import refuse_scaled
-from .measuring import Repeat
+from .measuring import Repeat, gramian_one_by_one
 from .model_state import ModelState
 from .parameters import grads_set_aside, refuse_hooks
 from .plain_pass import collect_plain
@@ -349,6 +349,7 @@ class ClusteredMTL(nn.Module):
                 needed = step.by_cluster or step.only is not None
             scale = None if scaler is None else scaler.scale(torch.ones((), device=loss.device))
             accumulated = self._end_accumulation(scale is not None)
+            store = self._store(step, accumulated) if needed else None  # may find no memory, which is told
         earlier = None if accumulated is None else accumulated.totals
         losses, present, totals = self._replicas.losses(
             loss, cluster, self.num_clusters, needed, scale, earlier
@@ -361,7 +362,7 @@ class ClusteredMTL(nn.Module):
         with nullcontext() if scale is None else self._undone_where_skipped():
             if needed:
                 self._backward_by_cluster(
-                    step, losses, present, scale, _scaled(objective, scale), accumulated, factors
+                    step, losses, present, scale, _scaled(objective, scale), store, factors
                 )
             else:
                 self._backward_losses(step, losses, present, scale, _scaled(objective, scale))
@@ -534,12 +535,18 @@ class ClusteredMTL(nn.Module):
         else:
             objective, weights = self._weigh_losses(losses, present)
             objective, weights = self._replicas.objective(objective, weights, losses, present)
-        slopes = [each.repeat.slopes(plain) for each in step.passes if each.repeat is not None]
+        repeats = [each.repeat for each in step.passes if each.repeat is not None]
+        gramian, slopes = None, []
+        if any(each.differs for each in repeats):
+            means = [_scaled(loss / present.sum(), scale) for loss in losses]
+            gramian = gramian_one_by_one(means, self._trainable())
+        else:
+            slopes = [each.slopes(plain) for each in repeats]
         with self._replicas.adding_up(self._trainable()):
             _scaled(objective, scale).backward()
-        gramian = None
         if step.measured:
-            gramian = self._measure(step, slopes) * present.sum() ** 2
+            gramian = self._measure(step, slopes) if gramian is None else gramian
+            gramian = gramian * present.sum() ** 2
             gramian = gramian if scale is None else gramian / scale.double() ** 2
         self.last = StepRecord(losses.detach(), weights.detach(), present, gramian)
 
@@ -566,7 +573,7 @@ class ClusteredMTL(nn.Module):
         present: Tensor,
         scale: Tensor | None,
         objective: Tensor,
-        accumulated: Accumulation | None,
+        store: Any,
         factors: Tensor | None,
     ) -> None:
         """Form the cluster gradients by one backward, weigh them, and add their combination to ``.grad``."""
@@ -581,7 +588,6 @@ class ClusteredMTL(nn.Module):
                 _scaled(weighted, scale).backward(inputs=self._engine.leaves)
 
         # Row k of J is the gradient of L_k / n: the form in which the losses enter the published methods.
-        store = self._store(step, accumulated)
         gradients = self._replicas.reader(store, factors)
         with self._replicas.telling_before_gradients(gradients):
             self._tell_arrivals(step, store, gradients)

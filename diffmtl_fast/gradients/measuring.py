@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from ..ops.gram import gram_at_any_scale
 from .batch import BatchLayout
 from .independence import is_measured
 from .model_state import RandomState
@@ -22,7 +24,12 @@ class Repeat:
         layout: of the batch.
         args: of the forward.
         kwargs: likewise.
+
+    Attributes:
+        differs: whether another forward, in the order of the clusters, would draw other random numbers for a sample.
     """
+
+    differs = False
 
     def __init__(
         self, model: nn.Module, layout: BatchLayout, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -44,6 +51,7 @@ class Repeat:
         """Remember where losses will leave the model; returns the outputs that they can be differentiated by."""
         outputs = _outputs(output)
         self._edges = [get_gradient_edge(each) for each in outputs]
+        self.differs = self._layout.order is not None and self._random.drawn
         return outputs
 
     def slopes(self, objective: Tensor) -> list[Tensor | None]:
@@ -59,6 +67,16 @@ class Repeat:
             (each * slope).sum() for each, slope in zip(outputs, slopes, strict=True) if slope is not None
         ]
         return torch.stack(parts).sum()
+
+
+def gramian_one_by_one(losses: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The Gramian, float64 [K, K], of the gradients of K scalars, by a backward for each; their graph stays."""
+    rows = [torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for loss in losses]
+    blocks = [
+        torch.stack([torch.zeros_like(p) if g is None else g for g in gradients])
+        for p, gradients in zip(parameters, zip(*rows, strict=True), strict=True)
+    ]
+    return gram_at_any_scale(blocks)
 
 
 def _outputs(output: Any) -> list[Tensor]:

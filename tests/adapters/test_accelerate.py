@@ -64,6 +64,22 @@ def test_accumulated_steps_are_those_of_the_wrapper():
     assert torch.equal(model.weight.grad, alone.module.weight.grad)
 
 
+def test_a_step_of_fewer_batches_at_the_end_of_the_data_is_not_divided():
+    """Its only batch is the one that processes exchange gradients in."""
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 3), torch.randn(4, 3)
+    alone = dm.ClusteredMTL(copy.deepcopy(model), 2, dm.PCGrad())
+    alone.backward(alone(x, cluster=CLUSTER).square().mean(1))
+    mtl = adapter.prepare(accelerator, dm.ClusteredMTL(model, 2, dm.PCGrad()))
+    loader = accelerator.prepare(torch.utils.data.DataLoader(list(x) * 3, batch_size=4))
+    for batch in loader:
+        model.zero_grad()
+        with adapter.accumulate(accelerator, mtl):
+            adapter.backward(accelerator, mtl, mtl(batch, cluster=CLUSTER).square().mean(1))
+    assert torch.equal(model.weight.grad, alone.module.weight.grad)
+
+
 def test_batches_that_are_weighed_as_one_are_not_divided():
     """What `accelerator.accumulate(mtl)` does in several processes."""
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)

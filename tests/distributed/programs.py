@@ -403,6 +403,8 @@ def stumble(kind: str, rank: int, weighting: str = "pcgrad", again: bool = False
             output.register_hook(lambda gradient: os._exit(1))
         if mine == "sleep":
             time.sleep(8)
+        if mine == "no memory":
+            mtl._engine.store = _no_memory
         mtl.backward(dm.ops.sample_mse(output, batch.target.view(output.shape)))
     except (RuntimeError, ValueError) as found:
         error = f"{type(found).__name__}: {found}"
@@ -415,6 +417,10 @@ def stumble(kind: str, rank: int, weighting: str = "pcgrad", again: bool = False
         step(mtl, batch)
         after = {name: p.grad for name, p in model.inner.named_parameters()}
     return error, took, after
+
+
+def _no_memory(*_: Any) -> None:
+    raise torch.OutOfMemoryError("no room for the Jacobian")
 
 
 def no_samples() -> str:

@@ -78,6 +78,14 @@ def test_a_rank_that_fails_makes_all_fail_and_the_next_step_works(on_ranks, kind
             assert name == "unused" or (after[name].flatten() - grad).abs().max() <= 1e-5
 
 
+def test_a_rank_without_memory_for_its_jacobian_makes_all_fail(on_ranks):
+    own = "OutOfMemoryError: no room for the Jacobian"
+    (error, _, _), (other, took, _) = on_ranks(2, stumble, "no memory", 0)
+    assert error == own
+    assert f"rank 0: {own}" in other
+    assert took < 10
+
+
 def test_a_rank_whose_model_is_refused_makes_all_fail(on_ranks):
     (refusing, _, _), (other, _, _) = on_ranks(2, stumble, "mixed samples", 0)
     assert refusing.startswith("ValueError: model: expected each sample's output to depend on that sample")

@@ -153,12 +153,15 @@ def test_measuring_changes_no_bit_of_an_update_and_no_random_number(name, how, d
         torch.testing.assert_close(measured, plain, rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_measured_gramian_is_that_of_the_masks_that_were_drawn(device):
-    """Of the plain forward's own dropout: it is repeated with its random numbers."""
+@pytest.mark.parametrize("order", ["sorted", "unsorted"])
+def test_a_measured_gramian_is_that_of_the_masks_that_were_drawn(order, device):
+    """Of the plain forward's own dropout: it is repeated with its random numbers, or differentiated by cluster."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.Linear(16, 8)).to(device).double()
     x, y = torch.randn(2, B, 8, device=device, dtype=torch.float64)
     cluster = torch.arange(B, device=device) // (B // K)
+    if order == "unsorted":
+        cluster = cluster.flip(0)
     mtl = dm.ClusteredMTL(model, K, dm.Equal())
     mtl.measure_gramian = True
     torch.manual_seed(1)

@@ -24,9 +24,17 @@ class OwnFunction:
     """
 
     def __init__(self, function: Function) -> None:
+        self._function = function
         self._apply: Callable[..., Any] = function.apply
         self._apart = functools.partial(_Apart.apply, self._apply)
         self._apart.__name__ = f"{function.__module__}.{function.__qualname__}"  # type: ignore[attr-defined]
+
+    def __get__(self, instance: Any, owner: Function) -> Callable[..., Any]:
+        """Return itself for the class; a subclass, which inherits it, has an `apply` of its own."""
+        if owner is self._function:
+            return self
+        inherited: Callable[..., Any] = super(self._function, owner).apply
+        return inherited
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Apply the Function."""
