@@ -26,7 +26,7 @@ class Repeat:
         kwargs: likewise.
 
     Attributes:
-        differs: whether another forward, in the order of the clusters, would draw other random numbers for a sample.
+        differs: whether another forward, in the order of clusters, would draw other random numbers for a sample.
     """
 
     differs = False

@@ -33,7 +33,8 @@ class OwnFunction:
         """Return itself for the class; a subclass, which inherits it, has an `apply` of its own."""
         if owner is self._function:
             return self
-        inherited: Callable[..., Any] = super(self._function, owner).apply
+        above: Any = super(self._function, owner)
+        inherited: Callable[..., Any] = above.apply
         return inherited
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
