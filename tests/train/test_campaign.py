@@ -6,6 +6,7 @@ Seeded. `make campaign` (DIFFMTL_CAMPAIGN=1) does all of it, `make test` a part;
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import random
 import shutil
@@ -42,6 +43,8 @@ def run_of(tiny, tmp_path, monkeypatch):
     """Train the tiny run, changed, in this process; returns status and what was printed on standard error."""
     (tmp_path / "syntax_error.py").write_text("def f(:\n")
     monkeypatch.syspath_prepend(str(tmp_path))
+    # diffusers writes to the standard error that it was imported with, which was an earlier test's
+    monkeypatch.setattr(logging.getLogger("diffusers"), "handlers", [])
 
     def run(capsys, folder, *arguments, **changes):
         path = tmp_path / "config.yaml"
@@ -299,10 +302,10 @@ def damage(path, generator):
     kind = generator.choice(["flip", "cut", "empty", "delete", "noise"])
     if kind == "delete":
         return path.unlink()
-    if kind == "flip" and data:
+    if kind == "flip":
         data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
     if kind == "cut":
-        del data[generator.randrange(len(data) + 1) :]
+        del data[generator.randrange(len(data)) :]
     if kind == "empty":
         data.clear()
     if kind == "noise":
@@ -319,17 +322,15 @@ def test_damaged_checkpoints_are_gone_back_from(run_of, tmp_path, capsys):
         folder = tmp_path / "copy"
         shutil.copytree(whole, folder)
         newest = checkpoint.checkpoints(folder / "checkpoints")[-1]
-        before = {p: p.read_bytes() for p in newest.iterdir()}
         damage(generator.choice(sorted(newest.iterdir())), generator)
-        if {p: p.read_bytes() for p in newest.iterdir()} != before:
-            assert RunFolder(folder).checkpoint().name == "iter-00000004"
-            printed = capsys.readouterr().err
-            assert "is corrupt" in printed
-            assert "going back" in printed
-            if i % 20 == 0:
-                status, printed = run_of(capsys, folder, "--resume")
-                assert status == 0, (i, printed)
-                assert_same(weights(folder), expected)
+        assert RunFolder(folder).checkpoint().name == "iter-00000004"
+        printed = capsys.readouterr().err
+        assert "is corrupt" in printed
+        assert "going back" in printed
+        if i % 20 == 0:
+            status, printed = run_of(capsys, folder, "--resume")
+            assert status == 0, (i, printed)
+            assert_same(weights(folder), expected)
         shutil.rmtree(folder)
 
 
