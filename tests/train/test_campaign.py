@@ -6,12 +6,12 @@ Seeded. `make campaign` (DIFFMTL_CAMPAIGN=1) does all of it, `make test` a part;
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import random
 import shutil
 import signal
 import sys
-import time
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -43,6 +43,8 @@ def run_of(tiny, tmp_path, monkeypatch):
     """Train the tiny run, changed, in this process; returns status and what was printed on standard error."""
     (tmp_path / "syntax_error.py").write_text("def f(:\n")
     monkeypatch.syspath_prepend(str(tmp_path))
+    # diffusers writes to the standard error that it was imported with, which was an earlier test's
+    monkeypatch.setattr(logging.getLogger("diffusers"), "handlers", [])
 
     def run(capsys, folder, *arguments, **changes):
         path = tmp_path / "config.yaml"
@@ -300,10 +302,10 @@ def damage(path, generator):
     kind = generator.choice(["flip", "cut", "empty", "delete", "noise"])
     if kind == "delete":
         return path.unlink()
-    if kind == "flip" and data:
+    if kind == "flip":
         data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
     if kind == "cut":
-        del data[generator.randrange(len(data) + 1) :]
+        del data[generator.randrange(len(data)) :]
     if kind == "empty":
         data.clear()
     if kind == "noise":
@@ -320,17 +322,15 @@ def test_damaged_checkpoints_are_gone_back_from(run_of, tmp_path, capsys):
         folder = tmp_path / "copy"
         shutil.copytree(whole, folder)
         newest = checkpoint.checkpoints(folder / "checkpoints")[-1]
-        before = {p: p.read_bytes() for p in newest.iterdir()}
         damage(generator.choice(sorted(newest.iterdir())), generator)
-        if {p: p.read_bytes() for p in newest.iterdir()} != before:
-            assert RunFolder(folder).checkpoint().name == "iter-00000004"
-            printed = capsys.readouterr().err
-            assert "is corrupt" in printed
-            assert "going back" in printed
-            if i % 20 == 0:
-                status, printed = run_of(capsys, folder, "--resume")
-                assert status == 0, (i, printed)
-                assert_same(weights(folder), expected)
+        assert RunFolder(folder).checkpoint().name == "iter-00000004"
+        printed = capsys.readouterr().err
+        assert "is corrupt" in printed
+        assert "going back" in printed
+        if i % 20 == 0:
+            status, printed = run_of(capsys, folder, "--resume")
+            assert status == 0, (i, printed)
+            assert_same(weights(folder), expected)
         shutil.rmtree(folder)
 
 
@@ -420,35 +420,30 @@ def forks():
 def test_killed_runs_lose_nothing(tiny, tmp_path, forks):
     """Killed at any moment, and resumed, to the same bits; asked to stop, they save and say how to go on."""
     config, log, whole = tmp_path / "c.yaml", tmp_path / "printed", tmp_path / "whole"
-    config.write_text(yaml.safe_dump(to_dict(tiny(iterations=40 if WHOLE else 12))))
+    config.write_text(yaml.safe_dump(to_dict(tiny(iterations=12, checkpoints={"every": 1}))))
     options = ["train", "--config", str(config), "--resume", "--run-dir"]
     assert forks.run([*options, str(whole)], log) == 0, log.read_text()
-    generator, kills, folder = random.Random(3), 0, tmp_path / "killed"
-    outputs = True
+    longest = {outputs: forks.cpu_seconds([*options, str(tmp_path / f"timed-{outputs}")], log, outputs)
+               for outputs in (False, True)}  # fmt: skip
+    generator, kills, runs, folder = random.Random(3), 0, 0, tmp_path / "killed"
+    outputs = False
     while kills < KILLS or folder.exists():
-        process, ended = forks.start([*options, str(folder)], log, outputs or kills % 10 == 9), None
-        found = checkpoint.checkpoints(folder / "checkpoints")
-        while ended is None and checkpoint.checkpoints(folder / "checkpoints") == found:
-            time.sleep(0.02)
-            ended = forks.poll(process)
-        end, asked = time.monotonic() + generator.random() * 0.5, kills % 4 == 3
-        while kills < KILLS and ended is None and time.monotonic() < end:
-            time.sleep(0.005)
-            ended = forks.poll(process)
-        if kills < KILLS and ended is None:
+        process = forks.start([*options, str(folder)], log, outputs)
+        moment, asked = generator.random() * longest[outputs], kills % 4 == 3
+        ended = forks.wait(process, moment if kills < KILLS else float("inf"))
+        if ended is None:
             kills += 1
             os.kill(process, signal.SIGTERM if asked else signal.SIGKILL)
-        while ended is None:
-            time.sleep(0.02)
-            ended = forks.poll(process)
+            ended = forks.wait(process)
         printed = log.read_text()
         assert ended in (0, 130, -signal.SIGTERM, -signal.SIGKILL), printed
         assert ended != 130 or "--resume continues" in printed
-        outputs = ended == 0  # what is trained to its end gets its pictures
-        if (folder / "training.png").exists() and ended == 0:
-            print(f"{kills} kills", flush=True)
+        if ended == 0 and outputs:
+            runs += 1
+            print(f"{kills} kills in {runs} runs", flush=True)
             assert_same_run(folder, whole)
             shutil.rmtree(folder)
+        outputs = folder.exists() and (outputs or ended == 0)  # what is trained to its end gets its pictures
 
 
 def assert_same_run(folder, expected):
