@@ -18,7 +18,7 @@ from ..train.components import build_clusters, build_noise, build_scheduler, in_
 from ..train.config import Clusters
 from ..train.titles import COST_TITLES
 from . import plots, report_setup
-from .claims import VERDICTS, claims, ratio
+from .claims import UNKNOWN, VERDICTS, claims, ratio
 from .folder import StudyFolder
 from .plan import STUDIED, VANILLA, VARIANTS, Plan, Variant
 from .results import METRICS, Axis, Results, load_results
@@ -57,7 +57,7 @@ def write_report(study: StudyFolder, out: Path) -> Path:
         [
             _introduction(results, study),
             _READING,
-            _claims(results, levels),
+            *_claims(results, levels),
             _quality(results, others, out),
             *_samples(drawn, out),
             _convergence(results, others, out),
@@ -109,11 +109,13 @@ def _introduction(results: Results, study: StudyFolder) -> str:
     )
 
 
-def _claims(results: Results, levels: np.ndarray) -> str:
+def _claims(results: Results, levels: np.ndarray) -> list[str]:
     found = claims(results, levels)
+    if all(claim.verdict == UNKNOWN for claim in found):
+        return []
     rows = [[claim.source, claim.statement, f"**{claim.verdict}**", claim.evidence] for claim in found]
     criteria = dict.fromkeys(f"- {_subject(claim.statement)}: {claim.criterion}." for claim in found)
-    return (
+    return [
         "## What reproduces\n\n"
         + table(["paper", "observation", "here", "figures"], rows)
         + "\n\nANT: Go et al., NeurIPS 2023, arXiv 2306.00354. Curriculum: Kim et al., ICLR 2025, arXiv "
@@ -122,7 +124,7 @@ def _claims(results: Results, levels: np.ndarray) -> str:
         + "\n".join(f"- *{verdict}*: {rule};" for verdict, rule in VERDICTS.items()).rstrip(";")
         + ".\n\nCriteria:\n\n"
         + "\n".join(criteria)
-    )
+    ]
 
 
 def _subject(statement: str) -> str:
