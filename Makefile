@@ -58,7 +58,7 @@ train: $(VENV)/train.stamp
 
 # Once more with the GPU's launchers, whose kernels Triton's interpreter runs: a choice that takes less than a minute.
 INTERPRETED := tests/kernels/test_interpreter.py tests/gradients/test_clustered.py::test_step_is_exact \
-  tests/gradients/test_precision.py::test_a_model_in_bfloat16 tests/train/test_loop.py::test_measuring_cosines_keeps_no_jacobian \
+  tests/gradients/test_precision.py::test_a_model_in_bfloat16 tests/train/test_loop.py::test_any_module_and_data_without_labels \
   tests/examples/test_examples.py::test_losses_of_the_fused_ops_fall_and_their_gradients_are_the_eager_ones
 
 # One thread per worker: two workers that each used every core would fight for them.
