@@ -243,7 +243,8 @@ class Fuzzer:
 
     def gramian_weights(self) -> tuple[str, dict[str, Any]]:
         gramian, present = self.gramian()
-        settings = {"MGDA": [], "DualProj": [], "UPGrad": [], "IMTLG": [], "AlignedMTL": [], "CAGrad": [0.5]}
+        settings = {"MGDA": [], "DualProj": [], "UPGrad": [], "IMTLG": [], "AlignedMTL": [], "CAGrad": [0.5],
+                    "FairGrad": [2.0], "DBMTL": []}  # fmt: skip
         method = self.random.choice(list(settings))
         return "gramian_weights", {
             "gramian": gramian,
