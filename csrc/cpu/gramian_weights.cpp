@@ -177,12 +177,19 @@ Vec db_mtl(const ActiveGramian& active, const Given&) {
 
 struct Method {
   const char* name;
+  std::size_t settings;
   Vec (*solve)(const ActiveGramian&, const Given&);
 };
 
 constexpr Method kMethods[] = {
-    {"MGDA", mgda},    {"UPGrad", upgrad},     {"DualProj", dualproj}, {"CAGrad", cagrad}, {"AlignedMTL", aligned_mtl},
-    {"IMTLG", imtl_g}, {"FairGrad", fairgrad}, {"DBMTL", db_mtl},
+    {"MGDA", 0, mgda},
+    {"UPGrad", 0, upgrad},
+    {"DualProj", 0, dualproj},
+    {"CAGrad", 1, cagrad},
+    {"AlignedMTL", 0, aligned_mtl},
+    {"IMTLG", 0, imtl_g},
+    {"FairGrad", 1, fairgrad},
+    {"DBMTL", 0, db_mtl},
 };
 
 }  // namespace
@@ -197,11 +204,15 @@ void gramian_weights(const Handle& gramian, int k, std::uintptr_t present, const
                      const std::vector<double>& settings, std::uintptr_t out) {
   double number = 0;
   for (int i = 0; i < k; ++i) number += !present || reinterpret_cast<const bool*>(present)[i];
-  for (const Method& method : kMethods)
-    if (name == method.name)
-      return write_active_weights(gramian, k, present, out, [&](const ActiveGramian& active) {
-        return method.solve(active, {number, unit, 4 * k * unit, settings});
-      });
+  for (const Method& method : kMethods) {
+    if (name != method.name) continue;
+    if (settings.size() != method.settings)
+      throw std::invalid_argument("settings: expected " + std::to_string(method.settings) + " for " + name + ", found " +
+                                  std::to_string(settings.size()));
+    return write_active_weights(gramian, k, present, out, [&](const ActiveGramian& active) {
+      return method.solve(active, {number, unit, 4 * k * unit, settings});
+    });
+  }
   throw std::invalid_argument("method: no kernel for " + name);
 }
 

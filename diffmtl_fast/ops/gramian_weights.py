@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 
 import torch
@@ -20,11 +21,14 @@ def gramian_weights_plain(
     gramian: Tensor, present: Tensor | None, method: str, settings: Sequence[float]
 ) -> Tensor:
     """Compute `gramian_weights` by the definition of the method."""
-    k = gramian.shape[0]
+    weigh, k = DEFINITIONS[method], gramian.shape[0]
+    expected = len(inspect.signature(weigh).parameters) - 3
+    if len(settings) != expected:
+        raise ValueError(f"settings: expected {expected} for {method}, found {len(settings)}")
     present = torch.ones(k, dtype=torch.bool, device=gramian.device) if present is None else present
     unit: UnitGramian = finite_unit_gramian(gramian, present)
     ridge = 4 * k * torch.finfo(gramian.dtype).eps
-    return as_weights(DEFINITIONS[method](unit, present.sum(), ridge, *settings), unit, gramian.dtype)
+    return as_weights(weigh(unit, present.sum(), ridge, *settings), unit, gramian.dtype)
 
 
 _gramian_weights = define_op(
@@ -55,7 +59,7 @@ def gramian_weights(
 
     Raises:
         TypeError: a dtype is not as stated.
-        ValueError: a shape or device does not fit, or there is no such method.
+        ValueError: a shape or device does not fit, there is no such method, or it has another number of settings.
     """
     check_square("gramian", gramian)
     if present is not None:

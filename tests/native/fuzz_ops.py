@@ -234,7 +234,8 @@ class Fuzzer:
         gramian, present = self.gramian()
         k = len(gramian)
         others = [self.random.sample([j for j in range(k) if j != i], max(k - 1, 0)) for i in range(k)]
-        return "pcgrad_weights", {"gramian": gramian, "order": torch.tensor(others).view(k, -1), **present}
+        order = torch.tensor(others, dtype=torch.int64).view(k, max(k - 1, 0))
+        return "pcgrad_weights", {"gramian": gramian, "order": order, **present}
 
     def gradvac(self) -> tuple[str, dict[str, Any]]:
         _, given = self.pcgrad()
@@ -243,7 +244,8 @@ class Fuzzer:
 
     def gramian_weights(self) -> tuple[str, dict[str, Any]]:
         gramian, present = self.gramian()
-        settings = {"MGDA": [], "DualProj": [], "UPGrad": [], "IMTLG": [], "AlignedMTL": [], "CAGrad": [0.5]}
+        settings = {"MGDA": [], "DualProj": [], "UPGrad": [], "IMTLG": [], "AlignedMTL": [], "CAGrad": [0.5],
+                    "FairGrad": [2.0], "DBMTL": []}  # fmt: skip
         method = self.random.choice(list(settings))
         return "gramian_weights", {
             "gramian": gramian,

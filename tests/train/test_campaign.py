@@ -6,6 +6,7 @@ Seeded. `make campaign` (DIFFMTL_CAMPAIGN=1) does all of it, `make test` a part;
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import random
@@ -282,10 +283,18 @@ def test_an_array_file_that_claims_terabytes_is_refused(tmp_path, capsys):
     assert message.startswith("scheduler: cannot read")
 
 
-def trained(run_of, capsys, folder):
-    status, printed = run_of(capsys, folder)
-    assert status == 0, printed
-    return checkpoint.checkpoints(folder / "checkpoints")[-1]
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory):
+    return tmp_path_factory.mktemp("trained") / "run"
+
+
+@pytest.fixture
+def trained(run_of, trained_once, tmp_path, capsys):
+    """A copy of the tiny run, trained to its end."""
+    if not trained_once.exists():
+        status, printed = run_of(capsys, trained_once)
+        assert status == 0, printed
+    return Path(shutil.copytree(trained_once, tmp_path / "run"))
 
 
 def weights(folder):
@@ -313,14 +322,12 @@ def damage(path, generator):
     return path.write_bytes(bytes(data))
 
 
-def test_damaged_checkpoints_are_gone_back_from(run_of, tmp_path, capsys):
+def test_damaged_checkpoints_are_gone_back_from(run_of, trained, tmp_path, capsys):
     """To the newest intact one, and from there to the same bits."""
-    whole = tmp_path / "whole"
-    trained(run_of, capsys, whole)
-    expected, generator = weights(whole), random.Random(2)
+    expected, generator = weights(trained), random.Random(2)
     for i in range(DAMAGED):
         folder = tmp_path / "copy"
-        shutil.copytree(whole, folder)
+        shutil.copytree(trained, folder)
         newest = checkpoint.checkpoints(folder / "checkpoints")[-1]
         damage(generator.choice(sorted(newest.iterdir())), generator)
         assert RunFolder(folder).checkpoint().name == "iter-00000004"
@@ -335,13 +342,12 @@ def test_damaged_checkpoints_are_gone_back_from(run_of, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "log.jsonl"])
-def test_a_damaged_configuration_or_log_is_one_line_or_the_same_run(run_of, tmp_path, capsys, name):
+def test_a_damaged_configuration_or_log_is_one_line_or_the_same_run(trained, tmp_path, capsys, name):
     """A digit that became another one is found, too: checkpoints know both files."""
-    whole, folder, generator = tmp_path / "whole", tmp_path / "copy", random.Random(6)
-    trained(run_of, capsys, whole)
-    expected = (whole / name).read_bytes()
+    folder, generator = tmp_path / "copy", random.Random(6)
+    expected = (trained / name).read_bytes()
     for _ in range(DAMAGED // 10 or 1):
-        shutil.copytree(whole, folder)
+        shutil.copytree(trained, folder)
         shutil.rmtree(checkpoint.checkpoints(folder / "checkpoints")[-1])  # there is something left to do
         damage(folder / name, generator)
         status = main(["train", "--run-dir", str(folder), "--resume"])
@@ -349,49 +355,44 @@ def test_a_damaged_configuration_or_log_is_one_line_or_the_same_run(run_of, tmp_
         if status:
             one_line(status, printed)
         else:
-            assert_same(weights(folder), weights(whole))
+            assert_same(weights(folder), weights(trained))
             if name == "log.jsonl":
-                lines = [history.read(path / name) for path in (folder, whole)]
+                lines = [history.read(path / name) for path in (folder, trained)]
                 assert [{**each, "seconds": 0} for each in lines[0]] == [
                     {**each, "seconds": 0} for each in lines[1]
                 ]
-        assert (whole / name).read_bytes() == expected
+        assert (trained / name).read_bytes() == expected
         shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("text", [b"{\n", b"\xff\xfe\n", b"[1]\n"])
-def test_a_damaged_log_is_named_before_training_goes_on(run_of, tmp_path, capsys, text):
-    folder = tmp_path / "run"
-    trained(run_of, capsys, folder)
-    log = folder / "log.jsonl"
+def test_a_damaged_log_is_named_before_training_goes_on(run_of, trained, capsys, text):
+    log = trained / "log.jsonl"
     lines = log.read_bytes().splitlines(keepends=True)
     log.write_bytes(text.rjust(len(lines[0])) + b"".join(lines[1:]))
-    message = one_line(*run_of(capsys, folder, "--resume", "--iterations", "8"))
+    message = one_line(*run_of(capsys, trained, "--resume", "--iterations", "8"))
     assert f"{log}: expected JSON in line 1" in message
 
 
-def test_a_checkpoint_under_another_name_is_refused(run_of, tmp_path, capsys):
-    newest = trained(run_of, capsys, tmp_path / "run")
+def test_a_checkpoint_under_another_name_is_refused(run_of, trained, capsys):
+    newest = checkpoint.checkpoints(trained / "checkpoints")[-1]
     shutil.copytree(newest, newest.with_name("iter-00000009"))
-    status, printed = run_of(capsys, tmp_path / "run", "--resume", "--iterations", "9")
+    status, printed = run_of(capsys, trained, "--resume", "--iterations", "9")
     assert status == 0
     assert "manifest.json is of iteration 6" in printed
 
 
-def test_data_that_changed_are_refused(run_of, tmp_path, capsys, monkeypatch):
-    trained(run_of, capsys, tmp_path / "run")
+def test_data_that_changed_are_refused(run_of, trained, capsys, monkeypatch):
     monkeypatch.setattr("diffmtl_fast.train.data.digits", broken_parts.data)
-    message = one_line(*run_of(capsys, tmp_path / "run", "--resume", "--iterations", "8"))
+    message = one_line(*run_of(capsys, trained, "--resume", "--iterations", "8"))
     assert message.startswith("data: expected those of")
 
 
-def test_what_training_does_not_depend_on_is_free_on_resume(run_of, tmp_path, capsys):
-    folder = tmp_path / "run"
-    trained(run_of, capsys, folder)
-    pictures = (folder / "samples.png").read_bytes()
-    status, printed = run_of(capsys, folder, "--resume", "--sampling.steps", "5", "--logging.every", "3")
+def test_what_training_does_not_depend_on_is_free_on_resume(run_of, trained, capsys):
+    pictures = (trained / "samples.png").read_bytes()
+    status, printed = run_of(capsys, trained, "--resume", "--sampling.steps", "5", "--logging.every", "3")
     assert status == 0, printed
-    assert (folder / "samples.png").read_bytes() != pictures
+    assert (trained / "samples.png").read_bytes() != pictures
 
 
 def test_a_folder_without_locks_has_a_lock_of_its_own(run_of, tmp_path, capsys, monkeypatch):
@@ -423,14 +424,17 @@ def test_killed_runs_lose_nothing(tiny, tmp_path, forks):
     config.write_text(yaml.safe_dump(to_dict(tiny(iterations=12, checkpoints={"every": 1}))))
     options = ["train", "--config", str(config), "--resume", "--run-dir"]
     assert forks.run([*options, str(whole)], log) == 0, log.read_text()
-    longest = {outputs: forks.cpu_seconds([*options, str(tmp_path / f"timed-{outputs}")], log, outputs)
-               for outputs in (False, True)}  # fmt: skip
+
+    @functools.cache
+    def longest(outputs):
+        return forks.cpu_seconds([*options, str(tmp_path / f"timed-{outputs}")], log, outputs)
+
     generator, kills, runs, folder = random.Random(3), 0, 0, tmp_path / "killed"
     outputs = False
     while kills < KILLS or folder.exists():
-        process = forks.start([*options, str(folder)], log, outputs)
-        moment, asked = generator.random() * longest[outputs], kills % 4 == 3
-        ended = forks.wait(process, moment if kills < KILLS else float("inf"))
+        moment = generator.random() * longest(outputs) if kills < KILLS else float("inf")
+        process, asked = forks.start([*options, str(folder)], log, outputs), kills % 4 == 3
+        ended = forks.wait(process, moment)
         if ended is None:
             kills += 1
             os.kill(process, signal.SIGTERM if asked else signal.SIGKILL)

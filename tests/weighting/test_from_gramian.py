@@ -95,6 +95,16 @@ def test_gradvacs_kernel_is_its_definition(k):
         torch.testing.assert_close(targets, moved, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", DEFINITIONS)
+def test_settings_are_as_many_as_the_method_has(name):
+    given = (*make(name).settings, 0.5)
+    expected = rf"settings: expected {len(given) - 1} for {name}, found"
+    for settings in (given, given[2:]) if len(given) > 1 else (given,):
+        for compute in (ops.gramian_weights, lambda g, *rest: ops.PLAIN["gramian_weights"](g, None, *rest)):
+            with pytest.raises(ValueError, match=expected):
+                compute(torch.eye(2), name, settings)
+
+
 def test_refuses():
     with pytest.raises(ValueError, match=r"method: expected one of .*MGDA.*, found 'NoSuch'"):
         ops.gramian_weights(torch.eye(2), "NoSuch")
