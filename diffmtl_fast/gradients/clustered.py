@@ -221,6 +221,8 @@ class ClusteredMTL(nn.Module):
     def _forward(self, cluster: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if cluster is None or not torch.is_grad_enabled():
             return self.module(*args, **kwargs)
+        if self.last is None:
+            self._tell_unsaved_state()
         self._meet_other_processes()
         telling = self._replicas.telling_before_losses() if self._syncing else nullcontext()
         with self._one_thread(), telling:
@@ -252,6 +254,16 @@ class ClusteredMTL(nn.Module):
             step.passes[-1].cluster = cluster
         self._step = step
         return output
+
+    def _tell_unsaved_state(self) -> None:
+        """Warn where `Accelerator.prepare` was given the wrapper: the accelerator saves its `state_dict` alone."""
+        if self.__dict__.pop("_is_accelerate_prepared", False) and self.weighting.state_dict():
+            _logger.warning(
+                "ClusteredMTL: accelerator.prepare(mtl) lets save_state keep the model alone, without the state of "
+                "%s; call diffmtl_fast.adapters.accelerate.prepare(accelerator, mtl) in its place, or "
+                "accelerator.register_for_checkpointing(mtl.weighting) as well",
+                type(self.weighting).__name__,
+            )
 
     def _continue_or_begin(self, layout: BatchLayout | None, measured: bool) -> Step:
         """Return the step of this forward: that of the last one, if they can share a backward."""

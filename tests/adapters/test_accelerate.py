@@ -38,6 +38,17 @@ def test_the_state_of_the_weighting_comes_back(tmp_path):
         assert torch.equal(value, saved[name])
 
 
+def test_a_wrapper_that_is_prepared_by_itself_says_what_is_not_saved(caplog):
+    accelerator = accelerate.Accelerator(cpu=True)
+    told = []
+    for weighting in (dm.UncertaintyWeighting(2), dm.MGDA()):
+        mtl = accelerator.prepare(dm.ClusteredMTL(nn.Linear(3, 3), 2, weighting))
+        for _ in range(2):
+            mtl.backward(mtl(torch.randn(4, 3), cluster=CLUSTER).square().mean(1))
+        told.append(sum("register_for_checkpointing" in record.message for record in caplog.records))
+    assert told == [1, 1]
+
+
 def test_batches_of_a_step_are_weighed_as_one():
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
     torch.manual_seed(0)
