@@ -259,8 +259,8 @@ class ClusteredMTL(nn.Module):
         """Warn where `Accelerator.prepare` was given the wrapper: the accelerator saves its `state_dict` alone."""
         if self.__dict__.pop("_is_accelerate_prepared", False) and self.weighting.state_dict():
             _logger.warning(
-                "ClusteredMTL: accelerator.prepare(mtl) lets save_state keep the model alone, without the state of "
-                "%s; call diffmtl_fast.adapters.accelerate.prepare(accelerator, mtl) in its place, or "
+                "ClusteredMTL: accelerator.prepare(mtl) lets save_state keep the model alone, without the state "
+                "of %s; call diffmtl_fast.adapters.accelerate.prepare(accelerator, mtl) in its place, or "
                 "accelerator.register_for_checkpointing(mtl.weighting) as well",
                 type(self.weighting).__name__,
             )
