@@ -80,6 +80,7 @@ def commands() -> list[tuple[str, str]]:
 
 def test_commands_exist(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    Path("examples").symlink_to(ROOT / "examples")
     Path("mine.yaml").write_text(blocks("docs/how-to/own-data.md", "yaml")[0], encoding="utf-8")
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
