@@ -68,16 +68,17 @@ class Goal:
     measure: Measure = "ratio"
     device: str | None = None
 
-    def met(self, value: float) -> bool:
-        """Return whether the bar is reached; of a share, more is better."""
-        return value >= self.bar if self.measure == "share" else value <= self.bar
-
     def verdict(self, comparison: Comparison, value: Spread) -> Verdict:
-        """Return whether the bar is reached; closer to it than the noise is neither: see `Comparison.differs`."""
+        """Return whether the bar is reached.
+
+        It is missed if both quantiles are beyond it, whatever the noise, and met if what was reached differs from
+        it on its good side: see `Comparison.differs`.
+        """
+        missed = value.high < self.bar if self.measure == "share" else value.low > self.bar
+        if missed:
+            return "short"
         timed = self.measure != "gib"  # noise is known of times alone
-        if timed and not comparison.differs(value / self.bar):
-            return "within noise of the bar"
-        return "met" if self.met(value.median) else "short"
+        return "met" if not timed or comparison.differs(value / self.bar) else "within noise of the bar"
 
     @property
     def bar_text(self) -> str:
