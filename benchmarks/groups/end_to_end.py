@@ -3,7 +3,7 @@
 All ways start from the same weights and see the same batches in a round, others in the next. Training stops at the
 first check at which the loss on held-out images, the mean over the clusters at fixed timesteps and noise, has
 fallen to the target; the checks are not timed. The gate sees that the first steps lower that loss; a training that
-does not get to the target fails when it is timed. What a step of the bundled trainer costs is in `trainer_step`.
+does not get to the target fails when it is timed. What a step of the bundled trainer costs is in `trainer`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 import diffmtl_fast as dm
 from benchmarks.benchmark import Benchmark, Options
-from benchmarks.groups import trainer_step
-from benchmarks.groups.trainer_loop import loop_benchmark
+from benchmarks.groups import trainer
 from benchmarks.harness import Candidate, GateError
 from benchmarks.models import Case
 from benchmarks.names import (
@@ -234,8 +233,7 @@ def benchmarks(options: Options) -> Iterator[Benchmark]:
                 allowance=float("inf"),
                 warmup=0,
             ),
-            *trainer_step.benchmarks(options),
-            loop_benchmark(options),
+            *trainer.benchmarks(options),
         ]
     )
 

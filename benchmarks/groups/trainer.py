@@ -1,14 +1,21 @@
-"""A step of the bundled trainer, with its data, averages and log, beside a step of the loop of the README.
+"""What the bundled trainer costs on the digits.
 
-Both train the same UNet on the digits; each passes its gate if its first steps lower the loss.
+- A step with its data, averages and log, beside a step of the loop of the README on the same UNet. Each passes its
+  gate if its first steps lower the loss.
+- Ten steps with data and log, beside the same trainer's steps on one batch from memory, of which no figures are
+  kept. The gate sees that the last step is logged.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,22 +26,27 @@ from benchmarks.names import OURS, TYPICAL_K, Group
 from diffmtl_fast._extras import require
 from diffmtl_fast.diffusion import log_snr
 
+if TYPE_CHECKING:
+    from diffmtl_fast.train.history import History
+    from diffmtl_fast.train.loop import Trainer
+
 LOOP = "loop of the README"
 TRAINER = f"{OURS}, bundled trainer"
 METHODS: dict[str, Callable[[], Any]] = {
     "uw": lambda: dm.UncertaintyWeighting(TYPICAL_K),
     "pcgrad": dm.PCGrad,
 }
-# Of the gate.
-FIRST_STEPS = 6
+FIRST_STEPS = 6  # of the gate
+WITHOUT, WITH = "trainer's steps without data and log", f"{OURS}, trainer"
+STEPS = 10  # a line of the log is of so many, by default
 
 
 def benchmarks(options: Options) -> list[Benchmark]:
-    """Return a case for each of two methods."""
-    return [_benchmark(options, method) for method in METHODS]
+    """Return the cases: a step with each of two methods, and what data and log add to ten."""
+    return [*(_step(options, method) for method in METHODS), _data_and_log(options)]
 
 
-def _benchmark(options: Options, method: str) -> Benchmark:
+def _step(options: Options, method: str) -> Benchmark:
     channels, batch = options.pick([8, 8], [48, 96]), options.pick(20, 125)
 
     def build() -> list[Candidate]:
@@ -116,3 +128,61 @@ def _trainer(config: Any) -> tuple[Callable[[], object], Callable[[], float]]:
 
 def _last_loss(mtl: Any) -> float:
     return float(mtl.last.losses.mean())
+
+
+def _data_and_log(options: Options) -> Benchmark:
+    """Ten steps and a line of the log, with TensorBoard."""
+    return Benchmark(
+        Group.TRAINING,
+        f"{STEPS} steps of the trainer on the digits, data and log",
+        {WITHOUT: "limit", WITH: "ours"},
+        partial(_with_and_without, options.device, options.pick(10, 125)),
+        options.pick(1, 10, 20),
+    )
+
+
+def _with_and_without(device: str, batch_size: int) -> list[Candidate]:
+    from diffmtl_fast.train.config import digits, from_dict
+    from diffmtl_fast.train.history import History, read
+    from diffmtl_fast.train.loop import Trainer
+    from diffmtl_fast.train.sinks import TensorBoard
+
+    place = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    config = from_dict({**digits(), "device": device, "batch_size": batch_size})
+    bare, whole = Trainer(config), Trainer(config)
+    batch = bare._next_batch()
+    bare._next_batch = lambda: batch  # type: ignore[method-assign]
+    log = History(place / "log.jsonl", [TensorBoard(place / "board")])
+    atexit.register(log.close)
+
+    def logged() -> None:
+        _steps(whole, log)
+        log.flush(whole.iteration)
+
+    def error() -> float:
+        logged()
+        return float(read(place / "log.jsonl")[-1]["iteration"] != whole.iteration)
+
+    silent = _silent(place / "none.jsonl")
+    return [Candidate(WITHOUT, partial(_steps, bare, silent)), Candidate(WITH, logged, error)]
+
+
+def _steps(trainer: Trainer, log: History) -> None:
+    trainer.model.train()
+    for _ in range(STEPS):
+        trainer.step(log)
+
+
+def _silent(path: Path) -> History:
+    """Return a history that keeps nothing."""
+    from diffmtl_fast.train.history import History
+
+    class Silent(History):
+        def add(self, *given: object) -> None:
+            pass
+
+        def add_gradient_norm(self, norm: object) -> None:
+            pass
+
+    return Silent(path)
