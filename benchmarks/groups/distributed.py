@@ -2,7 +2,8 @@
 
 Beside the step of `DistributedDataParallel`: exact PCGrad by one backward per cluster whose gradients are averaged
 one after the other, by all-reducing the Jacobian, and by the library, with samples of all clusters in every
-process and of one in each. Both processes have half of the batch.
+process and of one in each. Both processes have half of the batch. The gradient of `DistributedDataParallel` has to
+be that of a plain step on the whole batch in one process, the other ways' that of the all-reduced Jacobian.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ WAYS: dict[str, Role] = {
     PARALLEL_PCGRAD: "ours",
 }
 PLAIN, BACKWARDS, ALL_REDUCED, REPLICATED, PARALLEL = WAYS
+WHOLE = "plain step of the whole batch in one process"  # of the gate
 
 
 def benchmarks(options: Options) -> Iterator[Benchmark]:
@@ -61,14 +63,15 @@ def _candidates(model: str, batch: int, k: int) -> list[Candidate]:
     processes = cache(lambda: Processes(model, batch, k))
 
     def error(way: str) -> float:
-        found, wanted = (processes().sketch(each) for each in (way, ALL_REDUCED))
+        expected = WHOLE if way == PLAIN else ALL_REDUCED
+        found, wanted = (processes().sketch(each) for each in (way, expected))
         return float((found - wanted).norm() / wanted.norm())
 
     return [
         Candidate(
             way,
             lambda way=way: processes().call(way),  # type: ignore[misc]
-            None if way in (PLAIN, ALL_REDUCED) else partial(error, way),
+            None if way == ALL_REDUCED else partial(error, way),
             TOLERANCE,
         )
         for way in WAYS
@@ -116,12 +119,14 @@ def _serve(connection: Connection, rank: int, meeting: str, model: str, batch: i
     dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=RANKS)
     torch.manual_seed(0)
     case = MODELS[model](batch, k)
-    steps = _steps(case, rank, k)
+    replicas = nn.parallel.DistributedDataParallel(copy.deepcopy(case.model))
+    steps = _steps(case, replicas, rank, k)
     while True:
         way, sketched = connection.recv()
-        case.model.zero_grad(set_to_none=True)
+        trained = replicas if way == PLAIN else case.model
+        trained.zero_grad(set_to_none=True)
         steps[way]()
-        connection.send(_sketch(case.model) if sketched else [])
+        connection.send(_sketch(trained) if sketched else [])
 
 
 def _sketch(model: nn.Module) -> list[float]:
@@ -143,7 +148,7 @@ class FixedOrder(dm.PCGrad):
         return torch.stack([torch.tensor([j for j in range(k) if j != i]) for i in range(k)])
 
 
-def _steps(case: Case, rank: int, k: int) -> dict[str, Callable[[], object]]:
+def _steps(case: Case, replicas: nn.Module, rank: int, k: int) -> dict[str, Callable[[], object]]:
     share, size = len(case.batch.target) // RANKS, len(case.batch.target) // k
     parallel = case.batch.narrow(rank * share, share)  # the batch is sorted: of the fewest clusters
     half = size // RANKS
@@ -155,13 +160,11 @@ def _steps(case: Case, rank: int, k: int) -> dict[str, Callable[[], object]]:
     )
     model = case.model
     parameters = list(model.parameters())
-    replicas = nn.parallel.DistributedDataParallel(copy.deepcopy(model))
     weighting = FixedOrder()
     mtl = dm.ClusteredMTL(model, k, weighting, engine="grouped")
 
-    def plain() -> None:
-        replicas.zero_grad(set_to_none=True)
-        case.losses(replicas, mixed).mean().backward()
+    def plain(model: nn.Module, batch: Batch) -> None:
+        case.losses(model, batch).mean().backward()
 
     def jacobian(each: bool) -> None:
         rows = []
@@ -182,7 +185,8 @@ def _steps(case: Case, rank: int, k: int) -> dict[str, Callable[[], object]]:
         mtl.backward(case.losses(partial(mtl, cluster=batch.cluster), batch))
 
     return {
-        PLAIN: plain,  # its gradients are in the replicas
+        PLAIN: partial(plain, replicas, mixed),
+        WHOLE: partial(plain, model, case.batch),
         BACKWARDS: partial(jacobian, True),
         ALL_REDUCED: partial(jacobian, False),
         REPLICATED: partial(ours, mixed),
