@@ -18,4 +18,4 @@ def benchmarks(options: Options) -> Iterator[Benchmark]:
             continue
         found = benchmark(Group.GRADIENTS, setting, gradient_ways, options)
         # Memory is measured of the whole step alone.
-        yield replace(found, rounds=options.pick(2, 3, 5) if found.rounds > 3 else found.rounds, memory=False)
+        yield replace(found, rounds=min(found.rounds, 5), memory=False)

@@ -62,7 +62,7 @@ def _step(options: Options, method: str) -> Benchmark:
         f"a step with {method}, UNet of {channels[0]} and {channels[1]} channels, batch {batch}",
         {LOOP: "limit", TRAINER: "ours"},
         build,
-        options.pick(1, 30),
+        options.pick(1, 15),
         {"batch": batch, "k": TYPICAL_K},
         least=0.3,
         warmup=3,
