@@ -180,7 +180,8 @@ class CompiledEngine:
         self._arrived.clear()  # a backward that failed may have left some
         for each in [] if self._step is None else self._step.passes:
             for position in self.shared:  # a check since the forward may have used the same memory
-                self._passes[each.number][position].block.zero_()
+                # Through `.data`: graphs of PyTorch 2.9 save the block, and refuse one whose version has changed.
+                self._passes[each.number][position].block.data.zero_()
         if self._step is None or len(self._step.passes) != 1:
             yield
             return

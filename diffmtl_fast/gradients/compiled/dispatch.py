@@ -61,7 +61,7 @@ def operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _is_stand_in(value: Any) -> bool:
-    return isinstance(value, StandIn | Stacked)
+    return isinstance(value, (StandIn, Stacked))  # PyTorch 2.9 compiles no union of types
 
 
 def _is_batch(value: Any) -> bool:
@@ -120,7 +120,7 @@ def _tensors(tree: Any) -> list[Any]:
     """Return the tensors in a call's arguments, stand-ins included."""
     if isinstance(tree, Tensor):
         return [tree]
-    if isinstance(tree, list | tuple):
+    if isinstance(tree, (list, tuple)):
         return [tensor for item in tree for tensor in _tensors(item)]
     if isinstance(tree, dict):
         return [tensor for item in tree.values() for tensor in _tensors(item)]
@@ -190,7 +190,7 @@ def _rows(stand_in: Any, dims: int, rows: int) -> Tensor:
 def _derive(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Compute a tensor from parameters and constants: a `Stacked`, or a batch of copies."""
     plain = func(*_swap(args, _value), **_swap(kwargs, _value))
-    found = [plain] if isinstance(plain, Tensor) else list(plain) if isinstance(plain, tuple | list) else []
+    found = [plain] if isinstance(plain, Tensor) else list(plain) if isinstance(plain, (tuple, list)) else []
     if not [t for t in found if isinstance(t, Tensor) and t.is_floating_point()]:
         return plain
     if func in _REPEATING and _is_stand_in(args[0]):

@@ -195,7 +195,10 @@ def _allocate(
         offset = 0
         for i, size in zip(members, sizes, strict=True):
             p = parameters[i]
-            blocks[i] = buffer.as_strided((num_clusters, *p.shape), (p.numel(), *dense_stride(p)), offset)
+            block = buffer.as_strided((num_clusters, *p.shape), (p.numel(), *dense_stride(p)), offset)
+            # No view of the buffer: graphs of PyTorch 2.9 save blocks and refuse those that were written to since,
+            # which for views is the buffer.
+            blocks[i] = block.data
             offset += size
     return [blocks[i] for i in range(len(parameters))]
 
