@@ -71,12 +71,12 @@ def cluster(
         else:
             found = cluster_intervals(summed, k=k, min_size=min_size, max_size=max_size)
     if plot is not None:
-        from ..analysis import run_plots
-        from ..train.titles import COST_TITLES
+        from ..run import plots
+        from ..run.titles import COST_TITLES
 
         title = f"{found.k} {COST_TITLES[cost]} clusters, {scheduler}"
         with writing("plot", Path(plot)) as aside, blame("plot", (ValueError,)):
-            run_plots.clusters(aside, found, levels, title, path)
+            plots.clusters(aside, found, levels, title, path)
     if json:
         curve = {} if path is None else {"path": {"k": path.ks.tolist(), "cost": path.costs.tolist()}}
         print(as_json(found, scheduler=scheduler, objective=cost, **curve))

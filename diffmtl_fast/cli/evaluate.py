@@ -31,7 +31,7 @@ def evaluate(
         sigma_rel: relative width of a power EMA, of a run with sigma_rels; the run's own if not given
         out: JSON file to write; RUN_DIR/metrics.json if no option above changes what the run measured
     """
-    from ..train.evaluation import table
+    from ..run.evaluation import table
     from ..train.folder import RunFolder
 
     target = None if out is None else Path(out)

@@ -13,14 +13,14 @@ from .._errors import UserError
 from .._files import refuse_special, replacing
 
 if TYPE_CHECKING:
-    from ..train.trained_denoiser import TrainedDenoiser
+    from ..run.trained_denoiser import TrainedDenoiser
 
 
 def load_run(run_dir: str, checkpoint: str | None, device: str, **sampling: Any) -> TrainedDenoiser:
     """The averaged weights of a run, to be drawn from with options other than its own where they are not None."""
+    from ..run.trained_denoiser import load
     from ..train.config import check
     from ..train.folder import RunFolder
-    from ..train.trained_denoiser import load
 
     run = RunFolder(run_dir)
     config = replace(run.read_config(), device=device)

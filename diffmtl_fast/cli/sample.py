@@ -36,8 +36,8 @@ def sample(
     import numpy as np
     import torch
 
-    from ..analysis import run_plots
-    from ..train.sampling import balanced_labels
+    from ..run import plots
+    from ..run.sampling import balanced_labels
 
     target = Path(out)
     if target.suffix not in (".png", ".npy"):
@@ -55,5 +55,5 @@ def sample(
         if target.suffix == ".npy":
             np.save(aside, pictures.numpy())
         else:
-            run_plots.samples(aside, pictures, labels, trained.title)
+            plots.samples(aside, pictures, labels, trained.title)
     return [target]

@@ -46,10 +46,10 @@ def samplers(
         clusters = cluster_snr(levels, k)
     shown = probabilities(clusters, levels)
     if plot is not None:
-        from ..analysis import run_plots
+        from ..run import plots
 
         with writing("plot", Path(plot)) as aside, blame("plot"):
-            run_plots.samplers(aside, shown, clusters, f"timesteps that samplers draw, {scheduler}")
+            plots.samplers(aside, shown, clusters, f"timesteps that samplers draw, {scheduler}")
     print(table(shown, clusters))
 
 

@@ -26,6 +26,6 @@ def train(
         if isinstance(bundled, dict) and "args" in bundled and given and given["path"] != bundled["path"]:
             given["args"] = {} if given["args"] == bundled["args"] else given["args"]
     config = from_dict({name: options[name] for name in Config.names()})
-    from ..train.run import train  # slow to import: after the options are checked
+    from ..run.training import train  # slow to import: after the options are checked
 
     train(config, RunFolder(run_dir), resume=resume, chosen=checkpoint)

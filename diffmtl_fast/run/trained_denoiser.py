@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from .._errors import UserError, blame
 from .._extras import require
 from .._files import replacing
-from ..analysis import Judge, run_plots
+from ..analysis import Judge
 from ..data import Conditioning, EpochOrder, batches
 from ..data.items import Conditions
-from . import checkpoint, evaluation, sampling
-from .components import (
+from ..train import checkpoint
+from ..train.components import (
     Data,
     build_conditioning,
     build_data,
@@ -26,9 +26,11 @@ from .components import (
     build_scheduler,
     resolve_device,
 )
-from .config import NEIGHBOURS, Config
-from .ema import power_average
-from .folder import RunFolder
+from ..train.config import NEIGHBOURS, Config
+from ..train.ema import power_average
+from ..train.folder import RunFolder
+from ..train.loop import Trainer
+from . import evaluation, plots, sampling
 from .titles import method_title
 
 PICTURES_PER_CLASS = 10
@@ -133,7 +135,7 @@ class TrainedDenoiser:
         count = PICTURES_PER_CLASS * max(drawn, PICTURES_PER_CLASS)
         labels, pictures = self._drawn(count, drawn)
         with replacing(path) as aside:
-            run_plots.samples(aside, pictures, labels, self.title)
+            plots.samples(aside, pictures, labels, self.title)
 
     def draw_some(self, count: int) -> Tensor:
         """Draw pictures for a look, of as many classes as there are or will go in, the same ones every time."""
@@ -169,6 +171,18 @@ class TrainedDenoiser:
             else:
                 aside.mkdir()
                 checkpoint.save_module(aside / "model.safetensors", self.model)
+
+
+def of_trainer(trainer: Trainer) -> TrainedDenoiser:
+    """The averaged weights of a run that is under way."""
+    return TrainedDenoiser(
+        trainer.config,
+        trainer.data,
+        trainer.scheduler,
+        trainer.ema.model,
+        trainer.iteration,
+        trainer.conditioning,
+    )
 
 
 def load(run: RunFolder, config: Config, chosen: Path | str | None = None) -> TrainedDenoiser:

@@ -9,8 +9,8 @@ from .._errors import UserError
 from ..train import checkpoint
 from ..train.config import PLAIN, Clusters, Config, Curriculum, Timesteps
 from ..train.folder import RunFolder
-from ..train.run import train
-from ..train.trained_denoiser import TrainedDenoiser, load
+from .trained_denoiser import TrainedDenoiser, load
+from .training import train
 
 
 def expert_config(config: Config, first: int, end: int, iterations: int | None = None) -> Config:

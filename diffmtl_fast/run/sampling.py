@@ -14,8 +14,8 @@ from .._extras import require
 from ..data import Classes, Conditioning
 from ..data.items import Conditions
 from ..diffusion import noise_process
-from .components import denoise, import_object, prediction
-from .config import Sampling
+from ..train.components import denoise, import_object, prediction
+from ..train.config import Sampling
 
 
 def build_sampler(config: Sampling, scheduler: Any, clip: bool = True) -> Any:
