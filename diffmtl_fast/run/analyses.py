@@ -36,6 +36,7 @@ from ..analysis import (
 )
 from ..analysis import negative_transfer as measure_negative_transfer
 from ..clustering import IntervalClustering, cluster_timesteps
+from ..clustering.continuous import in_timesteps
 from ..data.items import Visits
 from ..diffusion.training_noise import TrainingNoise
 from ..train import history
@@ -49,7 +50,6 @@ from ..train.components import (
     build_noise,
     build_scheduler,
     denoise,
-    in_timesteps,
     prediction,
     resolve_device,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,11 @@ from ..train.components import (
     Data,
     build_conditioning,
     build_data,
-    build_decoder,
     build_model,
     build_scheduler,
     resolve_device,
 )
-from ..train.config import NEIGHBOURS, Config
+from ..train.config import NEIGHBOURS, Config, check
 from ..train.ema import power_average
 from ..train.folder import RunFolder
 from ..train.loop import Trainer
@@ -75,7 +74,7 @@ class TrainedDenoiser:
             labels,
             seed,
             self.conditioning,
-            build_decoder(self.data, self._device),
+            sampling.build_decoder(self.data, self._device),
         )
 
     def evaluate(self, num_samples: int | None = None) -> dict[str, Any]:
@@ -207,6 +206,15 @@ def load(run: RunFolder, config: Config, chosen: Path | str | None = None) -> Tr
     load_power_average(run, config, done, model)
     conditioning = build_conditioning(config, data, device)
     return TrainedDenoiser(config, data, build_scheduler(config), model.eval(), done, conditioning)
+
+
+def load_run(run_dir: str, checkpoint: str | None, device: str, **sampling: Any) -> TrainedDenoiser:
+    """The averaged weights of a run, to be drawn from with options other than its own where they are not None."""
+    run = RunFolder(run_dir)
+    config = replace(run.read_config(), device=device)
+    given = {name: value for name, value in sampling.items() if value is not None}
+    config = check(replace(config, sampling=replace(config.sampling, **given)))
+    return load(run, config, checkpoint)
 
 
 def load_power_average(run: RunFolder, config: Config, iteration: int, model: nn.Module) -> None:

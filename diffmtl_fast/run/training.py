@@ -22,11 +22,12 @@ from .._figures import smooth
 from .._files import replacing
 from .._progress import NoProgress, open_progress
 from ..analysis import Judge
+from ..clustering.continuous import in_timesteps
 from ..data import EpochOrder, batches
 from ..data.items import Conditions
 from ..distributed import launched
 from ..train import checkpoint, history
-from ..train.components import build_decoder, build_model, in_timesteps
+from ..train.components import build_model
 from ..train.config import FREE_ON_RESUME, NEIGHBOURS, PLAIN, Config, differences, to_dict
 from ..train.folder import RunFolder
 from ..train.history import History
@@ -35,7 +36,7 @@ from ..train.monitor import HeldOutLoss, Monitor
 from ..train.sinks import Sink, TensorBoard, WeightsAndBiases
 from ..weighting import ContinuousUncertainty
 from . import evaluation, plots
-from .sampling import draw
+from .sampling import build_decoder, draw
 from .titles import clusters_title, method_title
 from .trained_denoiser import load, load_power_average, of_trainer
 

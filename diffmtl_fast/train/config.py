@@ -25,6 +25,7 @@ from .._number_types import (
     bounded,
     plain,
 )
+from ..curriculum.named import SamplerName
 from ..weighting import METHODS
 from .ema import exponent
 
@@ -91,22 +92,7 @@ class Timesteps:
         interval: first timestep and end of those to train on alone, an expert for them (vanilla); null for all
     """
 
-    sampler: (
-        Literal[
-            "uniform",
-            "stratified",
-            "logit_normal",
-            "log_normal",
-            "mode",
-            "beta",
-            "laplace",
-            "speed",
-            "range",
-            "second_moment",
-            "loss",
-        ]
-        | None
-    ) = None
+    sampler: SamplerName | None = None
     args: dict[str, Any] = field(default_factory=dict)
     interval: list[NonNegativeInt] | None = None
 

@@ -22,6 +22,7 @@ from .._torch import foreach_div_
 from ..clustering.drawing import hand_over
 from ..curriculum import DifficultyCurriculum
 from ..data import Batch, EpochOrder, UnreadableSamples, batches
+from ..data.conditioning import refuse_classes
 from ..distributed import launched
 from ..distributed.fully_sharded import local
 from ..gradients import ClusteredMTL
@@ -39,7 +40,6 @@ from .components import (
     build_weighting,
     denoise,
     prediction,
-    refuse_classes,
     refuse_output,
     resolve_device,
 )
@@ -410,7 +410,7 @@ class Trainer:
             self._batches = batches(items, order, workers=config.workers, pin=pins(self.device))
         with blame("data"):
             batch = next(self._batches)
-            refuse_classes(batch, self.data)
+            refuse_classes(batch, self.data.num_classes)
         with blame("unreadable"):
             self.unreadable.add(batch.unreadable)
         return batch.to(self.device)

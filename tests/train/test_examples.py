@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from diffmtl_fast._errors import UserError
-from diffmtl_fast.cli.runs import load_run
+from diffmtl_fast.run.trained_denoiser import load_run
 from diffmtl_fast.run.training import train
 from diffmtl_fast.train import checkpoint, history
 from diffmtl_fast.train.components import build
