@@ -26,10 +26,10 @@ from ..train.components import (
     resolve_device,
 )
 from ..train.config import NEIGHBOURS, Config, check
-from ..train.ema import power_average
 from ..train.folder import RunFolder
 from ..train.loop import Trainer
 from . import evaluation, plots, sampling
+from .power_average import power_average
 from .titles import method_title
 
 PICTURES_PER_CLASS = 10
@@ -88,7 +88,7 @@ class TrainedDenoiser:
         """
         count = self._number_to_judge(num_samples)
         labels = sampling.balanced_labels(count, self.data.num_classes)
-        pictures = self.draw(self._conditions(count) if labels is None else labels, count, self.config.seed)
+        pictures = self.draw(self.conditions(count) if labels is None else labels, count, self.config.seed)
         figures = self.judge().evaluate(pictures, labels, self.config.seed)
         about = {"method": self.config.method, "iterations": self.iteration, "num_samples": count}
         return {**figures, **about, "sampling_steps": self.config.sampling.steps, "seed": self.config.seed}
@@ -145,10 +145,10 @@ class TrainedDenoiser:
         labels = sampling.balanced_labels(count, classes)
         if labels is not None:
             labels = labels * self.data.num_classes // classes
-        wanted = self._conditions(count) if labels is None else labels
+        wanted = self.conditions(count) if labels is None else labels
         return labels, self.draw(wanted, count, self.config.seed)
 
-    def _conditions(self, count: int) -> Conditions:
+    def conditions(self, count: int) -> Conditions:
         """Captions or embeddings of held-out samples, over and over; None where there are none."""
         if not self.config.conditioning.enabled:
             return None
@@ -208,7 +208,9 @@ def load(run: RunFolder, config: Config, chosen: Path | str | None = None) -> Tr
     return TrainedDenoiser(config, data, build_scheduler(config), model.eval(), done, conditioning)
 
 
-def load_run(run_dir: str, checkpoint: str | None, device: str, **sampling: Any) -> TrainedDenoiser:
+def load_run(
+    run_dir: Path | str, checkpoint: Path | str | None, device: str, **sampling: Any
+) -> TrainedDenoiser:
     """The averaged weights of a run, to be drawn from with options other than its own where they are not None."""
     run = RunFolder(run_dir)
     config = replace(run.read_config(), device=device)

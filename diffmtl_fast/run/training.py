@@ -23,8 +23,6 @@ from .._files import replacing
 from .._progress import NoProgress, open_progress
 from ..analysis import Judge
 from ..clustering.continuous import in_timesteps
-from ..data import EpochOrder, batches
-from ..data.items import Conditions
 from ..distributed import launched
 from ..train import checkpoint, history
 from ..train.components import build_model
@@ -36,7 +34,7 @@ from ..train.monitor import HeldOutLoss, Monitor
 from ..train.sinks import Sink, TensorBoard, WeightsAndBiases
 from ..weighting import ContinuousUncertainty
 from . import evaluation, plots
-from .sampling import build_decoder, draw
+from .sampling import build_decoder
 from .titles import clusters_title, method_title
 from .trained_denoiser import load, load_power_average, of_trainer
 
@@ -149,18 +147,9 @@ def rehearse(trainer: Trainer) -> None:
     training = model.training
     devices = [trainer.device] if trainer.device.type == "cuda" else []
     with torch.random.fork_rng(devices), tempfile.TemporaryDirectory() as folder:
-        conditions: Conditions = labels
-        if labels is None and config.conditioning.enabled:
-            items = trainer.data.training
-            conditions = next(
-                batches(items, EpochOrder(len(items), 2, config.seed), augment=False)
-            ).conditioning
-        shape = (2 if labels is None else len(labels), *data.shape)
-        given = trainer.conditioning
-        decode = build_decoder(trainer.data, trainer.device)
-        pictures = draw(
-            model, trainer.scheduler, config.sampling, shape, conditions, config.seed, given, decode
-        )
+        drawn = replace(of_trainer(trainer), model=model)
+        count = 2 if labels is None else len(labels)
+        pictures = drawn.draw(drawn.conditions(count) if labels is None else labels, count, config.seed)
         save = getattr(model, "save_pretrained", None)
         if callable(save) and not config.compute.lora:
             with blame("model: save_pretrained"):
@@ -181,6 +170,7 @@ def rehearse(trainer: Trainer) -> None:
             assert data.test_labels is not None
             kinds, found = data.train_labels[some].unique(return_inverse=True)
             train, test = data.train[some], data.test[few]
+            decode = build_decoder(trainer.data, trainer.device)
             if decode is not None:
                 train, test = decode(train), decode(test)
             with blame("evaluation"):

@@ -411,7 +411,6 @@ def from_dict(values: Mapping[str, Any]) -> Config:
         UserError: an unknown key, or a value out of range.
     """
     with blame("config", (Exception,)):
-        _refuse_cycles(values, ())
         _check_names(Config, values, "")
         try:
             typed = _types().parse_object(values).as_dict()
@@ -486,15 +485,6 @@ def changed(config: Config, saved: Mapping[str, Any]) -> tuple[str, Any, Any] | 
         if now[key] != then[key] and not key.startswith(FREE_ON_RESUME):
             return key, then[key], now[key]
     return None
-
-
-def _refuse_cycles(value: Any, within: tuple[int, ...]) -> None:
-    """Refuse values that contain themselves, as aliases of YAML can."""
-    if id(value) in within:
-        raise UserError("config: expected values that end, found one that contains itself")
-    if isinstance(value, Mapping | list):
-        for each in value.values() if isinstance(value, Mapping) else value:
-            _refuse_cycles(each, (*within, id(value)))
 
 
 def _check_names(cls: Any, values: Mapping[str, Any], prefix: str) -> None:
