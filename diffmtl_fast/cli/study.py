@@ -9,6 +9,11 @@ from typing import Any
 
 from .._errors import UserError
 from .._number_types import PositiveInt, Processes
+from ..study import runner
+from ..study.folder import StudyFolder
+from ..study.plan import Plan, make_plan
+from ..study.report import write_report
+from ..train.config import read_values
 
 
 def study(
@@ -51,12 +56,6 @@ def study(
         out: folder of the report; STUDY_DIR/report if not given
     """
     command = _command(locals())
-    from ..study import runner
-    from ..study.folder import StudyFolder
-    from ..study.plan import Plan, make_plan
-    from ..study.report import write_report
-    from ..train.config import read_values
-
     folder, report = StudyFolder(Path(study_dir)), None if out is None else Path(out)
     if report_only:
         print(f"wrote {write_report(folder, folder.report if report is None else report)}")

@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.tensor import DTensor
 
 from .. import ops
 from .._errors import Interrupted, TrainingDiverged, UserError, blame
@@ -254,7 +252,7 @@ class Trainer:
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.model.state_dict(),
-            "optimizer": get_optimizer_state_dict(self._optimized, self.optimizer),
+            "optimizer": checkpoint.optimizer_shards(self._optimized, self.optimizer),
         }
 
     @property
@@ -275,7 +273,7 @@ class Trainer:
         if self._in_shards:
             shards = self._shards()
             checkpoint.load_shards(path, shards)
-            set_optimizer_state_dict(self._optimized, self.optimizer, shards["optimizer"])
+            checkpoint.load_optimizer_shards(self._optimized, self.optimizer, shards["optimizer"])
         else:
             checkpoint.load_module(path, "model", self.model)
             checkpoint.load_module(path, "ema", self.ema.model)
@@ -458,5 +456,5 @@ class Trainer:
             norm = last.grad_norm / number
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip, norm)
             return norm
-        found = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        return found.full_tensor() if isinstance(found, DTensor) else found
+        found: Any = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        return found.full_tensor() if hasattr(found, "full_tensor") else found
