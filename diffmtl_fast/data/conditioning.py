@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._extras import require
 from .._host import upload
-from .items import Batch, Conditions
+from .items import Conditions
 
 
 class Conditioning:
@@ -121,20 +121,6 @@ class Text(Conditioning):
         ids, mask = (upload(tokens[name], self._encoder.device) for name in ("input_ids", "attention_mask"))
         hidden = self._encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         return {self.argument: hidden} | ({self.mask: mask} if self.mask else {})
-
-
-def refuse_classes(batch: Batch, num_classes: int) -> None:
-    """Refuse classes that the data do not have, before a GPU looks for them in an embedding.
-
-    Raises:
-        ValueError: there are such.
-    """
-    found = batch.conditioning
-    if not isinstance(found, Tensor) or found.dim() != 1 or not num_classes:
-        return
-    low, high = found.min().item(), found.max().item()
-    if found.is_floating_point() or low < 0 or high >= num_classes:
-        raise ValueError(f"expected integer classes 0 ... {num_classes - 1}, found {low} to {high}")
 
 
 def times_keyword(model: Any) -> str | None:

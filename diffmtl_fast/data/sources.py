@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from .._extras import require
-from .conditioning import refuse_classes
 from .images import ImageData
-from .items import UNREADABLE, Batch, Condition, EpochOrder, Items, Subset, batches
+from .items import UNREADABLE, Batch, Condition, EpochOrder, Items, Subset, batches, refuse_classes
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 _GREY_16 = ("I;16", "I;16B", "I;16L", "I;16N", "I")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from .._errors import UserError, blame
 from .._extras import require
-from .._files import replacing
+from .._files import replacing, write_json
 from ..analysis import Judge
 from ..data import Conditioning, EpochOrder, batches
 from ..data.items import Conditions
@@ -124,8 +123,7 @@ class TrainedDenoiser:
     def write_metrics(self, path: Path) -> dict[str, Any]:
         """Evaluate and write the metrics as JSON."""
         metrics = self.evaluate()
-        with replacing(path) as aside:
-            aside.write_text(json.dumps(metrics, indent=2) + "\n")
+        write_json(path, metrics)
         return metrics
 
     def write_samples(self, path: Path) -> None:

@@ -20,7 +20,7 @@ from .._torch import foreach_div_
 from ..clustering.drawing import hand_over
 from ..curriculum import DifficultyCurriculum
 from ..data import Batch, EpochOrder, UnreadableSamples, batches
-from ..data.conditioning import refuse_classes
+from ..data.items import refuse_classes
 from ..distributed import launched
 from ..distributed.fully_sharded import local
 from ..gradients import ClusteredMTL
