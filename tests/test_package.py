@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -57,6 +58,36 @@ def test_importing_the_core_takes_nothing_that_torch_does_not():
     result = run(code)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "['diffmtl_fast'] []"
+
+
+# Of the package's folders: each imports only from lines above its own; those of one line may import each other.
+ORDER = (
+    {"kernels", "clustering"},
+    {"ops"},
+    {"weighting", "diffusion", "data"},
+    {"gradients", "distributed"},
+    {"curriculum", "analysis"},
+    {"adapters", "train"},
+    {"run"},
+    {"study"},
+    {"cli"},
+)
+
+
+def test_folders_import_only_what_is_below_them():
+    place = {name: level for level, names in enumerate(ORDER) for name in names}
+    package = ROOT / "diffmtl_fast"
+    assert set(place) == {path.parent.name for path in package.glob("*/__init__.py")}
+    upward = []
+    for path in package.glob("*/**/*.py"):
+        *folders, _ = path.relative_to(package).parts
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or node.level <= len(folders):
+                continue  # from within the folder, or from elsewhere
+            named = [node.module] if node.module else [alias.name for alias in node.names]
+            found = {name.partition(".")[0] for name in named} & set(place) - {folders[0]}
+            upward += [f"{path}: {name}" for name in found if place[name] > place[folders[0]]]
+    assert not upward
 
 
 def test_a_missing_extension_names_the_command():

@@ -21,10 +21,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from .. import __version__
 from .._errors import TrainingDiverged, UserError, blame, readable
 from .._extras import require
 from .._number_types import plain
+from ..train.config import to_dict
+from ..train.folder import RunFolder
+from ..train.yaml_text import check_text
+from . import analyze, cluster, encode, evaluate, sample, samplers, study, train
+from .parsers import parser
 
 DIVERGED, USAGE, INTERRUPTED = 1, 2, 130
 TRACEBACK = "--traceback"
@@ -98,8 +105,6 @@ def commands() -> dict[str, tuple[Any, str]]:
 
     A function returns the files that it wrote and that the user is told of, if any.
     """
-    from . import analyze, cluster, encode, evaluate, sample, samplers, study, train
-
     return {
         "train": (train.train, "train a model; write weights, pictures and metrics"),
         "encode": (encode.encode, "encode pictures into latents to train on"),
@@ -114,10 +119,6 @@ def commands() -> dict[str, tuple[Any, str]]:
 
 def _parse(arguments: list[str]) -> tuple[Callable[..., Any], dict[str, Any]]:
     """The command and its options; a run that is resumed has its own as defaults, not the bundled ones."""
-    from ..train.config import to_dict
-    from ..train.folder import RunFolder
-    from .parsers import parser
-
     known = commands()
     _check_texts(arguments)
     options = parser(known, __version__).parse_args(arguments)
@@ -133,10 +134,6 @@ def _parse(arguments: list[str]) -> tuple[Callable[..., Any], dict[str, Any]]:
 
 def _check_texts(arguments: list[str]) -> None:
     """Refuse values and files of options that are no sound YAML, before they are read as such."""
-    import yaml
-
-    from ..train.yaml_text import check_text
-
     for before, argument in itertools.pairwise(["", *arguments]):
         name, _, value = argument.partition("=") if argument.startswith("--") else (before, "", argument)
         with contextlib.suppress(yaml.YAMLError, OSError, UnicodeDecodeError):  # which the parser names

@@ -5,18 +5,19 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from .._errors import UserError, blame
 from .._number_types import Number, PositiveInt, Size
-from ..diffusion.named_schedules import SCHEDULES, named_log_snr
-from .runs import writing
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from ..clustering import IntervalClustering
+from ..clustering import IntervalClustering, cluster_intervals, cluster_path
+from ..clustering.inputs import load_affinity, named_cost
+from ..diffusion.named_schedules import SCHEDULES, read_log_snr
+from ..run import plots
+from ..run.titles import COST_TITLES
+from .output import columns, writing
 
 K_MAX = 20
 
@@ -49,11 +50,12 @@ def cluster(
         json: print JSON, not a table
         plot: picture file of the clusters, with --k auto of the cost curve too
     """
-    from ..clustering import cluster_intervals, cluster_path
-    from ..clustering.inputs import named_cost
-
-    levels = levels_of(scheduler, timesteps, clip)
-    values = levels if affinity is None else _affinities(affinity, len(levels))
+    if clip is not None and not (len(clip) == 2 and clip[0] < clip[1]):
+        raise UserError(f"clip: expected [low, high] with low < high, found {clip}")
+    with blame("scheduler"):
+        levels = read_log_snr(scheduler, timesteps, clip)
+    with blame("affinity"):
+        values = levels if affinity is None else load_affinity(affinity, len(levels))
     if (cost == "affinity") != (affinity is not None):
         raise UserError(
             "affinity: expected a .npy or .json file with cost affinity and none with another cost"
@@ -71,12 +73,9 @@ def cluster(
         else:
             found = cluster_intervals(summed, k=k, min_size=min_size, max_size=max_size)
     if plot is not None:
-        from ..analysis import run_plots
-        from ..train.titles import COST_TITLES
-
         title = f"{found.k} {COST_TITLES[cost]} clusters, {scheduler}"
         with writing("plot", Path(plot)) as aside, blame("plot", (ValueError,)):
-            run_plots.clusters(aside, found, levels, title, path)
+            plots.clusters(aside, found, levels, title, path)
     if json:
         curve = {} if path is None else {"path": {"k": path.ks.tolist(), "cost": path.costs.tolist()}}
         print(as_json(found, scheduler=scheduler, objective=cost, **curve))
@@ -94,44 +93,4 @@ def table(clusters: IntervalClustering, log_snr: NDArray[np.float64]) -> str:
     rows = [["cluster", "timesteps", "size", "log-SNR"]]
     for j, (l, e) in enumerate(itertools.pairwise(clusters.boundaries.tolist())):
         rows.append([str(j), f"{l}–{e - 1}", str(e - l), f"{log_snr[l]:.4g} … {log_snr[e - 1]:.4g}"])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join([*lines, f"cost {clusters.cost:.9g}"])
-
-
-def levels_of(scheduler: str, timesteps: int, clip: list[float] | None = None) -> NDArray[np.float64]:
-    """The log-SNR of the schedule that was named, or that the file holds."""
-    import numpy as np
-
-    from ..train.components import load_array
-
-    if clip is not None and not (len(clip) == 2 and clip[0] < clip[1]):
-        raise UserError(f"clip: expected [low, high] with low < high, found {clip}")
-    if scheduler in SCHEDULES:
-        levels = named_log_snr(scheduler, timesteps)
-        return levels if clip is None else np.clip(levels, clip[0], clip[1])
-    if Path(scheduler).suffix not in (".npy", ".json"):
-        raise UserError(
-            f"scheduler: expected {', '.join(SCHEDULES)}, or a .npy or .json file, found {scheduler!r}"
-        )
-    levels = load_array("scheduler", scheduler)
-    if levels.ndim != 1 or levels.size == 0:
-        raise UserError(f"scheduler: expected numbers [T] in {scheduler}, found shape {list(levels.shape)}")
-    if clip is not None:
-        levels = np.clip(levels, clip[0], clip[1])
-    bad = np.flatnonzero(~np.isfinite(levels))
-    if bad.size:
-        raise UserError(
-            f"scheduler: expected finite numbers in {scheduler}, found {levels[bad[0]]} at index {bad[0]}; "
-            "--clip [-20,20] bounds them"
-        )
-    return levels
-
-
-def _affinities(file: str, timesteps: int) -> NDArray[np.float64]:
-    from ..train.components import load_array
-
-    affinity = load_array("affinity", file)
-    if affinity.shape != (timesteps, timesteps):
-        raise UserError(f"affinity: expected [T, T] with T = {timesteps}, found {list(affinity.shape)}")
-    return affinity
+    return f"{columns(rows)}\ncost {clusters.cost:.9g}"

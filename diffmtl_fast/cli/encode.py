@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any, Literal
 
+import torch
+
+from .. import data as sources
+from .._errors import blame
 from .._number_types import NonNegativeInt, PositiveInt, Seed, Size
+from ..train.components import build, resolve_device
 from ..train.config import Component
 
 
@@ -41,12 +46,6 @@ def encode(
         unreadable: most pictures that may be left out because they cannot be read; each is named
         seed: of crops, flips and draws from the posterior
     """
-    import torch
-
-    from .. import data as sources
-    from .._errors import blame
-    from ..train.components import build, resolve_device
-
     source = data if isinstance(data, Component) else Component(**data)
     pictures: Any = build("data", source)
     with blame("encode"):

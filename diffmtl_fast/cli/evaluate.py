@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 
 from .._number_types import PositiveFloat, Size
-from .runs import check_target, load_run, writing
+from ..run.evaluation import table
+from ..run.trained_denoiser import load_run
+from ..train.folder import RunFolder
+from .output import check_target, writing
 
 
 def evaluate(
@@ -31,9 +34,6 @@ def evaluate(
         sigma_rel: relative width of a power EMA, of a run with sigma_rels; the run's own if not given
         out: JSON file to write; RUN_DIR/metrics.json if no option above changes what the run measured
     """
-    from ..train.evaluation import table
-    from ..train.folder import RunFolder
-
     target = None if out is None else Path(out)
     if target is not None:
         check_target("out", target)

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from .._errors import UserError
 from .._number_types import NonNegativeInt, PositiveFloat, Seed, Size
-from .runs import check_target, load_run, writing
+from ..run import plots
+from ..run.sampling import balanced_labels
+from ..run.trained_denoiser import load_run
+from .output import check_target, writing
 
 
 def sample(
@@ -33,12 +39,6 @@ def sample(
         sigma_rel: relative width of a power EMA, of a run with sigma_rels; the run's own if not given
         out: .png for a grid, .npy for float32 [N, C, H, W] in [-1, 1]
     """
-    import numpy as np
-    import torch
-
-    from ..analysis import run_plots
-    from ..train.sampling import balanced_labels
-
     target = Path(out)
     if target.suffix not in (".png", ".npy"):
         raise UserError(f"out: expected a file name that ends in .png or .npy, found {out}")
@@ -55,5 +55,5 @@ def sample(
         if target.suffix == ".npy":
             np.save(aside, pictures.numpy())
         else:
-            run_plots.samples(aside, pictures, labels, trained.title)
+            plots.samples(aside, pictures, labels, trained.title)
     return [target]

@@ -9,6 +9,11 @@ from typing import Any
 
 from .._errors import UserError
 from .._number_types import PositiveInt, Processes
+from ..study import runner
+from ..study.folder import StudyFolder
+from ..study.plan import Plan, make_plan
+from ..study.report import write_report
+from ..train.config import read_values
 
 
 def study(
@@ -51,26 +56,12 @@ def study(
         out: folder of the report; STUDY_DIR/report if not given
     """
     command = _command(locals())
-    from ..study import runner
-    from ..study.folder import StudyFolder
-    from ..study.plan import VANILLA, Plan, make_plan
-    from ..study.report import write_report
-    from ..study.results import load_results
-    from ..train.config import read_values
-
     folder, report = StudyFolder(Path(study_dir)), None if out is None else Path(out)
     if report_only:
         print(f"wrote {write_report(folder, folder.report if report is None else report)}")
         return
-    if (
-        folder.plan.exists()
-        and (config, iterations, seeds, evaluations) == (None,) * 4
-        and (
-            quick,
-            methods,
-        )
-        == (False, "papers")
-    ):
+    asked = (config, iterations, seeds, evaluations, quick, methods)
+    if folder.plan.exists() and asked == (None, None, None, None, False, "papers"):
         plan = Plan.read(folder.plan)
     else:
         plan = make_plan(
@@ -84,21 +75,10 @@ def study(
     how: dict[str, Any] = {"jobs": jobs, "threads": threads, "report": report, "command": command}
     if finalists is None:
         runner.study(plan, folder, only=only, **how)
-        return
-    if finalists < 1 or only != "*":
+    elif finalists < 1 or only != "*":
         raise UserError(f"finalists: expected at least 1 and no --only, found {finalists} with --only {only}")
-    first = [
-        f"{variant.name}-seed-0" for variant in plan.variants if variant.family in ("baseline", "others")
-    ]
-    try:
-        runner.study(plan, folder, only=",".join(["calibration", *first]), **how)
-    except UserError as error:  # a method that diverges is out
-        print(error)
-    chosen = load_results(folder).promising(finalists)
-    print(f"finalists: {', '.join(variant.name for variant in chosen)}")
-    runner.study(
-        plan, folder, only=",".join(f"{variant.name}-seed-*" for variant in (VANILLA, *chosen)), **how
-    )
+    else:
+        runner.study_finalists(plan, folder, finalists, **how)
 
 
 def _command(options: dict[str, Any]) -> str:

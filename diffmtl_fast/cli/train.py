@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..run import training
+from ..train.config import Config, digits, from_dict
+from ..train.folder import RunFolder
+
 
 def train(
     run_dir: str = "runs/digits", resume: bool = False, checkpoint: str | None = None, **options: Any
@@ -18,14 +22,9 @@ def train(
         checkpoint: name of the checkpoint to continue from, not the newest; newer ones are deleted
         **options: see the configuration.
     """
-    from ..train.config import Config, digits, from_dict
-    from ..train.folder import RunFolder
-
     for name, bundled in digits().items():  # arguments of the bundled run are none of another class's
         given = options[name]
         if isinstance(bundled, dict) and "args" in bundled and given and given["path"] != bundled["path"]:
             given["args"] = {} if given["args"] == bundled["args"] else given["args"]
     config = from_dict({name: options[name] for name in Config.names()})
-    from ..train.run import train  # slow to import: after the options are checked
-
-    train(config, RunFolder(run_dir), resume=resume, chosen=checkpoint)
+    training.train(config, RunFolder(run_dir), resume=resume, chosen=checkpoint)

@@ -15,7 +15,7 @@ from .._host import on_host
 from .costs import AbsoluteDeviation, SquaredDeviation, as_integer
 from .distributions import DISTRIBUTIONS, NoiseDistribution
 from .drawing import hand_over, places, random_integers
-from .intervals import stratified_clusters
+from .intervals import IntervalClustering, stratified_clusters
 from .solve import NumClusters, cluster_intervals
 
 NoiseCost: TypeAlias = Literal["quantile", "absolute", "squared"]
@@ -287,6 +287,13 @@ def cluster_noise(
         max_size=max(1, math.ceil((max_probability - _TOLERANCE) * resolution)),
     )
     return NoiseClustering(distribution, found.boundaries / resolution, found.cost / resolution)
+
+
+def in_timesteps(clusters: IntervalClustering | NoiseClustering, num_timesteps: int) -> IntervalClustering:
+    """Clusters as intervals of timesteps; those of continuous levels rounded to T cells of equal probability."""
+    if isinstance(clusters, IntervalClustering):
+        return clusters
+    return IntervalClustering(np.rint(clusters.probabilities * num_timesteps).astype(np.int64))
 
 
 def middle_levels(distribution: NoiseDistribution, cells: int) -> Tensor:

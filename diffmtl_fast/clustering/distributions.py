@@ -9,9 +9,10 @@ distribution of times t becomes that of 1 − t, so that a shift or a mean means
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch import Tensor
 from .._data_at import DataAt, check_data_at
 from .._extras import require
 from .._mode_time import check_mode_scale, mode_density, mode_share, mode_time
+from .._published_names import rename
 
 _LOG_SQRT_TWO_PI = 0.5 * math.log(2.0 * math.pi)
 # Quantiles of the beta distribution are interpolated between knots in logits of the probability. Both tails
@@ -385,6 +387,26 @@ DISTRIBUTIONS: dict[str, type[NoiseDistribution]] = {
         LogNormalSigma, UniformTime, ShiftedTime, LogitNormalTime, ModeTime, LaplaceSigma, LaplaceTime, BetaTime
     )
 }  # fmt: skip
+
+#: Distributions of σ and of times by name.
+SIGMA_LAWS: dict[str, Any] = {"log_normal": LogNormalSigma, "laplace": LaplaceSigma}
+TIME_LAWS: dict[str, Any] = {
+    "logit_normal": LogitNormalTime,
+    "mode": ModeTime,
+    "beta": BetaTime,
+    "laplace": LaplaceTime,
+}
+LAWS = SIGMA_LAWS.keys() | TIME_LAWS.keys()
+
+
+def named_law(laws: Mapping[str, Any], name: str, args: Mapping[str, Any]) -> Any:
+    """A distribution by its name in `laws`, with arguments also under the names of training scripts.
+
+    Raises:
+        ValueError: an argument is out of range.
+        TypeError: it has no such argument.
+    """
+    return laws[name](**rename(args, {"logit_mean": "mean", "logit_std": "std"}))
 
 
 @lru_cache(maxsize=64)

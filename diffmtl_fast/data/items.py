@@ -49,6 +49,20 @@ class Batch:
         return replace(self, x=move(self.x), conditioning=move(held) if isinstance(held, Tensor) else held)
 
 
+def refuse_classes(batch: Batch, num_classes: int) -> None:
+    """Refuse classes that the data do not have, before a GPU looks for them in an embedding.
+
+    Raises:
+        ValueError: there are such.
+    """
+    found = batch.conditioning
+    if not isinstance(found, Tensor) or found.dim() != 1 or not num_classes:
+        return
+    low, high = found.min().item(), found.max().item()
+    if found.is_floating_point() or low < 0 or high >= num_classes:
+        raise ValueError(f"expected integer classes 0 ... {num_classes - 1}, found {low} to {high}")
+
+
 class Items(Protocol):
     """Samples by index."""
 

@@ -8,7 +8,7 @@ import os
 import random
 import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .._extras import require
 from .images import ImageData
-from .items import UNREADABLE, Condition, Items, Subset
+from .items import UNREADABLE, Batch, Condition, EpochOrder, Items, Subset, batches, refuse_classes
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 _GREY_16 = ("I;16", "I;16B", "I;16L", "I;16N", "I")
@@ -69,6 +69,25 @@ class FileData:
         train, labels = _load(self.training, limit)
         test, test_labels = (train, labels) if self.validation is None else _load(self.validation, limit)
         return ImageData(train, labels, test, test_labels)
+
+
+def extremes(data: ImageData | FileData) -> Batch:
+    """Two samples, where classes are known of the first and the last one.
+
+    Raises:
+        ValueError: there are no such samples.
+    """
+    if isinstance(data, ImageData) and data.train_labels is not None:
+        chosen = torch.stack([data.train_labels.argmin(), data.train_labels.argmax()])
+        return Batch(data.train[chosen], data.train_labels[chosen])
+    found = next(batches(data.training, EpochOrder(len(data.training), 2, 0), augment=False))
+    if found.x.shape[1:] != data.shape:
+        raise ValueError(f"expected samples of one shape, found {[*data.shape]} and {[*found.x.shape[1:]]}")
+    refuse_classes(found, data.num_classes)
+    held = found.conditioning
+    if isinstance(held, Tensor) and held.dim() == 1 and data.num_classes:
+        return replace(found, conditioning=held.new_tensor([0, data.num_classes - 1]))
+    return found
 
 
 class Pictures:

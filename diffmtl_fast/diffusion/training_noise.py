@@ -11,31 +11,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._published_names import rename
 from ..clustering import (
-    BetaTime,
-    LaplaceSigma,
     LaplaceTime,
     LogitNormalTime,
     LogNormalSigma,
-    ModeTime,
     NoiseDistribution,
     ShiftedTime,
     UniformTime,
 )
 from ..clustering.continuous import middle_levels
+from ..clustering.distributions import SIGMA_LAWS, TIME_LAWS, named_law
 from .processes import FlowMatching, NoiseProcess
 from .snr import log_snr
-
-#: Distributions of σ and of times by name.
-SIGMA_LAWS: dict[str, Any] = {"log_normal": LogNormalSigma, "laplace": LaplaceSigma}
-TIME_LAWS: dict[str, Any] = {
-    "logit_normal": LogitNormalTime,
-    "mode": ModeTime,
-    "beta": BetaTime,
-    "laplace": LaplaceTime,
-}
-LAWS = SIGMA_LAWS.keys() | TIME_LAWS.keys()
 
 
 class TrainingNoise:
@@ -111,7 +98,7 @@ def level_distribution(
 
     Args:
         process: EDM or flow matching.
-        name: one of `LAWS`; by default log-normal for EDM's σ and uniform for times.
+        name: one of `TIME_LAWS` or `SIGMA_LAWS`; by default log-normal for EDM's σ and uniform for times.
         args: of the distribution, also under the names of training scripts.
         shift: of times, s t / (1 + (s − 1) t), as diffusers' schedulers have it.
 
@@ -136,13 +123,3 @@ def level_distribution(
     if name == "laplace":
         return LaplaceTime(law.mean - 2.0 * math.log(shift), law.scale)
     raise ValueError(f"sampler: expected a scheduler with shift 1 for {name}, found {shift}")
-
-
-def named_law(laws: Mapping[str, Any], name: str, args: Mapping[str, Any]) -> Any:
-    """A distribution by its name in `laws`, with arguments also under the names of training scripts.
-
-    Raises:
-        ValueError: an argument is out of range.
-        TypeError: it has no such argument.
-    """
-    return laws[name](**rename(args, {"logit_mean": "mean", "logit_std": "std"}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..analysis.run_analysis import affinity_file, negative_transfer_file
+from ..run.analyses import affinity_file, negative_transfer_file
 from ..train.folder import RunFolder
 from .plan import VANILLA, Plan, Variant
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from .._errors import UserError
 from .._files import write_json
+from ..run.titles import METHOD_TITLES
 from ..train.config import CONTINUOUS, PLAIN, Checkpoints, Config, differences, from_dict, to_dict
-from ..train.titles import METHOD_TITLES
 from ..weighting import METHODS, Method
 
 

@@ -10,13 +10,14 @@ import numpy as np
 
 from .._errors import UserError, blame
 from .._files import replacing, write_json
-from ..analysis.run_plots import training as plot_training
 from ..clustering import IntervalClustering
+from ..clustering.continuous import in_timesteps
 from ..diffusion.training_noise import TrainingNoise
+from ..run.plots import training as plot_training
+from ..run.titles import COST_TITLES
 from ..train import history
-from ..train.components import build_clusters, build_noise, build_scheduler, in_timesteps
+from ..train.components import build_clusters, build_noise, build_scheduler
 from ..train.config import Clusters
-from ..train.titles import COST_TITLES
 from . import plots, report_setup
 from .claims import UNKNOWN, VERDICTS, claims, ratio
 from .folder import StudyFolder

@@ -12,11 +12,12 @@ from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .._errors import TrainingDiverged, UserError
-from . import journal, work
+from . import journal, results, work
 from .folder import StudyFolder, all_runs, run_name
 from .plan import VANILLA, Plan
 from .report import write_report
@@ -91,6 +92,30 @@ def study(
         print("no report yet: it compares with plain training, which is not complete")
     if failed:
         raise UserError("; ".join(f"{name} failed: {message}" for name, message in failed.items()))
+
+
+def study_finalists(plan: Plan, folder: StudyFolder, count: int, **how: Any) -> None:
+    """Try all methods with their first seed, then go on with plain training and the best of the others.
+
+    Args:
+        plan: see `study`.
+        folder: see there.
+        count: of the others, those that took the fewest steps to plain training's quality.
+        **how: the other arguments of `study`, without `only`.
+
+    Raises:
+        UserError: see there.
+    """
+    first = [
+        f"{variant.name}-seed-0" for variant in plan.variants if variant.family in ("baseline", "others")
+    ]
+    try:
+        study(plan, folder, only=",".join(["calibration", *first]), **how)
+    except UserError as error:  # a method that diverges is out
+        print(error)
+    chosen = results.load_results(folder).promising(count)
+    print(f"finalists: {', '.join(variant.name for variant in chosen)}")
+    study(plan, folder, only=",".join(f"{variant.name}-seed-*" for variant in (VANILLA, *chosen)), **how)
 
 
 def _stages(folder: StudyFolder, plan: Plan) -> list[list[Job]]:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..run.sampling import balanced_labels
+from ..run.trained_denoiser import TrainedDenoiser, load
 from ..train import checkpoint
 from ..train.config import IN_MEMORY
-from ..train.sampling import balanced_labels
-from ..train.trained_denoiser import TrainedDenoiser, load
 from .folder import StudyFolder
 from .results import Results
 

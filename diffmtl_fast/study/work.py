@@ -10,16 +10,17 @@ from typing import Any
 
 from .._errors import UserError
 from .._files import remove, write_json
-from ..analysis import Judge, run_analysis
-from ..analysis.run_experts import train_expert
+from ..analysis import Judge
 from ..clustering import cluster_timesteps
+from ..run import analyses
+from ..run.evaluation import build_judge
+from ..run.experts import train_expert
+from ..run.trained_denoiser import load
+from ..run.training import train
 from ..train import checkpoint
 from ..train.components import build, build_scheduler, resolve_device
 from ..train.config import Component, Evaluation
-from ..train.evaluation import build_judge
 from ..train.folder import RunFolder
-from ..train.run import train
-from ..train.trained_denoiser import load
 from .calibration import calibrate
 from .folder import StudyFolder
 from .plan import VANILLA, Plan, Variant
@@ -56,13 +57,13 @@ def measure_affinity(study: StudyFolder, plan: Plan) -> None:
     """Measure the task affinities of plain training."""
     if not study.affinity.exists():
         run = _plain_run(study, 0)
-        run_analysis.affinity(str(run), device=plan.base.device, tasks=plan.tasks, samples=plan.samples)
+        analyses.affinity(str(run), device=plan.base.device, tasks=plan.tasks, samples=plan.samples)
 
 
 def measure_disattenuated_affinity(study: StudyFolder, plan: Plan) -> None:
     """Measure the task affinities of plain training with more images, corrected for their noise."""
     if not study.disattenuated.exists():
-        run_analysis.affinity(
+        analyses.affinity(
             str(_plain_run(study, 0)),
             device=plan.base.device,
             tasks=plan.tasks,
@@ -90,8 +91,8 @@ def measure_gaps(study: StudyFolder, plan: Plan, seed: int) -> None:
         return
     run = str(_plain_run(study, seed))
     options: dict[str, Any] = {"device": plan.base.device, "intervals": plan.intervals}
-    run_analysis.difficulty(run, **options)
-    run_analysis.negative_transfer(run, **options, seed=seed)
+    analyses.difficulty(run, **options)
+    analyses.negative_transfer(run, **options, seed=seed)
 
 
 def measure_early_gaps(study: StudyFolder, plan: Plan, seed: int, iteration: int) -> None:
@@ -102,7 +103,7 @@ def measure_early_gaps(study: StudyFolder, plan: Plan, seed: int, iteration: int
     """
     if study.gaps(seed, iteration).exists():
         return
-    run_analysis.negative_transfer(
+    analyses.negative_transfer(
         str(_plain_run(study, seed)),
         device=plan.base.device,
         intervals=plan.intervals,

@@ -2,7 +2,8 @@
 
 A checkpoint holds ``<name>.safetensors`` for every module, ``state.pt`` for everything else (readable with
 ``torch.load(weights_only=True)``) and ``manifest.json`` with the SHA-256 of each. Of a run that may be sharded,
-``shards`` of torch.distributed.checkpoint take the place of the modules: any number of processes reads them.
+``shards`` of torch.distributed.checkpoint take the place of the modules: any number of processes reads them. It is
+imported where it is used, for it takes longer than all the rest of a start.
 """
 
 from __future__ import annotations
@@ -17,9 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as distributed
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
 from .._errors import UserError, blame
 from .._extras import require
@@ -124,10 +123,10 @@ def load_module(path: Path, name: str, module: nn.Module) -> None:
 
 def save_shards(path: Path | None, shards: Mapping[str, Any]) -> None:
     """Write this process's part of state dicts; all processes call it, and the first one says where."""
+    from torch.distributed.checkpoint import save
+
     with _one_or_many():
-        distributed.save(
-            dict(shards), checkpoint_id=launched.of_the_first(path), no_dist=launched.world() == 1
-        )
+        save(dict(shards), checkpoint_id=launched.of_the_first(path), no_dist=launched.world() == 1)
 
 
 def load_shards(path: Path, shards: dict[str, Any]) -> None:
@@ -136,10 +135,25 @@ def load_shards(path: Path, shards: dict[str, Any]) -> None:
     Raises:
         UserError: they cannot be read, or are others'.
     """
-    tensors = [each for part in shards.values() for each in part.values() if isinstance(each, Tensor)]
-    together = any(isinstance(each, DTensor) for each in tensors)
+    from torch.distributed.checkpoint import load
+
+    together = any(hasattr(each, "to_local") for part in shards.values() for each in part.values())
     with blame(f"checkpoint {path}: {SHARDS} do not fit"), _one_or_many():
-        distributed.load(shards, checkpoint_id=path / SHARDS, no_dist=not together)
+        load(shards, checkpoint_id=path / SHARDS, no_dist=not together)
+
+
+def optimizer_shards(modules: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state of an optimizer, by the names of the parameters in the modules that it trains."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    return dict(get_optimizer_state_dict(modules, optimizer))
+
+
+def load_optimizer_shards(modules: nn.Module, optimizer: torch.optim.Optimizer, state: Any) -> None:
+    """Give an optimizer the state that `optimizer_shards` named, read in place."""
+    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+
+    set_optimizer_state_dict(modules, optimizer, state)
 
 
 @contextmanager

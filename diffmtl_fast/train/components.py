@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -16,63 +13,23 @@ from torch import Tensor, nn
 
 from .._errors import UserError, blame
 from .._extras import require
-from ..clustering import (
-    IntervalClustering,
-    NoiseClustering,
-    NoiseDistribution,
-    cluster_affinity,
-    cluster_noise,
-    cluster_snr,
-    cluster_timesteps,
-)
-from ..clustering.inputs import load_values
-from ..curriculum import (
-    DifficultyCurriculum,
-    DistributionSampler,
-    LossSampler,
-    LossSecondMomentSampler,
-    RangeSampler,
-    SpeeDSampler,
-    StratifiedSampler,
-    TimestepSampler,
-    UniformSampler,
-)
+from ..clustering import NoiseClustering, NoiseDistribution
+from ..clustering.distributions import LAWS
+from ..clustering.inputs import load_affinity, named_clusters
+from ..curriculum import DifficultyCurriculum, TimestepSampler
+from ..curriculum._levels import Clustering, cut
 from ..curriculum.difficulty_curriculum import Sampling
-from ..data import (
-    Autoencoder,
-    Batch,
-    Classes,
-    Conditioning,
-    Embeddings,
-    EpochOrder,
-    FileData,
-    ImageData,
-    Text,
-    batches,
-)
+from ..curriculum.named import interval_sampler, named_sampler
+from ..data import Classes, Conditioning, Embeddings, FileData, ImageData, Text
 from ..data.conditioning import times_keyword
+from ..data.sources import extremes
 from ..diffusion import loss_weight, noise_process
-from ..diffusion.training_noise import (
-    LAWS,
-    SIGMA_LAWS,
-    TIME_LAWS,
-    TrainingNoise,
-    level_distribution,
-    named_law,
-)
+from ..diffusion.training_noise import TrainingNoise, level_distribution
 from ..weighting import METHODS, ContinuousUncertainty, GramianWeighting, LossWeighting
 from .config import CONTINUOUS, Clusters, Component, Compute, Config, Curriculum
 
 Array = NDArray[np.float64]
 Data: TypeAlias = ImageData | FileData
-Clustering: TypeAlias = IntervalClustering | NoiseClustering
-# Samplers that have nothing but tasks and arguments of their own, by name.
-SAMPLERS = {
-    "uniform": UniformSampler,
-    "second_moment": LossSecondMomentSampler,
-    "loss": LossSampler,
-    "range": RangeSampler,
-}
 # A loss weight that no schedule which keeps some signal and some noise comes near.
 _UNBOUNDED = 1e12
 
@@ -119,7 +76,8 @@ def build_model(config: Config, data: Data, device: torch.device, last_time: flo
     _refuse_parameters(model)
     with blame("model"):
         model = model.to(device)
-    batch = _pair(data).to(device)
+    with blame("data"):
+        batch = extremes(data).to(device)
     images = batch.x
     # The last sample also without its condition, for which there has to be one class more.
     dropped = torch.tensor([False, True], device=device) if config.conditioning.dropout else None
@@ -134,19 +92,6 @@ def build_model(config: Config, data: Data, device: torch.device, last_time: flo
     if not output.isfinite().all():
         raise UserError("model: expected a finite output, found NaN or infinity")
     return model
-
-
-def refuse_output(output: Tensor, images: Tensor) -> None:
-    """Refuse a prediction that is not floating point of the images' shape.
-
-    Raises:
-        UserError: it is such.
-    """
-    if output.shape != images.shape or not output.is_floating_point():
-        raise UserError(
-            f"model: expected a floating-point output of the images' shape {list(images.shape)}, found "
-            f"{output.dtype} {list(output.shape)}"
-        )
 
 
 def _prepared(model: nn.Module, options: Compute) -> nn.Module:
@@ -252,25 +197,6 @@ def build_data(config: Config) -> Data:
     return data
 
 
-def build_decoder(data: Data, device: torch.device) -> Callable[[Tensor], Tensor] | None:
-    """What makes pictures of latents: their autoencoder; where it is not known they stay. None for pictures.
-
-    Raises:
-        UserError: the autoencoder cannot be loaded.
-    """
-    if isinstance(data, ImageData) or not data.latent:
-        return None
-    if data.autoencoder is None:
-        return torch.Tensor.cpu
-    with blame("data.args.autoencoder"):
-        return _autoencoder(data.autoencoder, device).decode
-
-
-@functools.lru_cache(maxsize=1)
-def _autoencoder(folder: str, device: torch.device) -> Autoencoder:
-    return Autoencoder(folder, device)
-
-
 def build_clusters(
     config: Clusters,
     levels: Callable[[], Array],
@@ -291,34 +217,21 @@ def build_clusters(
     Raises:
         UserError: the clusters cannot be formed as asked.
     """
-    low, high = config.min_size, config.max_size
     with blame(key):
-        if config.cost != "affinity" and distribution is not None:
-            return cluster_noise(
-                distribution,
-                config.k,
-                cost="quantile" if config.cost == "timestep" else "absolute",
-                min_probability=(low or 0) / num_timesteps,
-                max_probability=1.0 if high is None else high / num_timesteps,
-            )
-        if config.cost == "timestep":
-            return cluster_timesteps(num_timesteps, config.k, min_size=low, max_size=high)
-        if config.cost == "snr":
-            return cluster_snr(levels(), config.k, min_size=low, max_size=high)
-        affinity = load_array(f"{key}.affinity", config.affinity)
-        if affinity.shape != (num_timesteps, num_timesteps):
-            raise ValueError(
-                f"affinity: expected [T, T] with T = {num_timesteps}, found {list(affinity.shape)}"
-            )
-        found = cluster_affinity(affinity, config.k, min_size=low, max_size=high)
-        return found if distribution is None else NoiseClustering(distribution, found.probabilities)
-
-
-def in_timesteps(clusters: Clustering, num_timesteps: int) -> IntervalClustering:
-    """Clusters as intervals of timesteps; those of continuous levels rounded to cells of equal probability."""
-    if isinstance(clusters, IntervalClustering):
-        return clusters
-    return IntervalClustering(np.rint(clusters.probabilities * num_timesteps).astype(np.int64))
+        if config.cost == "affinity":
+            with blame(f"{key}.affinity"):
+                values = load_affinity(str(config.affinity), num_timesteps)
+        else:  # of continuous levels and of timesteps alone, only how many there are matters
+            alone = config.cost == "timestep" or distribution is not None
+            values = np.arange(float(num_timesteps)) if alone else levels()
+        return named_clusters(
+            config.cost,
+            config.k,
+            values,
+            min_size=config.min_size,
+            max_size=config.max_size,
+            distribution=distribution,
+        )
 
 
 def build_timesteps(
@@ -338,46 +251,23 @@ def build_timesteps(
     Raises:
         UserError: it cannot be made as asked.
     """
-    continuous = isinstance(clusters, NoiseClustering)
     number = num_timesteps if isinstance(clusters, NoiseClustering) else clusters.num_timesteps
     assert number is not None
     balanced = config.balanced
-    tasks = clusters if balanced else _with_bounds(clusters, [0, number], number)  # plain training has one
+    tasks = clusters if balanced else cut(clusters, np.array([0.0, 1.0]))  # plain training has one
     if config.curriculum.order != "none":
         return _build_curriculum(config.curriculum, tasks, levels, number, "tasks" if balanced else "union")
     if config.timesteps.interval is not None:
-        return _build_expert(config.timesteps.interval, clusters, number)
-    args, kind = config.timesteps.args, config.timesteps.sampler or ("stratified" if balanced else "uniform")
-    if continuous and kind in LAWS:
+        first, end = config.timesteps.interval
+        with blame("timesteps.interval"):
+            return interval_sampler(clusters, first, end, number)
+    usual = "stratified" if balanced else "uniform"
+    name, args = config.timesteps.sampler or usual, config.timesteps.args
+    if isinstance(clusters, NoiseClustering) and name in LAWS:
         # That is the distribution of the clusters' levels; what is left to say is how a batch takes from them.
-        args, kind = {}, "stratified" if balanced else "uniform"
+        name, args = usual, {}
     with blame("timesteps.args"):
-        if kind == "stratified":
-            return StratifiedSampler(clusters, **args)
-        if kind in LAWS:
-            law = named_law(TIME_LAWS | SIGMA_LAWS, kind, args)
-            return DistributionSampler(tasks, law, log_snr=levels() if kind in SIGMA_LAWS else None)
-        if kind == "speed":
-            if isinstance(tasks, NoiseClustering):
-                raise ValueError("sampler: expected one of continuous noise levels, found speed")
-            return SpeeDSampler(tasks, levels(), **args)
-        return SAMPLERS[kind](tasks, **args)
-
-
-def _build_expert(interval: list[int], clusters: Clustering, num_timesteps: int) -> UniformSampler:
-    first, end = interval
-    if end > num_timesteps:
-        raise UserError(f"timesteps.interval: expected an end of at most {num_timesteps}, found {end}")
-    bounds = np.unique([0, first, end, num_timesteps])
-    tasks = _with_bounds(clusters, bounds, num_timesteps)
-    return UniformSampler(tasks, only=int(np.searchsorted(bounds, first)))
-
-
-def _with_bounds(clusters: Clustering, bounds: Any, num_timesteps: int) -> Clustering:
-    """A clustering of the same levels with other bounds, in timesteps."""
-    if isinstance(clusters, NoiseClustering):
-        return NoiseClustering(clusters.distribution, np.asarray(bounds) / num_timesteps)
-    return IntervalClustering(np.asarray(bounds))
+        return named_sampler(name, clusters if name == "stratified" else tasks, args, levels)
 
 
 def _build_curriculum(
@@ -431,16 +321,26 @@ def build_weighting(
         return METHODS[config.method].build(k, device, config.seed, **config.method_options())
 
 
-def load_array(key: str, path: str | Path | None) -> np.ndarray:
-    """Read numbers from a .npy or .json file.
+def build_conditioning(config: Config, data: Data, device: torch.device) -> Conditioning:
+    """What passes the conditions of the data to the model.
 
     Raises:
-        UserError: it is missing or holds none; the message begins with ``key``.
+        UserError: there is no text encoder for captions, or it cannot be loaded.
     """
-    try:
-        return load_values(str(path))
-    except (OSError, ValueError, MemoryError, OverflowError, RecursionError) as error:
-        raise UserError(f"{key}: cannot read {path} ({error})") from error
+    options = config.conditioning
+    with blame("data"):
+        conditions = extremes(data).conditioning if options.enabled else None
+    named = {} if options.argument is None else {"argument": options.argument}
+    if conditions is None:
+        return Conditioning()
+    if isinstance(conditions, Tensor):
+        return Classes(data.num_classes, **named) if conditions.dim() == 1 else Embeddings(**named)
+    if options.encoder is None:
+        raise UserError(
+            "conditioning.encoder: expected the folder of a text encoder for captions, found null"
+        )
+    with blame("conditioning.encoder", (OSError, ValueError, TypeError, AttributeError, ImportError)):
+        return Text(options.encoder, device, mask=options.mask, max_length=options.max_length, **named)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -464,59 +364,6 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def refuse_classes(batch: Batch, data: Data) -> None:
-    """Refuse classes that the data do not have, before a GPU looks for them in an embedding.
-
-    Raises:
-        ValueError: there are such.
-    """
-    found, classes = batch.conditioning, data.num_classes
-    if not isinstance(found, Tensor) or found.dim() != 1 or not classes:
-        return
-    low, high = found.min().item(), found.max().item()
-    if found.is_floating_point() or low < 0 or high >= classes:
-        raise ValueError(f"expected integer classes 0 ... {classes - 1}, found {low} to {high}")
-
-
-def _pair(data: Data) -> Batch:
-    """Two samples, of the first and the last class."""
-    if isinstance(data, ImageData) and data.train_labels is not None:
-        chosen = torch.stack([data.train_labels.argmin(), data.train_labels.argmax()])
-        return Batch(data.train[chosen], data.train_labels[chosen])
-    with blame("data"):
-        found = next(batches(data.training, EpochOrder(len(data.training), 2, 0), augment=False))
-        if found.x.shape[1:] != data.shape:
-            raise ValueError(
-                f"expected samples of one shape, found {[*data.shape]} and {[*found.x.shape[1:]]}"
-            )
-        refuse_classes(found, data)
-        held = found.conditioning
-        if isinstance(held, Tensor) and held.dim() == 1 and data.num_classes:
-            return replace(found, conditioning=held.new_tensor([0, data.num_classes - 1]))
-        return found
-
-
-def build_conditioning(config: Config, data: Data, device: torch.device) -> Conditioning:
-    """What passes the conditions of the data to the model.
-
-    Raises:
-        UserError: there is no text encoder for captions, or it cannot be loaded.
-    """
-    options = config.conditioning
-    conditions = _pair(data).conditioning if options.enabled else None
-    named = {} if options.argument is None else {"argument": options.argument}
-    if conditions is None:
-        return Conditioning()
-    if isinstance(conditions, Tensor):
-        return Classes(data.num_classes, **named) if conditions.dim() == 1 else Embeddings(**named)
-    if options.encoder is None:
-        raise UserError(
-            "conditioning.encoder: expected the folder of a text encoder for captions, found null"
-        )
-    with blame("conditioning.encoder", (OSError, ValueError, TypeError, AttributeError, ImportError)):
-        return Text(options.encoder, device, mask=options.mask, max_length=options.max_length, **named)
-
-
 def denoise(
     model: Callable[..., Any], x: Tensor, time: Tensor, arguments: dict[str, Any], **more: Any
 ) -> Any:
@@ -525,6 +372,19 @@ def denoise(
     if name is None:
         return model(x, time, **arguments, **more)
     return model(x, **{name: time}, **arguments, **more)
+
+
+def refuse_output(output: Tensor, images: Tensor) -> None:
+    """Refuse a prediction that is not floating point of the images' shape.
+
+    Raises:
+        UserError: it is such.
+    """
+    if output.shape != images.shape or not output.is_floating_point():
+        raise UserError(
+            f"model: expected a floating-point output of the images' shape {list(images.shape)}, found "
+            f"{output.dtype} {list(output.shape)}"
+        )
 
 
 def prediction(output: Any) -> Tensor:

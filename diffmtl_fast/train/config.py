@@ -25,6 +25,7 @@ from .._number_types import (
     bounded,
     plain,
 )
+from ..curriculum.named import SamplerName
 from ..weighting import METHODS
 from .ema import exponent
 
@@ -91,22 +92,7 @@ class Timesteps:
         interval: first timestep and end of those to train on alone, an expert for them (vanilla); null for all
     """
 
-    sampler: (
-        Literal[
-            "uniform",
-            "stratified",
-            "logit_normal",
-            "log_normal",
-            "mode",
-            "beta",
-            "laplace",
-            "speed",
-            "range",
-            "second_moment",
-            "loss",
-        ]
-        | None
-    ) = None
+    sampler: SamplerName | None = None
     args: dict[str, Any] = field(default_factory=dict)
     interval: list[NonNegativeInt] | None = None
 
@@ -425,7 +411,6 @@ def from_dict(values: Mapping[str, Any]) -> Config:
         UserError: an unknown key, or a value out of range.
     """
     with blame("config", (Exception,)):
-        _refuse_cycles(values, ())
         _check_names(Config, values, "")
         try:
             typed = _types().parse_object(values).as_dict()
@@ -500,15 +485,6 @@ def changed(config: Config, saved: Mapping[str, Any]) -> tuple[str, Any, Any] | 
         if now[key] != then[key] and not key.startswith(FREE_ON_RESUME):
             return key, then[key], now[key]
     return None
-
-
-def _refuse_cycles(value: Any, within: tuple[int, ...]) -> None:
-    """Refuse values that contain themselves, as aliases of YAML can."""
-    if id(value) in within:
-        raise UserError("config: expected values that end, found one that contains itself")
-    if isinstance(value, Mapping | list):
-        for each in value.values() if isinstance(value, Mapping) else value:
-            _refuse_cycles(each, (*within, id(value)))
 
 
 def _check_names(cls: Any, values: Mapping[str, Any], prefix: str) -> None:

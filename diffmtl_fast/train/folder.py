@@ -203,14 +203,7 @@ class RunFolder:
 
     def remove_outputs(self) -> None:
         """Delete the model, the pictures and the metrics."""
-        for path in (
-            self.model,
-            self.samples,
-            self.clusters,
-            self.training,
-            self.uncertainty,
-            self.metrics,
-        ):
+        for path in (self.model, self.samples, self.clusters, self.training, self.uncertainty, self.metrics):
             if path.exists():
                 remove(path)
 

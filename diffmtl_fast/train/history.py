@@ -17,6 +17,9 @@ from .._errors import TrainingDiverged, UserError, blame
 from ..gradients.diagnostics import conflicts, cosines
 from .sinks import Sink
 
+#: What is collected between two lines, by its name in checkpoints.
+PARTS = ("losses", "present", "weights", "cosines", "norms", "dropped")
+
 
 class History:
     """Collects per-cluster figures on the device and writes their means.
@@ -38,12 +41,8 @@ class History:
         self._file = path.open("ab")
         self._sum = zlib.crc32(path.read_bytes()) if path.is_file() else 0  # of the file's bytes
         self._sinks, self._measure = sinks, measure
-        self._losses: list[Tensor] = []
-        self._present: list[Tensor] = []
-        self._weights: list[Tensor] = []
-        self._cosines: list[Tensor] = []
-        self._norms: list[Tensor] = []
-        self._dropped: list[Tensor] = []
+        # Since the last line: a tensor of every pass or step that had one.
+        self._parts: dict[str, list[Tensor]] = {name: [] for name in PARTS}
 
     def add(
         self,
@@ -62,18 +61,15 @@ class History:
             gramian: [K, K] Gramian of their gradients.
             dropped: bool [K], the clusters that were left out of the step.
         """
-        self._losses.append(losses.detach())
-        self._present.append(present)
-        if weights is not None:
-            self._weights.append(weights.detach())
-        if gramian is not None:
-            self._cosines.append(cosines(gramian.detach()).float())
-        if dropped is not None:
-            self._dropped.append(dropped)
+        found = {"losses": losses, "present": present, "weights": weights, "dropped": dropped}
+        found["cosines"] = None if gramian is None else cosines(gramian.detach()).float()
+        for name, value in found.items():
+            if value is not None:
+                self._parts[name].append(value.detach())
 
     def add_gradient_norm(self, norm: Tensor) -> None:
         """Take in the gradient norm of an optimizer step, before clipping."""
-        self._norms.append(norm.detach())
+        self._parts["norms"].append(norm.detach())
 
     def check(self, iteration: int) -> None:
         """Raise if a loss since the last line is not finite.
@@ -81,9 +77,10 @@ class History:
         Raises:
             TrainingDiverged: with the first such cluster.
         """
-        if not self._losses:
+        losses, present = self._parts["losses"], self._parts["present"]
+        if not losses:
             return
-        bad = torch.stack(self._present) & ~torch.stack(self._losses).isfinite()
+        bad = torch.stack(present) & ~torch.stack(losses).isfinite()
         if bad.any():
             cluster = int(bad.nonzero()[0, 1])
             raise TrainingDiverged(
@@ -104,22 +101,23 @@ class History:
             What is not finite is None, for JSON has no such numbers.
         """
         self.check(iteration)
-        losses = _masked_mean(self._losses, self._present)
+        parts = self._parts
+        losses = _masked_mean(parts["losses"], parts["present"])
         line: dict[str, Any] = {
             "iteration": iteration,
             "loss": _plain(losses.nanmean()),
             "losses": _plain(losses),
         }
-        if self._weights:
-            line["weights"] = _plain(_masked_mean(self._weights, self._present))
-        if self._cosines:
-            measured = torch.stack(self._cosines)
+        if parts["weights"]:
+            line["weights"] = _plain(_masked_mean(parts["weights"], parts["present"]))
+        if parts["cosines"]:
+            measured = torch.stack(parts["cosines"])
             line["cosines"] = _plain(measured.nanmean(0))
             line["conflicts"] = _plain(conflicts(measured).nanmean())
-        if self._norms:
-            line["gradient_norm"] = _plain(torch.stack(self._norms).mean())
-        if self._dropped:
-            line["dropped"] = torch.stack(self._dropped).sum(0).tolist()
+        if parts["norms"]:
+            line["gradient_norm"] = _plain(torch.stack(parts["norms"]).mean())
+        if parts["dropped"]:
+            line["dropped"] = torch.stack(parts["dropped"]).sum(0).tolist()
         line |= scalars | ({} if self._measure is None else self._measure(iteration))
         with blame(f"{self._file.name}: cannot be written", (OSError,)):
             written = json.dumps(line, allow_nan=False).encode() + b"\n"
@@ -128,7 +126,7 @@ class History:
         self._sum = zlib.crc32(written, self._sum)
         for sink in self._sinks:
             sink.scalars(_scalars(line), iteration)
-        for part in (self._losses, self._present, self._weights, self._cosines, self._norms, self._dropped):
+        for part in parts.values():
             part.clear()
         return line
 
@@ -137,16 +135,7 @@ class History:
         with blame(f"{self._file.name}: cannot be written", (OSError,)):
             self._file.flush()
             os.fsync(self._file.fileno())
-        return {
-            "bytes": self._file.tell(),
-            "crc32": self._sum,
-            "losses": self._losses,
-            "present": self._present,
-            "weights": self._weights,
-            "cosines": self._cosines,
-            "norms": self._norms,
-            "dropped": self._dropped,
-        }
+        return {"bytes": self._file.tell(), "crc32": self._sum, **self._parts}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Cut the file back to where :meth:`state_dict` was taken, so that no line appears twice.
@@ -166,15 +155,8 @@ class History:
         self._sum = zlib.crc32(path.read_bytes())
         if state.get("crc32", self._sum) != self._sum:
             raise UserError(f"{path}: expected the lines that the checkpoint was saved with, found others")
-        for part, saved in (
-            (self._losses, state["losses"]),
-            (self._present, state["present"]),
-            (self._weights, state["weights"]),
-            (self._cosines, state["cosines"]),
-            (self._norms, state["norms"]),
-            (self._dropped, state.get("dropped", [])),
-        ):
-            part[:] = [tensor.to(device) for tensor in saved]
+        for name, part in self._parts.items():
+            part[:] = [tensor.to(device) for tensor in state.get(name, [])]
 
     def close(self) -> None:
         """Close the files."""

@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.tensor import DTensor
 
 from .. import ops
 from .._errors import Interrupted, TrainingDiverged, UserError, blame
@@ -22,6 +20,7 @@ from .._torch import foreach_div_
 from ..clustering.drawing import hand_over
 from ..curriculum import DifficultyCurriculum
 from ..data import Batch, EpochOrder, UnreadableSamples, batches
+from ..data.items import refuse_classes
 from ..distributed import launched
 from ..distributed.fully_sharded import local
 from ..gradients import ClusteredMTL
@@ -39,7 +38,6 @@ from .components import (
     build_weighting,
     denoise,
     prediction,
-    refuse_classes,
     refuse_output,
     resolve_device,
 )
@@ -254,7 +252,7 @@ class Trainer:
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.model.state_dict(),
-            "optimizer": get_optimizer_state_dict(self._optimized, self.optimizer),
+            "optimizer": checkpoint.optimizer_shards(self._optimized, self.optimizer),
         }
 
     @property
@@ -275,7 +273,7 @@ class Trainer:
         if self._in_shards:
             shards = self._shards()
             checkpoint.load_shards(path, shards)
-            set_optimizer_state_dict(self._optimized, self.optimizer, shards["optimizer"])
+            checkpoint.load_optimizer_shards(self._optimized, self.optimizer, shards["optimizer"])
         else:
             checkpoint.load_module(path, "model", self.model)
             checkpoint.load_module(path, "ema", self.ema.model)
@@ -410,7 +408,7 @@ class Trainer:
             self._batches = batches(items, order, workers=config.workers, pin=pins(self.device))
         with blame("data"):
             batch = next(self._batches)
-            refuse_classes(batch, self.data)
+            refuse_classes(batch, self.data.num_classes)
         with blame("unreadable"):
             self.unreadable.add(batch.unreadable)
         return batch.to(self.device)
@@ -458,5 +456,5 @@ class Trainer:
             norm = last.grad_norm / number
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip, norm)
             return norm
-        found = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        return found.full_tensor() if isinstance(found, DTensor) else found
+        found: Any = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        return found.full_tensor() if hasattr(found, "full_tensor") else found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,6 @@ from .._errors import UserError, blame
 from ..data import EpochOrder, UnreadableSamples, batches
 from .components import denoise, prediction
 from .sinks import Sink
-from .trained_denoiser import TrainedDenoiser
 
 if TYPE_CHECKING:
     from .loop import Trainer
@@ -27,13 +26,14 @@ class Monitor:
     Args:
         trainer: whose weights are measured.
         sinks: receive the pictures.
+        draw: draws so many pictures [N, C, H, W] in [-1, 1] with the averaged weights.
 
     Raises:
         UserError: losses are asked for of held-out samples that there are none of.
     """
 
-    def __init__(self, trainer: Trainer, sinks: Sequence[Sink]) -> None:
-        self._trainer, self._sinks = trainer, sinks
+    def __init__(self, trainer: Trainer, sinks: Sequence[Sink], draw: Callable[[int], Tensor]) -> None:
+        self._trainer, self._sinks, self._draw = trainer, sinks, draw
         self._held_out = HeldOutLoss(trainer) if trainer.config.evaluation.validation_every else None
 
     def __call__(self, iteration: int) -> dict[str, Any]:
@@ -42,7 +42,7 @@ class Monitor:
         if self._held_out is not None and self._due(config.evaluation.validation_every, iteration):
             figures["validation"] = self._held_out(self._trainer.ema.model).tolist()
         if self._sinks and self._due(config.logging.pictures_every, iteration):
-            pictures = trained_denoiser(self._trainer).draw_some(PICTURES)
+            pictures = self._draw(PICTURES)
             if pictures.shape[1] not in (1, 3):  # no colours: latents, for example
                 pictures = pictures[:, :1]
             for sink in self._sinks:
@@ -104,15 +104,3 @@ class HeldOutLoss:
         with torch.autocast(self._device.type, self._half, enabled=self._half is not None):
             output = prediction(denoise(model, noisy, told, self._conditioning.arguments(conditions)))
         return self._process.loss(output, x, noise, level)
-
-
-def trained_denoiser(trainer: Trainer) -> TrainedDenoiser:
-    """The averaged weights of a run that is under way."""
-    return TrainedDenoiser(
-        trainer.config,
-        trainer.data,
-        trainer.scheduler,
-        trainer.ema.model,
-        trainer.iteration,
-        trainer.conditioning,
-    )

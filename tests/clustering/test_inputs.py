@@ -3,8 +3,15 @@ import json
 import numpy as np
 import pytest
 
-from diffmtl_fast.clustering import cluster_intervals
-from diffmtl_fast.clustering.inputs import load_values, named_cost
+from diffmtl_fast.clustering import (
+    LogNormalSigma,
+    UniformTime,
+    cluster_intervals,
+    cluster_snr,
+    cluster_timesteps,
+)
+from diffmtl_fast.clustering.continuous import in_timesteps
+from diffmtl_fast.clustering.inputs import load_affinity, load_values, named_clusters, named_cost
 
 
 def test_load_values(tmp_path):
@@ -68,3 +75,34 @@ def test_bad_names_and_shapes():
         named_cost("l2", np.zeros(3))
     with pytest.raises(ValueError, match=r"snr cost: expected one value per timestep, found shape \[2, 2\]"):
         named_cost("snr", np.zeros((2, 2)))
+
+
+@pytest.mark.parametrize(("cost", "probabilities"), [("timestep", [0, 0.5, 1]), ("affinity", [0, 0.25, 1])])
+def test_named_clusters_of_continuous_levels(cost, probabilities):
+    affinity = np.kron(np.eye(4), np.ones((2, 2)))
+    affinity[2:, 2:] = 1.0  # tasks in two blocks of 2 and 6
+    found = named_clusters(cost, 2, affinity, distribution=UniformTime())
+    assert found.probabilities.tolist() == probabilities
+    assert in_timesteps(found, 8).boundaries.tolist() == [8 * share for share in probabilities]
+
+
+def test_limits_of_named_clusters_are_shares_of_continuous_levels():
+    given = {"distribution": LogNormalSigma(), "min_size": 3, "max_size": 4}
+    found = named_clusters("snr", 3, np.arange(10.0), **given)
+    shares = np.diff(found.probabilities)
+    assert ((shares > 0.2999) & (shares < 0.4001)).all()
+
+
+def test_named_clusters_of_timesteps():
+    values = np.linspace(3, -3, 12) ** 3
+    assert named_clusters("snr", 3, values, max_size=5) == cluster_snr(values, 3, max_size=5)
+    assert named_clusters("timestep", "auto", values) == cluster_timesteps(12, "auto")
+
+
+def test_affinities_of_another_number_of_timesteps_are_refused(tmp_path):
+    np.save(tmp_path / "a.npy", np.eye(3))
+    np.testing.assert_array_equal(load_affinity(tmp_path / "a.npy", 3), np.eye(3))
+    with pytest.raises(ValueError, match=r"^expected \[T, T\] with T = 4, found \[3, 3\]"):
+        load_affinity(tmp_path / "a.npy", 4)
+    with pytest.raises(ValueError, match=r"^cannot read .*b\.npy"):
+        load_affinity(tmp_path / "b.npy", 4)

@@ -89,10 +89,10 @@ def _serve() -> None:
 
 def _command(arguments: list[str], output: str, outputs: bool = True) -> int:
     from diffmtl_fast.cli import main
-    from diffmtl_fast.train import run
+    from diffmtl_fast.run import training
 
     if not outputs:  # they are most of a tiny run's time
-        run.rehearse = run._write_outputs = lambda *_: None
+        training.rehearse = training._write_outputs = lambda *_: None
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     for stream in (1, 2):
         os.dup2(file, stream)

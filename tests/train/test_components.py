@@ -23,7 +23,6 @@ from diffmtl_fast.train.components import (
     build_model,
     build_scheduler,
     build_timesteps,
-    load_array,
     resolve_device,
 )
 from diffmtl_fast.train.config import Clusters, Component
@@ -203,11 +202,12 @@ def test_timesteps_refuse(tiny, changes, message):
 
 
 @pytest.mark.parametrize("content", [None, b"", b"text", b"\x93NUMPY\x01\x00"])
-def test_load_array_refuses(tmp_path, content):
+def test_files_of_affinities_that_cannot_be_read(tmp_path, content):
     if content is not None:
         (tmp_path / "a.npy").write_bytes(content)
-    with pytest.raises(UserError, match=r"affinity: cannot read .*a\.npy"):
-        load_array("affinity", tmp_path / "a.npy")
+    config = Clusters("affinity", k=2, affinity=str(tmp_path / "a.npy"))
+    with pytest.raises(UserError, match=r"^clusters\.affinity: cannot read .*a\.npy"):
+        build_clusters(config, lambda: np.arange(7.0), 7)
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "mps:0", "gpu", "", "meta"])

@@ -15,14 +15,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from diffmtl_fast._errors import UserError
-from diffmtl_fast.cli.runs import load_run
+from diffmtl_fast.run.power_average import power_average
+from diffmtl_fast.run.trained_denoiser import load_run
+from diffmtl_fast.run.training import train
 from diffmtl_fast.train import checkpoint, history
 from diffmtl_fast.train.components import build
 from diffmtl_fast.train.config import from_dict
-from diffmtl_fast.train.ema import power_average
 from diffmtl_fast.train.folder import RunFolder
 from diffmtl_fast.train.loop import Trainer
-from diffmtl_fast.train.run import train
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 SMALL_DIT = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}

@@ -14,9 +14,9 @@ from PIL import Image
 from diffmtl_fast._errors import UserError
 from diffmtl_fast.cli import main
 from diffmtl_fast.data import Autoencoder, encode, image_folder, latents
+from diffmtl_fast.run.trained_denoiser import load
+from diffmtl_fast.run.training import train
 from diffmtl_fast.train.folder import RunFolder
-from diffmtl_fast.train.run import train
-from diffmtl_fast.train.trained_denoiser import load
 
 
 @pytest.fixture

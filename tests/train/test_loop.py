@@ -20,12 +20,12 @@ from diffmtl_fast.clustering import NoiseClustering
 from diffmtl_fast.data import Batch
 from diffmtl_fast.diffusion import LOSS_WEIGHTS, log_snr
 from diffmtl_fast.ops import _library
+from diffmtl_fast.run.titles import LOSS_TITLES
 from diffmtl_fast.train import checkpoint, history
 from diffmtl_fast.train.components import build_data, build_model, build_noise, build_scheduler
 from diffmtl_fast.train.config import CONTINUOUS, PLAIN, Component, Loss
 from diffmtl_fast.train.history import History
 from diffmtl_fast.train.loop import Trainer
-from diffmtl_fast.train.titles import LOSS_TITLES
 
 METHODS = (PLAIN, CONTINUOUS, *weighting.METHODS)
 

@@ -12,11 +12,11 @@ import torch
 
 from diffmtl_fast._errors import UserError
 from diffmtl_fast.data import FileData
+from diffmtl_fast.run.training import train
 from diffmtl_fast.train import checkpoint, history
 from diffmtl_fast.train.folder import RunFolder
 from diffmtl_fast.train.loop import Trainer
 from diffmtl_fast.train.monitor import HeldOutLoss
-from diffmtl_fast.train.run import train
 
 EVERY = {"validation_every": 2, "validation_samples": 30}
 

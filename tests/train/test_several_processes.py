@@ -12,11 +12,11 @@ import pytest
 import torch
 import yaml
 
+from diffmtl_fast.run.trained_denoiser import load
+from diffmtl_fast.run.training import train
 from diffmtl_fast.train import checkpoint, history
 from diffmtl_fast.train.config import Component, to_dict
 from diffmtl_fast.train.folder import RunFolder
-from diffmtl_fast.train.run import train
-from diffmtl_fast.train.trained_denoiser import load
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a GPU for each process")
 TORCHRUN = ["torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]

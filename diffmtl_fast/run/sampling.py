@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,11 +12,11 @@ from torch import Tensor, nn
 
 from .._errors import UserError, blame
 from .._extras import require
-from ..data import Classes, Conditioning
+from ..data import Autoencoder, Classes, Conditioning, ImageData
 from ..data.items import Conditions
 from ..diffusion import noise_process
-from .components import denoise, import_object, prediction
-from .config import Sampling
+from ..train.components import Data, denoise, import_object, prediction
+from ..train.config import Sampling
 
 
 def build_sampler(config: Sampling, scheduler: Any, clip: bool = True) -> Any:
@@ -118,6 +119,25 @@ def draw(
             f"{config.scheduler.path} (of pure noise epsilon tells nothing: predict v, or sample)"
         )
     return pictures.clamp(-1.0, 1.0) if decode is None else decode(pictures)
+
+
+def build_decoder(data: Data, device: torch.device) -> Callable[[Tensor], Tensor] | None:
+    """What makes pictures of latents: their autoencoder; where it is not known they stay. None for pictures.
+
+    Raises:
+        UserError: the autoencoder cannot be loaded.
+    """
+    if isinstance(data, ImageData) or not data.latent:
+        return None
+    if data.autoencoder is None:
+        return torch.Tensor.cpu
+    with blame("data.args.autoencoder"):
+        return _autoencoder(data.autoencoder, device).decode
+
+
+@functools.lru_cache(maxsize=1)
+def _autoencoder(folder: str, device: torch.device) -> Autoencoder:
+    return Autoencoder(folder, device)
 
 
 def balanced_labels(count: int, num_classes: int) -> Tensor | None:

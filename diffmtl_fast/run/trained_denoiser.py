@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +11,24 @@ from torch import Tensor, nn
 
 from .._errors import UserError, blame
 from .._extras import require
-from .._files import replacing
-from ..analysis import Judge, run_plots
+from .._files import replacing, write_json
+from ..analysis import Judge
 from ..data import Conditioning, EpochOrder, batches
 from ..data.items import Conditions
-from . import checkpoint, evaluation, sampling
-from .components import (
+from ..train import checkpoint
+from ..train.components import (
     Data,
     build_conditioning,
     build_data,
-    build_decoder,
     build_model,
     build_scheduler,
     resolve_device,
 )
-from .config import NEIGHBOURS, Config
-from .ema import power_average
-from .folder import RunFolder
+from ..train.config import NEIGHBOURS, Config, check
+from ..train.folder import RunFolder
+from ..train.loop import Trainer
+from . import evaluation, plots, sampling
+from .power_average import power_average
 from .titles import method_title
 
 PICTURES_PER_CLASS = 10
@@ -73,7 +73,7 @@ class TrainedDenoiser:
             labels,
             seed,
             self.conditioning,
-            build_decoder(self.data, self._device),
+            sampling.build_decoder(self.data, self._device),
         )
 
     def evaluate(self, num_samples: int | None = None) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class TrainedDenoiser:
         """
         count = self._number_to_judge(num_samples)
         labels = sampling.balanced_labels(count, self.data.num_classes)
-        pictures = self.draw(self._conditions(count) if labels is None else labels, count, self.config.seed)
+        pictures = self.draw(self.conditions(count) if labels is None else labels, count, self.config.seed)
         figures = self.judge().evaluate(pictures, labels, self.config.seed)
         about = {"method": self.config.method, "iterations": self.iteration, "num_samples": count}
         return {**figures, **about, "sampling_steps": self.config.sampling.steps, "seed": self.config.seed}
@@ -123,8 +123,7 @@ class TrainedDenoiser:
     def write_metrics(self, path: Path) -> dict[str, Any]:
         """Evaluate and write the metrics as JSON."""
         metrics = self.evaluate()
-        with replacing(path) as aside:
-            aside.write_text(json.dumps(metrics, indent=2) + "\n")
+        write_json(path, metrics)
         return metrics
 
     def write_samples(self, path: Path) -> None:
@@ -133,7 +132,7 @@ class TrainedDenoiser:
         count = PICTURES_PER_CLASS * max(drawn, PICTURES_PER_CLASS)
         labels, pictures = self._drawn(count, drawn)
         with replacing(path) as aside:
-            run_plots.samples(aside, pictures, labels, self.title)
+            plots.samples(aside, pictures, labels, self.title)
 
     def draw_some(self, count: int) -> Tensor:
         """Draw pictures for a look, of as many classes as there are or will go in, the same ones every time."""
@@ -144,10 +143,10 @@ class TrainedDenoiser:
         labels = sampling.balanced_labels(count, classes)
         if labels is not None:
             labels = labels * self.data.num_classes // classes
-        wanted = self._conditions(count) if labels is None else labels
+        wanted = self.conditions(count) if labels is None else labels
         return labels, self.draw(wanted, count, self.config.seed)
 
-    def _conditions(self, count: int) -> Conditions:
+    def conditions(self, count: int) -> Conditions:
         """Captions or embeddings of held-out samples, over and over; None where there are none."""
         if not self.config.conditioning.enabled:
             return None
@@ -169,6 +168,18 @@ class TrainedDenoiser:
             else:
                 aside.mkdir()
                 checkpoint.save_module(aside / "model.safetensors", self.model)
+
+
+def of_trainer(trainer: Trainer) -> TrainedDenoiser:
+    """The averaged weights of a run that is under way."""
+    return TrainedDenoiser(
+        trainer.config,
+        trainer.data,
+        trainer.scheduler,
+        trainer.ema.model,
+        trainer.iteration,
+        trainer.conditioning,
+    )
 
 
 def load(run: RunFolder, config: Config, chosen: Path | str | None = None) -> TrainedDenoiser:
@@ -193,6 +204,17 @@ def load(run: RunFolder, config: Config, chosen: Path | str | None = None) -> Tr
     load_power_average(run, config, done, model)
     conditioning = build_conditioning(config, data, device)
     return TrainedDenoiser(config, data, build_scheduler(config), model.eval(), done, conditioning)
+
+
+def load_run(
+    run_dir: Path | str, checkpoint: Path | str | None, device: str, **sampling: Any
+) -> TrainedDenoiser:
+    """The averaged weights of a run, to be drawn from with options other than its own where they are not None."""
+    run = RunFolder(run_dir)
+    config = replace(run.read_config(), device=device)
+    given = {name: value for name, value in sampling.items() if value is not None}
+    config = check(replace(config, sampling=replace(config.sampling, **given)))
+    return load(run, config, checkpoint)
 
 
 def load_power_average(run: RunFolder, config: Config, iteration: int, model: nn.Module) -> None:

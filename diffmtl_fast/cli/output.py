@@ -1,32 +1,14 @@
-"""What several commands do with a run and with the files that they write."""
+"""What commands write and print."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from .._errors import UserError
 from .._files import refuse_special, replacing
-
-if TYPE_CHECKING:
-    from ..train.trained_denoiser import TrainedDenoiser
-
-
-def load_run(run_dir: str, checkpoint: str | None, device: str, **sampling: Any) -> TrainedDenoiser:
-    """The averaged weights of a run, to be drawn from with options other than its own where they are not None."""
-    from ..train.config import check
-    from ..train.folder import RunFolder
-    from ..train.trained_denoiser import load
-
-    run = RunFolder(run_dir)
-    config = replace(run.read_config(), device=device)
-    given = {name: value for name, value in sampling.items() if value is not None}
-    config = check(replace(config, sampling=replace(config.sampling, **given)))
-    return load(run, config, checkpoint)
 
 
 def check_target(option: str, path: Path) -> None:
@@ -63,3 +45,12 @@ def writing(option: str, path: Path) -> Iterator[Path]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{option}: cannot write {path} ({reason})") from error
+
+
+def columns(rows: Sequence[Sequence[str]], *, named: bool = False) -> str:
+    """Lines of text whose cells end under each other; names of rows, if the first cells are such, begin so."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    if named:
+        aligned = [[row[0].ljust(widths[0]), *cells[1:]] for row, cells in zip(rows, aligned, strict=True)]
+    return "\n".join(map("  ".join, aligned))

@@ -21,7 +21,22 @@ from torch import Tensor, nn
 from .._errors import UserError, blame
 from .._files import remove, replacing, write_json
 from .._number_types import PositiveFloat, PositiveInt, Seed, Size, UnitFloat
+from ..analysis import (
+    GaussianFit,
+    NegativeTransfer,
+    TaskAffinity,
+    conditional_relative_entropy,
+    convergence,
+    gaussian_relative_entropy,
+    plot_affinity,
+    plot_convergence,
+    plot_negative_transfer,
+    plot_relative_entropy,
+    task_affinity,
+)
+from ..analysis import negative_transfer as measure_negative_transfer
 from ..clustering import IntervalClustering, cluster_timesteps
+from ..clustering.continuous import in_timesteps
 from ..data.items import Visits
 from ..diffusion.training_noise import TrainingNoise
 from ..train import history
@@ -35,30 +50,15 @@ from ..train.components import (
     build_noise,
     build_scheduler,
     denoise,
-    in_timesteps,
     prediction,
     resolve_device,
 )
 from ..train.config import IN_MEMORY, Clusters, Config, Loss
 from ..train.folder import RunFolder
-from ..train.run import LOG_SNR_DRAWN
-from ..train.titles import method_title
-from ..train.trained_denoiser import load
-from . import (
-    GaussianFit,
-    NegativeTransfer,
-    TaskAffinity,
-    conditional_relative_entropy,
-    convergence,
-    gaussian_relative_entropy,
-    plot_affinity,
-    plot_convergence,
-    plot_negative_transfer,
-    plot_relative_entropy,
-    task_affinity,
-)
-from . import negative_transfer as measure_negative_transfer
-from .run_experts import expert_checkpoint, load_expert, train_expert
+from .experts import expert_checkpoint, load_expert, train_expert
+from .plots import LOG_SNR_DRAWN
+from .titles import method_title
+from .trained_denoiser import load
 
 
 def affinity(

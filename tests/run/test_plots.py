@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from diffmtl_fast.analysis import run_plots
 from diffmtl_fast.clustering import cluster_path, cluster_snr
 from diffmtl_fast.clustering.inputs import named_cost
 from diffmtl_fast.diffusion.named_schedules import named_log_snr
+from diffmtl_fast.run import plots
 
 PNG = b"\x89PNG"
 
@@ -33,7 +33,7 @@ def _line(iteration, **more):
     ids=["losses", "everything", "phases"],
 )
 def test_training(tmp_path, lines):
-    run_plots.training(tmp_path / "a.png", lines, "title")
+    plots.training(tmp_path / "a.png", lines, "title")
     assert (tmp_path / "a.png").read_bytes().startswith(PNG)
 
 
@@ -44,7 +44,7 @@ def test_phases_are_shaded_where_they_were(monkeypatch, tmp_path):
     monkeypatch.setattr(axes, "text", lambda self, x, y, text, **how: written.append((x, text)))
     phases = [1, 1, 2, 2, 2, 4, 4, 5]
     lines = [_line(10 * i, phase=phase) for i, phase in enumerate(phases, start=1)]
-    run_plots.training(tmp_path / "a.png", lines, "title")
+    plots.training(tmp_path / "a.png", lines, "title")
     assert shaded == [(30, 60), (80, 80)]
     assert written == [(15, "1"), (45, "2"), (70, "4")]
 
@@ -52,14 +52,14 @@ def test_phases_are_shaded_where_they_were(monkeypatch, tmp_path):
 @pytest.mark.parametrize("k", [1, 5, 40])
 def test_clusters(tmp_path, k):
     levels = named_log_snr("linear", 100)
-    run_plots.clusters(tmp_path / "a.png", cluster_snr(levels, k), levels, "title")
+    plots.clusters(tmp_path / "a.png", cluster_snr(levels, k), levels, "title")
     assert (tmp_path / "a.png").read_bytes().startswith(PNG)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("labels", [None, torch.tensor([0, 1, 1, 7, 7])])
 def test_samples(tmp_path, channels, labels):
-    run_plots.samples(tmp_path / "a.png", torch.zeros(5, channels, 4, 6), labels, "title")
+    plots.samples(tmp_path / "a.png", torch.zeros(5, channels, 4, 6), labels, "title")
     assert (tmp_path / "a.png").read_bytes().startswith(PNG)
 
 
@@ -72,13 +72,13 @@ def test_smooth_is_the_mean_of_the_neighbours(reach):
         window = values[max(0, i - reach) : i + reach + 1, j]
         if not np.isnan(window).all():
             expected[i, j] = np.nanmean(window)
-    np.testing.assert_allclose(run_plots.smooth(values, reach), expected, rtol=1e-9)
+    np.testing.assert_allclose(plots.smooth(values, reach), expected, rtol=1e-9)
 
 
 def test_the_cost_curve_shows_the_choice():
     path = cluster_path(named_cost("timestep", np.arange(30.0)), 9)
     axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
-    run_plots._plot_costs(path, axes)
+    plots._plot_costs(path, axes)
     curve, chosen = axes.lines
     np.testing.assert_array_equal(curve.get_ydata(), path.costs)
     assert chosen.get_xdata() == [path.chosen.k]

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from .._errors import UserError, blame
 from ..analysis import Judge
 from ..data.items import Items, read
-from .components import Data, build, build_decoder
-from .config import IN_MEMORY, Component, Evaluation
+from ..train.components import Data, build
+from ..train.config import IN_MEMORY, Component, Evaluation
+from .sampling import build_decoder
 
 Array = NDArray[np.float64]
 #: Pictures whose features are taken at a time.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ..train.config import CONTINUOUS, PLAIN, Clusters, Config
 from ..weighting import METHODS
-from .config import CONTINUOUS, PLAIN, Clusters, Config
 
 METHOD_TITLES = {PLAIN: "plain training", CONTINUOUS: "continuous uncertainty weighting"} | {
     name: method.title for name, method in METHODS.items()

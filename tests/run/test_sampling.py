@@ -9,8 +9,8 @@ from torch import nn
 
 from diffmtl_fast._errors import UserError
 from diffmtl_fast.diffusion import EDM, noise_process
+from diffmtl_fast.run.sampling import balanced_labels, build_sampler, draw
 from diffmtl_fast.train.config import Component, Sampling
-from diffmtl_fast.train.sampling import balanced_labels, build_sampler, draw
 
 
 class ExactDenoiser(nn.Module):

@@ -19,15 +19,15 @@ import pytest
 import torch
 
 from diffmtl_fast._errors import Interrupted, UserError
-from diffmtl_fast.analysis import run_plots
+from diffmtl_fast.run import plots
+from diffmtl_fast.run.trained_denoiser import TrainedDenoiser, load
+from diffmtl_fast.run.training import train
 from diffmtl_fast.train import checkpoint
 from diffmtl_fast.train.config import Sampling
 from diffmtl_fast.train.data import ImageData
 from diffmtl_fast.train.folder import RunFolder
 from diffmtl_fast.train.history import History
 from diffmtl_fast.train.loop import Trainer
-from diffmtl_fast.train.run import train
-from diffmtl_fast.train.trained_denoiser import TrainedDenoiser, load
 
 
 class Killed(BaseException):
@@ -87,8 +87,8 @@ def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(tiny, run, monkeypatc
 
 def test_continuous_uncertainty_leaves_a_picture_of_what_it_learned(tiny, run, monkeypatch):
     drawn = []
-    draw = run_plots.uncertainty
-    monkeypatch.setattr(run_plots, "uncertainty", lambda *given: (drawn.append(given), draw(*given)))
+    draw = plots.uncertainty
+    monkeypatch.setattr(plots, "uncertainty", lambda *given: (drawn.append(given), draw(*given)))
     train(tiny(method="continuous_uw", iterations=3), run)
     assert run.uncertainty.read_bytes().startswith(b"\x89PNG")
     (_, levels, log_var, centres, log_losses, title), trained = drawn[0], Trainer(run.read_config())
@@ -355,7 +355,7 @@ def test_samples_are_of_twenty_classes_at_most(tiny, tmp_path, monkeypatch, clas
         return torch.zeros(count, 1, 4, 4)
 
     monkeypatch.setattr(TrainedDenoiser, "draw", draw)
-    monkeypatch.setattr("diffmtl_fast.analysis.run_plots.samples", lambda path, *rest: path.touch())
+    monkeypatch.setattr("diffmtl_fast.run.plots.samples", lambda path, *rest: path.touch())
     trained.write_samples(tmp_path / "samples.png")
     shown = drawn[0].unique()
     assert len(drawn[0]) == max(10 * rows, 100)

@@ -11,17 +11,18 @@ import pytest
 import torch
 
 from diffmtl_fast._errors import UserError
-from diffmtl_fast.analysis import FrechetDistance, SwitchedModel, run_analysis, task_affinity
-from diffmtl_fast.analysis.run_experts import expert_config, expert_folder, load_expert
+from diffmtl_fast.analysis import FrechetDistance, SwitchedModel, task_affinity
 from diffmtl_fast.clustering import cluster_timesteps
+from diffmtl_fast.run import analyses
+from diffmtl_fast.run.experts import expert_config, expert_folder, load_expert
+from diffmtl_fast.run.sampling import build_sampler
+from diffmtl_fast.run.trained_denoiser import load
+from diffmtl_fast.run.training import train
 from diffmtl_fast.train import history
 from diffmtl_fast.train.checkpoint import checkpoints, load_module
 from diffmtl_fast.train.components import build_data, build_model, build_noise, build_scheduler
 from diffmtl_fast.train.folder import RunFolder
 from diffmtl_fast.train.loop import Trainer
-from diffmtl_fast.train.run import train
-from diffmtl_fast.train.sampling import build_sampler
-from diffmtl_fast.train.trained_denoiser import load
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def run(tiny, tmp_path):
 
 
 def test_affinity(run, tiny, tmp_path, device, capsys):
-    paths = run_analysis.affinity(str(run), device=str(device), tasks=5, samples=3, batch_size=12)
+    paths = analyses.affinity(str(run), device=str(device), tasks=5, samples=3, batch_size=12)
     assert [path.name for path in paths] == ["affinity.npy", "affinity.json", "affinity.png"]
     assert sorted(path.name for path in run.analysis.iterdir()) == sorted(path.name for path in paths)
     matrix = np.load(paths[0])
@@ -52,21 +53,21 @@ def test_affinity_is_the_mean_over_the_checkpoints_raw_weights(run, device):
     config = run.read_config()
     data, noise = build_data(config), build_noise(config, build_scheduler(config), device)
     model = build_model(config, data, device)
-    loss, expected = run_analysis.denoising_loss(config, data, noise, device), []
+    loss, expected = analyses.denoising_loss(config, data, noise, device), []
     for path in checkpoints(run.checkpoints):
         load_module(path, "model", model)
         expected.append(task_affinity(model, loss, cluster_timesteps(20, 4), samples=2).matrix)
-    both = np.load(run_analysis.affinity(str(run), device=str(device), tasks=4, samples=2)[0])
+    both = np.load(analyses.affinity(str(run), device=str(device), tasks=4, samples=2)[0])
     np.testing.assert_array_equal(both, np.mean(expected, axis=0))
     last = np.load(
-        run_analysis.affinity(str(run), device=str(device), checkpoint=str(path), tasks=4, samples=2)[0]
+        analyses.affinity(str(run), device=str(device), checkpoint=str(path), tasks=4, samples=2)[0]
     )
     np.testing.assert_array_equal(last, expected[-1])
 
 
 def test_disattenuated_affinity(run, device):
     options = {"tasks": 4, "samples": 6}
-    paths = run_analysis.affinity(str(run), device=str(device), disattenuate=True, **options)
+    paths = analyses.affinity(str(run), device=str(device), disattenuate=True, **options)
     assert [path.name for path in paths] == [
         f"affinity-disattenuated.{end}" for end in ("npy", "json", "png")
     ]
@@ -76,10 +77,10 @@ def test_disattenuated_affinity(run, device):
     data, noise = build_data(config), build_noise(config, build_scheduler(config), device)
     model = build_model(config, data, device)
     load_module(checkpoints(run.checkpoints)[0], "model", model)
-    loss = run_analysis.denoising_loss(config, data, noise, device)
+    loss = analyses.denoising_loss(config, data, noise, device)
     expected = task_affinity(model, loss, cluster_timesteps(20, 4), samples=6, reliability=True)
     np.testing.assert_array_equal(reliability[0], expected.reliability[0])
-    one = run_analysis.affinity(
+    one = analyses.affinity(
         str(run),
         device=str(device),
         checkpoint=str(checkpoints(run.checkpoints)[0]),
@@ -99,11 +100,11 @@ def test_disattenuated_affinity(run, device):
 )
 def test_affinity_refuses(run, device, options, message):
     with pytest.raises(UserError, match=message):
-        run_analysis.affinity(str(run), device=str(device), **options)
+        analyses.affinity(str(run), device=str(device), **options)
 
 
 def test_negative_transfer_is_that_of_the_experts_put_to_use(run, device):
-    paths = run_analysis.negative_transfer(
+    paths = analyses.negative_transfer(
         str(run), device=str(device), intervals=2, iterations=3, num=70, resamples=5
     )
     assert [path.name for path in paths] == ["negative-transfer.json", "negative-transfer.png"]
@@ -127,7 +128,7 @@ def test_negative_transfer_is_that_of_the_experts_put_to_use(run, device):
 
 def test_negative_transfer_by_experts_as_they_were(run, device):
     options = {"intervals": 2, "num": 20, "resamples": 2}
-    paths = run_analysis.negative_transfer(str(run), device=str(device), expert_iteration=4, **options)
+    paths = analyses.negative_transfer(str(run), device=str(device), expert_iteration=4, **options)
     assert [path.name for path in paths] == ["negative-transfer-at-4.json", "negative-transfer-at-4.png"]
     early = json.loads(paths[0].read_text())
     assert (early["iterations"], early["expert_iterations"]) == (6, 4)
@@ -138,15 +139,15 @@ def test_negative_transfer_by_experts_as_they_were(run, device):
         shutil.rmtree(last)
         assert load_expert(folder, str(device)).iteration == 4
     same = json.loads(
-        run_analysis.negative_transfer(str(run), device=str(device), iterations=4, **options)[0].read_text()
+        analyses.negative_transfer(str(run), device=str(device), iterations=4, **options)[0].read_text()
     )
     assert same == early
     with pytest.raises(UserError, match=r"expert_iteration: .* a checkpoint of \(4, 6\), found 5"):
-        run_analysis.negative_transfer(str(run), device=str(device), expert_iteration=5, **options)
+        analyses.negative_transfer(str(run), device=str(device), expert_iteration=5, **options)
 
 
 def test_difficulty_and_negative_transfer_share_their_experts(run, device, capsys):
-    paths = run_analysis.difficulty(str(run), device=str(device), intervals=2, iterations=4, fraction=0.5)
+    paths = analyses.difficulty(str(run), device=str(device), intervals=2, iterations=4, fraction=0.5)
     assert [path.name for path in paths] == ["difficulty.json", "convergence.png", "relative-entropy.png"]
     found = json.loads(paths[0].read_text())
     log = history.read(expert_folder(run, 0, 10).log)
@@ -158,7 +159,7 @@ def test_difficulty_and_negative_transfer_share_their_experts(run, device, capsy
 
     capsys.readouterr()
     options = {"intervals": 2, "iterations": 4, "num": 20, "resamples": 2}
-    run_analysis.negative_transfer(str(run), device=str(device), **options)
+    analyses.negative_transfer(str(run), device=str(device), **options)
     assert capsys.readouterr().out.count("is already complete") == 2
 
 
@@ -175,7 +176,7 @@ def test_difficulty_and_negative_transfer_share_their_experts(run, device, capsy
     ],
 )
 def test_experts_refuse(run, device, options, message):
-    measure = run_analysis.difficulty if "fraction" in options else run_analysis.negative_transfer
+    measure = analyses.difficulty if "fraction" in options else analyses.negative_transfer
     with pytest.raises(UserError) as caught:
         measure(str(run), device=str(device), **({} if "fraction" in options else {"num": 20}) | options)
     assert str(caught.value).startswith(message)
@@ -196,9 +197,9 @@ def test_no_checkpoint(tiny, tmp_path, device):
     folder.create()
     folder.write_config(tiny())
     with pytest.raises(UserError, match="expected a checkpoint, found none yet"):
-        run_analysis.affinity(str(folder), device=str(device))
+        analyses.affinity(str(folder), device=str(device))
     with pytest.raises(UserError, match="expected a checkpoint, found none yet"):
-        run_analysis.negative_transfer(str(folder), device=str(device), intervals=2)
+        analyses.negative_transfer(str(folder), device=str(device), intervals=2)
 
 
 @pytest.mark.parametrize("process", ["edm", "flow"])
@@ -206,16 +207,16 @@ def test_analyses_of_continuous_levels(tiny, tmp_path, device, process):
     """Timesteps are cells of equal probability; a denoiser that is its own expert has no gap."""
     run = RunFolder(tmp_path / "run")
     train(tiny(process=process, iterations=2), run)
-    paths = run_analysis.affinity(str(run), device=str(device), tasks=4, samples=2)
+    paths = analyses.affinity(str(run), device=str(device), tasks=4, samples=2)
     assert np.load(paths[0]).shape == (20, 20)
     clusters = {"cost": "affinity", "affinity": str(paths[0]), "k": 2}
     found = Trainer(tiny(process=process, clusters=clusters)).clusters
     assert set(found.probabilities * 20) <= {0.0, 5.0, 10.0, 15.0, 20.0}
-    facts, _ = run_analysis.negative_transfer(
+    facts, _ = analyses.negative_transfer(
         str(run), device=str(device), intervals=2, iterations=2, num=12, resamples=2
     )
     assert json.loads(facts.read_text())["boundaries"] == [0, 10, 20]
-    about, *_ = run_analysis.difficulty(str(run), device=str(device), intervals=2, iterations=2)
+    about, *_ = analyses.difficulty(str(run), device=str(device), intervals=2, iterations=2)
     assert json.loads(about.read_text())["boundaries"] == [0, 10, 20]
     expert = load_expert(expert_folder(run, 10, 20), str(device))
     half = Trainer(expert.config)

@@ -9,8 +9,8 @@ from .._errors import UserError
 from ..train import checkpoint
 from ..train.config import PLAIN, Clusters, Config, Curriculum, Timesteps
 from ..train.folder import RunFolder
-from ..train.run import train
-from ..train.trained_denoiser import TrainedDenoiser, load
+from .trained_denoiser import TrainedDenoiser, load_run
+from .training import train
 
 
 def expert_config(config: Config, first: int, end: int, iterations: int | None = None) -> Config:
@@ -62,7 +62,7 @@ def train_expert(
 
 def load_expert(folder: RunFolder, device: str, chosen: Path | None = None) -> TrainedDenoiser:
     """The averaged weights of a trained expert, at a checkpoint other than the newest if one is chosen."""
-    return load(folder, replace(folder.read_config(), device=device), chosen)
+    return load_run(folder.path, chosen, device)
 
 
 def expert_checkpoint(folder: RunFolder, iteration: int) -> Path:

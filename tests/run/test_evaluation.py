@@ -12,9 +12,9 @@ import torch
 from diffmtl_fast._errors import UserError
 from diffmtl_fast.analysis import CleanInception, FrechetDistance, Inception
 from diffmtl_fast.analysis.features import Classifier, precision_recall
+from diffmtl_fast.run.evaluation import build_features, build_judge
 from diffmtl_fast.train.config import Component, Evaluation
 from diffmtl_fast.train.data import digits
-from diffmtl_fast.train.evaluation import build_features, build_judge
 
 
 def test_precision_and_recall():

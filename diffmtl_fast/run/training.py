@@ -21,30 +21,28 @@ from .._extras import require
 from .._figures import smooth
 from .._files import replacing
 from .._progress import NoProgress, open_progress
-from ..analysis import Judge, run_plots
-from ..data import EpochOrder, batches
-from ..data.items import Conditions
+from ..analysis import Judge
+from ..clustering.continuous import in_timesteps
 from ..distributed import launched
+from ..train import checkpoint, history
+from ..train.components import build_model
+from ..train.config import FREE_ON_RESUME, NEIGHBOURS, PLAIN, Config, differences, to_dict
+from ..train.folder import RunFolder
+from ..train.history import History
+from ..train.loop import Trainer
+from ..train.monitor import HeldOutLoss, Monitor
+from ..train.sinks import Sink, TensorBoard, WeightsAndBiases
 from ..weighting import ContinuousUncertainty
-from . import checkpoint, evaluation, history
-from .components import build_decoder, build_model, in_timesteps
-from .config import FREE_ON_RESUME, NEIGHBOURS, PLAIN, Config, differences, to_dict
-from .folder import RunFolder
-from .history import History
-from .loop import Trainer
-from .monitor import HeldOutLoss, Monitor, trained_denoiser
-from .sampling import draw
-from .sinks import Sink, TensorBoard, WeightsAndBiases
+from . import evaluation, plots
+from .sampling import build_decoder
 from .titles import clusters_title, method_title
-from .trained_denoiser import load, load_power_average
+from .trained_denoiser import load, load_power_average, of_trainer
 
 # What else drawn pictures and their metrics depend on.
 _DRAWING = ("sampling.", "evaluation.")
 
 # Images of the data that a rehearsal measures with.
 REHEARSED = 64
-# Schedules that reach pure noise or pure signal have no end on a plot.
-LOG_SNR_DRAWN = (-25.0, 25.0)
 # Of the log, whose losses are averaged for the picture of the uncertainty.
 LINES_DRAWN = 20
 
@@ -149,18 +147,9 @@ def rehearse(trainer: Trainer) -> None:
     training = model.training
     devices = [trainer.device] if trainer.device.type == "cuda" else []
     with torch.random.fork_rng(devices), tempfile.TemporaryDirectory() as folder:
-        conditions: Conditions = labels
-        if labels is None and config.conditioning.enabled:
-            items = trainer.data.training
-            conditions = next(
-                batches(items, EpochOrder(len(items), 2, config.seed), augment=False)
-            ).conditioning
-        shape = (2 if labels is None else len(labels), *data.shape)
-        given = trainer.conditioning
-        decode = build_decoder(trainer.data, trainer.device)
-        pictures = draw(
-            model, trainer.scheduler, config.sampling, shape, conditions, config.seed, given, decode
-        )
+        drawn = replace(of_trainer(trainer), model=model)
+        count = 2 if labels is None else len(labels)
+        pictures = drawn.draw(drawn.conditions(count) if labels is None else labels, count, config.seed)
         save = getattr(model, "save_pretrained", None)
         if callable(save) and not config.compute.lora:
             with blame("model: save_pretrained"):
@@ -168,7 +157,7 @@ def rehearse(trainer: Trainer) -> None:
                 if not (Path(folder) / "model").exists():
                     raise ValueError("expected a file or folder where it was told to write, found none")
         with blame("samples.png"):
-            run_plots.samples(Path(folder) / "samples.png", pictures, labels, "rehearsal")
+            plots.samples(Path(folder) / "samples.png", pictures, labels, "rehearsal")
         if config.evaluation.validation_every:
             HeldOutLoss(trainer)(model)
         if config.logging.wandb is not None:
@@ -181,6 +170,7 @@ def rehearse(trainer: Trainer) -> None:
             assert data.test_labels is not None
             kinds, found = data.train_labels[some].unique(return_inverse=True)
             train, test = data.train[some], data.test[few]
+            decode = build_decoder(trainer.data, trainer.device)
             if decode is not None:
                 train, test = decode(train), decode(test)
             with blame("evaluation"):
@@ -256,7 +246,11 @@ def _fit(trainer: Trainer, run: RunFolder, chosen: Path | str | None) -> None:
         for folder in (run.tensorboard, run.power_ema):
             shutil.rmtree(folder, ignore_errors=True)
     sinks = _sinks(trainer.config, run, start)
-    with contextlib.closing(History(run.log, sinks, Monitor(trainer, sinks))) as log:
+
+    def draw_some(count: int) -> torch.Tensor:
+        return of_trainer(trainer).draw_some(count)
+
+    with contextlib.closing(History(run.log, sinks, Monitor(trainer, sinks, draw_some))) as log:
         if start is not None:
             trainer.load(start, log)
         launched.barrier()  # all have read before anything is removed or written
@@ -294,7 +288,7 @@ def _write_outputs(trainer: Trainer, run: RunFolder) -> None:
         trained = load(run, trainer.config)
     else:
         load_power_average(run, trainer.config, trainer.iteration, trainer.ema.model)
-        trained = trained_denoiser(trainer)
+        trained = of_trainer(trainer)
     writers: dict[Path, Callable[[Path], object]] = {
         run.model: trained.write_model,
         run.clusters: lambda path: write_clusters(trainer, path),
@@ -313,17 +307,17 @@ def _write_outputs(trainer: Trainer, run: RunFolder) -> None:
 
 def write_clusters(trainer: Trainer, path: Path) -> None:
     """Draw the clusters of a run."""
-    levels = trainer.noise.log_snr(LOG_SNR_DRAWN)
+    levels = trainer.noise.log_snr(plots.LOG_SNR_DRAWN)
     with replacing(path) as aside:
         found = replace(trainer.config.clusters, k=trainer.clusters.k)  # the number where that was "auto"
         shown = in_timesteps(trainer.clusters, trainer.noise.num_timesteps)
-        run_plots.clusters(aside, shown, levels, clusters_title(found), continuous=trainer.process.continuous)
+        plots.clusters(aside, shown, levels, clusters_title(found), continuous=trainer.process.continuous)
 
 
 def write_uncertainty(trainer: Trainer, run: RunFolder, path: Path) -> None:
     """Draw the log-variance that continuous uncertainty weighting learned, beside the clusters' last losses."""
     assert isinstance(trainer.weighting, ContinuousUncertainty)
-    levels = trainer.noise.log_snr(LOG_SNR_DRAWN)
+    levels = trainer.noise.log_snr(plots.LOG_SNR_DRAWN)
     with torch.no_grad():
         log_var = trainer.weighting.log_var(torch.from_numpy(levels).float().to(trainer.device)).cpu().numpy()
     lines = history.read(run.log)
@@ -332,10 +326,10 @@ def write_uncertainty(trainer: Trainer, run: RunFolder, path: Path) -> None:
     clusters = in_timesteps(trainer.clusters, trainer.noise.num_timesteps)
     centres = np.add.reduceat(levels, clusters.boundaries[:-1]) / clusters.sizes
     with replacing(path) as aside:
-        run_plots.uncertainty(aside, levels, log_var, centres, np.log(means), method_title(trainer.config))
+        plots.uncertainty(aside, levels, log_var, centres, np.log(means), method_title(trainer.config))
 
 
 def write_training(run: RunFolder, title: str, path: Path) -> None:
     """Draw the course of a run from its log."""
     with replacing(path) as aside:
-        run_plots.training(aside, history.read(run.log), title)
+        plots.training(aside, history.read(run.log), title)

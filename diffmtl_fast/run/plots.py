@@ -16,6 +16,9 @@ from .._extras import require
 from .._figures import colours, new_figure, save, smooth
 from ..clustering import ClusterPath, IntervalClustering
 
+# Schedules that reach pure noise or pure signal have no end on a plot.
+LOG_SNR_DRAWN = (-25.0, 25.0)
+
 
 def samples(path: Path, pictures: Tensor, labels: Tensor | None, title: str) -> None:
     """A grid of pictures, one row per class.
