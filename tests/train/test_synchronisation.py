@@ -19,14 +19,6 @@ from diffmtl_fast.train.history import History
 from diffmtl_fast.train.loop import Trainer
 from tests.accelerator import DEVICE, Accelerator, accelerator
 
-#: Weightings that wait once in a step, and where.
-WAITS = {
-    # PyTorch has no eigenvalues whose routine's verdict the host does not read.
-    "aligned_mtl": "weighting/aligned.py weigh: _linalg_eigh",
-    "imtl_g": "weighting/imtl.py weigh: _linalg_eigh",
-}
-
-
 @pytest.fixture
 def there(device, monkeypatch):
     """A GPU, or what stands in for one."""
@@ -208,7 +200,7 @@ def train(method, there, options, step):
 
     for _ in range(2):  # with the checks of the first steps
         iterate()
-    with no_waits(there, WAITS.get(method)):
+    with no_waits(there):
         for _ in range(2):
             iterate()
 
