@@ -19,6 +19,7 @@ from diffmtl_fast.train.history import History
 from diffmtl_fast.train.loop import Trainer
 from tests.accelerator import DEVICE, Accelerator, accelerator
 
+
 @pytest.fixture
 def there(device, monkeypatch):
     """A GPU, or what stands in for one."""
@@ -240,6 +241,10 @@ RUNS = [
     {"method": "nash", "optimizer": {"clip": 1.0}, "compute": {"engine": "sliced"}},
     {"method": "uw", "loss": {"nonfinite": "drop"}},
     {"method": "uw", **UNCONDITIONED},
+    {"method": "uw", "precision": "bf16", "sigma_rels": [0.1], "optimizer": {"clip": 1.0}},
+    {"method": "nash", "precision": "bf16", "logging": {"every": 3, "cosines_every": 3}},
+    {"method": "pcgrad", "accumulate": 2, "weigh_per": "step"},
+    {"method": "aligned_mtl", "optimizer": {"clip": 1.0}},
     {"method": "continuous_uw"},
     *(
         {"method": PLAIN, "timesteps": {"sampler": s}}
