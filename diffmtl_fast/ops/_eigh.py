@@ -16,7 +16,7 @@ refuse_autograd("eigh", "weights are constants of the update; detach the Gramian
 
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the eigenvalues of a symmetric matrix in ascending order, [K], and its eigenvectors, columns of [K, K].
+    """Return eigenvalues of a symmetric matrix, [K] in ascending order, and eigenvectors, columns of [K, K].
 
     As `torch.linalg.eigh`, which reads on the host whether the method converged; its kernel for GPUs, for K up to
     64, does not.
