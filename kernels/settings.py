@@ -106,10 +106,10 @@ def sum_settings(num_clusters: int) -> SumSettings:
     return SumSettings(1, 1024, 4) if num_clusters <= MAX_VECTOR_CLUSTERS else SumSettings(128, 32, 4)
 
 
-def weight_settings(num_clusters: int, most_warps: int = 16) -> Settings:
-    """Settings for a K×K problem in one program: a float64 tile at 8 elements per thread does not spill."""
+def weight_settings(num_clusters: int, most_warps: int = 16, tiles: int = 1) -> Settings:
+    """Settings for a K×K problem in one program: float64 tiles at 8 elements per thread do not spill."""
     tile = power_of_two(num_clusters)
-    return Settings(tile, max(1, min(most_warps, tile * tile // 256)))
+    return Settings(tile, max(1, min(most_warps, tiles * tile * tile // 256)))
 
 
 def _shares(programs: int, rows: int) -> int:

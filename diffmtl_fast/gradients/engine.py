@@ -16,6 +16,7 @@ from ..distributed import Ranks, Replicas
 from .batch import BatchLayout
 from .compiled import CompiledEngine
 from .grouped import CannotGroup, GroupedEngine
+from .host_bound import HostBound
 from .independence import is_measured
 from .loss_check import LossCheck
 from .model_check import ModelCheck
@@ -26,6 +27,12 @@ from .stores import Jacobian, LeanGramian, Store
 from .trees import flatten
 
 _logger = logging.getLogger("diffmtl_fast")
+
+_ADVICE = (
+    "the GPU was always done with the backward before the host had launched the update: steps take as long as the "
+    "host takes to launch them. CUDA graphs launch a model at once: pass ClusteredMTL(..., "
+    'compile={"mode": "reduce-overhead"}), or use larger batches'
+)
 
 EngineName = Literal["auto", "grouped", "sliced"]
 Memory = Literal["full", "lean"]
@@ -96,6 +103,7 @@ class Engine:
         self._model_check = ModelCheck(self)
         self._loss_check = LossCheck()
         self._told: str | None = None
+        self._host_bound = HostBound()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the Jacobian and the stand-ins behind when copied or pickled: `begin` makes new ones."""
@@ -299,6 +307,19 @@ class Engine:
                 "checkpoint), a call without cluster= does not take part in the weighting, and parameters must be "
                 "used as attributes of their modules"
             )
+
+    def note_backward(self) -> None:
+        """Take in that a backward was launched, after which the host waits for nothing before `advise`."""
+        grouped = self.grouped if self._name == "auto" and self.memory == "full" else None
+        if self._host_bound.found is None and grouped is not None and not grouped.slices.reasons:
+            self._host_bound.note_backward(self.parameters[0].device)
+
+    def advise(self) -> None:
+        """Advise once to compile a model, as a whole by rules, whose steps a GPU waits for the host in."""
+        if self._host_bound.found is None:
+            self._host_bound.note_update()
+            if self._host_bound.found:
+                _logger.info("ClusteredMTL: %s", _ADVICE)
 
     def expected(self, step: Step) -> Mapping[int, int]:
         """Return how many gradients a store gets for each parameter in a step's backward, where that is known."""

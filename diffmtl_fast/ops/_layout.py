@@ -52,12 +52,10 @@ def dense_rows(jacobian: Tensor) -> Tensor:
 
 def rows_like(jacobian: Tensor, out: Tensor) -> Tensor:
     """Return J, [K, ...], with the elements of every row in the order of the dense `out`, [...]."""
+    if jacobian.is_contiguous() and out.is_contiguous():
+        return jacobian
     strides, order = jacobian.stride()[1:], out.stride()
-    if (
-        strides == order
-        or (jacobian.is_contiguous() and out.is_contiguous())
-        or _layout(out.shape, strides) == _layout(out.shape, order)
-    ):
+    if strides == order or _layout(out.shape, strides) == _layout(out.shape, order):
         return jacobian
     rows = torch.empty_strided(
         jacobian.shape, (out.numel(), *order), dtype=jacobian.dtype, device=jacobian.device

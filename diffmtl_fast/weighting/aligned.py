@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops._eigh import eigh
 from ..ops._gramians import UnitGramian, relative_norms
 from ._from_gramian import UnitGramianWeighting
 from ._registry import register
@@ -34,7 +35,7 @@ class AlignedMTL(UnitGramianWeighting):
         """Return w; see `UnitGramianWeighting.weigh`."""
         ones = unit.active.to(unit.norms.dtype)
         lengths = relative_norms(unit) * ones
-        values, vectors = torch.linalg.eigh(unit.cosines * lengths.unsqueeze(1) * lengths)
+        values, vectors = eigh(unit.cosines * lengths.unsqueeze(1) * lengths)
         kept = values > ridge * values[-1]
         least = torch.where(kept, values, torch.inf).amin()
         shrink = torch.where(kept, (least / values).sqrt(), 0)

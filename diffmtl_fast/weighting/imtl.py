@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops._eigh import eigh
 from ..ops._gramians import UnitGramian, relative_norms
 from ._from_gramian import UnitGramianWeighting
 from ._registry import register
@@ -31,7 +32,7 @@ class IMTLG(UnitGramianWeighting):
     @staticmethod
     def weigh(unit: UnitGramian, number: Tensor, ridge: float) -> Tensor:
         """Return n α; see `UnitGramianWeighting.weigh`."""
-        values, vectors = torch.linalg.eigh(unit.cosines)
+        values, vectors = eigh(unit.cosines)
         ones = unit.active.to(values.dtype)
         inverse = torch.where(values > ridge * values[-1], 1 / values, 0)
         combination = vectors @ (inverse * (ones @ vectors)) * ones / relative_norms(unit)

@@ -21,7 +21,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from diffmtl_fast.kernels import clusters, combine, gram, group_norm, losses, parts, settings, weights
+from diffmtl_fast.kernels import clusters, combine, eigh, gram, group_norm, losses, parts, settings, weights
 from diffmtl_fast.kernels import noise as noises
 
 TARGETS = [
@@ -287,6 +287,11 @@ def small_cases() -> list[Case]:
             pointers = {"p_gram": dtype, "p_present": "i1", "p_weight": dtype}
             steps = {"NEWTON_STEPS": 32, "LINE_SEARCH_STEPS": 6, "DELTA": 3e-4, "CONVERGED": 1e-6}
             cases.append(Case(weights._nash_kernel, pointers, (), {**size, **steps}, nash_warps))
+    for k in (1, 5, 20, 64):
+        tile, warps = settings.weight_settings(k, tiles=2)
+        constants = {"K": k, "TILE": tile, "SWEEPS": 16, "CONVERGED": 2.0**-52}
+        pointers = {"p_matrix": "fp64", "p_value": "fp64", "p_vector": "fp64"}
+        cases.append(Case(eigh._eigh_kernel, pointers, (), constants, warps))
     return cases
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from diffmtl_fast import _host
 from diffmtl_fast.kernels import clusters as cluster_kernels
 from diffmtl_fast.kernels import settings
-from diffmtl_fast.ops import PLAIN, _library, cuda
+from diffmtl_fast.ops import PLAIN, _eigh, _library, cuda
 from diffmtl_fast.ops.cuda import launches, layers, uploads
 
 pytestmark = pytest.mark.usefixtures("products_of_bfloat16")
@@ -340,6 +340,34 @@ def test_weights(k, generator, device):
                 torch.testing.assert_close(found, expected, rtol=1e-8, atol=0)
         found = LAUNCHERS["nash_weights"](gramian.float(), mask)
         torch.testing.assert_close(found, PLAIN["nash_weights"](gramian.float(), mask), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 8, 13] if DEVICE == "cpu" else [1, 2, 5, 8, 13, 20, 64])
+def test_eigenvalues(k, generator, device):
+    rows = draw((k, 2 * k), torch.float64, generator)
+    rows[0] *= 1e4
+    repeated = torch.eye(k, dtype=torch.float64, device=device) + (rows[:, :1] @ rows[:, :1].T)
+    equal = torch.ones_like(repeated)
+    for matrix in (rows @ rows.T, repeated, equal, equal * 0, -equal):
+        values, vectors = LAUNCHERS["eigh"](matrix)
+        largest = matrix.norm()
+        assert (values - torch.linalg.eigvalsh(matrix)).abs().max() <= 1e-14 * k * largest
+        assert (vectors * values @ vectors.T - matrix).abs().max() <= 1e-14 * k * largest
+        identity = torch.eye(k, dtype=torch.float64, device=device)
+        torch.testing.assert_close(vectors.T @ vectors, identity, rtol=0, atol=1e-14 * k)
+
+
+@pytest.mark.parametrize("name", ["AlignedMTL", "IMTLG"])
+@pytest.mark.parametrize("k", [2, 5])
+def test_weights_of_eigenvalues(name, k, generator, device, monkeypatch):
+    rows = draw((k, 2 * k), torch.float64, generator)
+    gramian, present = rows @ rows.T, torch.arange(k, device=device) > 0
+    for mask in (present, torch.ones_like(present)):
+        expected = PLAIN["gramian_weights"](gramian, mask, name, [])
+        with monkeypatch.context() as patched:
+            patched.setattr(_eigh, "_eigh", LAUNCHERS["eigh"])
+            found = PLAIN["gramian_weights"](gramian, mask, name, [])
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_nash_of_hard_gramians(generator, device):

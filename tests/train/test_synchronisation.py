@@ -5,6 +5,7 @@ On a GPU PyTorch refuses every wait itself; elsewhere `tests/accelerator.py` sta
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import contextmanager
 
 import pytest
@@ -18,13 +19,6 @@ from diffmtl_fast.train.config import PLAIN
 from diffmtl_fast.train.history import History
 from diffmtl_fast.train.loop import Trainer
 from tests.accelerator import DEVICE, Accelerator, accelerator
-
-#: Weightings that wait once in a step, and where.
-WAITS = {
-    # PyTorch has no eigenvalues whose routine's verdict the host does not read.
-    "aligned_mtl": "weighting/aligned.py weigh: _linalg_eigh",
-    "imtl_g": "weighting/imtl.py weigh: _linalg_eigh",
-}
 
 
 @pytest.fixture
@@ -208,7 +202,7 @@ def train(method, there, options, step):
 
     for _ in range(2):  # with the checks of the first steps
         iterate()
-    with no_waits(there, WAITS.get(method)):
+    with no_waits(there):
         for _ in range(2):
             iterate()
 
@@ -222,6 +216,28 @@ def test_the_loop_of_the_readme(method, way, there):
 def test_a_step_of_another_kind(name, there):
     method, step, options = STEPS[name]
     train(method, there, options, step)
+
+
+def test_a_scaler_is_waited_for_where_the_step_reads_overflows(there):
+    """GradScaler reads one flag itself, in its step; before that the Gramian and the norm are read, once each."""
+    if there.type == "cuda":
+        pytest.skip("scalers wait")
+    mtl = dm.ClusteredMTL(Denoiser().to(there), num_clusters=5, weighting=dm.PCGrad())
+    optimizer = torch.optim.SGD(mtl.parameters(), 0.1)
+    scaler = torch.amp.GradScaler(there.type, init_scale=16.0)
+    clusters = dm.cluster_timesteps(20, 5)
+    for _ in range(3):
+        Accelerator.current.waits.clear()
+        t, cluster = clusters.sample(12, device=there)
+        noise = torch.randn(12, 1, 4, 4, device=there)
+        optimizer.zero_grad()
+        mtl.backward(dm.ops.sample_mse(mtl(noise + 1, t, cluster=cluster), noise), scaler=scaler)
+        ours = Counter(Accelerator.current.waits)
+        scaler.step(optimizer)
+        scaler.update()
+    readers = ("_weigh", "_undone_where_skipped")
+    assert ours == {f"gradients/clustered.py {name}: _local_scalar_dense": 1 for name in readers}
+    assert {place.split(":")[0] for place in Accelerator.current.waits - ours} == {"outside"}
 
 
 @pytest.mark.parametrize("cut", [False, True])
@@ -248,6 +264,10 @@ RUNS = [
     {"method": "nash", "optimizer": {"clip": 1.0}, "compute": {"engine": "sliced"}},
     {"method": "uw", "loss": {"nonfinite": "drop"}},
     {"method": "uw", **UNCONDITIONED},
+    {"method": "uw", "precision": "bf16", "sigma_rels": [0.1], "optimizer": {"clip": 1.0}},
+    {"method": "nash", "precision": "bf16", "logging": {"every": 3, "cosines_every": 3}},
+    {"method": "pcgrad", "accumulate": 2, "weigh_per": "step"},
+    {"method": "aligned_mtl", "optimizer": {"clip": 1.0}},
     {"method": "continuous_uw"},
     *(
         {"method": PLAIN, "timesteps": {"sampler": s}}

@@ -110,7 +110,7 @@ def _combine(launch: Launch, weights: Tensor) -> Tensor:
         BLOCK=block,
         ACCUMULATE=SUM_DTYPES[dtype],
         OUT_DTYPE=TRITON_DTYPES[launch.out_dtype],
-        ADD=any(add for *_, add in launch.records),
+        ADD=launch.adds,
         num_warps=num_warps,
     )
     return squares

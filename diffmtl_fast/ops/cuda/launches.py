@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +28,9 @@ TRITON_DTYPES = ByDtype(
 # What sums are formed in.
 SUM_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
+# The bits that are 0 in a multiple of the alignment, a power of two.
+_UNALIGNED = part_kernels.ALIGNMENT.value - 1
+
 # Address, row stride and length of the rows; address of the output and whether to add to it.
 Record = tuple[int, int, int, int, bool]
 
@@ -40,6 +44,7 @@ class Launch(NamedTuple):
     rows: list[Tensor]
     outputs: list[Tensor]
     records: list[Record]
+    sizes: list[int]  # columns of every part
 
     @property
     def device(self) -> torch.device:
@@ -49,16 +54,21 @@ class Launch(NamedTuple):
     @property
     def longest(self) -> int:
         """The columns of the longest part."""
-        return max(columns for _, _, columns, _, _ in self.records)
+        return max(self.sizes)
 
     @property
     def columns(self) -> int:
         """The columns of all parts."""
-        return sum(columns for _, _, columns, _, _ in self.records)
+        return sum(self.sizes)
+
+    @property
+    def adds(self) -> bool:
+        """Whether any output is added to."""
+        return any(record[4] for record in self.records)
 
     def programs(self, chunk: int) -> int:
         """Return the number of programs when each takes up to `chunk` columns of a part."""
-        return sum(settings.ceil_div(columns, chunk) for _, _, columns, _, _ in self.records)
+        return _programs(tuple(self.sizes), chunk)
 
     def arguments(self, chunk: int) -> dict[str, Any]:
         """Return where the kernel finds its rows: in arguments if there is one part, else in a table."""
@@ -68,7 +78,7 @@ class Launch(NamedTuple):
             named |= {"p_rows": self.rows[0], "size": columns, "stride": stride}
             return named | {"p_record": None, "p_part": None, "ALIGNED": False}
         records = _records(self.device, tuple(self.records), chunk)
-        parts = _parts(self.device, tuple(record[2] for record in self.records), chunk)
+        parts = _parts(self.device, tuple(self.sizes), chunk)
         named |= {"p_rows": None, "size": None, "stride": None}
         return named | {"p_record": records, "p_part": parts, "ALIGNED": self.aligned}
 
@@ -82,18 +92,28 @@ def plan(rows: Sequence[Tensor], out: Sequence[Tensor], accumulate: Sequence[boo
         accumulate: whether to add to each output.
     """
     launches: dict[tuple[torch.dtype, torch.dtype, bool], Launch] = {}
+    k = rows[0].shape[0] if rows else 1
     for part, written, add in zip(rows, out, accumulate, strict=True):
-        if part.numel() == 0:
+        elements = part.numel()
+        if elements == 0:
             continue
-        stride, columns = part.stride(0), part.numel() // part.shape[0]
-        record = (part.data_ptr(), stride, columns, written.data_ptr(), add)
-        aligned = all(x % part_kernels.ALIGNMENT.value == 0 for x in record[:4])
+        stride, columns, address = part.stride(0), elements // k, part.data_ptr()
+        target = address if written is part else written.data_ptr()
+        aligned = not (address | stride | columns | target) & _UNALIGNED
         kind = (part.dtype, written.dtype, aligned)
-        launch = launches.setdefault(kind, Launch(*kind, [], [], []))
+        launch = launches.get(kind)
+        if launch is None:
+            launch = launches[kind] = Launch(*kind, [], [], [], [])
         launch.rows.append(part)
         launch.outputs.append(written)
-        launch.records.append(record)
+        launch.records.append((address, stride, columns, target, add))
+        launch.sizes.append(columns)
     return list(launches.values())
+
+
+@functools.lru_cache(maxsize=256)
+def _programs(sizes: tuple[int, ...], chunk: int) -> int:
+    return sum(settings.ceil_div(columns, chunk) for columns in sizes)
 
 
 @Uploaded

@@ -5,10 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...kernels import eigh as eigh_kernels
 from ...kernels import settings
 from ...kernels import weights as weight_kernels
 from .._library import run_plain
 from ..nash import CONVERGED, LINE_SEARCH_STEPS, NEWTON_STEPS, ridge_unit
+
+# Jacobi's method squares what is outside of the diagonal in every sweep; ten sweeps do for 64 rows.
+SWEEPS = 16
 
 
 def pcgrad_weights(gramian: Tensor, order: Tensor, present: Tensor) -> Tensor:
@@ -51,3 +55,23 @@ def nash_weights(gramian: Tensor, present: Tensor) -> Tensor:
         num_warps=num_warps,
     )
     return weights
+
+
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Launch `eigh`."""
+    k = matrix.shape[0]
+    if k > settings.MAX_CLUSTERS or matrix.dtype != torch.float64:
+        return run_plain("eigh", f"no kernel for K = {k} in {matrix.dtype}", matrix)
+    values, vectors = matrix.new_empty(k), matrix.new_empty(k, k)
+    tile, num_warps = settings.weight_settings(k, tiles=2)
+    eigh_kernels._eigh_kernel[1,](
+        matrix.contiguous(),
+        values,
+        vectors,
+        K=k,
+        TILE=tile,
+        SWEEPS=SWEEPS,
+        CONVERGED=torch.finfo(torch.float64).eps,
+        num_warps=num_warps,
+    )
+    return values, vectors
