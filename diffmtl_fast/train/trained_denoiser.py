@@ -87,7 +87,7 @@ class TrainedDenoiser:
         """
         count = self._number_to_judge(num_samples)
         labels = sampling.balanced_labels(count, self.data.num_classes)
-        pictures = self.draw(self._conditions(count) if labels is None else labels, count, self.config.seed)
+        pictures = self.draw(self.conditions(count) if labels is None else labels, count, self.config.seed)
         figures = self.judge().evaluate(pictures, labels, self.config.seed)
         about = {"method": self.config.method, "iterations": self.iteration, "num_samples": count}
         return {**figures, **about, "sampling_steps": self.config.sampling.steps, "seed": self.config.seed}
@@ -144,10 +144,10 @@ class TrainedDenoiser:
         labels = sampling.balanced_labels(count, classes)
         if labels is not None:
             labels = labels * self.data.num_classes // classes
-        wanted = self._conditions(count) if labels is None else labels
+        wanted = self.conditions(count) if labels is None else labels
         return labels, self.draw(wanted, count, self.config.seed)
 
-    def _conditions(self, count: int) -> Conditions:
+    def conditions(self, count: int) -> Conditions:
         """Captions or embeddings of held-out samples, over and over; None where there are none."""
         if not self.config.conditioning.enabled:
             return None
