@@ -139,8 +139,8 @@ def rehearse(trainer: Trainer) -> None:
     fewest = min(len(data.train), len(data.test))
     if config.evaluation.num_samples and fewest <= NEIGHBOURS:
         raise UserError(
-            f"evaluation.num_samples: expected 0 for data with fewer than {NEIGHBOURS + 1} pictures to train on or "
-            f"held out, found {fewest}"
+            f"evaluation.num_samples: expected 0 for data with fewer than {NEIGHBOURS + 1} pictures to train on "
+            f"or held out, found {fewest}"
         )
     kind = trainer.scheduler.config.get("prediction_type", "epsilon")
     signal = torch.as_tensor([] if trainer.process.continuous else trainer.scheduler.alphas_cumprod)
