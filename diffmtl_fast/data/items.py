@@ -309,7 +309,15 @@ def as_it_is(batch: Any) -> Any:
 
 
 def stacked(conditions: list[Any]) -> Conditions:
-    """Those of a batch, from those of its samples."""
+    """Those of a batch, from those of its samples.
+
+    Raises:
+        ValueError: two embeddings differ in shape.
+    """
     if conditions[0] is None or isinstance(conditions[0], str):
         return None if conditions[0] is None else conditions
-    return torch.stack([torch.as_tensor(condition) for condition in conditions])
+    found = [torch.as_tensor(condition) for condition in conditions]
+    shapes = {tuple(each.shape) for each in found}
+    if len(shapes) > 1:
+        raise ValueError(f"data: expected embeddings of one shape, found {sorted(shapes)}")
+    return torch.stack(found)
