@@ -75,6 +75,11 @@ def test_the_configuration_and_the_data_of_the_guide_go_together(monkeypatch, tm
 
 def commands() -> list[tuple[str, str]]:
     lines = [(page, line) for page in PAGES for block in blocks(page, "sh") for line in block.splitlines()]
+    for file in sorted((ROOT / "examples" / "configs").glob("*.yaml")):
+        text = file.read_text(encoding="utf-8").replace(" \\\n#", " ")
+        found = re.findall(r"^#   (diffmtl-fast .*)$", text, flags=re.MULTILINE)
+        assert found, f"{file.name}: expected the commands that run it"
+        lines += [(file.name, line) for line in found]
     return [(page, line) for page, line in lines if line.strip()]
 
 

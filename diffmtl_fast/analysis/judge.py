@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .features import Classifier, precision_recall
+from .features import NEIGHBOURS, Classifier, precision_recall
 from .frechet import FrechetDistance
 
 Array = NDArray[np.float64]
@@ -31,6 +31,9 @@ class Judge:
     Attributes:
         features: as given.
         real: as given.
+
+    Raises:
+        ValueError: too few real pictures for their nearest neighbours.
     """
 
     def __init__(
@@ -41,6 +44,9 @@ class Judge:
         classifier: Classifier | None = None,
         agreement: float | None = None,
     ) -> None:
+        for kind, found in (("real", real), ("held-out real", held_out)):
+            if len(found) <= NEIGHBOURS:
+                raise ValueError(f"expected more than {NEIGHBOURS} {kind} pictures, found {len(found)}")
         self.features, self.real = features, real
         self._held_out, self._classifier, self._agreement = held_out, classifier, agreement
         self._distance = FrechetDistance(real)
@@ -56,6 +62,9 @@ class Judge:
             train_labels: their classes, int64 [N].
             test: real pictures that were held out.
             test_labels: their classes.
+
+        Raises:
+            ValueError: too few pictures.
         """
         classifier = Classifier(train, train_labels)
         real, held_out = classifier.features(train), classifier.features(test)

@@ -21,6 +21,7 @@ def sample(
     device: str = "auto",
     num: Size = 64,
     label: NonNegativeInt | None = None,
+    caption: str | None = None,
     seed: Seed = 0,
     steps: Size | None = None,
     sigma_rel: PositiveFloat | None = None,
@@ -34,6 +35,7 @@ def sample(
         device: auto, cpu, cuda or cuda:N
         num: number of pictures
         label: class to draw; all in turn if not given
+        caption: what to draw; captions of the data in turn if not given
         seed: of the noise
         steps: denoising steps; the run's own if not given
         sigma_rel: relative width of a power EMA, of a run with sigma_rels; the run's own if not given
@@ -50,7 +52,12 @@ def sample(
         if not 0 <= label < classes:
             raise UserError(f"label: expected 0 <= label < {classes} (classes in the data), found {label}")
         labels = torch.full((num,), label)
-    pictures = trained.draw(labels, num, seed)
+    wanted = trained.conditions(num) if labels is None else labels
+    if caption is not None:
+        if not isinstance(wanted, list):
+            raise UserError(f"caption: expected none of a run without captions, found {caption!r}")
+        wanted = [caption] * num
+    pictures = trained.draw(wanted, num, seed)
     with writing("out", target) as aside:
         if target.suffix == ".npy":
             np.save(aside, pictures.numpy())

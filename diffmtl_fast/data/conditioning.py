@@ -73,6 +73,9 @@ class Embeddings(Conditioning):
 class Text(Conditioning):
     """Captions, through a text encoder of transformers that is not trained; "" for a sample without one.
 
+    Of models that are more than that, such as CLIP, a whole T5 or a language model with its head, the part that
+    reads text is used.
+
     Args:
         folder: what the encoder's and the tokenizer's ``save_pretrained`` wrote, together or, as pipelines of
             diffusers do, in ``text_encoder`` and ``tokenizer`` of the folder.
@@ -84,6 +87,7 @@ class Text(Conditioning):
     Raises:
         FileNotFoundError: the folder holds none.
         ImportError: transformers is not installed.
+        ValueError: the model gives no hidden states of text, or does not fit the tokenizer or `max_length`.
     """
 
     def __init__(
@@ -103,11 +107,19 @@ class Text(Conditioning):
             raise FileNotFoundError(
                 f"expected a text encoder and its tokenizer, found no config.json in {encoder}"
             )
-        name = transformers.AutoConfig.from_pretrained(encoder, local_files_only=True).architectures[0]
-        model = getattr(transformers, name).from_pretrained(encoder, local_files_only=True)
+        names = transformers.AutoConfig.from_pretrained(encoder, local_files_only=True).architectures
+        kind = getattr(transformers, names[0]) if names else transformers.AutoModel
+        model = _reads_text(kind.from_pretrained(encoder, local_files_only=True))
         self._encoder = model.requires_grad_(False).eval().to(device)
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
         self.argument, self.mask, self.max_length = argument, mask, max_length
+        try:
+            self.arguments([""])
+        except Exception as error:
+            raise ValueError(
+                f"expected a text encoder in {encoder} that takes {max_length} tokens of its tokenizer, found "
+                f"{type(model).__name__}, which fails ({error})"
+            ) from error
 
     @torch.no_grad()
     def arguments(self, values: Conditions, dropped: Tensor | None = None) -> dict[str, Any]:
@@ -121,6 +133,14 @@ class Text(Conditioning):
         ids, mask = (upload(tokens[name], self._encoder.device) for name in ("input_ids", "attention_mask"))
         hidden = self._encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         return {self.argument: hidden} | ({self.mask: mask} if self.mask else {})
+
+
+def _reads_text(model: Any) -> Any:
+    """The part of a model of transformers that makes hidden states [B, L, D] of tokens."""
+    if model.config.is_encoder_decoder:
+        return model.get_encoder()
+    base = model.base_model  # without a head
+    return getattr(base, "text_model", base)
 
 
 def times_keyword(model: Any) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias
@@ -280,10 +281,24 @@ def batches(
         num_workers=workers,
         pin_memory=pin,
         collate_fn=as_it_is,
+        worker_init_fn=_outlive_a_signal,
         # Of its own: torch's global one decides dropout masks, whatever the number of workers.
         generator=torch.Generator().manual_seed(order.seed),
     )
     return iter(loader)
+
+
+def _outlive_a_signal(worker: int) -> None:
+    """Let a worker outlive the first Ctrl-C or SIGTERM, as the run does, which wants the rest of its batches.
+
+    Terminals and job schedulers send them to all processes of a run.
+    """
+
+    def once(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, once)
 
 
 def sound(sample: Any) -> tuple[Tensor, Condition]:
@@ -308,7 +323,15 @@ def as_it_is(batch: Any) -> Any:
 
 
 def stacked(conditions: list[Any]) -> Conditions:
-    """Those of a batch, from those of its samples."""
+    """Those of a batch, from those of its samples.
+
+    Raises:
+        ValueError: two embeddings differ in shape.
+    """
     if conditions[0] is None or isinstance(conditions[0], str):
         return None if conditions[0] is None else conditions
-    return torch.stack([torch.as_tensor(condition) for condition in conditions])
+    found = [torch.as_tensor(condition) for condition in conditions]
+    shapes = {tuple(each.shape) for each in found}
+    if len(shapes) > 1:
+        raise ValueError(f"data: expected embeddings of one shape, found {sorted(shapes)}")
+    return torch.stack(found)

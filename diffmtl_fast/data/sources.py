@@ -305,8 +305,9 @@ def tars(
 ) -> FileData:
     """Tar archives in WebDataset's layout: files of one sample share the name up to the first dot.
 
-    A sample is a picture with a caption (``.txt``) or else a class (``.cls``), if the first sample has one. The
-    archives are indexed once and read at random, so that the order of training is that of the other sources.
+    A sample is a picture with a caption (``.txt``), or else with a class (``.cls``), if any sample has one; those
+    without it then cannot be read. The archives are indexed once and read at random, so that the order of training
+    is that of the other sources.
 
     Args:
         folder: of ``*.tar``.
@@ -328,7 +329,7 @@ def tars(
             samples.setdefault(key, {})[f".{suffix.lower()}"] = member.offset_data, member.size
     usable = {key: parts for key, parts in samples.items() if any(part in SUFFIXES for part in parts)}
     keys, parts_of = [*usable], [*usable.values()]
-    kind = next((each for each in (".txt", ".cls") if parts_of and each in parts_of[0]), None)
+    kind = next((each for each in (".txt", ".cls") if any(each in parts for parts in parts_of)), None)
 
     def content(index: int, suffix: str) -> bytes:
         if suffix not in parts_of[index]:

@@ -32,22 +32,23 @@ def build_judge(data: Data, config: Evaluation, device: torch.device) -> Judge:
         device: where a network computes them.
 
     Raises:
-        UserError: the features cannot be computed.
+        UserError: the features cannot be computed, or there are too few real samples.
     """
     decode = build_decoder(data, device) or torch.Tensor.cpu
     if config.features.path == "auto":
         images = data.images(IN_MEMORY)
         assert images.train_labels is not None
         assert images.test_labels is not None
-        return Judge.by_classifier(
-            decode(images.train), images.train_labels, decode(images.test), images.test_labels
-        )
+        with blame("evaluation"):
+            return Judge.by_classifier(
+                decode(images.train), images.train_labels, decode(images.test), images.test_labels
+            )
     features = build_features(config.features, device)
 
     def of(items: Items) -> Array:
         return np.concatenate([features(decode(part)) for part in _readable(items, config.num_real)])
 
-    with blame("evaluation.features"):
+    with blame("evaluation"):
         return Judge(features, of(data.training), of(data.validation or data.training))
 
 

@@ -134,6 +134,12 @@ def rehearse(trainer: Trainer) -> None:
         model = build_model(config, trainer.data, trainer.device)
     with blame("data"):
         data = trainer.data.images(REHEARSED)
+    fewest = min(len(data.train), len(data.test))
+    if config.evaluation.num_samples and fewest <= NEIGHBOURS:
+        raise UserError(
+            f"evaluation.num_samples: expected 0 for data with fewer than {NEIGHBOURS + 1} pictures to train on "
+            f"or held out, found {fewest}"
+        )
     kind = trainer.scheduler.config.get("prediction_type", "epsilon")
     signal = torch.as_tensor([] if trainer.process.continuous else trainer.scheduler.alphas_cumprod)
     if kind == "epsilon" and bool((signal == 0).any()):

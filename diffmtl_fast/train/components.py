@@ -85,7 +85,11 @@ def build_model(config: Config, data: Data, device: torch.device, last_time: flo
     with blame("model"):
         model.state_dict()
         told = torch.tensor([0, last_time], device=device)
-        output = prediction(denoise(model, images, told, arguments))
+        try:
+            output = prediction(denoise(model, images, told, arguments))
+        except IndexError as error:
+            spare = ", and of one more for those that are dropped" if config.conditioning.dropout else ""
+            raise ValueError(f"expected embeddings of {data.num_classes} classes{spare} ({error})") from error
     refuse_output(output, images)
     if not output.requires_grad:
         raise UserError("model: expected an output with a gradient, found one without")

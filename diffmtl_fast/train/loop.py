@@ -153,6 +153,8 @@ class Trainer:
                 self.stop = self.stop or "stopped with another process"
             if self.iteration % self.config.checkpoints.every == 0 or self.iteration == total or self.stop:
                 self.save(folder, history)
+            if self.stop or self.iteration == total:
+                self._batches = None  # ends the workers
             if self.stop and self.iteration < total:
                 raise Interrupted(f"{self.stop} at iteration {self.iteration}; --resume continues from there")
 

@@ -1,4 +1,4 @@
-"""What is refused of a YAML text before its values are made: aliases without end, and options given twice."""
+"""What is refused of a YAML text before its values are made: nothing, aliases without end, options given twice."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MOST_VALUES = 100_000
 
 
 def check_text(text: str, where: str) -> None:
-    """Refuse a text whose values would not fit into memory, contain themselves or have a name twice.
+    """Refuse a text whose values are none, would not fit into memory, contain themselves or have a name twice.
 
     Args:
         text: YAML.
@@ -26,7 +26,7 @@ def check_text(text: str, where: str) -> None:
     """
     root = yaml.compose(text, yaml.SafeLoader)
     if root is None:
-        return
+        raise UserError(f"{where}: expected options, found an empty text")
     count = _count(root, {}, where)
     if count > MOST_VALUES:
         raise UserError(

@@ -450,11 +450,12 @@ BOMB = "a: &a [0, 0, 0, 0, 0, 0, 0, 0, 0, 0]\n" + "".join(
         (BOMB, "expected at most 100000 values, found "),
         ("model: {args: {" + ", ".join(BOMB.splitlines()) + "}}", "expected at most 100000 values, found "),
         ("iterations: 5\nseed: 1\niterations: 7", "expected every option once, found iterations 2 times"),
+        ("# no options\n", "expected options, found an empty text"),
         ("clusters: {k: 3, k: 4}", "expected every option once, found k 2 times"),
         ("model: {args: &a {b: *a}}", "expected values that end, found one that contains itself"),
     ],
 )
-def test_texts_that_hold_too_much_or_a_name_twice(tmp_path, capsys, text, message):
+def test_texts_that_hold_nothing_too_much_or_a_name_twice(tmp_path, capsys, text, message):
     (tmp_path / "bad.yaml").write_text(text)
     assert refused(capsys, "train", "--config", "bad.yaml").startswith(f"config: bad.yaml: {message}")
     assert refused(capsys, "train", "--config=bad.yaml").startswith(f"config: bad.yaml: {message}")

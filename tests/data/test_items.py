@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffmtl_fast.data import Batch, EpochOrder, batches
-from diffmtl_fast.data.items import Memory
+from diffmtl_fast.data.items import Memory, stacked
 
 
 class Noisy:
@@ -59,3 +59,9 @@ def test_samples_in_memory(conditions):
     )
     assert found == {type(None): None, torch.Tensor: [3, 1], list: ["d", "b"]}[type(conditions)]
     assert isinstance(batch.to(torch.device("cpu")), Batch)
+
+
+def test_embeddings_of_two_shapes_are_refused():
+    assert torch.equal(stacked([torch.zeros(2, 3), torch.ones(2, 3)])[1], torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"expected embeddings of one shape, found \[\(2, 3\), \(4, 3\)\]"):
+        stacked([torch.zeros(2, 3), torch.zeros(4, 3)])

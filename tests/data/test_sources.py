@@ -143,16 +143,29 @@ def test_latents(tmp_path):
         latents(str(other))
 
 
+def write_tar(path, samples):
+    """Pictures by number, of grey 20 * number, each with other files."""
+    with tarfile.open(path, "w") as tar:
+        for number, more in samples.items():
+            for suffix, content in {"png": png(20 * number), **more}.items():
+                info = tarfile.TarInfo(f"x/{number:03d}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+def test_a_first_sample_without_a_caption_does_not_hide_the_others(tmp_path):
+    write_tar(tmp_path / "a.tar", {0: {}, 1: {"txt": b"one"}})
+    found = tars(str(tmp_path), 4, channels=1, held_out=0.0).training
+    assert found.item(1, None)[1] == "one"
+    with pytest.raises(ValueError, match=r"expected \.txt beside the picture, found \.png"):
+        found.item(0, None)
+
+
 @pytest.mark.parametrize("kind", ["txt", "cls"])
 def test_tar_archives(tmp_path, kind):
     for archive in range(2):
-        with tarfile.open(tmp_path / f"{archive}.tar", "w") as tar:
-            for i in range(3):
-                number = 3 * archive + i
-                for suffix, content in (("png", png(20 * number)), (kind, str(number).encode())):
-                    info = tarfile.TarInfo(f"x/{number:03d}.{suffix}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
+        numbers = range(3 * archive, 3 * archive + 3)
+        write_tar(tmp_path / f"{archive}.tar", {n: {kind: str(n).encode()} for n in numbers})
     data = tars(str(tmp_path), 4, channels=1, held_out=0.0)
     assert data.num_classes == (6 if kind == "cls" else 0)
     for i, (x, found) in enumerate(read(data.training)):

@@ -11,12 +11,17 @@ import platform
 import shutil
 import signal
 import subprocess
+import time
 from dataclasses import replace
+from multiprocessing import active_children
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DModel
+from PIL import Image
 
 from diffmtl_fast._errors import Interrupted, UserError
 from diffmtl_fast.run import plots
@@ -83,6 +88,35 @@ def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(tiny, run, monkeypatc
     assert weights(run)[0] == "iter-00000003"
     train(config, run, resume=True, outputs=False)
     assert weights(run)[0] == "iter-00000005"
+
+
+def test_a_signal_to_all_processes_of_a_run_lets_its_workers_finish_the_step(
+    tiny, run, tmp_path, monkeypatch
+):
+    rng, before, forward = np.random.default_rng(0), set(active_children()), UNet2DModel.forward
+    (tmp_path / "pictures").mkdir()
+    for index in range(30):
+        picture = Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8))
+        picture.save(tmp_path / "pictures" / f"{index}.png")
+    args = {"folder": str(tmp_path / "pictures"), "size": 8, "channels": 1}
+    options = {"batch_size": 4, "accumulate": 8, "workers": 1, "iterations": 2}
+    data = {"path": "diffmtl_fast.data.image_folder", "args": args}
+    config = tiny(**options, data=data, model={"args": {"num_class_embeds": None}})
+
+    def signalled(self, *args, **kwargs):
+        workers = set(active_children()) - before
+        if workers and not hasattr(self, "told"):  # in the first of the step's batches
+            self.told = True
+            for number in (*(worker.pid for worker in workers), os.getpid()):
+                os.kill(number, signal.SIGTERM)
+            time.sleep(0.5)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(UNet2DModel, "forward", signalled)
+    with pytest.raises(Interrupted, match="terminated at iteration 1"):
+        train(config, run, outputs=False)
+    assert set(active_children()) == before
+    assert weights(run)[0] == "iter-00000001"
 
 
 def test_continuous_uncertainty_leaves_a_picture_of_what_it_learned(tiny, run, monkeypatch):

@@ -63,6 +63,16 @@ def test_model_that_does_not_fit_the_data(tiny, args, message):
         build_model(config, digits(), torch.device("cpu"))
 
 
+@pytest.mark.parametrize(
+    ("classes", "dropout", "message"),
+    [(9, 0.0, r"10 classes \(index"), (10, 0.1, "10 classes, and of one more for those that are dropped")],
+)
+def test_classes_without_an_embedding(tiny, classes, dropout, message):
+    config = tiny(model={"args": {"num_class_embeds": classes}}, conditioning={"dropout": dropout})
+    with pytest.raises(UserError, match=f"model: expected embeddings of {message}"):
+        build_model(config, digits(), torch.device("cpu"))
+
+
 def test_model_that_is_none(tiny):
     with pytest.raises(UserError, match=r"model: expected an nn\.Module, found dict from builtins\.dict"):
         build_model(replace(tiny(), model=Component("builtins.dict")), digits(), torch.device("cpu"))

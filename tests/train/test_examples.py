@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from diffmtl_fast._errors import UserError
+from diffmtl_fast.cli import main
 from diffmtl_fast.run.power_average import power_average
 from diffmtl_fast.run.trained_denoiser import load_run
 from diffmtl_fast.run.training import train
@@ -136,6 +137,31 @@ def test_adapters_of_an_example_change_its_base_no_more_than_they_say(tmp_path):
     frozen = {name.replace(".base_layer", ""): value for name, value in last.items() if "lora_" not in name}
     assert frozen.keys() == base.keys()
     assert all(torch.equal(frozen[name], base[name]) for name in base)
+
+
+def test_pictures_of_captions(tmp_path, monkeypatch, capsys):
+    """Those of the data, or one that is given, which data without captions have no use for."""
+    run = RunFolder(tmp_path / "run")
+    train(small("text_to_image", tmp_path), run, outputs=False)
+    trained = load_run(str(run.path), None, "cpu")
+    monkeypatch.chdir(tmp_path)
+    command = ["sample", "--run", str(run.path), "--device", "cpu", "--num", "2", "--out", "a.npy"]
+    for more, captions in (([], ["a digit one"] * 2), (["--caption", "one"], ["one", "one"])):
+        assert main([*command, *more]) == 0
+        np.testing.assert_array_equal(np.load("a.npy"), trained.draw(captions, 2, 0))
+    train(small("flow_matching_unet", tmp_path), RunFolder(tmp_path / "classes"), outputs=False)
+    assert main([*command, "--run", "classes", "--caption", "one"]) == 2
+    assert "caption: expected none of a run without captions, found 'one'" in capsys.readouterr().err
+
+
+def test_too_few_real_pictures_are_told_before_training(tmp_path):
+    features = {"num_samples": 8, "features": {"path": "torch.nn.Flatten"}}
+    config = small("text_to_image", tmp_path, evaluation=features)  # holds out 1 of 20
+    with pytest.raises(UserError, match=r"num_samples: expected 0 for data with fewer than 4 .* found 1"):
+        train(config, RunFolder(tmp_path / "run"))
+    train(replace(config, evaluation=replace(config.evaluation, num_samples=0)), RunFolder(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"evaluation: expected more than 3 held-out real pictures, found 1"):
+        load_run(str(tmp_path / "run"), None, "cpu").evaluate(8)
 
 
 def test_broken_files_are_named_and_counted(tmp_path, caplog):

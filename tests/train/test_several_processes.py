@@ -33,11 +33,15 @@ def launch(launcher, config, run, tmp_path):
     """`diffmtl-fast train` in two processes."""
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(to_dict(config)))
-    command = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "diffmtl_fast.cli", "train"]
+    command = ["-m", "diffmtl_fast.cli", "train", "--config", str(file), "--run-dir", str(run.path)]
+    return in_two_processes(launcher, command, tmp_path)
+
+
+def in_two_processes(launcher, command, tmp_path):
     folders = os.pathsep.join([str(Path(__file__).parents[2]), str(tmp_path)])
     environment = {**os.environ, "PYTHONPATH": folders, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, "--config", str(file), "--run-dir", str(run.path)],
+        [sys.executable, "-m", *LAUNCHERS[launcher], *command],
         capture_output=True, text=True, env=environment, timeout=300,
     )  # fmt: skip
 
@@ -64,6 +68,44 @@ def test_two_processes_and_then_one(tiny, tmp_path, method, launcher, sharding):
         before, after = (load(run, longer, path).model for path in checkpoint.checkpoints(run.checkpoints))
         moved = [(a - b).abs().max() for a, b in zip(before.parameters(), after.parameters(), strict=True)]
         assert 0 < max(moved) < 0.1
+
+
+RUNS = """
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from diffmtl_fast.train.config import read
+from diffmtl_fast.train.folder import RunFolder
+from diffmtl_fast.train.run import train
+
+dist.init_process_group("gloo")
+for file in map(Path, sys.argv[1:]):
+    train(read(file), RunFolder(file.with_suffix("")), outputs=False)
+dist.destroy_process_group()
+"""
+
+
+def test_sharded_training_is_training(tiny, tmp_path):
+    """The same weights and pictures as two processes with whole models, read by one process."""
+    (tmp_path / "runs.py").write_text(RUNS)
+    configs = {}
+    for method in ("vanilla", "nash"):
+        for sharding in ("none", "fsdp2"):
+            config = tiny(method=method, iterations=3, compute={"sharding": sharding}, ema_decay=0.5)
+            configs[f"{method} {sharding}"] = config
+            (tmp_path / f"{method} {sharding}.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    files = [str(tmp_path / f"{name}.yaml") for name in configs]
+    done = in_two_processes("torchrun", [str(tmp_path / "runs.py"), *files], tmp_path)
+    assert done.returncode == 0, done.stderr
+    labels = torch.arange(4)
+    for method in ("vanilla", "nash"):
+        whole, sharded = (
+            load(RunFolder(tmp_path / name), configs[name]) for name in (f"{method} none", f"{method} fsdp2")
+        )
+        torch.testing.assert_close(sharded.model.state_dict(), whole.model.state_dict(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(sharded.draw(labels, 4, 0), whole.draw(labels, 4, 0), rtol=1e-3, atol=1e-3)
 
 
 MODULE = """
