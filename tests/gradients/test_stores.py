@@ -58,8 +58,8 @@ def test_gradients_are_written_like_autograd_writes_them(device):
     torch.testing.assert_close(parameters[0].grad, before + values[0][0] - 2 * values[0][1])
     torch.testing.assert_close(parameters[3].grad, values[3][0] - 2 * values[3][1])
     assert parameters[3].grad.stride() == parameters[3].stride()
-    expected = sum(p.grad.square().sum() for p in parameters if p.grad is not None)
-    torch.testing.assert_close(square, expected.double())
+    expected = sum(p.grad.double().square().sum() for p in parameters if p.grad is not None)
+    torch.testing.assert_close(square, expected)
 
 
 def test_lower_precision_storage(device):

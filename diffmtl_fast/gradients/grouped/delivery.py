@@ -24,7 +24,6 @@ class Use:
         registered: the rule.
         handles: the parameters, by the position of the argument.
         engine: the engine that runs it.
-        device: the type of the device.
 
     Attributes:
         autocast: whether autocast is enabled in the forward.
@@ -37,7 +36,6 @@ class Use:
     __slots__ = (
         "autocast",
         "context",
-        "device",
         "engine",
         "forward_pass",
         "handles",
@@ -47,27 +45,14 @@ class Use:
     )
 
     def __init__(
-        self, registered: Registered, handles: dict[int, ClusterParameter], engine: GroupedEngine, device: str
+        self, registered: Registered, handles: dict[int, ClusterParameter], engine: GroupedEngine
     ) -> None:
-        self.registered, self.handles, self.engine, self.device = registered, handles, engine, device
-        self.autocast = torch.is_autocast_enabled(device)
-        self.layout, self.forward_pass, self.recomputed = (
-            engine.layout,
-            engine.forward_pass,
-            engine.recomputing,
-        )
+        assert engine.layout is not None
+        self.registered, self.handles, self.engine = registered, handles, engine
+        self.autocast = torch.is_autocast_enabled(engine.device)
+        self.layout, self.forward_pass = engine.layout, engine.forward_pass
+        self.recomputed = engine.recomputing
         self.context = RuleContext()
-
-    def count(self, packed: bool) -> None:
-        """Let the forward know of this use, and whether what it saves is packed away."""
-        forward_pass = self.forward_pass
-        assert forward_pass is not None
-        if packed:
-            forward_pass.recomputes = True
-        uses = forward_pass.uses
-        for handle in self.handles.values():
-            for origin in handle.origins:
-                uses[origin] = uses.get(origin, 0) + 1
 
 
 class Target(Protocol):
@@ -179,8 +164,8 @@ def run_backward(
     backward = use.registered.rule.backward
     context._lend = buffer
     try:
-        if torch.is_autocast_enabled(use.device):
-            with torch.autocast(use.device, enabled=False):
+        if torch.is_autocast_enabled(use.engine.device):
+            with torch.autocast(use.engine.device, enabled=False):
                 gradients = backward(context, grad, clusters)
         else:
             gradients = backward(context, grad, clusters)
@@ -200,5 +185,5 @@ def run_forward(use: Use, values: Sequence[Any]) -> Tensor:
     if not use.autocast:
         return rule.forward(context, *values)
     cast = [rule.precision(value) if i in use.handles else value for i, value in enumerate(values)]
-    with torch.autocast(use.device, enabled=False):
+    with torch.autocast(use.engine.device, enabled=False):
         return rule.forward(context, *cast)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from .cluster_parameter import (
     find_unseen,
     pull_back,
     repeatable,
+    split,
     substitute,
     write,
     written,
@@ -74,36 +74,35 @@ class Dispatch:
             values = self._bind(registered, args, kwargs)
             batch = values[0]
             if isinstance(batch, Tensor) and not isinstance(batch, ClusterParameter):
-                handles = {i: v for i, v in enumerate(values) if isinstance(v, ClusterParameter)}
+                handles = {}
+                for i, value in enumerate(values):
+                    if isinstance(value, ClusterParameter):
+                        handles[i] = value
                 key = self._key(registered.rule, batch, handles.values())
                 if engine.constant and key in engine.constant:
                     return self._derive(func, args, kwargs)
                 return self._apply(registered, values, handles, key)
         if func in LIKE and len(args) > 1 and isinstance(args[1], Tensor):
             return self._like(func, args, kwargs)
-        if any(True for _ in find_tensors((args, kwargs))):
-            return self._broadcast(func, args, kwargs)
+        used, tensors = split((args, kwargs))
+        if tensors:
+            return self._broadcast(func, args, kwargs, used, tensors)
         return self._derive(func, args, kwargs)
 
     def _record(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation as it is, and note what it was given."""
         probe, registered = self._engine.probe, registry.RULES.get(func)
-        tensors, batch = list(find_tensors((args, kwargs))), None
+        (used, tensors), batch = split((args, kwargs)), None
         what: Any  # what names the operation among others
         assert probe is not None
         if registered is not None:
             values = self._bind(registered, args, kwargs)
             if isinstance(values[0], Tensor) and not isinstance(values[0], ClusterParameter):
-                batch, used, what = values[0], list(find_handles(values)), registered.rule
+                batch, used, what = values[0], find_handles(values), registered.rule
         if batch is None:
             if not tensors:
                 return self._derive(func, args, kwargs)
-            batch, used, what, values = (
-                _widest(tensors),
-                list(find_handles((args, kwargs))),
-                _name(func),
-                tensors,
-            )
+            batch, what, values = _widest(tensors), _name(func), tensors
         key = self._key(what, batch, used)
         if key in self._engine.constant:
             return self._derive(func, args, kwargs)
@@ -129,7 +128,7 @@ class Dispatch:
         plain = values.copy()
         for i, handle in handles.items():
             plain[i] = handle.value
-        use = Use(registered, handles, engine, plain[0].device.type)
+        use = Use(registered, handles, engine)
         if use.autocast:
             for i, value in enumerate(plain):
                 if isinstance(value, Tensor) and i not in handles:
@@ -144,7 +143,12 @@ class Dispatch:
             if self.is_new(key):
                 names = {module_name(engine.model, m) for m in engine.owners(handles.values())}
                 raise Unverified(registered.operation.__name__, names)
-            use.count(not torch.is_grad_enabled() or saved_tensors_are_packed())
+            forward_pass = engine.forward_pass
+            assert forward_pass is not None
+            if saved_tensors_are_packed() or not torch.is_grad_enabled():
+                forward_pass.recomputes = True
+            for handle in handles.values():
+                forward_pass.used.append(handle.origins)
             return apply(use, plain)
         except NoRows:
             raise
@@ -163,16 +167,23 @@ class Dispatch:
         return what, used, shape_per_sample(batch, batch_size), batch_size == 1
 
     def _operation(self, key: tuple[Any, ...], arguments: Any) -> Operation:
-        tensors = list(find_tensors(arguments))
+        handles, tensors = split(arguments)
         constant = torch.is_grad_enabled() and not any(t.requires_grad for t in tensors)
-        return Operation(key, self._engine.owners(find_handles(arguments)), tensors, constant)
+        return Operation(key, self._engine.owners(handles), tensors, constant)
 
-    def _broadcast(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _broadcast(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        used: list[ClusterParameter],
+        tensors: list[Tensor],
+    ) -> Any:
         """Run an element-wise operation with every parameter given once per row of the batch."""
-        widest = _widest(find_tensors((args, kwargs)))
+        widest = _widest(tensors)
         dims, rows = widest.dim(), widest.shape[0] if widest.dim() else 0
         name = _name(func)
-        key = self._key(name, widest, find_handles((args, kwargs)))
+        key = self._key(name, widest, used)
         if key in self._engine.constant:
             return self._derive(func, args, kwargs)
         if name in JOINING:
@@ -197,6 +208,8 @@ class Dispatch:
         extra = dims - handle.value.dim()  # dimensions of the batch that the parameter does not have
         if extra == 0:
             return copies.squeeze(1)
+        if extra == 1:
+            return copies
         return copies.reshape(rows, *[1] * (extra - 1), *handle.value.shape)
 
     def _derive(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -257,8 +270,8 @@ class Dispatch:
             Unseen: one was, in a Function that can be seen.
         """
         assert self._engine.probe is not None
-        tensors = itertools.chain(find_tensors(arguments), find_handles(arguments))
-        found = find_unseen(tensors, self._engine.probe.visited)
+        handles, tensors = split(arguments)
+        found = find_unseen([*tensors, *handles], self._engine.probe.visited)
         if found is not None:
             handle, function = found
             if can_be_seen(function) and function not in self._engine.functions:
@@ -276,16 +289,20 @@ class Dispatch:
         return NoRows(self._operation(key, (args, kwargs)), why)
 
 
-def shape_per_sample(batch: Tensor | int, batch_size: int) -> tuple[float, ...]:
-    """Return the shape of a sample's part of a batch, or of a number of rows."""
+def shape_per_sample(batch: Tensor | int, batch_size: int) -> tuple[Any, ...]:
+    """Return rows per sample and the other sizes of a batch, or of a number of rows: what names its shape."""
     if isinstance(batch, int):
         return (batch / batch_size,)
     shape = batch.shape
-    return (shape[0] / batch_size, *shape[1:]) if shape else ()
+    return (shape[0] / batch_size, shape[1:]) if shape else ()
 
 
 def _widest(tensors: Iterable[Tensor]) -> Tensor:
-    return max(tensors, key=lambda t: (t.dim(), t.shape[0] if t.dim() else 0))
+    widest, *others = tensors
+    for tensor in others:
+        if (tensor.dim(), tensor.shape[:1]) > (widest.dim(), widest.shape[:1]):
+            widest = tensor
+    return widest
 
 
 def _name(func: Any) -> str:

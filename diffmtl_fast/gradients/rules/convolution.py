@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import ops
+from ...ops.cluster_conv_wgrad import Geometry, cluster_conv_wgrad_unchecked
+from ...ops.cluster_sum import cluster_sum_unchecked
 from ..batch import Clusters
 from .autocast import lower_precision
 from .registry import ClusterRule, NoClusterRule, RuleContext, register_cluster_rule
 
-_aten = torch.ops.aten
+_backward = torch.ops.aten.convolution_backward.default
+_SPATIAL = (2, 3, 4)
 
 
 class Convolution(ClusterRule):
@@ -35,41 +38,36 @@ class Convolution(ClusterRule):
         """See `ClusterRule`."""
         if input.dim() != weight.dim():
             raise NoClusterRule(f"convolution: expected an input [B, in, ...], found {list(input.shape)}")
-        sizes = per_dimension(weight, stride, padding, dilation)
-        geometry = (*sizes, False, [0] * (weight.dim() - 2), groups)
+        ctx.geometry = Geometry(*per_dimension(weight, stride, padding, dilation), groups)
         ctx.save_for_backward(input, weight)
-        ctx.geometry = geometry
-        return _aten.convolution(input, weight, bias, *geometry)
+        return torch.convolution(input, weight, bias, *_of_library(ctx.geometry))
 
     @staticmethod
     def backward(ctx: RuleContext, grad: Tensor, clusters: Clusters) -> tuple[Tensor | None, ...]:
         """See `ClusterRule`."""
         input, weight = ctx.saved_tensors
-        geometry = ctx.geometry
+        geometry, needed = ctx.geometry, ctx.needs_input_grad
         by_input, by_weight, by_bias = None, None, None
-        if ctx.needs_input_grad[0]:
-            by_input = _aten.convolution_backward(grad, input, weight, None, *geometry, [True, False, False])[
-                0
-            ]
-        offsets = clusters.offsets(grad.shape[0])
-        if ctx.needs_input_grad[1]:
-            stride, padding, dilation, _, _, groups = geometry
-            by_weight = ops.cluster_conv_wgrad(
-                grad,
-                input,
-                offsets,
-                weight.shape[2:],
-                stride=stride,
-                padding=padding,
-                dilation=dilation,
-                groups=groups,
-                out=ctx.buffer(1),
+        if needed[0]:
+            by_input, _, _ = _backward(
+                grad, input, weight, None, *_of_library(geometry), [True, False, False]
             )
-        if ctx.needs_input_grad[2]:
+        offsets = clusters.offsets(grad.shape[0])
+        if needed[1]:
+            by_weight = cluster_conv_wgrad_unchecked(
+                grad, input, offsets, weight.shape[2:], geometry, ctx.buffer(1)
+            )
+        if needed[2]:
             wide = torch.promote_types(grad.dtype, torch.float32)
-            by_sample = grad.sum(list(range(2, grad.dim())), dtype=wide)
-            by_bias = ops.cluster_sum(by_sample, offsets, out=ctx.buffer(2))
+            by_sample = grad.sum(_SPATIAL[: grad.dim() - 2], dtype=wide)
+            by_bias = cluster_sum_unchecked(by_sample, offsets, ctx.buffer(2))
         return by_input, by_weight, by_bias, None, None, None, None
+
+
+def _of_library(geometry: Geometry) -> tuple[Any, ...]:
+    """Return a convolution as PyTorch's own functions take it: not transposed."""
+    stride, padding, dilation, groups = geometry
+    return stride, padding, dilation, False, [0] * len(stride), groups
 
 
 for _operation in (F.conv1d, F.conv2d, F.conv3d):
@@ -99,5 +97,6 @@ def per_dimension(
 
 
 def _repeated(value: int | Sequence[int], spatial: int) -> list[int]:
-    values = [value] * spatial if isinstance(value, int) else list(value)
-    return values * spatial if len(values) == 1 else values
+    if isinstance(value, int):
+        return [value] * spatial
+    return list(value) if len(value) > 1 else [*value] * spatial

@@ -36,6 +36,9 @@ class RuleContext:
         saved_tensors: what `save_for_backward` was given.
     """
 
+    # A dictionary is made only for a rule that keeps something else.
+    __slots__ = ("__dict__", "_lend", "needs_input_grad", "saved_tensors", "to_save")
+
     needs_input_grad: tuple[bool, ...]
     saved_tensors: tuple[Any, ...]
 
@@ -45,8 +48,9 @@ class RuleContext:
 
         def __setattr__(self, name: str, value: Any) -> None: ...
 
-    to_save: tuple[Tensor | None, ...] = ()
-    _lend: Callable[[int], Tensor | None] = staticmethod(no_buffer)
+    def __init__(self) -> None:
+        self.to_save: tuple[Tensor | None, ...] = ()
+        self._lend: Callable[[int], Tensor | None] = no_buffer
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         """Keep tensors, as `torch.autograd.Function` does."""
