@@ -1,7 +1,7 @@
-"""The host's work for an operation with a rule: the same operation many times in a row, on tensors of a few elements.
+"""The host's work for an operation with a rule: the same operation many times in a row, on a few elements.
 
 Timed is a long chain of operations less a short one, so that what a step does once is not in it; what it does for
-every module and parameter is. An operation costs the difference to plain PyTorch, divided by the number of operations.
+every module and parameter is. An operation costs the difference to plain PyTorch by the number of operations.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The host's work for an operation: both chains have the same gradients, and a turn is what the runs say it took."""
+"""The host's work for an operation: both chains have the same gradients; a turn is what the runs say it took."""
 
 from __future__ import annotations
 
