@@ -219,10 +219,7 @@ def host_offsets(offsets: Tensor, num_rows: int) -> list[int]:
 def check_out(out: Tensor, shape: tuple[int, ...], **inputs: Tensor) -> None:
     """Refuse an `out` that results of `shape` cannot be written to, or that a gradient would have to pass."""
     check_floating(out=out)
-    device = out.device
-    for tensor in inputs.values():
-        if tensor.device != device:
-            check_same_device(out=out, **inputs)
+    check_same_device(out=out, **inputs)
     if out.shape != shape:
         raise ValueError(f"out: expected shape {list(shape)}, found {list(out.shape)}")
     strides = out.stride()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +14,7 @@ from .autocast import lower_precision
 from .registry import ClusterRule, NoClusterRule, RuleContext, register_cluster_rule
 
 _backward = torch.ops.aten.convolution_backward.default
+_INPUT_ALONE = (True, False, False)
 _SPATIAL = (2, 3, 4)
 
 
@@ -38,9 +37,11 @@ class Convolution(ClusterRule):
         """See `ClusterRule`."""
         if input.dim() != weight.dim():
             raise NoClusterRule(f"convolution: expected an input [B, in, ...], found {list(input.shape)}")
-        ctx.geometry = Geometry(*per_dimension(weight, stride, padding, dilation), groups)
+        stride, padding, dilation = per_dimension(weight, stride, padding, dilation)
+        ctx.geometry = Geometry(stride, padding, dilation, groups)
         ctx.save_for_backward(input, weight)
-        return torch.convolution(input, weight, bias, *_of_library(ctx.geometry))
+        none = (0,) * len(stride)
+        return torch.convolution(input, weight, bias, stride, padding, dilation, False, none, groups)
 
     @staticmethod
     def backward(ctx: RuleContext, grad: Tensor, clusters: Clusters) -> tuple[Tensor | None, ...]:
@@ -49,9 +50,9 @@ class Convolution(ClusterRule):
         geometry, needed = ctx.geometry, ctx.needs_input_grad
         by_input, by_weight, by_bias = None, None, None
         if needed[0]:
-            by_input, _, _ = _backward(
-                grad, input, weight, None, *_of_library(geometry), [True, False, False]
-            )
+            *options, groups = geometry
+            none = (0,) * len(geometry.stride)
+            by_input, _, _ = _backward(grad, input, weight, None, *options, False, none, groups, _INPUT_ALONE)
         offsets = clusters.offsets(grad.shape[0])
         if needed[1]:
             by_weight = cluster_conv_wgrad_unchecked(
@@ -64,12 +65,6 @@ class Convolution(ClusterRule):
         return by_input, by_weight, by_bias, None, None, None, None
 
 
-def _of_library(geometry: Geometry) -> tuple[Any, ...]:
-    """Return a convolution as PyTorch's own functions take it: not transposed."""
-    stride, padding, dilation, groups = geometry
-    return stride, padding, dilation, False, [0] * len(stride), groups
-
-
 for _operation in (F.conv1d, F.conv2d, F.conv3d):
     register_cluster_rule(_operation)(Convolution)
 
@@ -79,8 +74,8 @@ def per_dimension(
     stride: int | Sequence[int],
     padding: str | int | Sequence[int],
     dilation: int | Sequence[int],
-) -> tuple[list[int], list[int], list[int]]:
-    """Return stride, padding and dilation as lists of one number for each spatial dimension.
+) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+    """Return stride, padding and dilation as sequences of one number for each spatial dimension.
 
     Raises:
         NoClusterRule: padding="same" would take more on one side than on the other.
@@ -96,7 +91,7 @@ def per_dimension(
     return stride, _repeated(0 if isinstance(padding, str) else padding, spatial), dilation
 
 
-def _repeated(value: int | Sequence[int], spatial: int) -> list[int]:
+def _repeated(value: int | Sequence[int], spatial: int) -> Sequence[int]:
     if isinstance(value, int):
         return [value] * spatial
-    return list(value) if len(value) > 1 else [*value] * spatial
+    return value if len(value) > 1 else [*value] * spatial
