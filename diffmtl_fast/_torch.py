@@ -53,8 +53,11 @@ functorch_transforms_active: Callable[[], bool] = getattr(
     torch._C, "_are_functorch_transforms_active", lambda: True
 )
 
+# Whether autocast is enabled for any device. Where it is missing the answer is yes: right, and slower.
+autocast_enabled: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+
 # x.view(shape) that tells autograd the result does not share memory. Replaced by `reshape`.
-unsafe_view = torch.ops.aten._unsafe_view
+unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 # How many dispatch modes are on. Where it is missing the answer is one: right, and slower.
@@ -154,7 +157,7 @@ def version(tensor: Tensor) -> int:
 
 def has_hooks(parameter: Tensor) -> bool:
     """Whether hooks wait for a parameter's gradient. Where PyTorch can't say, nobody is asked: no."""
-    return any(getattr(parameter, name, None) for name in ("_backward_hooks", "_post_accumulate_grad_hooks"))
+    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
 def sparse_values(tensor: Tensor) -> Tensor:
@@ -188,6 +191,18 @@ def default_store() -> Any:
 def timeout_of(group: Any, device: torch.device) -> Any:
     """Return how long the exchanges of a process group take at most. Replaced by None, PyTorch's own default."""
     return group._get_backend(device).options._timeout
+
+
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """Return what `model.modules()` yields, in its order: that one climbs the whole tree for each of them."""
+    found: dict[nn.Module, None] = {}
+    waiting: list[nn.Module | None] = [model]
+    while waiting:
+        module = waiting.pop()
+        if module is not None and module not in found:
+            found[module] = None
+            waiting.extend(reversed(module._modules.values()))
+    return list(found)
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
@@ -336,6 +351,7 @@ __all__ = [
     "OpOverload",
     "OpOverloadPacket",
     "any_requires_grad",
+    "autocast_enabled",
     "compiled_graphs",
     "compiled_modules",
     "data_parallel_processes",
@@ -350,6 +366,7 @@ __all__ = [
     "functorch_transforms_active",
     "has_hooks",
     "make_subclass",
+    "modules_of",
     "onednn_multiplies",
     "op_of",
     "own_buffers",

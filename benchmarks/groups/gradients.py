@@ -1,4 +1,4 @@
-"""The gradients of all clusters and nothing else, beside the plain step."""
+"""The gradients of all clusters and nothing else, beside the plain step; and what one operation costs the host."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from benchmarks.benchmark import Benchmark, Options
+from benchmarks.groups import operations
 from benchmarks.groups.step import benchmark, settings
 from benchmarks.names import TYPICAL_K, Group
 from benchmarks.step_implementations import gradient_ways
@@ -19,3 +20,4 @@ def benchmarks(options: Options) -> Iterator[Benchmark]:
         found = benchmark(Group.GRADIENTS, setting, gradient_ways, options)
         # Memory is measured of the whole step alone.
         yield replace(found, rounds=min(found.rounds, 5), memory=False)
+    yield from operations.benchmarks(options)

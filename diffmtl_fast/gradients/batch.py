@@ -27,6 +27,7 @@ class Clusters:
     def __init__(self, bounds: Sequence[int]) -> None:
         self.bounds: tuple[int, ...] = tuple(bounds)
         self._scaled: dict[int, tuple[list[int], Tensor]] = {}
+        self._of_rows: dict[tuple[int, torch.device], Tensor] = {}
         self.num: int = len(bounds) - 1
 
     @property
@@ -71,10 +72,16 @@ class Clusters:
             if bounds[k] < bounds[k + 1]:
                 yield k, bounds[k], bounds[k + 1]
 
+    def of_rows(self, rows: int, device: torch.device) -> Tensor:
+        """Return the cluster of every row: int64 [rows] on a device, where the host does not wait for the copy."""
+        if (rows, device) not in self._of_rows:
+            clusters = torch.arange(self.num).repeat_interleave(torch.tensor(self.sizes(rows)))
+            self._of_rows[rows, device] = upload(clusters, device)
+        return self._of_rows[rows, device]
+
     def by_row(self, values: Tensor, rows: int) -> Tensor:
         """Give every row the value of its cluster: [K] → [rows]."""
-        sizes = torch.tensor(self.sizes(rows))
-        return values.repeat_interleave(upload(sizes, values.device), output_size=rows)
+        return values[self.of_rows(rows, values.device)]
 
     def _in_rows(self, rows: int) -> tuple[list[int], Tensor]:
         if rows not in self._scaled:

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from .._torch import compiled_modules, parametrize_cached
+from .._torch import compiled_modules, modules_of, parametrize_cached
 from ..distributed import Ranks, Replicas
 from .batch import BatchLayout
 from .compiled import CompiledEngine
@@ -129,7 +129,7 @@ class Engine:
         if model is not self.model:
             self.model, self._key = model, []
         self.slots, self.parameters = find_slots(self.model)
-        self.training = tuple([module.training for module in self.model.modules()])
+        self.training = tuple([module.training for module in modules_of(self.model)])
         self._values = self.parameters
         key = fingerprint(self.slots, self.parameters)
         changed = key != self._key

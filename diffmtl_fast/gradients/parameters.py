@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .._torch import BatchNorm, has_hooks, own_parameters, refresh_flat_weights, version
+from .._torch import BatchNorm, has_hooks, modules_of, own_parameters, refresh_flat_weights, version
 
 
 class Slot(NamedTuple):
@@ -29,7 +29,7 @@ def find_slots(model: nn.Module) -> tuple[list[Slot], list[nn.Parameter]]:
     slots: list[Slot] = []
     parameters: list[nn.Parameter] = []
     position: dict[int, int] = {}
-    for module in model.modules():
+    for module in modules_of(model):
         if isinstance(module, BatchNorm) and module.training:
             raise ValueError(
                 f"model: expected layers that treat each sample by itself, found {type(module).__name__} in "
@@ -44,10 +44,10 @@ def find_slots(model: nn.Module) -> tuple[list[Slot], list[nn.Parameter]]:
                     f"model: expected real trainable parameters, found {parameter.dtype} at '{where}'; keep "
                     "a real one, and use it by torch.view_as_complex"
                 )
-            if id(parameter) not in position:
-                position[id(parameter)] = len(parameters)
+            index = position.setdefault(id(parameter), len(parameters))
+            if index == len(parameters):
                 parameters.append(parameter)
-            slots.append(Slot(module, name, position[id(parameter)]))
+            slots.append(Slot(module, name, index))
     if not parameters:
         raise ValueError("model: expected at least one parameter that requires a gradient, found none")
     devices = {p.device for p in parameters}
@@ -117,16 +117,20 @@ def installed(slots: Iterable[Slot], stand_ins: Sequence[Tensor]) -> Iterator[No
 
     That function walks the whole module tree on each call, 2 ms for a small UNet; one step makes several calls.
     """
-    changed = [(slot, own_parameters(slot.module)[slot.name]) for slot in slots]
-    recurrent = {slot.module for slot, _ in changed if isinstance(slot.module, nn.RNNBase)}
+    changed, recurrent = [], set()
+    for module, name, position in slots:
+        own: dict[str, Any] = own_parameters(module)
+        changed.append((own, name, own[name], position))
+        if isinstance(module, nn.RNNBase):
+            recurrent.add(module)
     try:
-        for slot, _ in changed:
-            own_parameters(slot.module)[slot.name] = stand_ins[slot.position]  # type: ignore[assignment]
+        for own, name, _, position in changed:
+            own[name] = stand_ins[position]
         _refresh(recurrent)
         yield
     finally:
-        for slot, original in changed:
-            own_parameters(slot.module)[slot.name] = original
+        for own, name, original, _ in changed:
+            own[name] = original
         _refresh(recurrent)
 
 

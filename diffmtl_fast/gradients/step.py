@@ -28,7 +28,7 @@ class Pass:
     Attributes:
         cluster: int64 [B], as it was given.
         outputs: that a loss may be differentiated by, until the loss is checked.
-        uses: how many operations each parameter took part in, by position.
+        used: the parameters that took part in operations, by position: one entry for every time.
         recomputes: whether activations are packed away, to be recomputed or fetched in backward.
         repeat: what forms the cluster gradients of a plain forward afterwards; None where its graph does.
     """
@@ -37,7 +37,7 @@ class Pass:
         self.step, self.clusters, self.number = step, clusters, number
         self.cluster: Tensor | None = None
         self.outputs: list[Tensor] = []
-        self.uses: Counter[int] = Counter()
+        self.used: list[tuple[int, ...]] = []
         self.recomputes = False
         self.repeat: Repeat | None = None
 
@@ -118,10 +118,7 @@ class Step:
     @property
     def uses(self) -> Counter[int]:
         """How many operations each parameter took part in."""
-        total: Counter[int] = Counter()
-        for each in self.passes:
-            total.update(each.uses)
-        return total
+        return Counter(position for each in self.passes for used in each.used for position in used)
 
     @property
     def recomputes(self) -> bool:

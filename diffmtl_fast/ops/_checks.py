@@ -198,12 +198,13 @@ def _check_exact(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int
 
 def check_offsets(offsets: Tensor, rows: Tensor) -> None:
     """Refuse offsets that are not int64 [K + 1] with K >= 1, on the CPU or beside the `rows` they divide."""
-    check_dense("offsets", offsets)
+    if not isinstance(offsets, Tensor) or offsets.layout is not _STRIDED:
+        check_dense("offsets", offsets)
     if offsets.dtype != torch.int64:
         raise TypeError(f"offsets: expected int64, found {offsets.dtype}")
     if offsets.dim() != 1 or offsets.shape[0] < 2:
         raise ValueError(f"offsets: expected shape [K + 1] with K >= 1, found {list(offsets.shape)}")
-    if offsets.device.type != "cpu" and offsets.device != rows.device:
+    if not offsets.is_cpu and offsets.device != rows.device:
         raise ValueError(f"offsets: expected them on the CPU or on {rows.device}, found {offsets.device}")
 
 

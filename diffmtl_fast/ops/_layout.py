@@ -100,10 +100,12 @@ class ContiguousClusters:
         dtype: what the kernel writes; default any.
     """
 
+    __slots__ = ("_accumulate", "_out", "_written")
+
     def __init__(self, out: Tensor, accumulate: bool, dtype: torch.dtype | None = None) -> None:
         self._out, self._accumulate, self._written = out, accumulate, out
-        contiguous = out.is_contiguous() or out[0].is_contiguous()
-        if not contiguous or dtype not in (None, out.dtype):
+        fits = out.is_contiguous() or out[0].is_contiguous()
+        if not fits or (dtype is not None and dtype != out.dtype):
             self._written = torch.empty(out.shape, dtype=dtype or accumulation_dtype(out), device=out.device)
 
     def __enter__(self) -> tuple[Tensor, bool]:

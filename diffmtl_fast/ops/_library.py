@@ -36,8 +36,9 @@ Kernel: TypeAlias = Callable[..., Any]
 PLAIN: dict[str, Kernel] = {}
 """The plain definition of every op by its name: functions of PyTorch alone, what the kernels are held against."""
 
-# The kernels of the CPU by the ops' names.
+# The kernels of a device by the ops' names.
 _CPU: dict[str, Kernel] = {}
+_CUDA: dict[str, Kernel] = {}
 
 # The ops whose kernel on a device is made of the kernel of another one there: that one, and how.
 _MADE_OF: dict[str, tuple[str, Callable[[Kernel], Kernel]]] = {}
@@ -162,8 +163,7 @@ def kernels_in(*modules: ModuleType) -> dict[str, Kernel]:
 
 def register_kernels(dispatch_key: str, kernels: dict[str, Kernel]) -> None:
     """Use kernels on one device (`"CPU"` or `"CUDA"`) instead of what was used there before."""
-    if dispatch_key == "CPU":
-        _CPU.update(kernels)
+    (_CPU if dispatch_key == "CPU" else _CUDA).update(kernels)
     for name, kernel in kernels.items():
         _LIBRARY.impl(name, kernel, dispatch_key, allow_override=True)
 
@@ -171,21 +171,22 @@ def register_kernels(dispatch_key: str, kernels: dict[str, Kernel]) -> None:
 def call(op: Callable[..., Any], name: str, tensor: Tensor, *args: Any) -> Any:
     """Call an op whose first argument is `tensor`, and whose other tensors lie beside it and are constants.
 
-    Where all that the dispatcher would do is to hand it to the kernel of the CPU, the kernel is called at once:
-    for K x K numbers the dispatcher takes more time than the work.
+    Where all that the dispatcher would do is to hand it to the kernel of the device, the kernel is called at once:
+    for few numbers the dispatcher takes more time than the work.
     """
     if (
         type(tensor) is Tensor
-        and tensor.device.type == "cpu"
         and not tensor.requires_grad
         and not torch.compiler.is_compiling()
         and not _torch.dispatch_modes()
         and not _torch.functorch_transforms_active()
         and not _torch.forward_mode_active()
+        and not _torch.autocast_enabled()
         and not torch.jit.is_tracing()
-        and name in _CPU
     ):
-        return _CPU[name](tensor, *args)
+        kernel = (_CPU if tensor.is_cpu else _CUDA if tensor.is_cuda else {}).get(name)
+        if kernel is not None:
+            return kernel(tensor, *args)
     return op(tensor, *args)
 
 

@@ -73,6 +73,31 @@ _cluster_conv_wgrad, _cluster_conv_wgrad_out = define_op_with_out(
 refuse_autograd("cluster_conv_wgrad", "it is itself part of a backward pass; detach its inputs")
 
 
+def cluster_conv_wgrad_unchecked(
+    grad_out: Tensor,
+    x: Tensor,
+    offsets: Tensor,
+    kernel_size: Sequence[int],
+    geometry: Geometry,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Return `cluster_conv_wgrad` where no gradient is recorded, of arguments known to be as it expects."""
+    if out is None:
+        return call(_cluster_conv_wgrad, "cluster_conv_wgrad", grad_out, x, offsets, kernel_size, *geometry)
+    call(
+        _cluster_conv_wgrad_out,
+        "cluster_conv_wgrad_out",
+        grad_out,
+        x,
+        offsets,
+        kernel_size,
+        *geometry,
+        out,
+        False,
+    )
+    return out
+
+
 def cluster_conv_wgrad(
     grad_out: Tensor,
     x: Tensor,

@@ -28,6 +28,14 @@ _cluster_sum, _cluster_sum_out = define_op_with_out(
 refuse_autograd("cluster_sum", "it is itself part of a backward pass; detach its inputs")
 
 
+def cluster_sum_unchecked(values: Tensor, offsets: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return `cluster_sum` where no gradient is recorded, of arguments known to be as it expects."""
+    if out is None:
+        return call(_cluster_sum, "cluster_sum", values, offsets)
+    call(_cluster_sum_out, "cluster_sum_out", values, offsets, out, False)
+    return out
+
+
 def cluster_sum(
     values: Tensor, offsets: Tensor, *, out: Tensor | None = None, accumulate: bool = False
 ) -> Tensor:

@@ -38,6 +38,16 @@ _cluster_wgrad, _cluster_wgrad_out = define_op_with_out(
 refuse_autograd("cluster_wgrad", "it is itself part of a backward pass; detach its inputs")
 
 
+def cluster_wgrad_unchecked(
+    grad_out: Tensor, x: Tensor, offsets: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """Return `cluster_wgrad` where no gradient is recorded, of arguments known to be as it expects."""
+    if out is None:
+        return call(_cluster_wgrad, "cluster_wgrad", grad_out, x, offsets)
+    call(_cluster_wgrad_out, "cluster_wgrad_out", grad_out, x, offsets, out, False)
+    return out
+
+
 def cluster_wgrad(
     grad_out: Tensor, x: Tensor, offsets: Tensor, *, out: Tensor | None = None, accumulate: bool = False
 ) -> Tensor:

@@ -167,6 +167,15 @@ def test_autocast_changes_nothing(device, generator):
         assert torch.equal(ops.cluster_wgrad(grad_out, x, offsets), expected)
 
 
+def test_autocast_does_not_change_products_of_many_rows(device, generator):
+    """They are PyTorch's, which autocast would give other dtypes, where the result is of another one."""
+    grad_out, x = draw((3000, 4), torch.float32, generator), draw((3000, 5), torch.float32, generator)
+    offsets, out = offsets_of((1500, 1500)), torch.empty(2, 4, 5, dtype=torch.float64, device=device)
+    expected = ops.cluster_wgrad(grad_out, x, offsets, out=out).clone()
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        assert torch.equal(ops.cluster_wgrad(grad_out, x, offsets, out=out), expected)
+
+
 def test_writing_is_seen_by_autograd(device):
     leaf = torch.ones(1, 2, 3, device=device, requires_grad=True)
     saved = leaf * 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,7 +69,7 @@ def operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if isinstance(handle, ClusterParameter):
                 break
         else:
-            handle = next(find_handles((args, kwargs)))
+            handle = find_handles((args, kwargs))[0]
         return handle.engine.dispatch.operate(func, args, kwargs)
 
 
@@ -125,15 +125,15 @@ class Call:
 
     def __init__(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.func, self.args, self.kwargs = func, args, kwargs
-        self._device = next(find_handles((args, kwargs))).device.type
+        self._device = find_handles((args, kwargs))[0].device.type
         self._enabled = torch.is_autocast_enabled(self._device)
         self._dtype = torch.get_autocast_dtype(self._device)
         self._written = self._versions()
 
     def _versions(self) -> list[int]:
         """Tell whether anything has been written to what the call was given."""
-        arguments = (self.args, self.kwargs)
-        given = [*find_tensors(arguments), *(handle.value for handle in find_handles(arguments))]
+        handles, tensors = split((self.args, self.kwargs))
+        given = [*tensors, *(handle.value for handle in handles)]
         return [version(tensor) for tensor in given if not tensor.is_inference()]
 
     def refuse_changes(self) -> None:
@@ -155,36 +155,42 @@ class Call:
             return self.func(*substitute(self.args, value), **substitute(self.kwargs, value))
 
 
-def find_handles(tree: Any) -> Iterator[ClusterParameter]:
-    """Yield the handles in a call's arguments."""
+def find_handles(tree: Any) -> list[ClusterParameter]:
+    """Return the handles in a call's arguments."""
+    return split(tree)[0]
+
+
+def find_tensors(tree: Any) -> list[Tensor]:
+    """Return the tensors in a call's arguments that are no handles."""
+    return split(tree)[1]
+
+
+def split(tree: Any) -> tuple[list[ClusterParameter], list[Tensor]]:
+    """Return the handles in a call's arguments, and the tensors that are none."""
+    handles: list[ClusterParameter] = []
+    tensors: list[Tensor] = []
+    _gather(tree, handles, tensors)
+    return handles, tensors
+
+
+def _gather(tree: Any, handles: list[ClusterParameter], tensors: list[Tensor]) -> None:
     if isinstance(tree, ClusterParameter):
-        yield tree
-    elif isinstance(tree, tuple | list):
+        handles.append(tree)
+    elif isinstance(tree, Tensor):
+        tensors.append(tree)
+    elif isinstance(tree, (tuple, list)):
         for item in tree:
-            yield from find_handles(item)
+            _gather(item, handles, tensors)
     elif isinstance(tree, dict):
         for item in tree.values():
-            yield from find_handles(item)
-
-
-def find_tensors(tree: Any) -> Iterator[Tensor]:
-    """Yield the tensors in a call's arguments that are no handles."""
-    if isinstance(tree, Tensor):
-        if not isinstance(tree, ClusterParameter):
-            yield tree
-    elif isinstance(tree, tuple | list):
-        for item in tree:
-            yield from find_tensors(item)
-    elif isinstance(tree, dict):
-        for item in tree.values():
-            yield from find_tensors(item)
+            _gather(item, handles, tensors)
 
 
 def substitute(tree: Any, replace: Callable[[ClusterParameter], Tensor]) -> Any:
     """Replace the handles in a call's arguments."""
     if isinstance(tree, ClusterParameter):
         return replace(tree)
-    if isinstance(tree, tuple | list):
+    if isinstance(tree, (tuple, list)):
         items = [substitute(item, replace) for item in tree]
         make = getattr(tree, "_make", tree.__class__)  # named tuples; torch.Size is a tuple like any other
         return make(items)

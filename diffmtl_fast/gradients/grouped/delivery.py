@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..batch import BatchLayout, Clusters
+from ..batch import Clusters
 from ..rules import Registered, RuleContext
 from ..rules.registry import no_buffer
-from ..step import Pass
 from .cluster_parameter import ClusterParameter, pull_back
 
 if TYPE_CHECKING:
@@ -25,23 +23,36 @@ class Use:
     Args:
         registered: the rule.
         handles: the parameters, by the position of the argument.
-        layout: of the batch.
         engine: the engine that runs it.
-        forward_pass: the forward.
+
+    Attributes:
+        autocast: whether autocast is enabled in the forward.
+        layout: of the batch.
+        forward_pass: the forward; None in checks.
         recomputed: whether it was run in backward, to recompute a checkpoint.
+        context: what the rule's forward has left.
     """
 
+    __slots__ = (
+        "autocast",
+        "context",
+        "engine",
+        "forward_pass",
+        "handles",
+        "layout",
+        "recomputed",
+        "registered",
+    )
+
     def __init__(
-        self,
-        registered: Registered,
-        handles: dict[int, ClusterParameter],
-        layout: BatchLayout,
-        engine: GroupedEngine,
-        forward_pass: Pass,
-        recomputed: bool,
+        self, registered: Registered, handles: dict[int, ClusterParameter], engine: GroupedEngine
     ) -> None:
-        self.registered, self.handles, self.layout, self.engine = registered, handles, layout, engine
-        self.forward_pass, self.recomputed = forward_pass, recomputed
+        assert engine.layout is not None
+        self.registered, self.handles, self.engine = registered, handles, engine
+        self.autocast = torch.is_autocast_enabled(engine.device)
+        self.layout, self.forward_pass = engine.layout, engine.forward_pass
+        self.recomputed = engine.recomputing
+        self.context = RuleContext()
 
 
 class Target(Protocol):
@@ -66,7 +77,7 @@ def deliver(
     grad: Tensor,
     clusters: Clusters,
     target: Target,
-    wanted: Callable[[int], bool] = lambda origin: True,
+    wanted: Callable[[int], bool] | None = None,
 ) -> list[Tensor | None]:
     """Run an operation's backward and hand the gradients of its parameters on.
 
@@ -76,62 +87,63 @@ def deliver(
         grad: of its output.
         clusters: to tell apart.
         target: what takes the gradients of the parameters.
-        wanted: tells of a parameter's position whether its gradients are.
+        wanted: tells of a parameter's position whether its gradients are; default all are.
 
     Returns:
         The gradients of the arguments; None for parameters.
     """
+    handles = use.handles
     loans: dict[int, Tensor] = {}
 
     def buffer(position: int) -> Tensor | None:
-        handle = use.handles.get(position)
-        if position in loans or handle is None or handle.source is not None or not wanted(handle.origins[0]):
+        handle = handles.get(position)
+        if position in loans or handle is None or handle.source is not None:
             return loans.get(position)
-        block = target.lend(handle.origins[0])
+        origin = handle.origins[0]
+        block = target.lend(origin) if wanted is None or wanted(origin) else None
         if block is not None:
             loans[position] = block
         return block
 
-    with no_autocast(grad.device.type):
-        gradients = list(run_backward(use, context, grad, clusters, buffer))
-    settled = _settle(loans, gradients, use.handles, target)
-    for position, handle in use.handles.items():
-        found, gradients[position] = gradients[position], None
-        if found is None or position in settled:
+    gradients = run_backward(use, context, grad, clusters, buffer)
+    _settle(loans, gradients, handles, target)
+    for position, handle in handles.items():
+        found = gradients[position]
+        if found is None:
             continue
+        gradients[position] = None
         parts = [found] if handle.source is None else pull_back(handle, found, use.engine.values)
         for origin, part in zip(handle.origins, parts, strict=True):
-            if wanted(origin):
+            if wanted is None or wanted(origin):
                 target.add(origin, part)
     return gradients
 
 
 def _settle(
-    loans: Mapping[int, Tensor],
+    loans: dict[int, Tensor],
     gradients: list[Tensor | None],
-    handles: Mapping[int, ClusterParameter],
+    handles: dict[int, ClusterParameter],
     target: Target,
-) -> set[int]:
-    """Give lent blocks back before anything is added to them; returns the arguments whose gradients they hold.
+) -> None:
+    """Give lent blocks back before anything is added to them, and take the gradients that they hold off the list.
 
     A parameter may be several arguments of one operation, raw in one and computed with in another.
     """
-    settled = set()
     for position, block in loans.items():
+        origin = handles[position].origins[0]
         if _is(gradients[position], block):
-            target.accept(handles[position].origins[0])
-            settled.add(position)
+            target.accept(origin)
+            gradients[position] = None
         else:
-            target.take_back(handles[position].origins[0])
-    rest = [i for i in handles if i not in settled and gradients[i] is not None]
-    if not rest:
-        return settled
-    memory = {block.untyped_storage().data_ptr() for block in loans.values()}
-    for position in rest:
+            target.take_back(origin)
+    memory: set[int] = set()
+    for position in handles:
         found = gradients[position]
-        if found is not None and found.untyped_storage().data_ptr() in memory:
+        if found is None or not loans:
+            continue
+        memory = memory or {block.untyped_storage().data_ptr() for block in loans.values()}
+        if found.untyped_storage().data_ptr() in memory:
             gradients[position] = found.clone()  # a rule returned one argument's memory for another one
-    return settled
 
 
 def _is(gradient: Tensor | None, block: Tensor) -> bool:
@@ -147,32 +159,31 @@ def run_backward(
     grad: Tensor,
     clusters: Clusters,
     buffer: Callable[[int], Tensor | None],
-) -> tuple[Tensor | None, ...]:
-    """Run a rule's backward, and refuse gradients that lack a parameter's."""
+) -> list[Tensor | None]:
+    """Run a rule's backward without autocast, and refuse gradients that lack a parameter's."""
+    backward = use.registered.rule.backward
     context._lend = buffer
     try:
-        gradients = use.registered.rule.backward(context, grad, clusters)
+        if torch.is_autocast_enabled(use.engine.device):
+            with torch.autocast(use.engine.device, enabled=False):
+                gradients = backward(context, grad, clusters)
+        else:
+            gradients = backward(context, grad, clusters)
     finally:
         context._lend = no_buffer
-    needed = context.needs_input_grad
-    expected = {i: (clusters.num, *handle.value.shape) for i, handle in use.handles.items() if needed[i]}
-    use.registered.check_gradients(gradients, expected)
-    return gradients
+    use.registered.check_number(gradients)
+    for position, handle in use.handles.items():
+        if context.needs_input_grad[position]:
+            shape = (clusters.num, *handle.value.shape)
+            use.registered.check_gradient(position, gradients[position], shape)
+    return list(gradients)
 
 
-def run_forward(
-    registered: Registered, context: RuleContext, values: list[Any], handles: dict[int, ClusterParameter]
-) -> Tensor:
+def run_forward(use: Use, values: Sequence[Any]) -> Tensor:
     """Run a rule's forward with the parameters cast as its other arguments are."""
-    device = values[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return registered.rule.forward(context, *values)
-    for position in handles:
-        values[position] = registered.rule.precision(values[position])
-    with torch.autocast(device, enabled=False):
-        return registered.rule.forward(context, *values)
-
-
-def no_autocast(device: str) -> Any:
-    """Return a context without autocast."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    rule, context = use.registered.rule, use.context
+    if not use.autocast:
+        return rule.forward(context, *values)
+    cast = [rule.precision(value) if i in use.handles else value for i, value in enumerate(values)]
+    with torch.autocast(use.engine.device, enabled=False):
+        return rule.forward(context, *cast)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from ..._torch import is_view, saved_tensors_are_packed
 from ..model_state import writes_in_place
 from ..parameters import module_name
-from ..rules import PER_SAMPLE, NoClusterRule, Registered, RuleContext, registry
+from ..rules import PER_SAMPLE, NoClusterRule, Registered, registry
 from ..rules.broadcast import BROADCASTING, JOINING, LIKE, REPEATING
 from ..rules.contraction import as_contraction, contract
 from .cluster_parameter import (
@@ -24,6 +23,7 @@ from .cluster_parameter import (
     find_unseen,
     pull_back,
     repeatable,
+    split,
     substitute,
     write,
     written,
@@ -62,45 +62,47 @@ class Dispatch:
             return func(*substitute(args, _value), **substitute(kwargs, _value))
 
     def _operate(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        engine = self._engine
         if func is torch.einsum and not kwargs and (operands := as_contraction(*args)):
             func, args = contract, operands
-        if self._engine.probe is not None:
+        if engine.probe is not None:
             self.check_seen((args, kwargs))
-            if self._engine.probe.alike is not None:
+            if engine.probe.alike is not None:
                 return self._record(func, args, kwargs)
-        if registered := registry.RULES.get(func):
+        registered = registry.RULES.get(func)
+        if registered is not None:
             values = self._bind(registered, args, kwargs)
-            if isinstance(values[0], Tensor) and not isinstance(values[0], ClusterParameter):
-                used = [value for value in values if isinstance(value, ClusterParameter)]
-                key = self._key(registered.rule, values[0], used)
-                if self._engine.constant and key in self._engine.constant:
+            batch = values[0]
+            if isinstance(batch, Tensor) and not isinstance(batch, ClusterParameter):
+                handles = {}
+                for i, value in enumerate(values):
+                    if isinstance(value, ClusterParameter):
+                        handles[i] = value
+                key = self._key(registered.rule, batch, handles.values())
+                if engine.constant and key in engine.constant:
                     return self._derive(func, args, kwargs)
-                return self._apply(registered, values, key)
+                return self._apply(registered, values, handles, key)
         if func in LIKE and len(args) > 1 and isinstance(args[1], Tensor):
             return self._like(func, args, kwargs)
-        if any(True for _ in find_tensors((args, kwargs))):
-            return self._broadcast(func, args, kwargs)
+        used, tensors = split((args, kwargs))
+        if tensors:
+            return self._broadcast(func, args, kwargs, used, tensors)
         return self._derive(func, args, kwargs)
 
     def _record(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation as it is, and note what it was given."""
         probe, registered = self._engine.probe, registry.RULES.get(func)
-        tensors, batch = list(find_tensors((args, kwargs))), None
+        (used, tensors), batch = split((args, kwargs)), None
         what: Any  # what names the operation among others
         assert probe is not None
         if registered is not None:
             values = self._bind(registered, args, kwargs)
             if isinstance(values[0], Tensor) and not isinstance(values[0], ClusterParameter):
-                batch, used, what = values[0], list(find_handles(values)), registered.rule
+                batch, used, what = values[0], find_handles(values), registered.rule
         if batch is None:
             if not tensors:
                 return self._derive(func, args, kwargs)
-            batch, used, what, values = (
-                _widest(tensors),
-                list(find_handles((args, kwargs))),
-                _name(func),
-                tensors,
-            )
+            batch, what, values = _widest(tensors), _name(func), tensors
         key = self._key(what, batch, used)
         if key in self._engine.constant:
             return self._derive(func, args, kwargs)
@@ -114,38 +116,40 @@ class Dispatch:
         except NoClusterRule as error:
             raise self._no_rule(registered.operation, args, kwargs, str(error)) from error
 
-    def _apply(self, registered: Registered, values: list[Any], key: tuple[Any, ...]) -> Tensor:
+    def _apply(
+        self,
+        registered: Registered,
+        values: list[Any],
+        handles: dict[int, ClusterParameter],
+        key: tuple[Any, ...],
+    ) -> Tensor:
         """Run an operation by its rule."""
-        assert self._engine.layout is not None
-        handles = {i: v for i, v in enumerate(values) if isinstance(v, ClusterParameter)}
-        plain = list(values)
+        engine = self._engine
+        plain = values.copy()
         for i, handle in handles.items():
             plain[i] = handle.value
-        if torch.is_autocast_enabled(plain[0].device.type):
+        use = Use(registered, handles, engine)
+        if use.autocast:
             for i, value in enumerate(plain):
                 if isinstance(value, Tensor) and i not in handles:
                     plain[i] = registered.rule.precision(value)
         try:
-            if self._engine.probe is not None:
-                if self._engine.probe.derivations:
+            if engine.probe is not None:
+                if engine.probe.derivations:
                     self._check_derived(handles)
                 with torch.no_grad():
-                    out = run_forward(registered, RuleContext(), plain, handles)
-                return self._engine.probe.disturb(out, self._operation(key, values))
+                    out = run_forward(use, plain)
+                return engine.probe.disturb(out, self._operation(key, values))
             if self.is_new(key):
-                names = {module_name(self._engine.model, m) for m in self._engine.owners(handles.values())}
+                names = {module_name(engine.model, m) for m in engine.owners(handles.values())}
                 raise Unverified(registered.operation.__name__, names)
-            forward_pass = self._engine.forward_pass
+            forward_pass = engine.forward_pass
             assert forward_pass is not None
-            if not torch.is_grad_enabled() or saved_tensors_are_packed():
+            if saved_tensors_are_packed() or not torch.is_grad_enabled():
                 forward_pass.recomputes = True
             for handle in handles.values():
-                for origin in handle.origins:
-                    forward_pass.uses[origin] += 1
-            recomputed = self._engine.recomputing
-            return apply(
-                Use(registered, handles, self._engine.layout, self._engine, forward_pass, recomputed), plain
-            )
+                forward_pass.used.append(handle.origins)
+            return apply(use, plain)
         except NoRows:
             raise
         except NoClusterRule as error:
@@ -153,26 +157,33 @@ class Dispatch:
 
     def is_new(self, key: tuple[Any, ...]) -> bool:
         """Tell whether an operation has to be checked; reentrant checkpoints run it again, with gradients."""
-        return torch.is_grad_enabled() and key not in self._engine.verified
+        return key not in self._engine.verified and torch.is_grad_enabled()
 
     def _key(self, what: Any, batch: Tensor | int, handles: Iterable[ClusterParameter]) -> tuple[Any, ...]:
         """Name an operation and the shape of a sample's part in it."""
         assert self._engine.layout is not None
-        used = [h.origins if h.source is None else (h.origins, h.shape) for h in handles]
+        used = tuple([h.origins if h.source is None else (h.origins, h.shape) for h in handles])
         batch_size = self._engine.layout.batch_size
-        return what, tuple(used), shape_per_sample(batch, batch_size), batch_size == 1
+        return what, used, shape_per_sample(batch, batch_size), batch_size == 1
 
     def _operation(self, key: tuple[Any, ...], arguments: Any) -> Operation:
-        tensors = list(find_tensors(arguments))
+        handles, tensors = split(arguments)
         constant = torch.is_grad_enabled() and not any(t.requires_grad for t in tensors)
-        return Operation(key, self._engine.owners(find_handles(arguments)), tensors, constant)
+        return Operation(key, self._engine.owners(handles), tensors, constant)
 
-    def _broadcast(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _broadcast(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        used: list[ClusterParameter],
+        tensors: list[Tensor],
+    ) -> Any:
         """Run an element-wise operation with every parameter given once per row of the batch."""
-        widest = _widest(find_tensors((args, kwargs)))
+        widest = _widest(tensors)
         dims, rows = widest.dim(), widest.shape[0] if widest.dim() else 0
         name = _name(func)
-        key = self._key(name, widest, find_handles((args, kwargs)))
+        key = self._key(name, widest, used)
         if key in self._engine.constant:
             return self._derive(func, args, kwargs)
         if name in JOINING:
@@ -193,10 +204,12 @@ class Dispatch:
 
     def _give_rows(self, handle: ClusterParameter, dims: int, rows: int, key: tuple[Any, ...]) -> Tensor:
         """Return a parameter once per row, with so many dimensions in all."""
-        copies = self._apply(PER_SAMPLE, [handle, rows], key)
+        copies = self._apply(PER_SAMPLE, [handle, rows], {0: handle}, key)
         extra = dims - handle.value.dim()  # dimensions of the batch that the parameter does not have
         if extra == 0:
             return copies.squeeze(1)
+        if extra == 1:
+            return copies
         return copies.reshape(rows, *[1] * (extra - 1), *handle.value.shape)
 
     def _derive(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -257,8 +270,8 @@ class Dispatch:
             Unseen: one was, in a Function that can be seen.
         """
         assert self._engine.probe is not None
-        tensors = itertools.chain(find_tensors(arguments), find_handles(arguments))
-        found = find_unseen(tensors, self._engine.probe.visited)
+        handles, tensors = split(arguments)
+        found = find_unseen([*tensors, *handles], self._engine.probe.visited)
         if found is not None:
             handle, function = found
             if can_be_seen(function) and function not in self._engine.functions:
@@ -276,16 +289,20 @@ class Dispatch:
         return NoRows(self._operation(key, (args, kwargs)), why)
 
 
-def shape_per_sample(batch: Tensor | int, batch_size: int) -> tuple[float, ...]:
-    """Return the shape of a sample's part of a batch, or of a number of rows."""
+def shape_per_sample(batch: Tensor | int, batch_size: int) -> tuple[Any, ...]:
+    """Return rows per sample and the other sizes of a batch, or of a number of rows: what names its shape."""
     if isinstance(batch, int):
         return (batch / batch_size,)
     shape = batch.shape
-    return (shape[0] / batch_size, *shape[1:]) if shape else ()
+    return (shape[0] / batch_size, shape[1:]) if shape else ()
 
 
 def _widest(tensors: Iterable[Tensor]) -> Tensor:
-    return max(tensors, key=lambda t: (t.dim(), t.shape[0] if t.dim() else 0))
+    widest, *others = tensors
+    for tensor in others:
+        if (tensor.dim(), tensor.shape[:1]) > (widest.dim(), widest.shape[:1]):
+            widest = tensor
+    return widest
 
 
 def _name(func: Any) -> str:

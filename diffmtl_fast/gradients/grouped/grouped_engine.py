@@ -45,6 +45,7 @@ class GroupedEngine:
         names: their names, for messages.
 
     Attributes:
+        device: the type of the parameters' device.
         values: what the handles stand for: the parameters, or in checks other values of them.
         verified: the operations that a check has found to be exact.
         constant: operations on tensors that are no batch, and how that was found out.
@@ -60,6 +61,7 @@ class GroupedEngine:
         self, model: nn.Module, slots: list[Slot], parameters: list[nn.Parameter], names: list[str]
     ) -> None:
         self.model, self.slots, self.parameters, self.names = model, slots, parameters, names
+        self.device = parameters[0].device.type
         self.values: Sequence[Tensor] = parameters
         self.handles = [ClusterParameter.make(p, (i,), None, self) for i, p in enumerate(parameters)]
         self.dispatch, self.slices, self._verification = (

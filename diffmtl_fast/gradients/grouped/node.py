@@ -12,7 +12,7 @@ from ..rules import RuleContext
 from ..rules.registry import no_buffer
 from ..stores import Store
 from .deferred_update import deferred_part
-from .delivery import Use, deliver, no_autocast, run_backward, run_forward
+from .delivery import Use, deliver, run_backward, run_forward
 
 
 class _Apply(torch.autograd.Function):
@@ -20,31 +20,39 @@ class _Apply(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, use: Use, *values: Any) -> Tensor:
-        context = RuleContext()
-        out = run_forward(use.registered, context, list(values), use.handles)
-        ctx.save_for_backward(*context.to_save)
-        context.to_save = ()
-        ctx.use, ctx.context = use, context
+        out = run_forward(use, values)
+        ctx.save_for_backward(*use.context.to_save)
+        use.context.to_save = ()
+        ctx.use = use
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        use, context, step = ctx.use, ctx.context, ctx.use.forward_pass.step
-        store = step.store
-        if use.recomputed and store is not None:
-            use.engine.refuse_ambiguity(step)
-        context.saved_tensors = ctx.saved_tensors
-        context.needs_input_grad = ctx.needs_input_grad[1:]
-        if store is None:
-            step.bypassed = True
-            gradients = _plain_gradients(use, context, grad)
-        else:
-            if store.takes_offers:
-                _offer(store, use, context, grad)
-            gradients = deliver(use, context, grad, use.layout.clusters, store)
-        context.saved_tensors = ()
-        return None, *gradients
+        if torch.is_grad_enabled():  # with create_graph=True
+            return _backward_once(ctx, grad)
+        return _backward(ctx, grad)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    use = ctx.use
+    context, step = use.context, use.forward_pass.step
+    store = step.store
+    if use.recomputed and store is not None:
+        use.engine.refuse_ambiguity(step)
+    context.saved_tensors = ctx.saved_tensors
+    context.needs_input_grad = ctx.needs_input_grad[1:]
+    if store is None:
+        step.bypassed = True
+        gradients = _plain_gradients(use, context, grad)
+    else:
+        if store.takes_offers:
+            _offer(store, use, context, grad)
+        gradients = deliver(use, context, grad, use.layout.clusters, store)
+    context.saved_tensors = ()
+    return None, *gradients
+
+
+_backward_once = torch.autograd.function.once_differentiable(_backward)
 
 
 def _offer(store: Store, use: Use, context: RuleContext, grad: Tensor) -> None:
@@ -67,8 +75,7 @@ def apply(use: Use, values: list[Any]) -> Tensor:
 
 def _plain_gradients(use: Use, context: RuleContext, grad: Tensor) -> list[Tensor | None]:
     """Return the gradients that the plain operation would return."""
-    with no_autocast(grad.device.type):
-        gradients = list(run_backward(use, context, grad, use.layout.whole, no_buffer))
+    gradients = run_backward(use, context, grad, use.layout.whole, no_buffer)
     for position in use.handles:
         found = gradients[position]
         gradients[position] = None if found is None else found[0]

@@ -300,7 +300,7 @@ def _checkpoints_run_plainly(engine: GroupedEngine) -> Iterator[None]:
     class Plain(original):  # type: ignore[misc, valid-type]
         @staticmethod
         def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
-            if any(True for _ in find_handles(args)):  # a parameter handed to a torch.autograd.Function
+            if find_handles(args):  # a parameter handed to a torch.autograd.Function
                 return original.apply(function, preserve, *args)
             engine.reentrant = True
             return function(*args)

@@ -39,13 +39,13 @@ class OwnFunction:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Apply the Function."""
-        handle = None if kwargs else next(find_handles(args), None)
-        if handle is None:
+        handles = [] if kwargs else find_handles(args)
+        if not handles:
             return self._apply(*args, **kwargs)
         try:
             return operate(self._apart, args, kwargs)
         except NoRows:
-            if not handle.engine.recomputing:
+            if not handles[0].engine.recomputing:
                 raise
             return self._apply(*args)  # a checkpoint in a module in slices wants no more than its values
 

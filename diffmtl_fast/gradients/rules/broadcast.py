@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ... import ops
+from ...ops.cluster_sum import cluster_sum_unchecked
 from ..batch import Clusters
 from .registry import ClusterRule, Registered, RuleContext
 
@@ -45,8 +45,10 @@ class PerSample(ClusterRule):
     def backward(ctx: RuleContext, grad: Tensor, clusters: Clusters) -> tuple[Tensor | None, ...]:
         """See `ClusterRule`."""
         rows = grad.reshape(grad.shape[0], -1)
-        sums = ops.cluster_sum(rows, clusters.offsets(grad.shape[0]))
-        return sums.view(clusters.num, *grad.shape[1:]), None
+        offsets = clusters.offsets(grad.shape[0])
+        buffer = ctx.buffer(0)
+        out = None if buffer is None else buffer.view(clusters.num, -1)
+        return cluster_sum_unchecked(rows, offsets, out).view(clusters.num, *grad.shape[1:]), None
 
 
 PER_SAMPLE = Registered(PerSample.forward, PerSample)

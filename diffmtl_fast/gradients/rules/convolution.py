@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import ops
+from ...ops.cluster_conv_wgrad import Geometry, cluster_conv_wgrad_unchecked
+from ...ops.cluster_sum import cluster_sum_unchecked
 from ..batch import Clusters
 from .autocast import lower_precision
 from .registry import ClusterRule, NoClusterRule, RuleContext, register_cluster_rule
 
-_aten = torch.ops.aten
+_backward = torch.ops.aten.convolution_backward.default
+_INPUT_ALONE = (True, False, False)
+_SPATIAL = (2, 3, 4)
 
 
 class Convolution(ClusterRule):
@@ -35,40 +37,31 @@ class Convolution(ClusterRule):
         """See `ClusterRule`."""
         if input.dim() != weight.dim():
             raise NoClusterRule(f"convolution: expected an input [B, in, ...], found {list(input.shape)}")
-        sizes = per_dimension(weight, stride, padding, dilation)
-        geometry = (*sizes, False, [0] * (weight.dim() - 2), groups)
+        stride, padding, dilation = per_dimension(weight, stride, padding, dilation)
+        ctx.geometry = Geometry(stride, padding, dilation, groups)
         ctx.save_for_backward(input, weight)
-        ctx.geometry = geometry
-        return _aten.convolution(input, weight, bias, *geometry)
+        none = (0,) * len(stride)
+        return torch.convolution(input, weight, bias, stride, padding, dilation, False, none, groups)
 
     @staticmethod
     def backward(ctx: RuleContext, grad: Tensor, clusters: Clusters) -> tuple[Tensor | None, ...]:
         """See `ClusterRule`."""
         input, weight = ctx.saved_tensors
-        geometry = ctx.geometry
+        geometry, needed = ctx.geometry, ctx.needs_input_grad
         by_input, by_weight, by_bias = None, None, None
-        if ctx.needs_input_grad[0]:
-            by_input = _aten.convolution_backward(grad, input, weight, None, *geometry, [True, False, False])[
-                0
-            ]
+        if needed[0]:
+            *options, groups = geometry
+            none = (0,) * len(geometry.stride)
+            by_input, _, _ = _backward(grad, input, weight, None, *options, False, none, groups, _INPUT_ALONE)
         offsets = clusters.offsets(grad.shape[0])
-        if ctx.needs_input_grad[1]:
-            stride, padding, dilation, _, _, groups = geometry
-            by_weight = ops.cluster_conv_wgrad(
-                grad,
-                input,
-                offsets,
-                weight.shape[2:],
-                stride=stride,
-                padding=padding,
-                dilation=dilation,
-                groups=groups,
-                out=ctx.buffer(1),
+        if needed[1]:
+            by_weight = cluster_conv_wgrad_unchecked(
+                grad, input, offsets, weight.shape[2:], geometry, ctx.buffer(1)
             )
-        if ctx.needs_input_grad[2]:
+        if needed[2]:
             wide = torch.promote_types(grad.dtype, torch.float32)
-            by_sample = grad.sum(list(range(2, grad.dim())), dtype=wide)
-            by_bias = ops.cluster_sum(by_sample, offsets, out=ctx.buffer(2))
+            by_sample = grad.sum(_SPATIAL[: grad.dim() - 2], dtype=wide)
+            by_bias = cluster_sum_unchecked(by_sample, offsets, ctx.buffer(2))
         return by_input, by_weight, by_bias, None, None, None, None
 
 
@@ -81,8 +74,8 @@ def per_dimension(
     stride: int | Sequence[int],
     padding: str | int | Sequence[int],
     dilation: int | Sequence[int],
-) -> tuple[list[int], list[int], list[int]]:
-    """Return stride, padding and dilation as lists of one number for each spatial dimension.
+) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+    """Return stride, padding and dilation as sequences of one number for each spatial dimension.
 
     Raises:
         NoClusterRule: padding="same" would take more on one side than on the other.
@@ -98,6 +91,7 @@ def per_dimension(
     return stride, _repeated(0 if isinstance(padding, str) else padding, spatial), dilation
 
 
-def _repeated(value: int | Sequence[int], spatial: int) -> list[int]:
-    values = [value] * spatial if isinstance(value, int) else list(value)
-    return values * spatial if len(values) == 1 else values
+def _repeated(value: int | Sequence[int], spatial: int) -> Sequence[int]:
+    if isinstance(value, int):
+        return [value] * spatial
+    return value if len(value) > 1 else [*value] * spatial

@@ -48,8 +48,7 @@ class Embedding(ClusterRule):
             counts = index.new_zeros(entries).index_add_(0, index.flatten(), torch.ones_like(index.flatten()))
             grad = grad / counts[index].unsqueeze(-1)
         # One table per cluster, one below the other: one deterministic kernel adds up all of them.
-        shifted = index.clone()
-        for k, begin, end in clusters.spans(index.shape[0]):
-            shifted[begin:end] += k * entries
+        tables_before = clusters.of_rows(index.shape[0], index.device) * entries
+        shifted = index + tables_before.view(-1, *[1] * (index.dim() - 1))
         tables = _aten.embedding_dense_backward(grad, shifted, clusters.num * entries, -1, False)
         return None, tables.view(clusters.num, entries, width), None, None, None, None, None

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import ops
 from ..._torch import unsafe_view
+from ...ops.cluster_sum import cluster_sum_unchecked
+from ...ops.cluster_wgrad import cluster_wgrad_unchecked
 from ..batch import Clusters
 from .autocast import lower_precision
 from .registry import ClusterRule, NoClusterRule, RuleContext, register_cluster_rule
@@ -34,16 +35,23 @@ class Linear(ClusterRule):
     def backward(ctx: RuleContext, grad: Tensor, clusters: Clusters) -> tuple[Tensor | None, ...]:
         """See `ClusterRule`."""
         input, weight = ctx.saved_tensors
-        rows, grad = (t if t.dim() == 2 else t.reshape(-1, t.shape[-1]) for t in (input, grad))
+        needed = ctx.needs_input_grad
+        rows, grad = as_rows(input), as_rows(grad)
         by_input, by_weight, by_bias = None, None, None
-        if ctx.needs_input_grad[0]:
-            by_input = (grad @ weight).view(input.shape)
+        if needed[0]:
+            by_input = torch.mm(grad, weight)
+            by_input = by_input if rows is input else by_input.view(input.shape)
         offsets = clusters.offsets(rows.shape[0])
-        if ctx.needs_input_grad[1]:
-            by_weight = ops.cluster_wgrad(grad, rows, offsets, out=ctx.buffer(1))
-        if ctx.needs_input_grad[2]:
-            by_bias = ops.cluster_sum(grad, offsets, out=ctx.buffer(2))
+        if needed[1]:
+            by_weight = cluster_wgrad_unchecked(grad, rows, offsets, ctx.buffer(1))
+        if needed[2]:
+            by_bias = cluster_sum_unchecked(grad, offsets, ctx.buffer(2))
         return by_input, by_weight, by_bias
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """Return [..., D] as [N, D]."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
 @register_cluster_rule(torch.matmul)
@@ -60,19 +68,21 @@ class Matmul(ClusterRule):
             raise NoClusterRule(
                 f"matmul: expected [B, ..., in] times [in, out], found {list(input.shape)}, {list(other.shape)}"
             )
-        rows = input.reshape(-1, input.shape[-1])
+        rows = as_rows(input)
         ctx.save_for_backward(rows, other)
         ctx.shape = input.shape
-        return unsafe_view(rows @ other, [*input.shape[:-1], other.shape[1]])
+        product = torch.mm(rows, other)
+        return product if rows is input else unsafe_view(product, [*input.shape[:-1], other.shape[1]])
 
     @staticmethod
     def backward(ctx: RuleContext, grad: Tensor, clusters: Clusters) -> tuple[Tensor | None, ...]:
         """See `ClusterRule`."""
         rows, other = ctx.saved_tensors
-        grad = grad.reshape(-1, grad.shape[-1])
+        grad = as_rows(grad)
         by_input, by_other = None, None
         if ctx.needs_input_grad[0]:
-            by_input = (grad @ other.t()).view(ctx.shape)
+            by_input = torch.mm(grad, other.t()).view(ctx.shape)
         if ctx.needs_input_grad[1]:
-            by_other = ops.cluster_wgrad(rows, grad, clusters.offsets(rows.shape[0]), out=ctx.buffer(1))
+            offsets = clusters.offsets(rows.shape[0])
+            by_other = cluster_wgrad_unchecked(rows, grad, offsets, ctx.buffer(1))
         return by_input, by_other

@@ -36,6 +36,9 @@ class RuleContext:
         saved_tensors: what `save_for_backward` was given.
     """
 
+    # A dictionary is made only for a rule that keeps something else.
+    __slots__ = ("__dict__", "_lend", "needs_input_grad", "saved_tensors", "to_save")
+
     needs_input_grad: tuple[bool, ...]
     saved_tensors: tuple[Any, ...]
 
@@ -118,14 +121,15 @@ class Registered:
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """Return the rule's arguments for a call of the operation."""
-        if len(args) > len(self._defaults) or not kwargs.keys() <= self._index.keys():
+        given = len(args)
+        if given > len(self._defaults) or (kwargs and not kwargs.keys() <= self._index.keys()):
             raise NoClusterRule(
                 f"the rule of {self.operation.__name__} does not know arguments {args, kwargs}"
             )
-        values = [*args, *self._defaults[len(args) :]]
+        values = [*args, *self._defaults[given:]]
         for name, value in kwargs.items():
             values[self._index[name]] = value
-        if len(args) < self._required:
+        if given < self._required:
             for name, value in zip(self._names, values, strict=True):
                 if value is inspect.Parameter.empty:
                     raise NoClusterRule(
@@ -133,28 +137,33 @@ class Registered:
                     )
         return values
 
-    def check_gradients(self, gradients: Any, expected: dict[int, tuple[int, ...]]) -> None:
-        """Refuse what a rule's backward returned if it lacks gradients of parameters.
-
-        Args:
-            gradients: what it returned.
-            expected: the shapes [K, *shape] of the parameters' gradients that were asked for, by their position.
+    def check_number(self, gradients: Any) -> None:
+        """Refuse what a rule's backward returned if it is not one gradient or None for every argument.
 
         Raises:
-            WrongRule: it is not one gradient or None for every argument, or a parameter's gradients are missing or
-                have another shape.
+            WrongRule: it is not.
         """
         count = len(self._names)
         if not isinstance(gradients, tuple) or len(gradients) != count:
             found = f"{len(gradients)}" if isinstance(gradients, tuple) else type(gradients).__name__
             raise WrongRule(f"{self}: expected a tuple of {count} gradients, one per argument, found {found}")
-        for position, shape in expected.items():
-            gradient = gradients[position]
-            if gradient is None or gradient.shape != shape:
-                raise WrongRule(
-                    f"{self}: expected the gradients of {self._names[position]!r} by cluster, {list(shape)}, "
-                    f"found {None if gradient is None else list(gradient.shape)}"
-                )
+
+    def check_gradient(self, position: int, gradient: Tensor | None, shape: tuple[int, ...]) -> None:
+        """Refuse what a rule's backward returned for a parameter if it is not its gradients by cluster.
+
+        Args:
+            position: of the argument.
+            gradient: what was returned for it.
+            shape: [K, *shape] of the parameter.
+
+        Raises:
+            WrongRule: they are missing, or have another shape.
+        """
+        if gradient is None or gradient.shape != shape:
+            raise WrongRule(
+                f"{self}: expected the gradients of {self._names[position]!r} by cluster, {list(shape)}, "
+                f"found {None if gradient is None else list(gradient.shape)}"
+            )
 
 
 RULES: dict[Callable[..., Any], Registered] = {}

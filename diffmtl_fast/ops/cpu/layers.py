@@ -67,25 +67,26 @@ def cluster_wgrad_out(grad_out: Tensor, x: Tensor, offsets: Tensor, out: Tensor,
     """Run `cluster_wgrad_out`."""
     if not out.numel():
         return
-    longest = _longest_own(x.dtype, out.dtype)
-    bounds = host_offsets(offsets, x.shape[0])
-    sizes = [end - begin for begin, end in pairwise(bounds)]
-    largest = max(sizes)
+    longest, num_rows = _longest_own(x.dtype, out.dtype), x.shape[0]
+    bounds = host_offsets(offsets, num_rows)
+    # Of so few rows no cluster has more.
+    sizes = [end - begin for begin, end in pairwise(bounds)] if num_rows > longest else []
     with ContiguousClusters(out, accumulate) as (result, add):
-        if largest <= longest or min(sizes) <= longest:
-            rows, values = in_rows(grad_out), in_rows(x)
+        if not sizes or min(sizes) <= longest:
+            rows, values = in_rows(grad_out), in_rows(x)  # alive until the kernel has read them
+            _, outputs, inputs = out.shape
             _C.cpu_cluster_wgrad(
                 handle(rows),
                 handle(values),
                 bounds,
                 longest,
-                out.shape[1],
-                out.shape[2],
+                outputs,
+                inputs,
                 handle(result),
                 add,
                 torch.get_num_threads(),
             )
-        for size, run in _runs(sizes) if largest > longest else ():
+        for size, run in _runs(sizes):
             if size > longest:
                 span = slice(bounds[run.start], bounds[run.stop])
                 a, b = (t[span].unflatten(0, (-1, size)) for t in (grad_out, x))
@@ -161,14 +162,13 @@ def cluster_conv_wgrad_out(
     grad_out: Tensor, x: Tensor, offsets: Tensor, kernel_size: Sequence[int], *rest: Any
 ) -> None:
     """Run `cluster_conv_wgrad_out`."""
-    *geometry, out, accumulate = rest
-    bounds = host_offsets(offsets, x.shape[0])
+    *options, out, accumulate = rest
+    bounds, geometry = host_offsets(offsets, x.shape[0]), Geometry(*options)
     if out.numel():
         sizes = [end - begin for begin, end in pairwise(bounds)]
-        groups = geometry[-1]
-        positions = grad_out.numel() // grad_out.shape[1] // len(sizes)
-        multiply = _CONV_WAYS[_conv_way(x, sizes, positions * out[0].numel(), groups)]
-        multiply(grad_out, x, bounds, Geometry(*geometry), out, accumulate)
+        products = grad_out.numel() // grad_out.shape[1] // len(sizes) * (out.numel() // len(sizes))
+        multiply = _CONV_WAYS[_conv_way(x, sizes, products, geometry.groups)]
+        multiply(grad_out, x, bounds, geometry, out, accumulate)
 
 
 def cluster_sum_out(values: Tensor, offsets: Tensor, out: Tensor, accumulate: bool) -> None:
