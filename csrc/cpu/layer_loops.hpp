@@ -235,11 +235,110 @@ void group_norm(const NormGroup& group) {
     slope += group.weight[c] * sum;
     along += group.weight[c] * product;
   }
+  if (!group.centred) slope = 0;
   const double share = group.rstd / static_cast<double>(group.channels * size);
   const double by_x = -along * group.rstd * share, constant = -slope * share - by_x * group.mean;
   for (Int c = 0; c < group.channels; ++c)
     mix_affine(grad + c * size, static_cast<Compute>(group.weight[c] * group.rstd), x + c * size, static_cast<Compute>(by_x),
                static_cast<Compute>(constant), out + c * size, size);
+}
+
+// Of kRows rows the sums of w g and of w g z; the sums of g z and g over these rows are added to those of the columns.
+template <int kRows, bool kAffine, class Compute, class T>
+DIFFMTL_INLINE_LOOP void add_norm_rows(const NormRows& norm, Int row, double* slopes, double* alongs) {
+  constexpr Int kWidth = kLanes<Compute>;
+  const Int columns = norm.columns;
+  const T* grad = static_cast<const T*>(norm.grad) + row * columns;
+  const T* x = static_cast<const T*>(norm.x) + row * columns;
+  const Compute* weight = static_cast<const Compute*>(norm.weight);
+  Compute* by_weight = static_cast<Compute*>(norm.by_weight);
+  Compute* by_bias = static_cast<Compute*>(norm.by_bias);
+  Compute mean[kRows], rstd[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    mean[r] = static_cast<Compute>(norm.mean[row + r]);
+    rstd[r] = static_cast<Compute>(norm.rstd[row + r]);
+    slopes[r] = alongs[r] = 0;
+  }
+  for (Int begin = 0; begin < columns; begin += kBlock) {
+    const Int end = smaller(columns, begin + kBlock);
+    Vector<Compute> slope[kRows] = {}, along[kRows] = {};
+    const auto add = [&](Int c, const auto& read) {
+      const Vector<Compute> w = load<Compute>(weight + c);
+      Vector<Compute> weights{}, biases{};
+      if constexpr (kAffine) {
+        weights = load<Compute>(by_weight + c);
+        biases = load<Compute>(by_bias + c);
+      }
+      for (int r = 0; r < kRows; ++r) {
+        const Vector<Compute> g = read(grad + r * columns + c);
+        const Vector<Compute> z = (read(x + r * columns + c) - mean[r]) * rstd[r];
+        if constexpr (kAffine) {
+          weights += g * z;
+          biases += g;
+        }
+        slope[r] += w * g;
+        along[r] += w * g * z;
+      }
+      if constexpr (kAffine) {
+        store<Compute>(by_weight + c, weights);
+        store<Compute>(by_bias + c, biases);
+      }
+    };
+    Int c = begin;
+    for (; c + kWidth <= end; c += kWidth) add(c, [](const T* p) { return load<Compute>(p); });
+    if (c < end) add(c, [&](const T* p) { return load_first<Compute>(p, end - c); });  // zeros behind the end
+    for (int r = 0; r < kRows; ++r) {
+      slopes[r] += sum_lanes<Compute>(slope[r]);
+      alongs[r] += sum_lanes<Compute>(along[r]);
+    }
+  }
+}
+
+// dx of one row, as in `group_norm`, whose weight differs from one element to the next.
+template <class Compute, class T>
+DIFFMTL_INLINE_LOOP void write_norm_row(const NormRows& norm, Int row, double slope, double along) {
+  const Int columns = norm.columns;
+  const T* grad = static_cast<const T*>(norm.grad) + row * columns;
+  const T* x = static_cast<const T*>(norm.x) + row * columns;
+  const Compute* weight = static_cast<const Compute*>(norm.weight);
+  T* out = static_cast<T*>(norm.by_x) + row * columns;
+  const double share = norm.rstd[row] / static_cast<double>(columns);
+  const Compute mean = static_cast<Compute>(norm.mean[row]), rstd = static_cast<Compute>(norm.rstd[row]);
+  const Compute by_x = static_cast<Compute>(-along * norm.rstd[row] * share);
+  const Compute constant = norm.centred ? static_cast<Compute>(-slope * share) : 0;
+  const auto at = [&](Int c, const auto& read) {
+    return rstd * load<Compute>(weight + c) * read(grad + c) + (by_x * (read(x + c) - mean) + constant);
+  };
+  Int c = 0;
+  for (; c + kLanes<Compute> <= columns; c += kLanes<Compute>)
+    store<Compute>(out + c, at(c, [](const T* p) { return load<Compute>(p); }));
+  if (c < columns)
+    store_first<Compute>(out + c, at(c, [&](const T* p) { return load_first<Compute>(p, columns - c); }), columns - c);
+}
+
+template <int kRows, bool kAffine, class T>
+DIFFMTL_SHARED void few_norm_rows(const NormRows& norm, Int row) {
+  using Compute = ComputeOf<T>;
+  double slopes[kRows], alongs[kRows];
+  add_norm_rows<kRows, kAffine, Compute, T>(norm, row, slopes, alongs);
+  for (int r = 0; r < kRows; ++r) write_norm_row<Compute, T>(norm, row + r, slopes[r], alongs[r]);
+}
+
+template <bool kAffine, class T>
+DIFFMTL_SHARED void all_norm_rows(const NormRows& norm) {
+  constexpr int kRows = 4;  // side by side: the sums of the columns are read and written once for all of them
+  Int row = 0;
+  for (; row + kRows <= norm.rows; row += kRows) few_norm_rows<kRows, kAffine, T>(norm, row);
+  for (; row < norm.rows; ++row) few_norm_rows<1, kAffine, T>(norm, row);
+}
+
+// The rows are read again from the nearest cache. At most kBlock rows: their sums are in the computing precision.
+template <class T>
+void norm_rows(const NormRows& norm) {
+  if (norm.by_weight == nullptr) return all_norm_rows<false, T>(norm);
+  for (Int c = 0; c < norm.columns; ++c)
+    static_cast<ComputeOf<T>*>(norm.by_weight)[c] = static_cast<ComputeOf<T>*>(norm.by_bias)[c] = 0;
+  all_norm_rows<true, T>(norm);
 }
 
 }  // namespace

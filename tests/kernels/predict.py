@@ -22,7 +22,7 @@ if __name__ == "__main__":
 import triton
 from triton.backends.compiler import GPUTarget
 
-from diffmtl_fast.kernels import clusters, combine, gram, group_norm, losses, noise
+from diffmtl_fast.kernels import clusters, combine, gram, group_norm, losses, noise, norm_rows
 from tests.kernels import aot
 
 OUT = Path(__file__).parents[2] / "kernels" / "PREDICTIONS.md"
@@ -147,9 +147,10 @@ def rows() -> list[Row]:
         clusters._cluster_sum_kernel: "cluster sums: 1 read",
         clusters._add_shares_kernel: "sum of the shares: 1 read per share, 1 write",
         group_norm._group_norm_backward_kernel: "backward of group normalisation: 2 (+ 2 cached) reads, 1 write",
+        norm_rows._norm_rows_backward_kernel: "backward of layer normalisation: 2 reads, 1 write",
     }
     cases = aot.streaming_cases() + aot.combine_cases() + aot.gram_cases()
-    cases += aot.cluster_sum_cases() + aot.group_norm_cases()
+    cases += aot.cluster_sum_cases() + aot.group_norm_cases() + aot.norm_rows_cases()
     chosen: dict[tuple[str, str], Row] = {}
     for case in cases:
         constants = case.constants
