@@ -23,7 +23,7 @@ TARGET_PROGRAMS = 512
 LEAST_ROWS_PER_SHARE = 512
 # The backward of a normalisation over rows keeps a row and the sums of its columns in registers, a row of at most
 # this many bytes. A share writes two rows of sums, and reads and writes three rows for each of its own.
-MAX_NORM_BYTES = 32768
+MAX_NORM_BYTES = 16384
 LEAST_ROWS_PER_NORM_SHARE = 32
 
 

@@ -243,9 +243,9 @@ void group_norm(const NormGroup& group) {
                static_cast<Compute>(constant), out + c * size, size);
 }
 
-// Of kRows rows the sums of w g and of w g z; the sums of g z and g over these rows are added to those of the columns.
-template <int kRows, bool kAffine, class Compute, class T>
-DIFFMTL_INLINE_LOOP void add_norm_rows(const NormRows& norm, Int row, double* slopes, double* alongs) {
+// Of one row the sums of w g and of w g z; g z and g are added to the sums of the columns.
+template <bool kAffine, class Compute, class T>
+DIFFMTL_INLINE_LOOP void add_norm_row(const NormRows& norm, Int row, double& slope, double& along) {
   constexpr Int kWidth = kLanes<Compute>;
   const Int columns = norm.columns;
   const T* grad = static_cast<const T*>(norm.grad) + row * columns;
@@ -253,44 +253,25 @@ DIFFMTL_INLINE_LOOP void add_norm_rows(const NormRows& norm, Int row, double* sl
   const Compute* weight = static_cast<const Compute*>(norm.weight);
   Compute* by_weight = static_cast<Compute*>(norm.by_weight);
   Compute* by_bias = static_cast<Compute*>(norm.by_bias);
-  Compute mean[kRows], rstd[kRows];
-  for (int r = 0; r < kRows; ++r) {
-    mean[r] = static_cast<Compute>(norm.mean[row + r]);
-    rstd[r] = static_cast<Compute>(norm.rstd[row + r]);
-    slopes[r] = alongs[r] = 0;
-  }
+  const Compute mean = static_cast<Compute>(norm.mean[row]), rstd = static_cast<Compute>(norm.rstd[row]);
+  slope = along = 0;
   for (Int begin = 0; begin < columns; begin += kBlock) {
     const Int end = smaller(columns, begin + kBlock);
-    Vector<Compute> slope[kRows] = {}, along[kRows] = {};
+    Vector<Compute> slopes{}, alongs{};
     const auto add = [&](Int c, const auto& read) {
-      const Vector<Compute> w = load<Compute>(weight + c);
-      Vector<Compute> weights{}, biases{};
+      const Vector<Compute> g = read(grad + c), z = (read(x + c) - mean) * rstd, wg = load<Compute>(weight + c) * g;
+      slopes += wg;
+      alongs += wg * z;
       if constexpr (kAffine) {
-        weights = load<Compute>(by_weight + c);
-        biases = load<Compute>(by_bias + c);
-      }
-      for (int r = 0; r < kRows; ++r) {
-        const Vector<Compute> g = read(grad + r * columns + c);
-        const Vector<Compute> z = (read(x + r * columns + c) - mean[r]) * rstd[r];
-        if constexpr (kAffine) {
-          weights += g * z;
-          biases += g;
-        }
-        slope[r] += w * g;
-        along[r] += w * g * z;
-      }
-      if constexpr (kAffine) {
-        store<Compute>(by_weight + c, weights);
-        store<Compute>(by_bias + c, biases);
+        store<Compute>(by_weight + c, load<Compute>(by_weight + c) + g * z);
+        store<Compute>(by_bias + c, load<Compute>(by_bias + c) + g);
       }
     };
     Int c = begin;
     for (; c + kWidth <= end; c += kWidth) add(c, [](const T* p) { return load<Compute>(p); });
     if (c < end) add(c, [&](const T* p) { return load_first<Compute>(p, end - c); });  // zeros behind the end
-    for (int r = 0; r < kRows; ++r) {
-      slopes[r] += sum_lanes<Compute>(slope[r]);
-      alongs[r] += sum_lanes<Compute>(along[r]);
-    }
+    slope += sum_lanes<Compute>(slopes);
+    along += sum_lanes<Compute>(alongs);
   }
 }
 
@@ -316,23 +297,17 @@ DIFFMTL_INLINE_LOOP void write_norm_row(const NormRows& norm, Int row, double sl
     store_first<Compute>(out + c, at(c, [&](const T* p) { return load_first<Compute>(p, columns - c); }), columns - c);
 }
 
-template <int kRows, bool kAffine, class T>
-DIFFMTL_SHARED void few_norm_rows(const NormRows& norm, Int row) {
-  using Compute = ComputeOf<T>;
-  double slopes[kRows], alongs[kRows];
-  add_norm_rows<kRows, kAffine, Compute, T>(norm, row, slopes, alongs);
-  for (int r = 0; r < kRows; ++r) write_norm_row<Compute, T>(norm, row + r, slopes[r], alongs[r]);
-}
-
 template <bool kAffine, class T>
 DIFFMTL_SHARED void all_norm_rows(const NormRows& norm) {
-  constexpr int kRows = 4;  // side by side: the sums of the columns are read and written once for all of them
-  Int row = 0;
-  for (; row + kRows <= norm.rows; row += kRows) few_norm_rows<kRows, kAffine, T>(norm, row);
-  for (; row < norm.rows; ++row) few_norm_rows<1, kAffine, T>(norm, row);
+  using Compute = ComputeOf<T>;
+  for (Int row = 0; row < norm.rows; ++row) {
+    double slope, along;
+    add_norm_row<kAffine, Compute, T>(norm, row, slope, along);
+    write_norm_row<Compute, T>(norm, row, slope, along);
+  }
 }
 
-// The rows are read again from the nearest cache. At most kBlock rows: their sums are in the computing precision.
+// A row is read again from the nearest cache. At most kBlock rows: their sums are in the computing precision.
 template <class T>
 void norm_rows(const NormRows& norm) {
   if (norm.by_weight == nullptr) return all_norm_rows<false, T>(norm);

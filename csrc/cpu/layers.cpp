@@ -167,7 +167,7 @@ struct RowsTask {
 void norm_by_rows(const Norm& norm, const std::vector<Int>& offsets, const NormSums& by_weight, const NormSums& by_bias,
                   int threads) {
   const Int columns = norm.channels;
-  const Int per_task = std::clamp<Int>(kTaskSize / std::max<Int>(1, columns) / 4 * 4, 16, kBlock);
+  const Int per_task = std::clamp<Int>(kTaskSize / std::max<Int>(1, columns), 16, kBlock);
   std::vector<RowsTask> tasks;
   std::vector<Int> task_offsets{0};
   for (std::size_t k = 0; k + 1 < offsets.size(); ++k) {
