@@ -145,6 +145,7 @@ void bind_cpu(py::module_& module) {
   bind("cpu_cluster_sum", &cluster_sum);
   bind("cpu_cluster_conv_wgrad", &cluster_conv_wgrad);
   bind("cpu_group_norm_backward", &group_norm_backward);
+  bind("cpu_cluster_norm_backward", &cluster_norm_backward);
 }
 
 }  // namespace

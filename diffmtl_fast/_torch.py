@@ -340,6 +340,10 @@ def compiled_modules(model: nn.Module) -> Iterator[str]:
             yield name
 
 
+# RMS normalisation, and what it multiplied by. Replaced by F.rms_norm, and by its definition for the backward.
+fused_rms_norm = torch.ops.aten._fused_rms_norm
+
+
 __all__ = [
     "AFTER_ADINPLACEORVIEW",
     "AutoDispatchBelowADInplaceOrView",
@@ -364,6 +368,7 @@ __all__ = [
     "fully_sharded_modules",
     "function_apply",
     "functorch_transforms_active",
+    "fused_rms_norm",
     "has_hooks",
     "make_subclass",
     "modules_of",

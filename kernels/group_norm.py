@@ -32,12 +32,15 @@ def _group_norm_backward_kernel(
 ):
     """Write ∂x = r (w g − ⟨w g⟩ − z ⟨w g z⟩) of one group of `channels` channels, and Σ g z and Σ g of each.
 
-    The tensors are read twice, first for the sums; a group that fits the cache comes from there the second time.
+    Without a mean, x was only divided: μ and ⟨w g⟩ are 0 then. The tensors are read twice, first for the sums; a
+    group that fits the cache comes from there the second time.
     """
     program = tl.program_id(0).to(tl.int64)
     # Made of tensors: Triton takes an argument that is 1 for a constant, whose products have 32 bits.
     elements = tl.full([], 1, tl.int64) * channels * size
-    mean = tl.load(p_mean + program).to(tl.float32)
+    mean = tl.full([], 0.0, tl.float32)
+    if p_mean is not None:
+        mean = tl.load(p_mean + program).to(tl.float32)
     rstd = tl.load(p_rstd + program).to(tl.float32)
     p_grad += program * elements
     p_x += program * elements
@@ -70,7 +73,8 @@ def _group_norm_backward_kernel(
             b_weight = tl.load(p_weight + o_channel, mask=m_channel, other=0.0).to(tl.float32)
             b_by_bias *= b_weight
             b_by_weight *= b_weight
-        slope += tl.sum(b_by_bias, axis=0)
+        if p_mean is not None:
+            slope += tl.sum(b_by_bias, axis=0)
         along += tl.sum(b_by_weight, axis=0)
     slope /= elements.to(tl.float32)
     along /= elements.to(tl.float32)

@@ -21,6 +21,10 @@ NASH_WARPS = 8
 # of a cluster are shared out, but not in shares so short that writing their sums takes as long as forming them.
 TARGET_PROGRAMS = 512
 LEAST_ROWS_PER_SHARE = 512
+# The backward of a normalisation over rows keeps a row and the sums of its columns in registers, a row of at most
+# this many bytes. A share writes two rows of sums, and reads and writes three rows for each of its own.
+MAX_NORM_BYTES = 16384
+LEAST_ROWS_PER_NORM_SHARE = 32
 
 
 class Settings(NamedTuple):
@@ -44,6 +48,15 @@ class GroupNormSettings(NamedTuple):
 
     rows: int
     block: int
+    num_warps: int
+
+
+class NormRowsSettings(NamedTuple):
+    """Rows of a step and columns, shares of a cluster, warps per program."""
+
+    rows: int
+    block: int
+    shares: int
     num_warps: int
 
 
@@ -132,6 +145,15 @@ def group_norm_settings(channels: int, size: int) -> GroupNormSettings:
     block = min(tile // 2, power_of_two(size))
     rows = min(tile // block, power_of_two(channels))
     return GroupNormSettings(rows, block, max(1, rows * block // 512))
+
+
+def norm_rows_settings(num_clusters: int, num_rows: int, size: int, sum_size: int) -> NormRowsSettings:
+    """Settings for normalised rows of `size` elements, which are added up in numbers of `sum_size` bytes."""
+    mean = ceil_div(num_rows, num_clusters)
+    block = power_of_two(size)
+    rows = max(1, min(STREAM_BLOCK * 2 // sum_size // block, power_of_two(mean)))
+    shares = max(1, min(ceil_div(TARGET_PROGRAMS, num_clusters), mean // LEAST_ROWS_PER_NORM_SHARE))
+    return NormRowsSettings(rows, block, shares, max(1, min(16, rows * block * sum_size // 2048)))
 
 
 def wgrad_settings(

@@ -48,6 +48,7 @@ constexpr Kernels make_kernels(const char* name) {
           DIFFMTL_PER_PAIR(wgrad),
           DIFFMTL_PER_PAIR(sum_rows),
           DIFFMTL_PER_DTYPE(group_norm),
+          DIFFMTL_PER_DTYPE(norm_rows),
           DIFFMTL_PER_DTYPE(conv_strip),
           {conv_products<float>, conv_products<double>},
           {conv_weights<float>, conv_weights<double>},

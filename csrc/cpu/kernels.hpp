@@ -56,9 +56,24 @@ struct NormGroup {
   double mean, rstd;
   const double* weight;  // of every channel, as are the results for weight and bias
   Int channels, size;
+  bool centred;  // otherwise x is not moved before it is scaled, and the mean is 0
   void* by_x;
   double* by_weight;
   double* by_bias;
+};
+
+// Some rows, of one cluster, in the backward of a normalisation over rows: [rows, columns] without gaps.
+struct NormRows {
+  const void* grad;
+  const void* x;
+  const double* mean;  // of every row
+  const double* rstd;
+  Int rows, columns;
+  bool centred;
+  const void* weight;  // of every column, in the computing type and in whole registers, as are the two sums
+  void* by_x;
+  void* by_weight;  // null, as by_bias is then, where these are not wanted
+  void* by_bias;
 };
 
 // Channels of one sample of a convolution side by side, [positions][width], with the padding's zeros.
@@ -130,6 +145,7 @@ struct Kernels {
   // out = (add ? out : 0) + the sum of `count` rows, by the types of the rows and of the output.
   void (*sum_rows[kDTypes][kDTypes])(const void* rows, Int stride, Int count, Int columns, bool add, void* out);
   void (*group_norm[kDTypes])(const NormGroup& group);
+  void (*norm_rows[kDTypes])(const NormRows& norm);
   // Into float32, or float64 of float64; and by that type, kFloat32 or kFloat64.
   void (*conv_strip[kDTypes])(const ConvStrip& strip);
   void (*conv_products[2])(const ConvProducts& products);

@@ -235,11 +235,85 @@ void group_norm(const NormGroup& group) {
     slope += group.weight[c] * sum;
     along += group.weight[c] * product;
   }
+  if (!group.centred) slope = 0;
   const double share = group.rstd / static_cast<double>(group.channels * size);
   const double by_x = -along * group.rstd * share, constant = -slope * share - by_x * group.mean;
   for (Int c = 0; c < group.channels; ++c)
     mix_affine(grad + c * size, static_cast<Compute>(group.weight[c] * group.rstd), x + c * size, static_cast<Compute>(by_x),
                static_cast<Compute>(constant), out + c * size, size);
+}
+
+// Of one row the sums of w g and of w g z; g z and g are added to the sums of the columns.
+template <bool kAffine, class Compute, class T>
+DIFFMTL_INLINE_LOOP void add_norm_row(const NormRows& norm, Int row, double& slope, double& along) {
+  constexpr Int kWidth = kLanes<Compute>;
+  const Int columns = norm.columns;
+  const T* grad = static_cast<const T*>(norm.grad) + row * columns;
+  const T* x = static_cast<const T*>(norm.x) + row * columns;
+  const Compute* weight = static_cast<const Compute*>(norm.weight);
+  Compute* by_weight = static_cast<Compute*>(norm.by_weight);
+  Compute* by_bias = static_cast<Compute*>(norm.by_bias);
+  const Compute mean = static_cast<Compute>(norm.mean[row]), rstd = static_cast<Compute>(norm.rstd[row]);
+  slope = along = 0;
+  for (Int begin = 0; begin < columns; begin += kBlock) {
+    const Int end = smaller(columns, begin + kBlock);
+    Vector<Compute> slopes{}, alongs{};
+    const auto add = [&](Int c, const auto& read) {
+      const Vector<Compute> g = read(grad + c), z = (read(x + c) - mean) * rstd, wg = load<Compute>(weight + c) * g;
+      slopes += wg;
+      alongs += wg * z;
+      if constexpr (kAffine) {
+        store<Compute>(by_weight + c, load<Compute>(by_weight + c) + g * z);
+        store<Compute>(by_bias + c, load<Compute>(by_bias + c) + g);
+      }
+    };
+    Int c = begin;
+    for (; c + kWidth <= end; c += kWidth) add(c, [](const T* p) { return load<Compute>(p); });
+    if (c < end) add(c, [&](const T* p) { return load_first<Compute>(p, end - c); });  // zeros behind the end
+    slope += sum_lanes<Compute>(slopes);
+    along += sum_lanes<Compute>(alongs);
+  }
+}
+
+// dx of one row, as in `group_norm`, whose weight differs from one element to the next.
+template <class Compute, class T>
+DIFFMTL_INLINE_LOOP void write_norm_row(const NormRows& norm, Int row, double slope, double along) {
+  const Int columns = norm.columns;
+  const T* grad = static_cast<const T*>(norm.grad) + row * columns;
+  const T* x = static_cast<const T*>(norm.x) + row * columns;
+  const Compute* weight = static_cast<const Compute*>(norm.weight);
+  T* out = static_cast<T*>(norm.by_x) + row * columns;
+  const double share = norm.rstd[row] / static_cast<double>(columns);
+  const Compute mean = static_cast<Compute>(norm.mean[row]), rstd = static_cast<Compute>(norm.rstd[row]);
+  const Compute by_x = static_cast<Compute>(-along * norm.rstd[row] * share);
+  const Compute constant = norm.centred ? static_cast<Compute>(-slope * share) : 0;
+  const auto at = [&](Int c, const auto& read) {
+    return rstd * load<Compute>(weight + c) * read(grad + c) + (by_x * (read(x + c) - mean) + constant);
+  };
+  Int c = 0;
+  for (; c + kLanes<Compute> <= columns; c += kLanes<Compute>)
+    store<Compute>(out + c, at(c, [](const T* p) { return load<Compute>(p); }));
+  if (c < columns)
+    store_first<Compute>(out + c, at(c, [&](const T* p) { return load_first<Compute>(p, columns - c); }), columns - c);
+}
+
+template <bool kAffine, class T>
+DIFFMTL_SHARED void all_norm_rows(const NormRows& norm) {
+  using Compute = ComputeOf<T>;
+  for (Int row = 0; row < norm.rows; ++row) {
+    double slope, along;
+    add_norm_row<kAffine, Compute, T>(norm, row, slope, along);
+    write_norm_row<Compute, T>(norm, row, slope, along);
+  }
+}
+
+// A row is read again from the nearest cache. At most kBlock rows: their sums are in the computing precision.
+template <class T>
+void norm_rows(const NormRows& norm) {
+  if (norm.by_weight == nullptr) return all_norm_rows<false, T>(norm);
+  for (Int c = 0; c < norm.columns; ++c)
+    static_cast<ComputeOf<T>*>(norm.by_weight)[c] = static_cast<ComputeOf<T>*>(norm.by_bias)[c] = 0;
+  all_norm_rows<true, T>(norm);
 }
 
 }  // namespace

@@ -106,29 +106,130 @@ namespace {
 // Elements that one task works on at least.
 constexpr Int kTaskSize = 1 << 15;
 
+std::vector<double> weights_of(const std::optional<Handle>& weight, Int channels) {
+  std::vector<double> weights(static_cast<std::size_t>(channels), 1.0);
+  if (weight)
+    for (Int c = 0; c < channels; ++c) weights[c] = Numbers(*weight)[c];
+  return weights;
+}
+
+// The memory of a normalisation: of what it reads and of the gradient by x.
+struct Norm {
+  Numbers grad, x;
+  std::optional<Numbers> mean;  // none where x is not moved
+  Numbers rstd;
+  std::vector<double> weight;
+  Int channels, size, groups;
+  Numbers by_x;
+
+  double mean_at(Int i) const { return mean ? mean->at(i) : 0; }
+  int useful_threads(int threads, Int samples) const {
+    return cpu::useful_threads(threads, 3 * samples * channels * size * static_cast<Int>(kBytes[x.dtype]));
+  }
+};
+
+void norm_by_groups(const Norm& norm, Int samples, double* by_weight, double* by_bias, int threads) {
+  const Int width = norm.channels / norm.groups, elements = width * norm.size, total = samples * norm.groups;
+  const Int per_task = std::max<Int>(1, kTaskSize / std::max<Int>(1, elements));
+  const auto kernel = kernels().group_norm[norm.x.dtype];
+  parallel_for(ceil_div(total, per_task), norm.useful_threads(threads, samples), [&](Int task, int) {
+    for (Int i = task * per_task; i < std::min(total, (task + 1) * per_task); ++i) {
+      const Int first = i * width;
+      kernel({advance(norm.grad.data, norm.grad.dtype, i * elements), advance(norm.x.data, norm.x.dtype, i * elements),
+              norm.mean_at(i), norm.rstd.at(i), norm.weight.data() + i % norm.groups * width, width, norm.size,
+              norm.mean.has_value(), advance(const_cast<void*>(norm.by_x.data), norm.by_x.dtype, i * elements),
+              by_weight + first, by_bias + first});
+    }
+  });
+}
+
+// Where the gradients by weight or bias go.
+struct NormSums {
+  std::optional<Handle> out;
+  bool add;
+
+  // The sums of rows of `channels` numbers; rows of a cluster follow each other, `stride` apart.
+  void write(const void* rows, DType dtype, Int stride, const std::vector<Int>& offsets, Int channels) const {
+    if (!out) return;
+    const Numbers sums(*out);
+    const auto kernel = kernels().sum_rows[dtype][sums.dtype];
+    for (std::size_t k = 0; k + 1 < offsets.size(); ++k)
+      kernel(advance(rows, dtype, offsets[k] * stride), stride, offsets[k + 1] - offsets[k], channels, add,
+             advance(const_cast<void*>(sums.data), sums.dtype, static_cast<Int>(k) * sums.stride));
+  }
+};
+
+struct RowsTask {
+  Int begin, end;
+};
+
+// Rows are divided in the same way for any number of threads, and every part has sums of its own, which are then added up.
+void norm_by_rows(const Norm& norm, const std::vector<Int>& offsets, const NormSums& by_weight, const NormSums& by_bias,
+                  int threads) {
+  const Int columns = norm.channels;
+  const Int per_task = std::clamp<Int>(kTaskSize / std::max<Int>(1, columns), 16, kBlock);
+  std::vector<RowsTask> tasks;
+  std::vector<Int> task_offsets{0};
+  for (std::size_t k = 0; k + 1 < offsets.size(); ++k) {
+    for (Int begin = offsets[k]; begin < offsets[k + 1]; begin += per_task)
+      tasks.push_back({begin, std::min(begin + per_task, offsets[k + 1])});
+    task_offsets.push_back(static_cast<Int>(tasks.size()));
+  }
+  const DType compute = accumulation_dtype(norm.x.dtype, norm.x.dtype);
+  const Int bytes = static_cast<Int>(kBytes[compute]), lines = columns * bytes / static_cast<Int>(sizeof(Line)) + 1;
+  const Int width = lines * static_cast<Int>(sizeof(Line)) / bytes;
+  const bool affine = by_weight.out || by_bias.out;
+  const std::unique_ptr<Line[]> scratch(new Line[lines * (1 + (affine ? 2 * static_cast<Int>(tasks.size()) : 0))]);
+  Line* sums = scratch.get() + lines;
+  for (Int c = 0; c < width; ++c)
+    write_number(reinterpret_cast<std::uintptr_t>(scratch.get()), compute, c, c < columns ? norm.weight[c] : 0);
+  const auto kernel = kernels().norm_rows[norm.x.dtype];
+  parallel_for(static_cast<Int>(tasks.size()), norm.useful_threads(threads, offsets.back()), [&](Int task, int) {
+    const auto [begin, end] = tasks[task];
+    double mean[kBlock], rstd[kBlock];
+    for (Int i = begin; i < end; ++i) {
+      mean[i - begin] = norm.mean_at(i);
+      rstd[i - begin] = norm.rstd.at(i);
+    }
+    Line* own = sums + 2 * lines * task;
+    const Int first = begin * columns;
+    kernel({advance(norm.grad.data, norm.grad.dtype, first), advance(norm.x.data, norm.x.dtype, first), mean, rstd, end - begin,
+            columns, norm.mean.has_value(), scratch.get(), advance(const_cast<void*>(norm.by_x.data), norm.by_x.dtype, first),
+            affine ? own : nullptr, affine ? own + lines : nullptr});
+  });
+  by_weight.write(sums, compute, 2 * width, task_offsets, columns);
+  by_bias.write(sums + lines, compute, 2 * width, task_offsets, columns);
+}
+
+std::optional<Numbers> optional_numbers(const std::optional<Handle>& handle) {
+  return handle ? std::optional<Numbers>(*handle) : std::nullopt;
+}
+
 }  // namespace
 
 void group_norm_backward(const Handle& grad, const Handle& x, const Handle& mean, const Handle& rstd,
                          const std::optional<Handle>& weight, Int samples, Int channels, Int size, Int groups, const Handle& by_x,
                          std::uintptr_t by_weight, std::uintptr_t by_bias, int threads) {
-  const Numbers slopes(grad), values(x), out(by_x), means(mean), rstds(rstd);
-  check_one_dtype("group_norm_backward", slopes.dtype, values.dtype);
-  std::vector<double> weights(static_cast<std::size_t>(channels), 1.0);
-  if (weight)
-    for (Int c = 0; c < channels; ++c) weights[c] = Numbers(*weight)[c];
-  const Int width = channels / groups, elements = width * size, total = samples * groups;
-  const Int per_task = std::max<Int>(1, kTaskSize / std::max<Int>(1, elements));
-  const auto kernel = kernels().group_norm[values.dtype];
-  threads = useful_threads(threads, 3 * total * elements * static_cast<Int>(kBytes[values.dtype]));
-  parallel_for(ceil_div(total, per_task), threads, [&](Int task, int) {
-    for (Int i = task * per_task; i < std::min(total, (task + 1) * per_task); ++i) {
-      const Int first = i * width;
-      kernel({advance(slopes.data, slopes.dtype, i * elements), advance(values.data, values.dtype, i * elements), means.at(i),
-              rstds.at(i), weights.data() + i % groups * width, width, size,
-              advance(const_cast<void*>(out.data), out.dtype, i * elements), reinterpret_cast<double*>(by_weight) + first,
-              reinterpret_cast<double*>(by_bias) + first});
-    }
-  });
+  const Norm norm{Numbers(grad), Numbers(x), Numbers(mean), Numbers(rstd), weights_of(weight, channels), channels, size,
+                  groups, Numbers(by_x)};
+  check_one_dtype("group_norm_backward", norm.grad.dtype, norm.x.dtype);
+  norm_by_groups(norm, samples, reinterpret_cast<double*>(by_weight), reinterpret_cast<double*>(by_bias), threads);
+}
+
+void cluster_norm_backward(const Handle& grad, const Handle& x, const std::optional<Handle>& mean, const Handle& rstd,
+                           const std::optional<Handle>& weight, const std::vector<Int>& offsets, Int channels, Int size,
+                           Int groups, const Handle& by_x, const std::optional<Handle>& by_weight, bool add_to_weight,
+                           const std::optional<Handle>& by_bias, bool add_to_bias, int threads) {
+  const Norm norm{Numbers(grad), Numbers(x), optional_numbers(mean), Numbers(rstd), weights_of(weight, channels), channels,
+                  size, groups, Numbers(by_x)};
+  check_one_dtype("cluster_norm_backward", norm.grad.dtype, norm.x.dtype);
+  const NormSums weights{by_weight, add_to_weight}, biases{by_bias, add_to_bias};
+  if (groups == 1 && size == 1) return norm_by_rows(norm, offsets, weights, biases, threads);
+  const Int samples = offsets.back(), count = samples * channels;
+  const std::unique_ptr<double[]> sums(new double[2 * count]);
+  norm_by_groups(norm, samples, sums.get(), sums.get() + count, threads);
+  weights.write(sums.get(), kFloat64, channels, offsets, channels);
+  biases.write(sums.get() + count, kFloat64, channels, offsets, channels);
 }
 
 }  // namespace diffmtl::cpu

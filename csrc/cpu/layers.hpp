@@ -21,4 +21,12 @@ void group_norm_backward(const Handle& grad, const Handle& x, const Handle& mean
                          const std::optional<Handle>& weight, Int samples, Int channels, Int size, Int groups,
                          const Handle& by_x, std::uintptr_t by_weight, std::uintptr_t by_bias, int threads);
 
+// The same of [channels, ...] normalised over groups of channels (with one group and size 1: over rows), summed over the
+// samples of every cluster. mean: null where x is not moved. offsets: of the clusters' first samples, and the end.
+// by_weight and by_bias: [clusters, channels], or null; add: to what is there.
+void cluster_norm_backward(const Handle& grad, const Handle& x, const std::optional<Handle>& mean, const Handle& rstd,
+                           const std::optional<Handle>& weight, const std::vector<Int>& offsets, Int channels, Int size,
+                           Int groups, const Handle& by_x, const std::optional<Handle>& by_weight, bool add_to_weight,
+                           const std::optional<Handle>& by_bias, bool add_to_bias, int threads);
+
 }  // namespace diffmtl::cpu

@@ -13,6 +13,7 @@ from .add_noise import add_noise
 from .cluster_conv_wgrad import cluster_conv_wgrad
 from .cluster_mean import cluster_mean
 from .cluster_mse import cluster_mse
+from .cluster_norm_backward import cluster_norm_backward
 from .cluster_sum import cluster_sum
 from .cluster_wgrad import cluster_wgrad
 from .combine import combine, combine_
@@ -45,6 +46,7 @@ __all__ = [
     "cluster_conv_wgrad",
     "cluster_mean",
     "cluster_mse",
+    "cluster_norm_backward",
     "cluster_sum",
     "cluster_wgrad",
     "combine",

@@ -216,19 +216,19 @@ def host_offsets(offsets: Tensor, num_rows: int) -> list[int]:
     return bounds
 
 
-def check_out(out: Tensor, shape: tuple[int, ...], **inputs: Tensor) -> None:
+def check_out(out: Tensor, shape: tuple[int, ...], name: str = "out", /, **inputs: Tensor) -> None:
     """Refuse an `out` that results of `shape` cannot be written to, or that a gradient would have to pass."""
-    check_floating(out=out)
-    check_same_device(out=out, **inputs)
+    check_floating(**{name: out})
+    check_same_device(**{name: out}, **inputs)
     if out.shape != shape:
-        raise ValueError(f"out: expected shape {list(shape)}, found {list(out.shape)}")
+        raise ValueError(f"{name}: expected shape {list(shape)}, found {list(out.shape)}")
     strides = out.stride()
     if 0 in strides and any(
         size > 1 and stride == 0 for size, stride in zip(out.shape, strides, strict=True)
     ):
-        raise ValueError(f"out: expected memory of its own for each element, found strides {strides}")
+        raise ValueError(f"{name}: expected memory of its own for each element, found strides {strides}")
     if torch.is_grad_enabled() and any(t.requires_grad for t in (out, *inputs.values())):
-        found = ", ".join(name for name, t in {"out": out, **inputs}.items() if t.requires_grad)
+        found = ", ".join(given for given, t in {name: out, **inputs}.items() if t.requires_grad)
         raise RuntimeError(
-            f"out: expected constants, or torch.no_grad(); found a gradient required by {found}"
+            f"{name}: expected constants, or torch.no_grad(); found a gradient required by {found}"
         )

@@ -121,8 +121,10 @@ def _one_by_one(op: _torch.OpOverload, info: Any, in_dims: Sequence[Any], *args:
     """Run an op for each entry of a vmapped batch and stack what it returns."""
     if info.batch_size == 0:
         raise ValueError(f"{op.name()} under vmap: expected at least one entry, found none")
-    for argument, dims in zip(_torch.schema(op).arguments, in_dims, strict=False):
-        if argument.alias_info is not None and None in (dims if isinstance(dims, (list, tuple)) else [dims]):
+    for argument, dims, given in zip(_torch.schema(op).arguments, in_dims, args, strict=False):
+        if argument.alias_info is None or given is None:
+            continue
+        if None in (dims if isinstance(dims, (list, tuple)) else [dims]):
             raise ValueError(
                 f"{op.name()} under vmap: expected {argument.name}, which it writes, to be batched"
             )
@@ -285,7 +287,8 @@ def refuse_autograd_in_place(name: str, why: str) -> None:
 
     def write(keyset: _torch.DispatchKeySet, *args: Any) -> Any:
         for i in written:
-            torch.autograd.graph.increment_version(args[i])
+            if args[i] is not None:
+                torch.autograd.graph.increment_version(args[i])
         with _torch.AutoDispatchBelowADInplaceOrView():
             return op.redispatch(keyset & _torch.AFTER_ADINPLACEORVIEW, *args)
 

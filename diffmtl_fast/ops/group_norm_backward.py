@@ -7,26 +7,30 @@ import math
 from torch import Tensor
 
 from ._checks import accumulation_dtype, check_floating, check_same_device
-from ._library import call, define_op, refuse_autograd
+from ._library import define_op, refuse_autograd
 
 
 def group_norm_backward_plain(
-    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None
+    grad: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute `group_norm_backward` by its definition."""
+    """Compute `group_norm_backward` by its definition; without a mean, x was only divided."""
     dtype = accumulation_dtype(grad, x)
     samples, channels = x.shape[:2]
-    groups = mean.shape[1]
+    groups = rstd.shape[1]
     size = math.prod(x.shape[2:])
     slope = grad.to(dtype).contiguous().view(samples, channels, size)
-    by_group = x.to(dtype).contiguous().view(samples, groups, channels // groups * size)
-    normal = ((by_group - mean.to(dtype).unsqueeze(2)) * rstd.to(dtype).unsqueeze(2)).view_as(slope)
+    normal = x.to(dtype).contiguous().view(samples, groups, channels // groups * size)
+    if mean is not None:
+        normal = normal - mean.to(dtype).unsqueeze(2)
+    normal = (normal * rstd.to(dtype).unsqueeze(2)).view_as(slope)
     by_weight, by_bias = (slope * normal).sum(2), slope.sum(2)
     if weight is not None:
         slope = slope * weight.to(dtype).unsqueeze(1)
-    slope, normal = slope.view_as(by_group), normal.view_as(by_group)
-    along = normal * (slope * normal).mean(2, keepdim=True)
-    by_x = (slope - slope.mean(2, keepdim=True) - along) * rstd.to(dtype).unsqueeze(2)
+    slope, normal = (t.view(samples, groups, channels // groups * size) for t in (slope, normal))
+    by_x = slope - normal * (slope * normal).mean(2, keepdim=True)
+    if mean is not None:
+        by_x = by_x - slope.mean(2, keepdim=True)
+    by_x = by_x * rstd.to(dtype).unsqueeze(2)
     return by_x.view(x.shape).to(x.dtype), by_weight, by_bias
 
 
@@ -35,6 +39,29 @@ def _fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     by_weight, by_bias = (x.new_empty(x.shape[:2], dtype=accumulation_dtype(grad, x)) for _ in range(2))
     return x.new_empty(x.shape), by_weight, by_bias
+
+
+def check_normalisation(
+    grad: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor | None
+) -> None:
+    """Refuse what does not fit the backward of a normalisation."""
+    named = {"grad": grad, "x": x, "mean": mean, "rstd": rstd, "weight": weight}
+    given = {name: tensor for name, tensor in named.items() if tensor is not None}
+    check_floating(**given)
+    check_same_device(**given)
+    if grad.dtype != x.dtype:
+        raise TypeError(f"expected grad and x of one dtype, found {grad.dtype} and {x.dtype}")
+    if grad.shape != x.shape or x.dim() < 2:
+        raise ValueError(f"expected grad and x [N, C, ...], found {list(grad.shape)} and {list(x.shape)}")
+    (samples, channels), moments = x.shape[:2], rstd if mean is None else mean
+    groups = rstd.shape[-1] if rstd.dim() == 2 else 0
+    if not groups or channels % groups or rstd.shape != (samples, groups) or moments.shape != rstd.shape:
+        found = " and ".join(str(list(t.shape)) for t in (mean, rstd) if t is not None)
+        raise ValueError(
+            f"expected mean and rstd [N, G] = [{samples}, a divisor of {channels}], found {found}"
+        )
+    if weight is not None and weight.shape != (channels,):
+        raise ValueError(f"weight: expected shape [{channels}], found {list(weight.shape)}")
 
 
 _group_norm_backward = define_op(
@@ -72,24 +99,7 @@ def group_norm_backward(
         ValueError: shapes or devices do not fit.
         RuntimeError: the result is differentiated.
     """
-    given = {"grad": grad, "x": x, "mean": mean, "rstd": rstd}
-    if weight is not None:
-        given["weight"] = weight
-    check_floating(**given)
-    check_same_device(**given)
-    if grad.dtype != x.dtype:
-        raise TypeError(f"expected grad and x of one dtype, found {grad.dtype} and {x.dtype}")
-    if grad.shape != x.shape or x.dim() < 2:
-        raise ValueError(f"expected grad and x [N, C, ...], found {list(grad.shape)} and {list(x.shape)}")
-    groups = mean.shape[-1] if mean.dim() == 2 else 0
-    if not groups or x.shape[1] % groups or mean.shape != (x.shape[0], groups) or rstd.shape != mean.shape:
-        raise ValueError(
-            f"expected mean and rstd [N, G] = [{x.shape[0]}, a divisor of {x.shape[1]}], found "
-            f"{list(mean.shape)} and {list(rstd.shape)}"
-        )
-    if weight is not None and weight.shape != x.shape[1:2]:
-        raise ValueError(f"weight: expected shape [{x.shape[1]}], found {list(weight.shape)}")
-    result: tuple[Tensor, Tensor, Tensor] = call(
-        _group_norm_backward, "group_norm_backward", grad, x, mean, rstd, weight
-    )
+    check_floating(mean=mean)
+    check_normalisation(grad, x, mean, rstd, weight)
+    result: tuple[Tensor, Tensor, Tensor] = _group_norm_backward(grad, x, mean, rstd, weight)
     return result

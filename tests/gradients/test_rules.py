@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from exactness import CLUSTERS, WAYS, assert_exact, in_slices
 from torch import nn
 
+from diffmtl_fast.gradients.cluster_jacobian import ClusterJacobian
+
 B = 6
 
 
@@ -216,3 +218,17 @@ def test_convolutions_of_clusters_of_one_size(name, dtype, device):
     model, x, rtol = model.to(device, dtype), x.to(device, dtype), 1e-9 if dtype == torch.float64 else 1e-5
     mtl = assert_exact(model, x, cluster=[0, 0, 1, 1, 2, 2], rtol=rtol, steps=1)
     assert in_slices(mtl) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rms_norm_without_an_epsilon_takes_that_of_pytorch(dtype, device):
+    torch.manual_seed(0)
+    model = nn.RMSNorm(6).to(device, dtype)
+    x = (1e-2 * torch.randn(4, 6, device=device)).to(
+        dtype
+    )  # the epsilon of these numbers is larger than their squares
+    target = torch.randn(4, 6, device=device)
+    jacobian = ClusterJacobian(model, 2, engine="grouped")
+    jacobian(lambda module: (module(x).float() * target).mean(1), torch.tensor([0, 0, 1, 1], device=device))
+    (model(x).float() * target).mean().backward()
+    torch.testing.assert_close(jacobian.matrix().mean(0).to(dtype), model.weight.grad, rtol=2e-2, atol=1e-3)

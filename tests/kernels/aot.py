@@ -21,7 +21,18 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from diffmtl_fast.kernels import clusters, combine, eigh, gram, group_norm, losses, parts, settings, weights
+from diffmtl_fast.kernels import (
+    clusters,
+    combine,
+    eigh,
+    gram,
+    group_norm,
+    losses,
+    norm_rows,
+    parts,
+    settings,
+    weights,
+)
 from diffmtl_fast.kernels import noise as noises
 
 TARGETS = [
@@ -252,6 +263,41 @@ def group_norm_cases() -> list[Case]:
     return cases
 
 
+def norm_rows_cases() -> list[Case]:
+    """Tokens of a transformer into shares and into the result, short rows, the longest, a width of no multiple."""
+    cases = []
+    for dtype, accumulate in DTYPES.items():
+        longest = settings.MAX_NORM_BYTES // (8 if dtype == "fp64" else 4)
+        for rows, size in ((16384, 384), (4096, 1024), (40, 64), (4096, longest), (100, 77)):
+            chosen = settings.norm_rows_settings(5, rows, size, 8 if dtype == "fp64" else 4)
+            for moved, weighted, add in ((True, True, False), (True, False, False), (False, True, True)):
+                sums = SUM[dtype] if chosen.shares > 1 else dtype
+                pointers = {
+                    "p_grad": dtype,
+                    "p_x": dtype,
+                    "p_rstd": "fp32",
+                    "p_offset": "i64",
+                    "p_by_x": dtype,
+                }
+                pointers |= {"p_mean": "fp32"} if moved else {}
+                pointers |= {"p_weight": dtype, "p_by_weight": sums} if weighted else {}
+                pointers |= {"p_by_bias": sums} if weighted and moved else {}
+                optional = ("p_mean", "p_weight", "p_by_weight", "p_by_bias")
+                constants = {name: None for name in optional if name not in pointers}
+                constants |= {"ADD_WEIGHT": add, "ADD_BIAS": False, "ACCUMULATE": accumulate}
+                constants |= {"ROWS": chosen.rows, "BLOCK": chosen.block}
+                aligned = size % 16 == 0
+                strides = ("stride_weight", "stride_bias", "stride_share")
+                integers = ("size", *strides) if aligned else ()
+                counts = ("num_rows",) if aligned else ("num_rows", "size", *strides)
+                kernel = norm_rows._norm_rows_backward_kernel
+                streams = aligned and size >= 384
+                cases.append(
+                    Case(kernel, pointers, integers, constants, chosen.num_warps, streams, counts, streams)
+                )
+    return cases
+
+
 def small_cases() -> list[Case]:
     cases = []
     for dtype in ("fp32", "fp64"):
@@ -342,7 +388,7 @@ def local_bytes(cubin: bytes) -> int:
 
 
 def all_cases() -> list[Case]:
-    sums = wgrad_cases() + cluster_sum_cases() + group_norm_cases()
+    sums = wgrad_cases() + cluster_sum_cases() + group_norm_cases() + norm_rows_cases()
     return streaming_cases() + combine_cases() + gram_cases() + sums + small_cases()
 
 

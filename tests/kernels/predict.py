@@ -40,6 +40,7 @@ KERNELS = {
     "cluster_sum": "cluster sums: 1 read",
     "add_shares": "sum of the shares: 1 read per share, 1 write",
     "group_norm_backward": "backward of group normalisation: 2 (+ 2 cached) reads, 1 write",
+    "norm_rows_backward": "backward of layer normalisation: 2 reads, 1 write",
     "sum": "sum of partial Gramians: few programs",
     "sample_mean": "losses of the samples: few programs",
     "cluster_mean": "losses of the clusters: K programs",

@@ -507,6 +507,44 @@ def test_group_norm_backward_in_float64_is_logged_once(generator, caplog):
     ]
 
 
+# Of several shares, of one, without rows; of several tiles of rows, of more columns than the registers hold.
+NORMALISED = [
+    ((700, 40), (300, 0, 400)),
+    ((9, 7), (1, 5, 3)),
+    ((0, 4), (0, 0)),
+    ((130, 1), (130,)),
+    ((6, 9000), (2, 4)),
+    ((7, 6, 5), (3, 0, 4)),
+]
+
+
+@pytest.mark.parametrize("moved", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "sizes"), NORMALISED, ids=str)
+def test_cluster_norm_backward(shape, sizes, dtype, weighted, moved, generator, device):
+    grad, x = draw(shape, dtype, generator), draw(shape, dtype, generator) + 1
+    mean, rstd = torch.rand(2, shape[0], 1, generator=generator, device=device) + 0.5
+    weight = draw((2 * shape[1],), torch.float32, generator)[::2] if weighted else None
+    inputs = (grad, x, mean if moved else None, rstd, weight, cluster_offsets(sizes, device))
+    start = draw((len(sizes), 3 * shape[1] + 1), torch.float32, generator)
+    for wanted, accumulate in (((True, True), (False, True)), ((True, False), (True, False))):
+        found, exact = start.clone(), start.double()
+        found_outs, exact_outs = (
+            [view if want else None for want, view in zip(wanted, views, strict=True)]
+            for views in (
+                (j[:, 1 : 1 + shape[1]], j[:, 1 + shape[1] :: 2][:, : shape[1]]) for j in (found, exact)
+            )
+        )
+        by_x = LAUNCHERS["cluster_norm_backward"](*inputs, *found_outs, accumulate)
+        expected = PLAIN["cluster_norm_backward"](*map(in_float64, inputs), *exact_outs, accumulate)
+        assert by_x.dtype == dtype
+        assert by_x.shape == x.shape
+        error = (by_x.double() - expected).norm() / expected.norm().clamp(min=1e-30)
+        assert error <= DTYPES[dtype]
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-4)
+
+
 def test_offsets_of_the_host_are_uploaded_once_for_as_long_as_they_stay(generator, device):
     rows, offsets = draw((10, 3), torch.float32, generator), torch.tensor([0, 4, 10])
     uploads._offsets.cached.cache_clear()

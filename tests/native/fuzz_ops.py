@@ -220,6 +220,22 @@ class Fuzzer:
             **self.weight(channels),
         }
 
+    def cluster_norm_backward(self) -> tuple[str, dict[str, Any]]:
+        _, given = self.group_norm_backward()
+        if self.chance(0.5):  # over rows
+            rows, width, dtype = self.size(3, 9, 150), self.size(3, 40, 1500), self.random.choice(DTYPES)
+            given = {name: self.tensor(rows, width, dtype=dtype) for name in ("grad", "x")}
+            given |= {name: self.tensor(rows, 1) for name in ("mean", "rstd")} | self.weight(width)
+        samples, channels = given["x"].shape[:2]
+        offsets = self.offsets(samples)
+        sums = {name: self.tensor(len(offsets) - 1, channels) for name in ("by_weight", "by_bias")}
+        kept = {name: out for name, out in sums.items() if self.chance(0.7)}
+        given = {"weight": None, **given, "offsets": offsets, **kept}
+        if self.chance(0.3):
+            given["mean"] = None
+        accumulate = (self.chance(0.5), self.chance(0.5))
+        return "cluster_norm_backward", {**given, "accumulate": accumulate}
+
     def gramian(self) -> tuple[Tensor, dict[str, Any]]:
         k, dtype = self.size(3, 20, 70), self.random.choice(DTYPES[:2])
         rows = self.tensor(k, k + self.size(), dtype=dtype)
@@ -283,7 +299,7 @@ class Fuzzer:
             self.gram, self.combine, self.combine_in_place, self.sample_mse, self.denoising_loss, self.cluster_mse,
             self.cluster_mean, self.uncertainty_loss, self.add_noise, self.philox_normal, self.cluster_wgrad,
             self.cluster_sum, self.cluster_conv_wgrad, self.group_norm_backward, self.nash, self.pcgrad,
-            self.gradvac, self.gramian_weights,
+            self.gradvac, self.gramian_weights, self.cluster_norm_backward,
         ]  # fmt: skip
         end = time.monotonic() + seconds
         done = 0

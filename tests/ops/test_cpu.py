@@ -15,7 +15,7 @@ import torch
 
 from diffmtl_fast import ops
 from diffmtl_fast._native import _C
-from diffmtl_fast.ops import _library, cpu
+from diffmtl_fast.ops import PLAIN, _library, cpu
 from diffmtl_fast.ops.philox import philox
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -28,6 +28,14 @@ def instruction_set(request):
     _C.cpu_select_kernels(request.param)
     yield request.param
     cpu.select_instruction_set()
+
+
+def norm_by_cluster(x, offsets):
+    """Return all three gradients of a normalisation."""
+    by_weight, by_bias = torch.empty(2, len(offsets) - 1, x.shape[1])
+    moments = torch.ones(2, x.shape[0], 1)
+    by_x = ops.cluster_norm_backward(x, x, *moments, None, offsets, by_weight=by_weight, by_bias=by_bias)
+    return by_x, by_weight, by_bias
 
 
 @pytest.fixture
@@ -636,6 +644,8 @@ class TestThreads:
                     ops.cluster_wgrad(many[:, :50], many[:, 50:650], torch.arange(0, 301, 6)),
                     ops.cluster_sum(many, torch.tensor([0, 7, 300])),
                     *ops.group_norm_backward(many, many, *torch.ones(2, 300, 1)),
+                    *norm_by_cluster(many, torch.tensor([0, 7, 300])),
+                    *norm_by_cluster(images, torch.tensor([0, 7, 300])),
                     ops.cluster_conv_wgrad(images, images, torch.tensor([0, 7, 300]), 3, padding=1),
                 ]
             )
@@ -689,6 +699,9 @@ class TestDtypesThatNoPublicFunctionPasses:
         for call in (
             lambda: torch.ops.diffmtl.cluster_wgrad(rows, rows.float(), offsets),
             lambda: torch.ops.diffmtl.group_norm_backward(self.half, self.single, mean, mean, None),
+            lambda: torch.ops.diffmtl.cluster_norm_backward(
+                self.half, self.single, mean, mean, None, offsets, None, None, [False, False]
+            ),
         ):
             with pytest.raises(ValueError, match="expected one dtype, found float16 and float32"):
                 call()
@@ -717,3 +730,21 @@ class TestInstructionSet:
         weight = torch.tensor([2.0]).to(torch.float8_e4m3fn)
         with pytest.raises(TypeError, match=r"expected float32, .*, found torch\.float8_e4m3fn"):
             torch.ops.diffmtl.sample_mse(torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2), weight)
+
+
+@pytest.mark.parametrize("moved", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 3, 16, 37, 1030])
+def test_normalisations_by_cluster(width, dtype, moved, instruction_set, seeded):
+    """Registers that are full or not, several parts of a cluster, none of them at the beginning of one."""
+    rows, offsets = 120, torch.tensor([0, 1, 1, 50, 120])
+    grad, x = draw((rows, width), dtype, seeded), draw((rows, width), dtype, seeded) + 1
+    mean, rstd = torch.rand(2, rows, 1, generator=seeded) + 0.5
+    inputs = (grad, x, mean if moved else None, rstd, draw((width,), torch.float32, seeded), offsets)
+    found, exact = torch.empty(2, 4, width), torch.empty(2, 4, width, dtype=torch.float64)
+    by_x = torch.ops.diffmtl.cluster_norm_backward(*inputs, *found, [False, False])
+    wide = [t.double() if t is not None and t.is_floating_point() else t for t in inputs]
+    expected = PLAIN["cluster_norm_backward"](*wide, *exact, (False, False))
+    scale = expected.abs().max()
+    assert (by_x.double() - expected).abs().max() <= (EPSILON[dtype] + 1e-6) * 4 * scale
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-4)

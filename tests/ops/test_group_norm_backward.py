@@ -90,3 +90,10 @@ def test_refuses(change, error, message):
     }
     with pytest.raises(error, match=message):
         ops.group_norm_backward(**(given | change))
+
+
+def test_what_requires_a_gradient_is_refused_at_the_latest_by_backward():
+    x = torch.ones(2, 4, 3, requires_grad=True)  # the second argument: the first alone does not decide
+    by_x, _, _ = ops.group_norm_backward(torch.ones(2, 4, 3), x, *torch.ones(2, 2, 2))
+    with pytest.raises(RuntimeError, match="group_norm_backward has no gradient"):
+        by_x.sum().backward()

@@ -37,6 +37,16 @@ INPUTS = {
         "k": K,
         "weight": torch.rand(B),
     },
+    "cluster_norm_backward": lambda: {
+        "grad": torch.randn(B, 4, 3),
+        "x": torch.randn(B, 4, 3),
+        "mean": torch.randn(B, 2),
+        "rstd": torch.rand(B, 2),
+        "weight": torch.rand(4),
+        "offsets": torch.tensor([0, 1, B]),
+        "by_weight": torch.empty(K, 4),
+        "by_bias": torch.empty(K, 4),
+    },
     "cluster_sum": lambda: {
         "values": torch.randn(B, 3),
         "offsets": torch.tensor([0, 1, B]),

@@ -109,6 +109,14 @@ SAMPLES = {
         torch.randn(K, 4, P, device=d),
         False,
     ),
+    "cluster_norm_backward": lambda d, t, g: (
+        *torch.randn(2, B, 4, 3, device=d).to(t),
+        *torch.rand(2, B, 2, device=d),
+        torch.randn(4, device=d),
+        offsets(d),
+        *torch.randn(2, K, 4, device=d),
+        [True, False],
+    ),
     "group_norm_backward": lambda d, t, g: (
         *torch.randn(2, B, 4, 3, device=d).to(t),
         *torch.rand(2, B, 2, device=d),
@@ -169,7 +177,13 @@ DIFFERENTIABLE = (
     "uncertainty_loss",
 )
 TWICE_DIFFERENTIABLE = ("add_noise", "combine", "gram")
-WRITING = ("cluster_conv_wgrad_out", "cluster_sum_out", "cluster_wgrad_out", "combine_")
+WRITING = (
+    "cluster_conv_wgrad_out",
+    "cluster_norm_backward",
+    "cluster_sum_out",
+    "cluster_wgrad_out",
+    "combine_",
+)
 CONSTANT = tuple(name for name in SAMPLES if name not in (*DIFFERENTIABLE, *WRITING))
 
 
@@ -287,11 +301,13 @@ def test_ops_that_write_into_their_output_compile(device):
     def gradients(grad_out, x, bounds, jacobian, direction):
         ops.cluster_wgrad(grad_out, x, bounds, out=jacobian[:, : 4 * P].view(K, 4, P), accumulate=True)
         ops.cluster_sum(grad_out, bounds, out=jacobian[:, 4 * P :])
+        rstd = torch.ones(len(x), 1, device=jacobian.device)
+        by_x = ops.cluster_norm_backward(x, x, None, rstd, None, bounds, by_weight=jacobian[:, :P])
         halves, ones = [jacobian[:, : 2 * P], jacobian[:, 2 * P :]], torch.ones(K, device=jacobian.device)
         square = ops.combine_(
             [direction[: 2 * P], direction[2 * P :]], halves, ones, accumulate=[True, False]
         )
-        return jacobian.square().sum() + ops.cluster_wgrad(grad_out, x, bounds).sum() + square
+        return jacobian.square().sum() + ops.cluster_wgrad(grad_out, x, bounds).sum() + square + by_x.sum()
 
     for bounds in (offsets(device), offsets("cpu")):
         inputs = (torch.randn(B, 4, device=device), torch.randn(B, P, device=device), bounds)

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import ops
+from ..._torch import fused_rms_norm
+from ...ops.cluster_norm_backward import cluster_norm_backward_unchecked
 from ..batch import Clusters
 from .autocast import norm_precision
 from .registry import ClusterRule, NoClusterRule, RuleContext, register_cluster_rule
@@ -44,22 +45,7 @@ class LayerNorm(ClusterRule):
     def backward(ctx: RuleContext, grad: Tensor, clusters: Clusters) -> tuple[Tensor | None, ...]:
         """See `ClusterRule`."""
         input, weight, bias, mean, rstd = ctx.saved_tensors
-        wanted = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
-
-        def run(begin: int, end: int) -> tuple[Tensor | None, ...]:
-            span = slice(begin, end)
-            return _aten.native_layer_norm_backward(
-                grad[span],
-                input[span],
-                ctx.shape,
-                mean[span],
-                rstd[span],
-                weight,
-                bias,
-                wanted,
-            )
-
-        by_input, by_weight, by_bias = _norm_gradients(run, ctx, clusters, input, weight, bias, wanted)
+        by_input, by_weight, by_bias = _by_rows(ctx, grad, clusters, input, mean, rstd, weight, bias)
         return by_input, None, by_weight, by_bias, None
 
 
@@ -100,14 +86,8 @@ class GroupNorm(ClusterRule):
         """See `ClusterRule`."""
         input, weight, bias, mean, rstd = ctx.saved_tensors
         if input.device.type in ("cpu", "cuda") and input.is_contiguous():
-            mean, rstd = (t.view(input.shape[0], -1) for t in (mean, rstd))
-            by_samples, *affine = ops.group_norm_backward(grad, input, mean, rstd, weight)
-            offsets = clusters.offsets(input.shape[0])
-            by_cluster = [
-                ops.cluster_sum(values, offsets, out=ctx.buffer(i)) if ctx.needs_input_grad[i] else None
-                for i, values in zip((2, 3), affine, strict=True)
-            ]
-            return by_samples if ctx.needs_input_grad[0] else None, None, *by_cluster, None
+            by_input, by_weight, by_bias = _by_clusters(ctx, grad, clusters, input, mean, rstd, weight, bias)
+            return by_input, None, by_weight, by_bias, None
         # PyTorch's CPU kernel for channels_last writes the input's gradient even where it was not asked for.
         wanted = [True, *(ctx.needs_input_grad[i] for i in (2, 3))]
         grad = grad.contiguous(memory_format=memory_format(input))
@@ -125,7 +105,7 @@ class GroupNorm(ClusterRule):
                 wanted,
             )
 
-        by_input, by_weight, by_bias = _norm_gradients(run, ctx, clusters, input, weight, bias, wanted)
+        by_input, by_weight, by_bias = _one_by_one(run, ctx, clusters, input, weight, bias)
         return by_input if ctx.needs_input_grad[0] else None, None, by_weight, by_bias, None
 
 
@@ -146,49 +126,88 @@ class RMSNorm(ClusterRule):
         """See `ClusterRule`."""
         if input.dim() == len(normalized_shape):
             raise NoClusterRule(f"rms_norm: expected an input [B, ...], found {list(input.shape)}")
-        ctx.save_for_backward(input, weight)
-        ctx.dims = list(range(-len(normalized_shape), 0))
-        ctx.eps = torch.finfo(input.dtype).eps if eps is None else eps
-        return F.rms_norm(input, list(normalized_shape), weight, eps)
+        out, rstd = fused_rms_norm(input, list(normalized_shape), weight, eps)
+        ctx.save_for_backward(input, weight, rstd)
+        return out
 
     @staticmethod
     def backward(ctx: RuleContext, grad: Tensor, clusters: Clusters) -> tuple[Tensor | None, ...]:
         """See `ClusterRule`."""
-        input, weight = ctx.saved_tensors
-        dims = ctx.dims
-        wide = torch.promote_types(input.dtype, torch.float32)
-        rstd = (input.to(wide).square().mean(dims, keepdim=True) + ctx.eps).rsqrt()
-        normal = input.to(wide) * rstd
-        by_input, by_weight = None, None
-        if ctx.needs_input_grad[0]:
-            by_normal = grad.to(wide) * weight
-            slope = (by_normal * normal).mean(dims, keepdim=True)
-            by_input = (rstd * (by_normal - normal * slope)).to(input.dtype)
-        if ctx.needs_input_grad[2]:
-            rows = (grad.to(wide) * normal).reshape(-1, weight.numel())
-            sums = ops.cluster_sum(rows, clusters.offsets(rows.shape[0]))
-            by_weight = sums.view(clusters.num, *weight.shape)
+        input, weight, rstd = ctx.saved_tensors
+        by_input, by_weight, _ = _by_rows(ctx, grad, clusters, input, None, rstd, weight, None)
         return by_input, None, by_weight, None
 
 
-def _filled(buffer: Tensor | None, num: int, like: Tensor) -> Tensor:
-    return like.new_empty(num, *like.shape) if buffer is None else buffer
+# Of all three operations: input, weight and bias.
+_INPUT, _WEIGHT, _BIAS = 0, 2, 3
 
 
-def _norm_gradients(
+def _by_rows(
+    ctx: RuleContext,
+    grad: Tensor,
+    clusters: Clusters,
+    input: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Form all gradients of a normalisation over the last dimensions, one or several."""
+    shape, rows = input.shape, rstd.numel()
+    if input.dim() == 2:
+        return _by_clusters(ctx, grad, clusters, input, mean, rstd, weight, bias)
+    size = input.numel() // rows
+    grad, input = grad.reshape(rows, size), input.reshape(rows, size)
+    by_input, by_weight, by_bias = _by_clusters(ctx, grad, clusters, input, mean, rstd, weight, bias)
+    return None if by_input is None else by_input.view(shape), by_weight, by_bias
+
+
+def _by_clusters(
+    ctx: RuleContext,
+    grad: Tensor,
+    clusters: Clusters,
+    input: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Form all gradients of a normalisation of [N, C, ...] over groups of channels, for all clusters at once."""
+    samples, channels = input.shape[:2]
+    by_weight, by_bias = _block(ctx, _WEIGHT, weight, clusters.num), _block(ctx, _BIAS, bias, clusters.num)
+    by_input = cluster_norm_backward_unchecked(
+        grad,
+        input,
+        None if mean is None else mean.view(samples, -1),
+        rstd.view(samples, -1),
+        None if weight is None else weight.reshape(channels),
+        clusters.offsets(samples),
+        None if by_weight is None else by_weight.view(clusters.num, channels),
+        None if by_bias is None else by_bias.view(clusters.num, channels),
+    )
+    return by_input if ctx.needs_input_grad[_INPUT] else None, by_weight, by_bias
+
+
+def _block(ctx: RuleContext, position: int, parameter: Tensor | None, num: int) -> Tensor | None:
+    """Return row-major memory [K, *shape] for the gradients of a parameter, or None if they are not wanted."""
+    if parameter is None or not ctx.needs_input_grad[position]:
+        return None
+    block = ctx.buffer(position)
+    if block is None or (parameter.dim() > 1 and not block[0].is_contiguous()):
+        return parameter.new_empty(num, *parameter.shape)
+    return block
+
+
+def _one_by_one(
     run: Callable[[int, int], tuple[Tensor | None, ...]],
     ctx: RuleContext,
     clusters: Clusters,
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    wanted: list[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Run a normalisation's backward cluster by cluster: one pass over the batch for all three gradients."""
-    affine = [
-        _filled(ctx.buffer(i), clusters.num, like) if wanted[i - 1] and like is not None else None
-        for i, like in ((2, weight), (3, bias))
-    ]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Form all gradients of a normalisation by PyTorch's backward of one cluster after the other."""
+    affine = [_block(ctx, _WEIGHT, weight, clusters.num), _block(ctx, _BIAS, bias, clusters.num)]
     rows = [[None] * clusters.num if gradients is None else gradients.unbind() for gradients in affine]
     parts = []
     begin = 0
@@ -197,11 +216,8 @@ def _norm_gradients(
         begin += size
         parts.append(found[0])
         _put(own, found[1:])
-    by_input = None
-    if wanted[0]:
-        there = [part for part in parts if part is not None]
-        by_input = there[0] if len(there) == 1 else torch.cat(there)
-    return by_input, affine[0], affine[1]
+    there = [part for part in parts if part is not None]
+    return there[0] if len(there) == 1 else torch.cat(there), *affine
 
 
 def _put(rows: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> None:

@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
@@ -205,3 +206,48 @@ def group_norm_backward(
         )
     dtype = accumulation_dtype(x)
     return by_x, by_weight.to(dtype), by_bias.to(dtype)
+
+
+def _clusters_of(out: Tensor | None, accumulate: bool) -> AbstractContextManager[tuple[Tensor | None, bool]]:
+    """Return memory for gradients, as `ContiguousClusters` does, or none where they are not wanted."""
+    return nullcontext((None, False)) if out is None else ContiguousClusters(out, accumulate)
+
+
+def cluster_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    weight: Tensor | None,
+    offsets: Tensor,
+    by_weight: Tensor | None,
+    by_bias: Tensor | None,
+    accumulate: Sequence[bool],
+) -> Tensor:
+    """Run `cluster_norm_backward`."""
+    grad, x, rstd = grad.contiguous(), x.contiguous(), rstd.contiguous()
+    mean = None if mean is None else mean.contiguous()
+    bounds = host_offsets(offsets, x.shape[0])
+    by_x = torch.empty_like(x)
+    with (
+        _clusters_of(by_weight, accumulate[0]) as (weights, add_to_weights),
+        _clusters_of(by_bias, accumulate[1]) as (biases, add_to_biases),
+    ):
+        _C.cpu_cluster_norm_backward(
+            handle(grad),
+            handle(x),
+            optional_handle(mean),
+            handle(rstd),
+            optional_handle(weight),
+            bounds,
+            x.shape[1],
+            math.prod(x.shape[2:]),
+            rstd.shape[1],
+            handle(by_x),
+            optional_handle(weights),
+            add_to_weights,
+            optional_handle(biases),
+            add_to_biases,
+            torch.get_num_threads(),
+        )
+    return by_x

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ...kernels import clusters as cluster_kernels
 from ...kernels import group_norm as group_norm_kernels
+from ...kernels import norm_rows as norm_rows_kernels
 from ...kernels import settings
 from .._checks import accumulation_dtype, host_offsets
 from .._layout import ContiguousClusters, in_rows
@@ -142,12 +144,12 @@ def cluster_conv_wgrad_out(
 
 
 def group_norm_backward(
-    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None
+    grad: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch `group_norm_backward`."""
+    """Launch `group_norm_backward`; without a mean, x was only divided."""
     if x.dtype == torch.float64:  # the kernel adds up in float32
         return run_plain("group_norm_backward", f"no kernel for {x.dtype}", grad, x, mean, rstd, weight)
-    (samples, channels), size, groups = x.shape[:2], math.prod(x.shape[2:]), mean.shape[1]
+    (samples, channels), size, groups = x.shape[:2], math.prod(x.shape[2:]), rstd.shape[1]
     by_x = x.new_empty(x.shape)
     by_weight, by_bias = (x.new_empty(samples, channels, dtype=torch.float32) for _ in range(2))
     if x.numel() == 0:
@@ -156,7 +158,7 @@ def group_norm_backward(
     group_norm_kernels._group_norm_backward_kernel[samples * groups,](
         grad.contiguous(),
         x.contiguous(),
-        mean.contiguous(),
+        None if mean is None else mean.contiguous(),
         rstd.contiguous(),
         None if weight is None else weight.contiguous(),
         by_x,
@@ -170,3 +172,86 @@ def group_norm_backward(
         num_warps=num_warps,
     )
     return by_x, by_weight, by_bias
+
+
+def _norm_rows_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    weight: Tensor | None,
+    offsets: Tensor,
+    affine: list[Tensor | None],
+    accumulate: Sequence[bool],
+) -> Tensor:
+    """Launch `cluster_norm_backward` of rows, whose gradients `affine` has memory for with contiguous clusters."""
+    num_rows, size = x.shape
+    wide, k = accumulation_dtype(x), offsets.shape[0] - 1
+    rows, block, shares, num_warps = settings.norm_rows_settings(k, num_rows, size, wide.itemsize)
+    sums = affine
+    if shares > 1:
+        sums = [
+            None if out is None else out.new_empty(shares, k, size, dtype=accumulation_dtype(out, x))
+            for out in affine
+        ]
+    strides = [0 if part is None else part.stride(-2) for part in sums]
+    adds = [add and shares == 1 for add in accumulate]
+    by_x = x.new_empty(x.shape)
+    norm_rows_kernels._norm_rows_backward_kernel[k, shares](
+        grad.contiguous(),
+        x.contiguous(),
+        None if mean is None else mean.contiguous(),
+        rstd.contiguous(),
+        None if weight is None else weight.contiguous(),
+        offsets,
+        by_x,
+        *sums,
+        num_rows,
+        size,
+        *strides,
+        k * size,
+        ADD_WEIGHT=adds[0],
+        ADD_BIAS=adds[1],
+        ACCUMULATE=SUM_DTYPES[wide],
+        ROWS=rows,
+        BLOCK=block,
+        num_warps=num_warps,
+    )
+    if shares > 1:
+        for part, out, add in zip(sums, affine, accumulate, strict=True):
+            if part is not None and out is not None:
+                _add_shares(part, out, add)
+    return by_x
+
+
+def cluster_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    weight: Tensor | None,
+    offsets: Tensor,
+    by_weight: Tensor | None,
+    by_bias: Tensor | None,
+    accumulate: Sequence[bool],
+) -> Tensor:
+    """Launch `cluster_norm_backward`: in one pass where rows fit the registers, else by sums of every sample."""
+    size = x.shape[1]
+    fits = settings.power_of_two(size) * accumulation_dtype(x).itemsize <= settings.MAX_NORM_BYTES
+    if rstd.shape[1] > 1 or x.numel() != x.shape[0] * size or not size or not fits:
+        by_x, *by_sample = group_norm_backward(grad, x, mean, rstd, weight)
+        for values, out, add in zip(by_sample, (by_weight, by_bias), accumulate, strict=True):
+            if out is not None:
+                cluster_sum_out(values, offsets, out, add)
+        return by_x
+    _, offsets = place_offsets(offsets, x)
+    with ExitStack() as written:
+        affine, adds = [], []
+        for out, add in zip((by_weight, by_bias), accumulate, strict=True):
+            result, rest = (
+                (None, False) if out is None else written.enter_context(ContiguousClusters(out, add))
+            )
+            affine.append(result)
+            adds.append(rest)
+        by_x = _norm_rows_backward(grad.flatten(1), x.flatten(1), mean, rstd, weight, offsets, affine, adds)
+    return by_x.view(x.shape)
