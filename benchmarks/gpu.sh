@@ -7,7 +7,13 @@
 #
 #   benchmarks/gpu.sh [FOLDER]          results, logs and report.md go there; default runs/gpu
 #
-# torch and what the `train` and `bench` extras name have to be installed; peers that are not are reported by name.
+# What it needs is installed once, with a network:
+#
+#   make .venv/dev.stamp                                     PyTorch from constraints.txt, this checkout, its tests' needs
+#   PYTHON=.venv/bin/python INSTALL=0 benchmarks/gpu.sh
+#
+# In an environment of your own: torch, what the `bench` and `test` extras name, scikit-build-core and pybind11; INSTALL=1
+# then compiles and installs the checkout. Peers that are not installed are reported by name.
 # Every part has a time limit, and what an interrupted part had measured is kept. All that there is to measure, and the
 # whole suite, natively and with CUDA graphs, take some hours:
 #
@@ -72,6 +78,14 @@ optional=$((${#models[@]} + 1))
 share() {
   echo $(((end - SECONDS) / optional))
 }
+
+ready='
+import importlib.util as found, sys, torch
+missing = [name for name in ("diffusers", "hypothesis", "pytest", "pytest_benchmark", "triton") if not found.find_spec(name)]
+if missing: sys.exit(f"not installed: {missing}")
+if sys.argv[1] == "cuda" and not torch.cuda.is_available(): sys.exit(f"PyTorch {torch.__version__} finds no GPU")
+'
+"$python" -c "$ready" "$device" || { echo "The first lines of benchmarks/gpu.sh say what has to be installed."; exit 2; }
 
 rm -f "$out/report.md"
 if ((install)); then
