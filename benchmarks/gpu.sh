@@ -7,13 +7,9 @@
 #
 #   benchmarks/gpu.sh [FOLDER]          results, logs and report.md go there; default runs/gpu
 #
-# What it needs is installed once, with a network:
-#
-#   make .venv/dev.stamp                                     PyTorch from constraints.txt, this checkout, its tests' needs
-#   PYTHON=.venv/bin/python INSTALL=0 benchmarks/gpu.sh
-#
-# In an environment of your own: torch, what the `bench` and `test` extras name, scikit-build-core and pybind11; INSTALL=1
-# then compiles and installs the checkout. Peers that are not installed are reported by name.
+# `make gpu` installs what it needs, once, with a network, and runs it. An environment of your own needs torch, what the
+# `bench` and `test` extras name, scikit-build-core and pybind11; the script then compiles and installs the checkout.
+# Peers that are not installed are reported by name.
 # Every part has a time limit, and what an interrupted part had measured is kept. All that there is to measure, and the
 # whole suite, natively and with CUDA graphs, take some hours:
 #
