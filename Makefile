@@ -11,7 +11,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
 BUILD_INPUTS := pyproject.toml $(CONSTRAINTS) CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*)
 
-.PHONY: help train test campaign bench bench-full figures check check-native docs wheel clean
+.PHONY: help train test campaign bench bench-full gpu figures check check-native docs wheel clean
 help:
 	@echo "make train   train on the embedded digits and write pictures and metrics to $(RUN)"
 	@echo "make test    run the test suite (DIFFMTL_TEST_DEVICE=cuda runs it on a GPU, TORCH=2.9.1 with that PyTorch)"
@@ -20,6 +20,7 @@ help:
 	@echo "make bench   time everything beside the reference, the peers and the limit, a quarter of an hour on 2 cores;"
 	@echo "             bench-full takes hours; both use a GPU where there is one and write benchmarks/results,"
 	@echo "             a part of them, as in make bench BENCH='--groups clustering', runs/bench"
+	@echo "make gpu     what a machine with an NVIDIA GPU shows in ten minutes: tests, kernels, training steps; to runs/gpu"
 	@echo "make figures   put what they found into README and docs/figures"
 	@echo "make check   lint, type check, compile the GPU kernels ahead of time (needs no GPU)"
 	@echo "make check-native   fuzz the C++ code under the address and undefined behaviour sanitizers"
@@ -77,6 +78,9 @@ bench: $(VENV)/bench.stamp
 
 bench-full: SCALE := full
 bench-full: bench
+
+gpu: $(VENV)/dev.stamp
+	PYTHON=$(BIN)/python INSTALL=0 benchmarks/gpu.sh runs/gpu
 
 # README's figures and pictures, from the files in benchmarks/results and nothing else.
 figures: $(VENV)/bench.stamp

@@ -7,7 +7,9 @@
 #
 #   benchmarks/gpu.sh [FOLDER]          results, logs and report.md go there; default runs/gpu
 #
-# torch and what the `train` and `bench` extras name have to be installed; peers that are not are reported by name.
+# `make gpu` installs what it needs, once, with a network, and runs it. An environment of your own needs torch, what the
+# `bench` and `test` extras name, scikit-build-core and pybind11; the script then compiles and installs the checkout.
+# Peers that are not installed are reported by name.
 # Every part has a time limit, and what an interrupted part had measured is kept. All that there is to measure, and the
 # whole suite, natively and with CUDA graphs, take some hours:
 #
@@ -72,6 +74,14 @@ optional=$((${#models[@]} + 1))
 share() {
   echo $(((end - SECONDS) / optional))
 }
+
+ready='
+import importlib.util as found, sys, torch
+missing = [name for name in ("diffusers", "hypothesis", "pytest", "pytest_benchmark", "triton") if not found.find_spec(name)]
+if missing: sys.exit(f"not installed: {missing}")
+if sys.argv[1] == "cuda" and not torch.cuda.is_available(): sys.exit(f"PyTorch {torch.__version__} finds no GPU")
+'
+"$python" -c "$ready" "$device" || { echo "The first lines of benchmarks/gpu.sh say what has to be installed."; exit 2; }
 
 rm -f "$out/report.md"
 if ((install)); then

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.sh"
 STAND_IN = f"""#!{sys.executable}
@@ -28,7 +29,9 @@ if "--machine" in args:
     pathlib.Path(args[args.index("--results") + 1], name + ".json").write_text("{{}}")
 if "report" in args:
     pathlib.Path(args[args.index("--out") + 1], "report.md").write_text("the tables\\n")
-sys.exit(1 if "-c" in args else 0)
+if os.environ.get("UNREADY") and "torch" in args[1]:
+    sys.exit("no GPU")
+sys.exit(1 if "import xdist" in args else 0)
 """
 
 
@@ -52,7 +55,8 @@ def run(folder: Path, **environment: str) -> tuple[subprocess.CompletedProcess[s
 def test_parts_run_in_order_and_tables_come_last(tmp_path: Path) -> None:
     done, calls = run(tmp_path, MODELS="one two", DEVICE="cpu", BATCH="8", SCALE="quick", TESTS="tests/x")
     assert done.returncode == 0, done.stderr
-    assert "install --no-build-isolation --no-deps -e ." in calls[0]
+    (first, *_) = (call for call in calls if call.startswith("-m"))
+    assert "install --no-build-isolation --no-deps -e ." in first
     assert sum(call.endswith("tests/x") for call in calls) == 1
     machines = [call.split("--machine ")[1].split()[0] for call in calls if "--machine" in call]
     assert machines == [
@@ -151,6 +155,25 @@ def test_without_a_sanitizer_the_summary_says_so(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert f"| sanitizer | optional | {tmp_path / 'none'} not found | |" in done.stdout
     assert not any("-k not (" in call for call in calls)
+
+
+def test_without_a_gpu_nothing_runs(tmp_path: Path) -> None:
+    done, calls = run(tmp_path, UNREADY="1")
+    assert done.returncode == 2
+    assert "no GPU" in done.stderr
+    assert "what has to be installed" in done.stdout
+    assert not [call for call in calls if call.startswith("-m")]
+
+
+def test_it_says_what_pytorch_does_not_find(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    environment = os.environ | {"PYTHON": sys.executable}
+    done = subprocess.run(
+        [str(SCRIPT), str(tmp_path)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "finds no GPU" in done.stderr
 
 
 def test_without_time_nothing_is_measured(tmp_path: Path) -> None:
