@@ -160,7 +160,7 @@ class TrainedDenoiser:
             save_pretrained = getattr(self.model, "save_pretrained", None)
             if self.config.compute.lora:
                 state = require("peft", "lora").get_peft_model_state_dict(self.model)
-                aside.mkdir()
+                self.model.peft_config["default"].save_pretrained(aside)  # type: ignore[union-attr, index]
                 require("safetensors.torch", "train").save_file(state, aside / "adapter_model.safetensors")
             elif callable(save_pretrained):
                 with blame("model: save_pretrained"):

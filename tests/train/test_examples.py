@@ -126,6 +126,7 @@ def test_adapters_of_an_example_change_its_base_no_more_than_they_say(tmp_path):
     train(config, run)
     assert config.accumulate * config.batch_size == 48
     assert run.snapshots().keys() == {2}
+    drawn_at_the_end = load_run(str(run.path), None, "cpu").model.state_dict()
     drawn = load_run(str(run.path), None, "cpu", steps=None, sigma_rel=0.12).model
     expected = power_average(run.snapshots(), config.sigma_rels, 2, 0.12)
     for name, parameter in drawn.named_parameters():
@@ -133,6 +134,13 @@ def test_adapters_of_an_example_change_its_base_no_more_than_they_say(tmp_path):
     adapters = load_file(run.model / "adapter_model.safetensors")
     assert all("lora_" in name for name in adapters)
     base = load_file(tmp_path / "base.safetensors")
+    fresh = build("model", config.model)
+    peft = pytest.importorskip("peft")
+    peft.inject_adapter_in_model(peft.LoraConfig.from_pretrained(run.model), fresh)
+    assert not peft.set_peft_model_state_dict(fresh, adapters).unexpected_keys
+    given = {name: value for name, value in fresh.state_dict().items() if "lora_" in name}
+    assert given
+    assert all(torch.equal(value, drawn_at_the_end[name]) for name, value in given.items())
     last = load_file(checkpoint.checkpoints(run.checkpoints)[-1] / "model.safetensors")
     frozen = {name.replace(".base_layer", ""): value for name, value in last.items() if "lora_" not in name}
     assert frozen.keys() == base.keys()
