@@ -45,8 +45,10 @@ def check_normalisation(
     grad: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor | None
 ) -> None:
     """Refuse what does not fit the backward of a normalisation."""
-    named = {"grad": grad, "x": x, "mean": mean, "rstd": rstd, "weight": weight}
-    given = {name: tensor for name, tensor in named.items() if tensor is not None}
+    given = {"grad": grad, "x": x, "rstd": rstd}
+    for name, tensor in (("mean", mean), ("weight", weight)):
+        if tensor is not None:
+            given[name] = tensor
     check_floating(**given)
     check_same_device(**given)
     if grad.dtype != x.dtype:

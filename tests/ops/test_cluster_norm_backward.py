@@ -161,6 +161,7 @@ def test_what_is_not_finite_stays_in_its_cluster(device):
     ("change", "error", "message"),
     [
         ({"x": torch.ones(2, 4, dtype=torch.float64)}, TypeError, "grad and x of one dtype"),
+        ({"x": None}, TypeError, "x: expected a floating-point tensor, found NoneType"),
         ({"mean": torch.ones(2, 2)}, ValueError, r"mean and rstd \[N, G\] = \[2, a divisor of 4\]"),
         ({"mean": None, "rstd": torch.ones(2)}, ValueError, r"a divisor of 4\], found \[2\]"),
         ({"offsets": torch.tensor([0, 3])}, ValueError, "offsets: expected nondecreasing 0 … 2"),

@@ -296,7 +296,6 @@ def _rms_norm(
     if input.dim() == len(normalized_shape):
         raise NoClusterRule("rms_norm: expected an input [B, ...]")
     x = norm_precision(input)
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
     return _affine(F.rms_norm(_wide(x), normalized_shape, None, eps), x.dtype, weight, None)
 
 
