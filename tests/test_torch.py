@@ -167,6 +167,13 @@ def test_what_the_names_do():
     assert not _torch.has_hooks(parameter)
     parameter.register_post_accumulate_grad_hook(lambda p: None)
     assert _torch.has_hooks(parameter)
+    shared = nn.Linear(1, 1)
+    nested = nn.Sequential(nn.Sequential(shared, nn.ReLU()), shared, nn.Sequential(nn.Tanh()))
+    nested.register_module("missing", None)
+    assert _torch.modules_of(nested) == list(nested.modules())
+    assert not _torch.autocast_enabled()
+    with torch.autocast("cpu"):
+        assert _torch.autocast_enabled()
     norm = nn.BatchNorm1d(2)
     assert _torch.own_parameters(norm)["weight"] is norm.weight
     assert _torch.own_buffers(norm)["running_mean"] is norm.running_mean
