@@ -57,6 +57,8 @@ KNOWN = {
         "curriculum/difficulty_curriculum.py DifficultyCurriculum.update",
         "curriculum/difficulty_curriculum.py _check_pacing",
         "curriculum/difficulty_curriculum.py _noisiest",
+        "curriculum/named.py all_densities",
+        "curriculum/named.py interval_sampler",
         "curriculum/range_sampler.py RangeSampler.__init__",
         "curriculum/range_sampler.py RangeSampler.phase",
         "curriculum/samplers.py UniformSampler.density",

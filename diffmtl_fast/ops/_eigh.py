@@ -7,9 +7,15 @@ from torch import Tensor
 
 from ._library import define_op, refuse_autograd
 
+
+def _plain(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(matrix)
+    return values, vectors.contiguous()  # LAPACK writes columns
+
+
 _eigh = define_op(
     "eigh(Tensor matrix) -> (Tensor, Tensor)",
-    plain=lambda matrix: tuple(torch.linalg.eigh(matrix)),
+    plain=_plain,
     fake=lambda matrix: (matrix.new_empty(matrix.shape[:1]), matrix.new_empty(matrix.shape)),
 )
 refuse_autograd("eigh", "weights are constants of the update; detach the Gramian")

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from diffmtl_fast import ops
-from diffmtl_fast.ops import PLAIN, _library
+from diffmtl_fast.ops import PLAIN, _eigh, _library
 
 K, B, P = 3, 6, 10
 
@@ -163,6 +163,7 @@ SAMPLES = {
         gramian(d, torch.float32).to(t),
         torch.tensor([True, False, True], device=d),
     ),
+    "eigh": lambda d, t, g: (gramian(d, torch.float64),),
 }
 
 
@@ -261,7 +262,7 @@ def everything(pred, x0, index, jacobian, log_var, alpha, sigma):
     gramian = ops.gram(jacobian.detach())
     weights = ops.nash_weights(gramian) + ops.pcgrad_weights(gramian, order(pred.device))
     targets = torch.zeros(k, k, dtype=torch.float64, device=pred.device)
-    weights = weights + ops.gramian_weights(gramian, "UPGrad")
+    weights = weights + ops.gramian_weights(gramian, "UPGrad") + _eigh.eigh(gramian.double())[0]
     weights = weights + ops.gradvac_weights(gramian, order(pred.device), targets, 0.5)[0]
     rows, bounds = pred.detach().flatten(1), offsets(pred.device)
     constants = ops.cluster_sum(rows, bounds).sum() + ops.cluster_wgrad(rows, rows, bounds).sum()

@@ -78,7 +78,7 @@ import torch.distributed as dist
 
 from diffmtl_fast.train.config import read
 from diffmtl_fast.train.folder import RunFolder
-from diffmtl_fast.train.run import train
+from diffmtl_fast.run.training import train
 
 dist.init_process_group("gloo")
 for file in map(Path, sys.argv[1:]):

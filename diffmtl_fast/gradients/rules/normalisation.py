@@ -207,7 +207,7 @@ def _one_by_one(
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Form all gradients of a normalisation by PyTorch's backward of one cluster after the other."""
-    affine = [_block(ctx, _WEIGHT, weight, clusters.num), _block(ctx, _BIAS, bias, clusters.num)]
+    affine = _block(ctx, _WEIGHT, weight, clusters.num), _block(ctx, _BIAS, bias, clusters.num)
     rows = [[None] * clusters.num if gradients is None else gradients.unbind() for gradients in affine]
     parts = []
     begin = 0
