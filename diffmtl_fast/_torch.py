@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any, TypeAlias, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Lets an autograd.Function be recorded at the innermost level of torch.func. Replaced by autograd.Function's own
@@ -75,6 +76,15 @@ def scale_of(scaler: torch.amp.GradScaler) -> Tensor | None:
 def schema(op: OpOverload) -> Any:
     """Return an op's schema, with `arguments` and `returns`. Replaced by the string that the op was defined by."""
     return op._schema
+
+
+def let_compiler_dispatch_rms_norm() -> None:
+    """Let compiled code hand F.rms_norm on to subclasses of Tensor, as other norms are.
+
+    PyTorch 2.9 traces into it and fails; PyTorch 2.13 needs nothing.
+    """
+    if torch.__version__ < "2.13":
+        torch.compiler.allow_in_graph(F.rms_norm)
 
 
 def op_of(operation: Any) -> Any:

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..._host import on_host
-from ..._torch import DisableTorchFunctionSubclass, at_fixed_address, compiled_graphs
+from ..._torch import (
+    DisableTorchFunctionSubclass,
+    at_fixed_address,
+    compiled_graphs,
+    let_compiler_dispatch_rms_norm,
+)
 from ..batch import BatchLayout, Clusters
 from ..parameters import Slot, installed
 from ..step import Step
@@ -50,6 +55,7 @@ class CompiledEngine:
     def __init__(
         self, model: nn.Module, slots: list[Slot], parameters: list[nn.Parameter], names: list[str]
     ) -> None:
+        let_compiler_dispatch_rms_norm()
         self.model, self.slots, self.parameters, self.names = model, slots, parameters, names
         self.values: Sequence[Tensor] = parameters
         self._learning = False  # whether the next check tells how often each parameter is used
@@ -107,7 +113,7 @@ class CompiledEngine:
                 stand_in.block = at_fixed_address(jacobian.blocks[position])
             stand_in.accumulate = position in self.shared
             if stand_in.accumulate:
-                stand_in.block.zero_()
+                _clear(stand_in.block)
         return found
 
     def _arrive(self, number: int, position: int, stand_in: StandIn) -> Callable[[Tensor], None]:
@@ -133,7 +139,7 @@ class CompiledEngine:
             gradient = stand_in.block.sum(0, dtype=parameter.dtype)
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
             if stand_in.accumulate:
-                stand_in.block.zero_()
+                _clear(stand_in.block)
 
     def _refuse_gradient(self, position: int) -> Callable[[Tensor], None]:
         def hook(stand_in: Tensor) -> None:
@@ -180,8 +186,7 @@ class CompiledEngine:
         self._arrived.clear()  # a backward that failed may have left some
         for each in [] if self._step is None else self._step.passes:
             for position in self.shared:  # a check since the forward may have used the same memory
-                # Through `.data`: graphs of PyTorch 2.9 save the block, and refuse one whose version has changed.
-                self._passes[each.number][position].block.data.zero_()
+                _clear(self._passes[each.number][position].block)
         if self._step is None or len(self._step.passes) != 1:
             yield
             return
@@ -207,7 +212,7 @@ class CompiledEngine:
         others = [[stand_in.block for stand_in in made] for made in self._passes[1:]]
         for blocks in (jacobian.blocks, *others):
             for position in self.shared:
-                blocks[position].zero_()
+                _clear(blocks[position])
 
     def release(self) -> None:
         """Give the memory of all forwards back."""
@@ -232,3 +237,8 @@ class CompiledEngine:
             self.values, self._passes, self._step = before
             self.shared, self._learning = shared | used, False
             self._written = True
+
+
+def _clear(block: Tensor) -> None:
+    """Set a block to zero, through `.data`: PyTorch 2.9's graphs save it and refuse another version of it."""
+    block.data.zero_()
