@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, TypeAlias, TypeVar
@@ -28,6 +28,8 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 _Class = TypeVar("_Class", bound=Tensor)
+
+_BEFORE_2_13 = torch.__version__ < "2.13"
 
 # ----- Operators and the dispatcher
 
@@ -83,8 +85,17 @@ def let_compiler_dispatch_rms_norm() -> None:
 
     PyTorch 2.9 traces into it and fails; PyTorch 2.13 needs nothing.
     """
-    if torch.__version__ < "2.13":
+    if _BEFORE_2_13:
         torch.compiler.allow_in_graph(F.rms_norm)
+
+
+def forget_changes(tensors: Sequence[Tensor]) -> None:
+    """Let compiled backwards of PyTorch 2.9 find tensors unchanged that were written to since the forward.
+
+    Those of PyTorch 2.13 do not look at the versions of what they write to themselves.
+    """
+    if _BEFORE_2_13:
+        torch._C._autograd._unsafe_set_version_counter(tuple(tensors), (0,) * len(tensors))
 
 
 def op_of(operation: Any) -> Any:

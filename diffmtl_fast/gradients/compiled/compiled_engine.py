@@ -14,6 +14,7 @@ from ..._torch import (
     DisableTorchFunctionSubclass,
     at_fixed_address,
     compiled_graphs,
+    forget_changes,
     let_compiler_dispatch_rms_norm,
 )
 from ..batch import BatchLayout, Clusters
@@ -113,7 +114,8 @@ class CompiledEngine:
                 stand_in.block = at_fixed_address(jacobian.blocks[position])
             stand_in.accumulate = position in self.shared
             if stand_in.accumulate:
-                _clear(stand_in.block)
+                stand_in.block.zero_()
+        self._forget_changes()
         return found
 
     def _arrive(self, number: int, position: int, stand_in: StandIn) -> Callable[[Tensor], None]:
@@ -139,7 +141,7 @@ class CompiledEngine:
             gradient = stand_in.block.sum(0, dtype=parameter.dtype)
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
             if stand_in.accumulate:
-                _clear(stand_in.block)
+                stand_in.block.zero_()
 
     def _refuse_gradient(self, position: int) -> Callable[[Tensor], None]:
         def hook(stand_in: Tensor) -> None:
@@ -186,7 +188,8 @@ class CompiledEngine:
         self._arrived.clear()  # a backward that failed may have left some
         for each in [] if self._step is None else self._step.passes:
             for position in self.shared:  # a check since the forward may have used the same memory
-                _clear(self._passes[each.number][position].block)
+                self._passes[each.number][position].block.zero_()
+        self._forget_changes()
         if self._step is None or len(self._step.passes) != 1:
             yield
             return
@@ -206,13 +209,19 @@ class CompiledEngine:
         Args:
             jacobian: that the first of the forwards sharing a backward writes to.
         """
+        self._forget_changes()
         if not self._written:
             return
         self._written = False
         others = [[stand_in.block for stand_in in made] for made in self._passes[1:]]
         for blocks in (jacobian.blocks, *others):
             for position in self.shared:
-                _clear(blocks[position])
+                blocks[position].zero_()
+        self._forget_changes()
+
+    def _forget_changes(self) -> None:
+        """Let graphs that have saved blocks, to write to them, not mind that others have done so since."""
+        forget_changes([stand_in.block for made in self._passes for stand_in in made])
 
     def release(self) -> None:
         """Give the memory of all forwards back."""
@@ -237,8 +246,3 @@ class CompiledEngine:
             self.values, self._passes, self._step = before
             self.shared, self._learning = shared | used, False
             self._written = True
-
-
-def _clear(block: Tensor) -> None:
-    """Set a block to zero, through `.data`: PyTorch 2.9's graphs save it and refuse another version of it."""
-    block.data.zero_()
