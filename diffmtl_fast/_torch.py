@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, TypeAlias, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Lets an autograd.Function be recorded at the innermost level of torch.func. Replaced by autograd.Function's own
@@ -27,6 +28,8 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 _Class = TypeVar("_Class", bound=Tensor)
+
+_BEFORE_2_13 = torch.__version__ < "2.13"
 
 # ----- Operators and the dispatcher
 
@@ -78,6 +81,24 @@ def scale_of(scaler: torch.amp.GradScaler) -> Tensor | None:
 def schema(op: OpOverload) -> Any:
     """Return an op's schema, with `arguments` and `returns`. Replaced by the string that the op was defined by."""
     return op._schema
+
+
+def let_compiler_dispatch_rms_norm() -> None:
+    """Let compiled code hand F.rms_norm on to subclasses of Tensor, as other norms are.
+
+    PyTorch 2.9 traces into it and fails; PyTorch 2.13 needs nothing.
+    """
+    if _BEFORE_2_13:
+        torch.compiler.allow_in_graph(F.rms_norm)
+
+
+def forget_changes(tensors: Sequence[Tensor]) -> None:
+    """Let compiled backwards of PyTorch 2.9 find tensors unchanged that were written to since the forward.
+
+    Those of PyTorch 2.13 do not look at the versions of what they write to themselves.
+    """
+    if _BEFORE_2_13:
+        torch._C._autograd._unsafe_set_version_counter(tuple(tensors), (0,) * len(tensors))
 
 
 def op_of(operation: Any) -> Any:

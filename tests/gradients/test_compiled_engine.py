@@ -172,6 +172,8 @@ def _checkpointed(block, reentrant):
 
 @pytest.mark.parametrize("how", ["whole", "blocks", "checkpointed", "checkpointed blocks"])
 def test_parts_and_checkpoints(how, device):
+    if how == "checkpointed blocks" and torch.__version__ < "2.10":
+        pytest.skip("PyTorch 2.9 itself fails to recompute such a model compiled with fullgraph=True")
     torch.manual_seed(0)
     model = Blocks(False if "checkpointed" in how else None).to(device).double()
     plain = copy.deepcopy(model)
@@ -183,6 +185,29 @@ def test_parts_and_checkpoints(how, device):
     else:
         wrapped = compiled(model)
     assert engine_of(assert_exact(wrapped, x, plain=plain)) == "compiled"
+
+
+class Normed(nn.Module):
+    """A convolution, normalised; PyTorch's kernel for channels_last fails on inputs without gradient."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(channels, out, 1), nn.GroupNorm(2, out)
+
+    def forward(self, x):
+        return F.silu(self.norm(self.conv(x)))
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_group_norms_of_varying_channels(order, device):
+    """Blocks of one code: the compiler makes the number of channels symbolic."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Normed(4, 8), Normed(8, 12), Normed(12, 4)).to(device).double()
+    plain = copy.deepcopy(model)
+    for block in model:
+        block.compile(backend="aot_eager", fullgraph=True)
+    x = torch.randn(6, 4, 3, 2, dtype=torch.float64, device=device).to(memory_format=order)
+    assert engine_of(assert_exact(model, x, plain=plain)) == "compiled"
 
 
 def test_dropout_keeps_to_its_samples(device):

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..._host import on_host
-from ..._torch import DisableTorchFunctionSubclass, at_fixed_address, compiled_graphs
+from ..._torch import (
+    DisableTorchFunctionSubclass,
+    at_fixed_address,
+    compiled_graphs,
+    forget_changes,
+    let_compiler_dispatch_rms_norm,
+)
 from ..batch import BatchLayout, Clusters
 from ..parameters import Slot, installed
 from ..step import Step
@@ -50,6 +56,7 @@ class CompiledEngine:
     def __init__(
         self, model: nn.Module, slots: list[Slot], parameters: list[nn.Parameter], names: list[str]
     ) -> None:
+        let_compiler_dispatch_rms_norm()
         self.model, self.slots, self.parameters, self.names = model, slots, parameters, names
         self.values: Sequence[Tensor] = parameters
         self._learning = False  # whether the next check tells how often each parameter is used
@@ -108,6 +115,7 @@ class CompiledEngine:
             stand_in.accumulate = position in self.shared
             if stand_in.accumulate:
                 stand_in.block.zero_()
+        self._forget_changes()
         return found
 
     def _arrive(self, number: int, position: int, stand_in: StandIn) -> Callable[[Tensor], None]:
@@ -180,8 +188,8 @@ class CompiledEngine:
         self._arrived.clear()  # a backward that failed may have left some
         for each in [] if self._step is None else self._step.passes:
             for position in self.shared:  # a check since the forward may have used the same memory
-                # Through `.data`: graphs of PyTorch 2.9 save the block, and refuse one whose version has changed.
-                self._passes[each.number][position].block.data.zero_()
+                self._passes[each.number][position].block.zero_()
+        self._forget_changes()
         if self._step is None or len(self._step.passes) != 1:
             yield
             return
@@ -201,6 +209,7 @@ class CompiledEngine:
         Args:
             jacobian: that the first of the forwards sharing a backward writes to.
         """
+        self._forget_changes()
         if not self._written:
             return
         self._written = False
@@ -208,6 +217,11 @@ class CompiledEngine:
         for blocks in (jacobian.blocks, *others):
             for position in self.shared:
                 blocks[position].zero_()
+        self._forget_changes()
+
+    def _forget_changes(self) -> None:
+        """Let graphs that have saved blocks, to write to them, not mind that others have done so since."""
+        forget_changes([stand_in.block for made in self._passes for stand_in in made])
 
     def release(self) -> None:
         """Give the memory of all forwards back."""

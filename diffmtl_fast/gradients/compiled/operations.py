@@ -213,23 +213,34 @@ class GroupNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        """Form the gradients of all clusters from two sums per sample and channel, which the input's shares."""
+        """Form all gradients from Σ g z and Σ g over the positions of each channel; see `ops.group_norm_backward`.
+
+        Not by PyTorch's own operation: compiled by PyTorch 2.9, it refuses a number of channels that may vary.
+        """
         x, weight, mean, rstd, offsets = ctx.saved_tensors
         grad = grad.contiguous(memory_format=memory_format(x))
         batch, channels, size, groups = ctx.shape
         bounds = in_rows(offsets, ctx.samples, batch)
         by_x, by_weight, by_bias = None, None, None
+        grouped = batch, groups, channels // groups
+        mean, rstd = mean.view(batch, groups, 1), rstd.view(batch, groups, 1)
+        slope, along = (t.reshape(batch, channels, size).sum(2).view(grouped) for t in (grad, grad * x))
+        by_normal = (along - slope * mean) * rstd
         if ctx.needs_input_grad[0]:
-            # PyTorch's CPU kernel for channels_last fails where it is not asked for all three.
-            by_x = _aten.native_group_norm_backward(grad, x, mean, rstd, weight, *ctx.shape, [True] * 3)[0]
-        slope = grad.reshape(batch, channels, size).sum(2)
+            scale = 1 if weight is None else weight.view(grouped[1:])
+            along, level = (
+                (sums * scale).sum(2, keepdim=True) / (grouped[2] * size) for sums in (by_normal, slope)
+            )
+            bend = along * rstd * rstd
+            steep, bend, shift = (
+                t.expand(grouped).reshape(batch, channels, *[1] * (x.dim() - 2))
+                for t in (rstd * scale, bend, bend * mean - level * rstd)
+            )
+            by_x = grad * steep - x * bend + shift
         if ctx.needs_input_grad[2]:
-            along = torch.mul(grad, x).reshape(batch, channels, size).sum(2).view(batch, groups, -1)
-            above = along - slope.view(batch, groups, -1) * mean.view(batch, groups, 1)
-            rows = (above * rstd.view(batch, groups, 1)).view(batch, channels)
-            by_weight = _sums(rows, bounds, ctx.blocks[0], ctx.accumulate[0])
+            by_weight = _sums(by_normal.view(batch, channels), bounds, ctx.blocks[0], ctx.accumulate[0])
         if ctx.needs_input_grad[5]:
-            by_bias = _sums(slope, bounds, ctx.blocks[1], ctx.accumulate[1])
+            by_bias = _sums(slope.view(batch, channels), bounds, ctx.blocks[1], ctx.accumulate[1])
         return by_x, None, by_weight, None, None, by_bias, *[None] * 6
 
 
