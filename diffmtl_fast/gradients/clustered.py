@@ -609,6 +609,8 @@ class ClusteredMTL(nn.Module):
         if isinstance(advising, Engine):
             advising.note_backward()
         gramian = gradients.gramian() * number**2
+        if isinstance(advising, Engine):
+            advising.advise()
         if scale is not None:
             gramian = gramian / scale.double() ** 2
         dropped = None
@@ -623,8 +625,6 @@ class ClusteredMTL(nn.Module):
         weights = self._replicas.weights(self._weigh(losses, gramian, present, scale, dtype))
         shares = weights if dropped is None else weights * (number / present.sum().clamp(min=1))
         square = gradients.update(shares.to(dtype), again)
-        if isinstance(advising, Engine):
-            advising.advise()
         norm = None if square is None else square.sqrt().to(dtype)
         only_measured = isinstance(self.weighting, LossWeighting) and not self.drop_nonfinite
         if only_measured:

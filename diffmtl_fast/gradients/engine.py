@@ -29,8 +29,8 @@ from .trees import flatten
 _logger = logging.getLogger("diffmtl_fast")
 
 _ADVICE = (
-    "the GPU was always done with the backward before the host had launched the update: steps take as long as the "
-    "host takes to launch them. CUDA graphs launch a model at once: pass ClusteredMTL(..., "
+    "the GPU was always done with the backward before the host had launched the Gramian: steps take as long as "
+    "the host takes to launch them. CUDA graphs launch a model at once: pass ClusteredMTL(..., "
     'compile={"mode": "reduce-overhead"}), or use larger batches'
 )
 
@@ -317,7 +317,7 @@ class Engine:
     def advise(self) -> None:
         """Advise once to compile a model, as a whole by rules, whose steps a GPU waits for the host in."""
         if self._host_bound.found is None:
-            self._host_bound.note_update()
+            self._host_bound.note_gramian()
             if self._host_bound.found:
                 _logger.info("ClusteredMTL: %s", _ADVICE)
 

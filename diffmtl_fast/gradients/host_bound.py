@@ -12,7 +12,7 @@ ASKED = 16
 
 
 class HostBound:
-    """Asks in each of `ASKED` steps, once the host has launched the update, whether the backward is over by then.
+    """Asks in each of `ASKED` steps, once the host has launched the Gramian, whether the backward is over by then.
 
     A GPU that has more to do than the host has launched is still in the backward. One that never is waits for the
     next launch.
@@ -38,8 +38,8 @@ class HostBound:
             self._backward = torch.Event(device)
             self._backward.record()
 
-    def note_update(self) -> None:
-        """Take in that the host has launched the update that follows, and has waited for nothing in between."""
+    def note_gramian(self) -> None:
+        """Take in that the host has launched the Gramian; weightings, which may wait, have not run yet."""
         if self._backward is None:
             return
         if not self._backward.query():

@@ -108,6 +108,12 @@ RULES = {
     "rms_norm": layer(lambda: nn.RMSNorm(5), 4, 5),
     "rms_norm over two dimensions": layer(lambda: nn.RMSNorm((4, 5), eps=1e-3), 2, 4, 5),
     "rms_norm without affine": layer(lambda: nn.RMSNorm(5, elementwise_affine=False), 4, 5),
+    "layer_norm of no tokens": use(
+        lambda m, x: torch.cat([m.norm(x[:, :0]), m.norm(x)], 1), norm=nn.LayerNorm(5)
+    ),
+    "rms_norm of no tokens": use(
+        lambda m, x: torch.cat([m.norm(x[:, :0]), m.norm(x)], 1), norm=nn.RMSNorm(5)
+    ),
     # Raw parameters, element by element.
     "x + p": use(lambda m, x: x + m.p, (5,)),
     "p + x": use(lambda m, x: m.p + x, (5,)),
@@ -220,16 +226,17 @@ def test_convolutions_of_clusters_of_one_size(name, dtype, device):
     assert in_slices(mtl) == []
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+@pytest.mark.parametrize("weight", [None, torch.float32], ids=["weight alike", "weight in float32"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_rms_norm_without_an_epsilon_takes_that_of_pytorch(dtype, device):
+def test_rms_norm_without_an_epsilon_takes_that_of_pytorch(dtype, weight, device):
     torch.manual_seed(0)
-    model = nn.RMSNorm(6).to(device, dtype)
-    x = (1e-2 * torch.randn(4, 6, device=device)).to(
-        dtype
-    )  # their squares are below the epsilon of these numbers
+    model = nn.RMSNorm(6).to(device, weight or dtype)
+    # Their squares are below the epsilon of these numbers.
+    x = (1e-2 * torch.randn(4, 6, device=device)).to(dtype)
     target, cluster = torch.randn(4, 6, device=device), torch.tensor([0, 0, 1, 1], device=device)
     (model(x).float() * target).mean().backward()
     expected, model.weight.grad = model.weight.grad, None
     jacobian = ClusterJacobian(model, 2, engine="grouped")
     jacobian(lambda module: (module(x).float() * target).mean(1), cluster)
-    torch.testing.assert_close(jacobian.matrix().mean(0).to(dtype), expected, rtol=2e-2, atol=1e-3)
+    torch.testing.assert_close(jacobian.matrix().mean(0).to(expected.dtype), expected, rtol=2e-2, atol=1e-3)

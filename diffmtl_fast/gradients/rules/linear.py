@@ -23,10 +23,10 @@ class Linear(ClusterRule):
     @staticmethod
     def forward(ctx: RuleContext, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """See `ClusterRule`."""
-        if input.dim() < 2 or weight.dim() != 2:
+        if input.dim() < 2 or weight.dim() != 2 or weight.is_complex():
             raise NoClusterRule(
-                f"linear: expected an input [B, ..., in] and a weight [out, in], found {list(input.shape)}, "
-                f"{list(weight.shape)}"
+                f"linear: expected an input [B, ..., in] and a real weight [out, in], found {list(input.shape)}, "
+                f"{list(weight.shape)} of {weight.dtype}"
             )
         ctx.save_for_backward(input, weight)
         return F.linear(input, weight, bias)
@@ -64,9 +64,10 @@ class Matmul(ClusterRule):
     @staticmethod
     def forward(ctx: RuleContext, input: Tensor, other: Tensor) -> Tensor:
         """See `ClusterRule`."""
-        if input.dim() < 2 or other.dim() != 2:
+        if input.dim() < 2 or other.dim() != 2 or other.is_complex():
             raise NoClusterRule(
-                f"matmul: expected [B, ..., in] times [in, out], found {list(input.shape)}, {list(other.shape)}"
+                f"matmul: expected [B, ..., in] times a real [in, out], found {list(input.shape)}, "
+                f"{list(other.shape)} of {other.dtype}"
             )
         rows = as_rows(input)
         ctx.save_for_backward(rows, other)

@@ -126,9 +126,11 @@ class RMSNorm(ClusterRule):
         """See `ClusterRule`."""
         if input.dim() == len(normalized_shape):
             raise NoClusterRule(f"rms_norm: expected an input [B, ...], found {list(input.shape)}")
-        out, rstd = fused_rms_norm(input, list(normalized_shape), weight, eps)
+        # PyTorch's fused kernel for GPUs takes one dtype.
+        dtype = torch.promote_types(input.dtype, weight.dtype)
+        out, rstd = fused_rms_norm(input.to(dtype), list(normalized_shape), weight.to(dtype), eps)
         ctx.save_for_backward(input, weight, rstd)
-        return out
+        return out.to(input.dtype)
 
     @staticmethod
     def backward(ctx: RuleContext, grad: Tensor, clusters: Clusters) -> tuple[Tensor | None, ...]:
@@ -153,11 +155,13 @@ def _by_rows(
     bias: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Form all gradients of a normalisation over the last dimensions, one or several."""
-    shape, rows = input.shape, rstd.numel()
+    shape, rows, parameter = input.shape, rstd.numel(), bias if weight is None else weight
     if input.dim() == 2:
         return _by_clusters(ctx, grad, clusters, input, mean, rstd, weight, bias)
-    size = input.numel() // rows
+    assert parameter is not None
+    size = parameter.numel()  # there may be no rows
     grad, input = grad.reshape(rows, size), input.reshape(rows, size)
+    mean, rstd = None if mean is None else mean.view(rows, 1), rstd.view(rows, 1)
     by_input, by_weight, by_bias = _by_clusters(ctx, grad, clusters, input, mean, rstd, weight, bias)
     return None if by_input is None else by_input.view(shape), by_weight, by_bias
 
@@ -178,8 +182,8 @@ def _by_clusters(
     by_input = cluster_norm_backward_unchecked(
         grad,
         input,
-        None if mean is None else mean.view(samples, -1),
-        rstd.view(samples, -1),
+        mean,
+        rstd,
         None if weight is None else weight.reshape(channels),
         clusters.offsets(samples),
         None if by_weight is None else by_weight.view(clusters.num, channels),
