@@ -49,6 +49,8 @@ def sample(
     classes = trained.data.num_classes
     labels = balanced_labels(num, classes)
     if label is not None:
+        if not classes:
+            raise UserError(f"label: expected none of a run without classes, found {label}")
         if not 0 <= label < classes:
             raise UserError(f"label: expected 0 <= label < {classes} (classes in the data), found {label}")
         labels = torch.full((num,), label)

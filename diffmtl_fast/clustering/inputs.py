@@ -102,7 +102,7 @@ def load_values(path: str | Path) -> np.ndarray:
     except (OSError, MemoryError, OverflowError, RecursionError) as error:
         raise ValueError(f"cannot read {path} ({error})") from error
     except (ValueError, TypeError, EOFError) as error:
-        raise ValueError(f"cannot read {path} ({path}: expected an array of numbers ({error}))") from error
+        raise ValueError(f"cannot read {path}: expected an array of numbers ({error})") from error
 
 
 def _read_array(path: Path) -> np.ndarray:

@@ -569,6 +569,8 @@ def _rules(config: Config) -> Iterator[tuple[bool, str, str, Any]]:
     yield kept, "sampling.sigma_rel", two, f"{sigma_rel} with {c.sigma_rels}"
     few = c.evaluation.num_samples
     yield few not in range(1, NEIGHBOURS + 1), "evaluation.num_samples", f"0 or more than {NEIGHBOURS}", few
+    real = c.evaluation.num_real
+    yield not few or real > NEIGHBOURS, "evaluation.num_real", f"more than {NEIGHBOURS}", real
     for key, clusters in (("clusters", c.clusters), ("curriculum.clusters", c.curriculum.clusters)):
         clip, affinity, cost = clusters.clip, clusters.affinity, clusters.cost
         bounds = clip is None or (len(clip) == 2 and clip[0] < clip[1])

@@ -156,7 +156,8 @@ class History:
         if state.get("crc32", self._sum) != self._sum:
             raise UserError(f"{path}: expected the lines that the checkpoint was saved with, found others")
         for name, part in self._parts.items():
-            part[:] = [tensor.to(device) for tensor in state.get(name, [])]
+            saved = state.get(name, []) if name == "dropped" else state[name]  # not in the oldest checkpoints
+            part[:] = [tensor.to(device) for tensor in saved]
 
     def close(self) -> None:
         """Close the files."""

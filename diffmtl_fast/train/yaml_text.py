@@ -1,4 +1,4 @@
-"""What is refused of a YAML text before its values are made: nothing, aliases without end, options given twice."""
+"""What is refused of a YAML text before its values are made: no text, endless aliases, options given twice."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MOST_VALUES = 100_000
 
 
 def check_text(text: str, where: str) -> None:
-    """Refuse a text whose values are none, would not fit into memory, contain themselves or have a name twice.
+    """Refuse a text without values, or whose values do not fit into memory, contain themselves or are named twice.
 
     Args:
         text: YAML.

@@ -322,7 +322,7 @@ def test_cluster_chooses_k_and_draws_the_cost_curve(tmp_path, capsys):
         ([1.0, 0.5, 0.0], ["--k", "2", "--min-size", "2"], "clusters: "),
         ([[1.0, 0.5]], ["--k", "1"], "scheduler: expected numbers [T] in levels.npy, found shape [1, 2]"),
         (3.0, ["--k", "1"], "scheduler: expected numbers [T] in levels.npy, found shape []"),
-        (["a"], ["--k", "1"], "scheduler: cannot read levels.npy (levels.npy: expected an array of numbers"),
+        (["a"], ["--k", "1"], "scheduler: cannot read levels.npy: expected an array of numbers"),
         ([1.0, 0.0], ["--k", "many"], "k: expected an integer >= 1 and <= 10^9 or 'auto', found many"),
         ([1.0, 0.0], ["--k", "0"], "k: expected an integer"),
         ([1.0, 0.0], ["--k", "2", "--k-max", "9"], "k_max: expected none without --k auto, found 9"),

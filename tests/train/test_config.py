@@ -75,6 +75,7 @@ CHOICES = ", ".join(f"'{name}'" for name in (CONTINUOUS, *METHODS))
         ({"ema_decay": 1.5}, "ema_decay: expected a number >= 0 and <= 1, found 1.5"),
         ({"model": {"path": "UNet"}}, "model.path: expected an import path"),
         ({"evaluation": {"num_samples": 3}}, "evaluation.num_samples: expected 0 or more than 3, found 3"),
+        ({"evaluation": {"num_real": 3}}, "evaluation.num_real: expected more than 3, found 3"),
         ({"precision": "fp8"}, "precision: expected one of 'fp32', 'bf16', 'fp16'"),
     ],
 )
