@@ -212,9 +212,7 @@ def benchmark(
         f"{title}, K = {setting.k}, batch {setting.batch}, {precision}",
         {way.name: way.role for way in _chosen(setting, ways, options)},
         partial(_candidates, setting, ways, options),
-        options.pick(2, 5, 9)
-        if typical
-        else options.pick(2, 5),  # slow ways sit out: two rounds more are seconds
+        options.pick(2, 5, 9 if typical else 5),
         {"title": title} | {name: value for name, value in asdict(setting).items() if name != "device"},
         memory=typical and with_memory and not options.quick,
         allowance=ALLOWANCE,
